@@ -1,0 +1,19 @@
+"""The reference library for Meta's Llama text models."""
+
+from llama.errors import LlamaError
+from llama.generation import ChatPrediction, CompletionPrediction, Llama
+from llama.model import ModelArgs, Transformer
+from llama.tokenizer import ChatFormat, Dialog, Message, Tokenizer
+
+__all__ = [
+    "ChatFormat",
+    "ChatPrediction",
+    "CompletionPrediction",
+    "Dialog",
+    "Llama",
+    "LlamaError",
+    "Message",
+    "ModelArgs",
+    "Tokenizer",
+    "Transformer",
+]

@@ -1,0 +1,234 @@
+"""What a Llama is made of: `ModelArgs`, RoPE scaling, `params.json` and the published shapes."""
+
+import json
+import math
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+from llama.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class RopeScaling:
+    """How Llama 3.1 and later stretch RoPE beyond the context they were pre-trained on."""
+
+    factor: float = 8.0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_context_length: int = 8192
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            _require_number(field.name, getattr(self, field.name))
+        if self.high_freq_factor <= self.low_freq_factor:
+            raise ConfigError(
+                f"RoPE high_freq_factor is {self.high_freq_factor}: it must be above "
+                f"low_freq_factor, {self.low_freq_factor}"
+            )
+
+
+@dataclass
+class ModelArgs:
+    """A model's shape and limits; Meta's names and defaults first, what they cannot say after.
+
+    Raises ConfigError where the numbers do not describe a Llama.
+    """
+
+    dim: int = 4096
+    n_layers: int = 32
+    n_heads: int = 32
+    n_kv_heads: int | None = None  # None: as many as n_heads
+    vocab_size: int = -1  # -1: the tokenizer's
+    multiple_of: int = 256  # the feed-forward width is rounded up to a multiple of this
+    ffn_dim_multiplier: float | None = None
+    norm_eps: float = 1e-5
+    rope_theta: float = 500000.0
+    use_scaled_rope: bool = False
+    max_batch_size: int = 32  # rows of the KV cache
+    max_seq_len: int = 2048  # positions of the KV cache, and length of the RoPE table
+
+    hidden_dim: int | None = None  # an explicit feed-forward width; None: by Meta's rule
+    rope_scaling: RopeScaling | None = None  # None with use_scaled_rope: Meta's constants
+    context_length: int | None = None  # tokens the model was trained for; None: by family
+    embedding_shard_dim: int = 0  # 0: by vocabulary (Llama 3), 1: by features (Llama 2)
+    tied: bool = False  # the output matrix is the embedding (Llama 3.2)
+
+    def __post_init__(self) -> None:
+        if self.n_kv_heads is None:
+            self.n_kv_heads = self.n_heads
+        if self.use_scaled_rope and self.rope_scaling is None:
+            self.rope_scaling = RopeScaling()
+        self.use_scaled_rope = self.rope_scaling is not None
+        self.check()
+
+    def check(self) -> None:
+        """Raise ConfigError where a number is out of range; for use after an assignment."""
+        whole = ["dim", "n_layers", "n_heads", "n_kv_heads", "multiple_of"]
+        whole += ["max_batch_size", "max_seq_len"]
+        whole += [n for n in ("hidden_dim", "context_length") if getattr(self, n) is not None]
+        for name in whole:
+            _require_number(name, getattr(self, name), whole=True)
+        for name in ("norm_eps", "rope_theta"):
+            _require_number(name, getattr(self, name))
+        if self.ffn_dim_multiplier is not None:
+            _require_number("ffn_dim_multiplier", self.ffn_dim_multiplier)
+        if self.vocab_size != -1:
+            _require_number("vocab_size", self.vocab_size, whole=True)
+        if self.dim % self.n_heads:
+            raise ConfigError(f"dim {self.dim} is not a multiple of n_heads {self.n_heads}")
+        if self.head_dim % 2:
+            raise ConfigError(f"RoPE turns pairs: head_dim {self.head_dim} must be even")
+        if self.n_heads % self.local_kv_heads(1):
+            raise ConfigError(
+                f"n_heads {self.n_heads} is not a multiple of n_kv_heads {self.n_kv_heads}"
+            )
+        if self.embedding_shard_dim not in (0, 1):
+            raise ConfigError(f"embedding_shard_dim is {self.embedding_shard_dim}: 0 or 1")
+        if self.tied and self.embedding_shard_dim != 0:
+            raise ConfigError("a tied embedding is split by vocabulary: embedding_shard_dim 0")
+
+    @property
+    def head_dim(self) -> int:
+        return self.dim // self.n_heads
+
+    @property
+    def ffn_dim(self) -> int:
+        """The feed-forward width F: `hidden_dim` where given, else two thirds of 4 * dim, scaled
+        and rounded up, in Meta's order of integer cuts."""
+        if self.hidden_dim is not None:
+            return self.hidden_dim
+        width = int(2 * (4 * self.dim) / 3)
+        if self.ffn_dim_multiplier is not None:
+            width = int(self.ffn_dim_multiplier * width)
+        return math.ceil(width / self.multiple_of) * self.multiple_of
+
+    def local_kv_heads(self, mp_size: int) -> int:
+        """Key/value heads that one of `mp_size` ranks holds."""
+        return (self.n_kv_heads or self.n_heads) // mp_size
+
+    @property
+    def context(self) -> int:
+        """Tokens the model can attend to: stated, or the family's (2: 4096, 3: 8192, 3.1: 128k)."""
+        if self.context_length is not None:
+            return self.context_length
+        preset = next((p for p in PRESETS.values() if _same_shape(self, p)), None)
+        if preset is not None and preset.context_length is not None:
+            return preset.context_length
+        return 131072 if self.use_scaled_rope else 8192
+
+
+def _require_number(name: str, value: Any, whole: bool = False) -> None:
+    kinds = (int,) if whole else (int, float)
+    if isinstance(value, bool) or not isinstance(value, kinds) or not 0 < value < math.inf:
+        kind = "whole number" if whole else "number"
+        raise ConfigError(f"{name} is {value!r}: it must be a {kind} above 0")
+
+
+# ---- params.json ----------------------------------------------------------------------------
+
+REQUIRED_KEYS = ("dim", "n_layers", "n_heads", "vocab_size", "norm_eps")
+KNOWN_KEYS = frozenset(REQUIRED_KEYS) | {
+    "n_kv_heads",
+    "multiple_of",
+    "ffn_dim_multiplier",
+    "rope_theta",
+    "use_scaled_rope",
+    "hidden_dim",
+    "context_length",
+}
+# What Meta's files hold for models that are more, or less, than a plain text model.
+OTHER_MODELS = {
+    "vision_": "a vision model",
+    "quantization_args": "a quantized model",
+    "lora_args": "a LoRA adapter",
+}
+
+
+def read_params(path: str | Path, rope_factor: float | None = None) -> ModelArgs:
+    """Read a `params.json` as Meta ships it.
+
+    rope_factor: scaling factor of RoPE where the file asks for scaled RoPE, which it does without
+        a number. None takes the published one, 32 for the two Llama 3.2 shapes and 8 for all
+        others; Meta's own code always computes with 8.
+    Raises ConfigError for a file that is missing, is not JSON, has an unknown or no required key,
+    or describes something else than a plain Llama text model.
+    """
+    path = Path(path)
+    try:
+        params = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"cannot read {path}: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{path} is not JSON: {error}") from error
+    if not isinstance(params, dict):
+        raise ConfigError(f"{path} holds a {type(params).__name__}, not an object with keys")
+
+    for key in params:
+        for prefix, what in OTHER_MODELS.items():
+            if key.startswith(prefix) and params[key] is not None:
+                raise ConfigError(f"{path} has {key}: this is {what}, not a plain text model")
+    if unknown := sorted(params.keys() - KNOWN_KEYS - OTHER_MODELS.keys()):
+        raise ConfigError(f"{path} has unknown keys: {', '.join(unknown)}")
+    if missing := [key for key in REQUIRED_KEYS if key not in params]:
+        raise ConfigError(f"{path} lacks the keys: {', '.join(missing)}")
+
+    known = {key: params[key] for key in params.keys() & KNOWN_KEYS}
+    # Llama 2's files predate the key: there its value is RoPE's first one, not the class default.
+    known.setdefault("rope_theta", 10000.0)
+    try:
+        args = ModelArgs(**known)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from error
+    if args.vocab_size == -1:  # Llama 2 leaves the size to its tokenizer
+        args.embedding_shard_dim = 1
+    if args.use_scaled_rope:
+        is_3_2 = any(_same_shape(args, PRESETS[n]) for n in ("llama-3.2-1b", "llama-3.2-3b"))
+        args.rope_scaling = RopeScaling(factor=rope_factor or (32.0 if is_3_2 else 8.0))
+    return args
+
+
+# ---- the published models -------------------------------------------------------------------
+
+_LLAMA_2 = ModelArgs(
+    vocab_size=32000, rope_theta=1e4, context_length=4096, embedding_shard_dim=1, multiple_of=256
+)
+_LLAMA_3 = ModelArgs(vocab_size=128256, n_kv_heads=8, rope_theta=5e5, context_length=8192)
+_LLAMA_3_8B = replace(_LLAMA_3, multiple_of=1024, ffn_dim_multiplier=1.3)
+_LLAMA_3_70B = replace(_LLAMA_3_8B, dim=8192, n_layers=80, n_heads=64, multiple_of=4096)
+
+
+def _extended(args: ModelArgs, factor: float = 8.0) -> ModelArgs:
+    return replace(args, rope_scaling=RopeScaling(factor), context_length=131072)
+
+
+_LLAMA_31_405B = replace(
+    _extended(_LLAMA_3),
+    **dict(dim=16384, n_layers=126, n_heads=128, multiple_of=4096, ffn_dim_multiplier=1.2),
+)
+
+PRESETS: dict[str, ModelArgs] = {
+    "llama-2-7b": _LLAMA_2,
+    "llama-2-13b": replace(_LLAMA_2, dim=5120, n_layers=40, n_heads=40, n_kv_heads=40),
+    "llama-2-70b": replace(_LLAMA_3_70B, vocab_size=32000, rope_theta=1e4, context_length=4096,
+                           embedding_shard_dim=1),
+    "llama-3-8b": _LLAMA_3_8B,
+    "llama-3-70b": _LLAMA_3_70B,
+    "llama-3.1-8b": _extended(_LLAMA_3_8B),
+    "llama-3.1-70b": _extended(_LLAMA_3_70B),
+    "llama-3.1-405b": _LLAMA_31_405B,
+    # Sixteen ranks cannot share eight key/value heads: Meta's folder for them repeats each once.
+    "llama-3.1-405b-mp16": replace(_LLAMA_31_405B, n_kv_heads=16),
+    "llama-3.2-1b": replace(_extended(_LLAMA_3, 32.0), dim=2048, n_layers=16,
+                            ffn_dim_multiplier=1.5, tied=True),
+    "llama-3.2-3b": replace(_extended(_LLAMA_3, 32.0), dim=3072, n_layers=28, n_heads=24,
+                            ffn_dim_multiplier=1.0, tied=True),
+    "llama-3.3-70b": _extended(_LLAMA_3_70B),
+}  # fmt: skip
+
+
+def _same_shape(args: ModelArgs, preset: ModelArgs) -> bool:
+    """Whether two configurations are the same model, as far as a params.json can tell."""
+    names = ("dim", "n_layers", "n_heads", "n_kv_heads", "ffn_dim", "rope_theta", "use_scaled_rope")
+    same_vocab = args.vocab_size in (preset.vocab_size, -1)
+    return same_vocab and all(getattr(args, n) == getattr(preset, n) for n in names)

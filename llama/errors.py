@@ -1,0 +1,29 @@
+"""The errors a user can cause. Each message is one line that names the thing and the limit."""
+
+
+class LlamaError(ValueError):
+    """Base of every error below; a command line catches it and exits with code 2."""
+
+
+class ConfigError(LlamaError):
+    """A params.json, ModelArgs or build option that does not describe a runnable model."""
+
+
+class CheckpointError(LlamaError):
+    """A checkpoint folder or shard that cannot be read or does not fit the model."""
+
+
+class TokenizerError(LlamaError):
+    """A tokenizer file that cannot be read, or text or ids it cannot handle."""
+
+
+class DialogError(LlamaError):
+    """A dialog with a wrong role, a wrong turn order or text that would pose as a tag."""
+
+
+class GenerationError(LlamaError):
+    """Prompts or sampling options that the model cannot serve."""
+
+
+class ParallelError(LlamaError):
+    """A process group that does not fit the model, or a rank that failed."""

@@ -1,0 +1,370 @@
+"""The Llama transformer, whole, for inference and training, split over fairscale's ranks.
+
+Shapes in comments, per rank: B batch rows, S new tokens, T visible keys, D dim, H query heads,
+K key/value heads, hd head_dim, F feed-forward width, V vocabulary. H, K and F are what one of
+mp_size ranks holds.
+"""
+
+import contextlib
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from fairscale.nn.model_parallel.layers import (
+    ColumnParallelLinear,
+    ParallelEmbedding,
+    RowParallelLinear,
+    VocabParallelEmbedding,
+)
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from llama import parallel
+from llama.cache import KVCache
+from llama.config import ModelArgs, RopeScaling
+from llama.errors import ConfigError, GenerationError
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight, computed in float32; Zhang & Sennrich 2019, arxiv.org/abs/1910.07467."""
+
+    def __init__(self, dim: int, eps: float = 1e-6) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x32 = x.float()
+        normed = x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + self.eps)
+        return normed.type_as(x) * self.weight
+
+
+# ---- rotary position embedding: Su et al. 2021, arxiv.org/abs/2104.09864 ------------------------
+
+
+def scale_frequencies(freqs: Tensor, scaling: RopeScaling) -> Tensor:
+    """Llama 3.1's stretching of RoPE for long contexts: slow waves are slowed by `factor`, fast
+    ones stay, those in between are blended. freqs: (hd / 2,) radians a position."""
+    wavelen = 2 * math.pi / freqs
+    turns = scaling.original_context_length / wavelen  # full turns within the old context
+    low, high = scaling.low_freq_factor, scaling.high_freq_factor
+    smooth = (turns - low) / (high - low)
+    blended = (1 - smooth) * freqs / scaling.factor + smooth * freqs
+    context = scaling.original_context_length
+    is_slow, is_fast = wavelen > context / low, wavelen < context / high
+    return torch.where(is_slow, freqs / scaling.factor, torch.where(is_fast, freqs, blended))
+
+
+def precompute_freqs_cis(
+    head_dim: int,
+    end: int,
+    theta: float = 10000.0,
+    scaling: RopeScaling | None = None,
+    device: torch.device | None = None,
+) -> Tensor:
+    """The rotations exp(i * position * frequency): complex64 (end, hd / 2)."""
+    exponents = torch.arange(0, head_dim, 2, device=device).float() / head_dim
+    freqs = 1.0 / theta**exponents
+    if scaling is not None:
+        freqs = scale_frequencies(freqs, scaling)
+    angles = torch.outer(torch.arange(end, device=device, dtype=torch.float32), freqs)
+    return torch.polar(torch.ones_like(angles), angles)
+
+
+def apply_rotary_emb(xq: Tensor, xk: Tensor, freqs_cis: Tensor) -> tuple[Tensor, Tensor]:
+    """Turn neighbouring pairs of features by their position's angles, in float32.
+
+    xq: (B, S, H, hd), xk: (B, S, K, hd), freqs_cis: (S, hd / 2); shapes stay.
+    """
+    rotation = freqs_cis[None, :, None, :]  # one for all rows and heads
+
+    def rotate(x: Tensor) -> Tensor:
+        pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
+        return torch.view_as_real(pairs * rotation).flatten(-2).type_as(x)
+
+    return rotate(xq), rotate(xk)
+
+
+def repeat_kv(x: Tensor, n_rep: int) -> Tensor:
+    """Give each query head its key/value head: (B, T, K, hd) -> (B, T, K * n_rep, hd), every head
+    n_rep times in a row."""
+    return x if n_rep == 1 else x.repeat_interleave(n_rep, dim=2)
+
+
+def causal_mask(start_pos: int, seqlen: int, like: Tensor) -> Tensor:
+    """What is added to the scores, (S, T): a query sees keys whose position is not after its own."""
+    keys = torch.arange(start_pos + seqlen, device=like.device)
+    hidden = keys > keys[start_pos:, None]
+    return torch.zeros(hidden.shape, dtype=like.dtype, device=like.device).masked_fill_(
+        hidden, -math.inf
+    )
+
+
+# ---- the layers -------------------------------------------------------------------------------
+
+
+def _column(in_features: int, out_features: int, gather_output: bool = False) -> nn.Module:
+    return ColumnParallelLinear(
+        in_features, out_features, bias=False, gather_output=gather_output, init_method=_no_init
+    )
+
+
+def _row(in_features: int, out_features: int) -> nn.Module:
+    return RowParallelLinear(
+        in_features, out_features, bias=False, input_is_parallel=True, init_method=_no_init
+    )
+
+
+def _no_init(weight: Tensor) -> Tensor:
+    return weight  # `Transformer.init_weights` does it, without the full matrix on every rank
+
+
+class Attention(nn.Module):
+    """Causal attention with grouped key/value heads; Vaswani et al. 2017, arxiv.org/abs/1706.03762,
+    Ainslie et al. 2023, arxiv.org/abs/2305.13245."""
+
+    def __init__(self, args: ModelArgs, layer_id: int) -> None:
+        super().__init__()
+        mp_size = parallel.mp_size()
+        self.layer_id = layer_id
+        self.head_dim = args.head_dim
+        self.n_local_heads = args.n_heads // mp_size
+        self.n_local_kv_heads = args.local_kv_heads(mp_size)
+        self.n_rep = self.n_local_heads // self.n_local_kv_heads
+
+        kv_dim = args.local_kv_heads(1) * args.head_dim
+        self.wq = _column(args.dim, args.dim)
+        self.wk = _column(args.dim, kv_dim)
+        self.wv = _column(args.dim, kv_dim)
+        self.wo = _row(args.dim, args.dim)
+
+    def forward(
+        self,
+        x: Tensor,
+        start_pos: int,
+        freqs_cis: Tensor,
+        mask: Tensor | None,
+        cache: KVCache | None,
+    ) -> Tensor:
+        bsz, seqlen, _ = x.shape
+        # Column-parallel: each rank projects to its own heads and attends with them alone.
+        xq = self.wq(x).view(bsz, seqlen, self.n_local_heads, self.head_dim)  # (B, S, H, hd)
+        xk = self.wk(x).view(bsz, seqlen, self.n_local_kv_heads, self.head_dim)  # (B, S, K, hd)
+        xv = self.wv(x).view(bsz, seqlen, self.n_local_kv_heads, self.head_dim)
+        xq, xk = apply_rotary_emb(xq, xk, freqs_cis)
+
+        if cache is not None:
+            xk, xv = cache.update(self.layer_id, start_pos, xk, xv)  # (B, T, K, hd)
+        keys = repeat_kv(xk, self.n_rep).transpose(1, 2)  # (B, H, T, hd)
+        values = repeat_kv(xv, self.n_rep).transpose(1, 2)
+
+        scores = xq.transpose(1, 2) @ keys.transpose(2, 3) / math.sqrt(self.head_dim)
+        if mask is not None:
+            scores = scores + mask  # (B, H, S, T)
+        weights = F.softmax(scores.float(), dim=-1).type_as(xq)
+        heads = (weights @ values).transpose(1, 2).flatten(2)  # (B, S, H * hd)
+        # Row-parallel: every rank adds its heads' share of the output, summed over the ranks.
+        return self.wo(heads)  # (B, S, D)
+
+
+class FeedForward(nn.Module):
+    """SwiGLU: down(silu(gate(x)) * up(x)); Shazeer 2020, arxiv.org/abs/2002.05202."""
+
+    def __init__(self, dim: int, hidden_dim: int) -> None:
+        super().__init__()
+        self.w1 = _column(dim, hidden_dim)  # gate
+        self.w2 = _row(hidden_dim, dim)  # down
+        self.w3 = _column(dim, hidden_dim)  # up
+
+    def forward(self, x: Tensor) -> Tensor:
+        # Gate and up are column-parallel: the product of a rank's F features stays local.
+        return self.w2(F.silu(self.w1(x)) * self.w3(x))  # (B, S, D)
+
+
+class TransformerBlock(nn.Module):
+    """Attention and feed-forward, each normed before and added to the residual stream after."""
+
+    def __init__(self, layer_id: int, args: ModelArgs) -> None:
+        super().__init__()
+        self.layer_id = layer_id
+        self.attention = Attention(args, layer_id)
+        self.feed_forward = FeedForward(args.dim, args.ffn_dim)
+        self.attention_norm = RMSNorm(args.dim, args.norm_eps)
+        self.ffn_norm = RMSNorm(args.dim, args.norm_eps)
+
+    def forward(
+        self,
+        x: Tensor,
+        start_pos: int,
+        freqs_cis: Tensor,
+        mask: Tensor | None,
+        cache: KVCache | None,
+    ) -> Tensor:
+        h = x + self.attention(self.attention_norm(x), start_pos, freqs_cis, mask, cache)
+        return h + self.feed_forward(self.ffn_norm(h))  # (B, S, D)
+
+
+class Transformer(nn.Module):
+    """Token ids in, logits of the next token out.
+
+    The weights are random (normal, 0.02), the same at any number of ranks for one seed; under
+    `torch.device("meta")` they take no memory and wait for a checkpoint. Where no process group
+    exists, one rank is set up.
+    """
+
+    def __init__(self, params: ModelArgs) -> None:
+        super().__init__()
+        parallel.initialize()
+        _check_split(params, parallel.mp_size())
+        self.params = params
+        self.vocab_size = params.vocab_size
+        self.n_layers = params.n_layers
+        self.freqs_cis: Tensor | None = None  # made on the weights' device by the first forward
+        self.cache: KVCache | None = None  # for Meta's call without one, made by the first
+
+        with _on_meta_device():
+            embedding = ParallelEmbedding if params.embedding_shard_dim else VocabParallelEmbedding
+            self.tok_embeddings = embedding(params.vocab_size, params.dim, init_method=_no_init)
+            self.layers = nn.ModuleList(
+                TransformerBlock(layer_id, params) for layer_id in range(params.n_layers)
+            )
+            self.norm = RMSNorm(params.dim, params.norm_eps)
+            self.output = _column(params.dim, params.vocab_size, gather_output=True)
+        if torch.get_default_device().type != "meta":
+            self.to_empty(device=torch.get_default_device())
+            self.init_weights()
+        self.tie_weights()
+
+    def tie_weights(self) -> None:
+        """Make the output matrix the embedding itself, where the model is `tied`."""
+        if self.params.tied:
+            self.output.weight = self.tok_embeddings.weight
+
+    @torch.no_grad()
+    def init_weights(self) -> None:
+        """Draw every weight anew; what adds to the residual stream starts smaller with depth.
+
+        Each matrix is drawn whole and cut, so that a seed gives one model at any number of ranks.
+        """
+        for name, weight in self.named_parameters():
+            if weight.dim() == 1:
+                weight.fill_(1.0)
+                continue
+            into_residual = name.endswith(("wo.weight", "w2.weight"))
+            std = 0.02 / math.sqrt(2 * self.n_layers) if into_residual else 0.02
+            dim = parallel.shard_dim(name, self.params.embedding_shard_dim)
+            assert dim is not None, name
+            whole = list(weight.shape)
+            whole[dim] *= parallel.mp_size()
+            drawn = weight.new_empty(whole).normal_(std=std)
+            weight.copy_(drawn.chunk(parallel.mp_size(), dim)[parallel.mp_rank()])
+
+    def forward(
+        self, tokens: Tensor, start_pos: int | None = None, cache: KVCache | None = None
+    ) -> Tensor:
+        """Logits after each of the tokens, float32 (B, S, V).
+
+        tokens: (B, S) ids. Alone they are whole sequences, and gradients flow: training.
+        start_pos: position of the first token, the same in all rows; the keys and values of the
+            earlier ones are read from the cache, those of the new ones stored in it. No gradients.
+        cache: where they are kept; None: in the model's own, sized by `params.max_batch_size` and
+            `max_seq_len`, which is Meta's call.
+        Raises GenerationError where the tokens do not fit the cache or the RoPE table.
+        """
+        if start_pos is None:
+            self._check_fits(tokens, 0, tokens.shape[0], self.params.max_seq_len)
+            return self._forward(tokens, 0, None)
+        cache = cache or self._own_cache()
+        self._check_fits(tokens, start_pos, cache.max_batch_size, cache.max_seq_len)
+        with torch.no_grad():
+            return self._forward(tokens, start_pos, cache)
+
+    def _forward(self, tokens: Tensor, start_pos: int, cache: KVCache | None) -> Tensor:
+        seqlen = tokens.shape[1]
+        h = self.tok_embeddings(tokens)  # (B, S, D)
+        freqs_cis = self._rope_table(h.device)[start_pos : start_pos + seqlen]
+        # A single new token may see every key there is.
+        mask = causal_mask(start_pos, seqlen, like=h) if seqlen > 1 else None
+        for layer in self.layers:
+            h = layer(h, start_pos, freqs_cis, mask, cache)
+        return self.output(self.norm(h)).float()  # (B, S, V)
+
+    def _rope_table(self, device: torch.device) -> Tensor:
+        if self.freqs_cis is None or self.freqs_cis.device != device:
+            args = self.params
+            # Training may use a table that generation made: it must not be an inference tensor.
+            with torch.inference_mode(False):
+                self.freqs_cis = precompute_freqs_cis(
+                    args.head_dim, args.max_seq_len, args.rope_theta, args.rope_scaling, device
+                )
+        return self.freqs_cis
+
+    def _own_cache(self) -> KVCache:
+        weight = self.output.weight
+        if self.cache is None or (self.cache.k.dtype, self.cache.k.device) != (
+            weight.dtype,
+            weight.device,
+        ):
+            self.cache = self.make_cache(self.params.max_batch_size, self.params.max_seq_len)
+        return self.cache
+
+    def make_cache(self, max_batch_size: int, max_seq_len: int) -> KVCache:
+        """A cache of this rank's heads, in the weights' dtype and on their device."""
+        weight = self.output.weight
+        kv_heads = self.params.local_kv_heads(parallel.mp_size())
+        return KVCache(
+            self.n_layers,
+            max_batch_size,
+            max_seq_len,
+            kv_heads,
+            self.params.head_dim,
+            weight.dtype,
+            weight.device,
+        )
+
+    @staticmethod
+    def _check_fits(tokens: Tensor, start_pos: int, max_rows: int, max_positions: int) -> None:
+        bsz, seqlen = tokens.shape
+        if bsz > max_rows:
+            raise GenerationError(f"a batch of {bsz} rows, but the KV cache has {max_rows}")
+        if start_pos < 0 or start_pos + seqlen > max_positions:
+            raise GenerationError(
+                f"tokens at positions {start_pos} to {start_pos + seqlen - 1}, but max_seq_len "
+                f"is {max_positions}"
+            )
+
+
+def _check_split(params: ModelArgs, mp_size: int) -> None:
+    if params.vocab_size < 1:
+        raise ConfigError("vocab_size is -1: set it to the tokenizer's n_words")
+    parts = {
+        "n_heads": params.n_heads,
+        "n_kv_heads": params.local_kv_heads(1),
+        "the feed-forward width": params.ffn_dim,
+        "vocab_size": params.vocab_size,
+    }
+    for name, size in parts.items():
+        if size % mp_size:
+            raise ConfigError(f"{name} {size} cannot be split over {mp_size} ranks")
+
+
+class _MetaDeviceMode(TorchDispatchMode):
+    """Make every new tensor on the meta device."""
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = dict(kwargs or {})
+        if "device" in kwargs:
+            kwargs["device"] = torch.device("meta")
+        return func(*args, **kwargs)
+
+
+@contextlib.contextmanager
+def _on_meta_device() -> Iterator[None]:
+    """`torch.device("meta")` for all, fairscale's layers included: they call the legacy
+    constructor `torch.Tensor(rows, columns)`, which asks no default device."""
+    with torch.device("meta"), _MetaDeviceMode():
+        yield

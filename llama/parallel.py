@@ -1,0 +1,151 @@
+"""Ranks: the process group, fairscale's model-parallel groups, broadcasts and clean failure.
+
+torchrun starts one process a rank and tells each about the others in environment variables
+(RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT). Without it there is one rank, which
+needs no network.
+"""
+
+import atexit
+import contextlib
+import io
+import os
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from fairscale.nn.model_parallel import initialize as fs_init
+from torch import Tensor
+from torch.distributed.distributed_c10d import _set_pg_timeout
+
+from llama.errors import ParallelError
+
+# How long a rank waits in a collective for one that is alive but absent. A rank that died is
+# noticed at once, because its connection closes.
+TIMEOUT = timedelta(minutes=5)
+
+# The dimension of each weight that is split over the ranks; what is missing is replicated.
+# Matches ColumnParallelLinear (0) and RowParallelLinear (1). `tok_embeddings` depends on the
+# family, see `ModelArgs.embedding_shard_dim`.
+SHARD_DIMS = {"wq": 0, "wk": 0, "wv": 0, "wo": 1, "w1": 0, "w2": 1, "w3": 0, "output": 0}
+
+
+def shard_dim(name: str, embedding_shard_dim: int) -> int | None:
+    """The dimension on which the tensor of that state-dict name is split; None: replicated."""
+    module = name.removesuffix(".weight").rsplit(".", 1)[-1]
+    return embedding_shard_dim if module == "tok_embeddings" else SHARD_DIMS.get(module)
+
+
+def initialize(model_parallel_size: int | None = None, device: torch.device | None = None) -> None:
+    """Make the process group and fairscale's groups, as far as they do not exist already.
+
+    model_parallel_size: ranks that share one model; None: what exists, or all of torchrun's.
+    Raises ParallelError when the size does not fit the ranks there are.
+    """
+    device = device or torch.device("cpu")
+    world_size = dist.get_world_size() if dist.is_initialized() else _environment("WORLD_SIZE", 1)
+    if fs_init.model_parallel_is_initialized():
+        if model_parallel_size not in (None, mp_size()):
+            raise ParallelError(
+                f"model_parallel_size is {model_parallel_size}, but this process already runs "
+                f"with {mp_size()}: one process has one size"
+            )
+        return
+    size = world_size if model_parallel_size is None else model_parallel_size
+    if size < 1 or world_size % size:
+        raise ParallelError(
+            f"model_parallel_size {size} does not divide the {world_size} started rank(s): "
+            f"run under torchrun --nproc_per_node {size}"
+        )
+    if not dist.is_initialized():
+        _init_process_group(world_size, device)
+    with contextlib.redirect_stdout(io.StringIO()):  # fairscale prints three lines on rank 0
+        fs_init.initialize_model_parallel(size)
+    # fairscale makes its groups without a timeout, which means half an hour for gloo.
+    for group in (fs_init.get_model_parallel_group(), fs_init.get_data_parallel_group()):
+        _set_pg_timeout(TIMEOUT, group)
+
+
+def _init_process_group(world_size: int, device: torch.device) -> None:
+    if world_size == 1:  # in memory: no socket, no environment variables
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    else:
+        for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"):
+            if name not in os.environ:
+                raise ParallelError(
+                    f"WORLD_SIZE is {world_size} but {name} is not set: use torchrun"
+                )
+        on_gpu = device.type == "cuda"
+        dist.init_process_group(
+            "nccl" if on_gpu else "gloo", timeout=TIMEOUT, device_id=device if on_gpu else None
+        )
+    atexit.register(_shut_down)
+
+
+def _shut_down() -> None:
+    if dist.is_initialized():
+        fs_init.destroy_model_parallel()
+        dist.destroy_process_group()
+
+
+def _environment(name: str, default: int) -> int:
+    text = os.environ.get(name, str(default))
+    if not text.isdecimal():
+        raise ParallelError(f"the environment variable {name} is {text!r}: not a whole number")
+    return int(text)
+
+
+def local_device(device: str | torch.device | None = None) -> torch.device:
+    """The device of this rank: the one asked for, else its own GPU, else MPS, else the CPU."""
+    if device is None:
+        if torch.cuda.is_available():
+            device = "cuda"
+        else:
+            device = "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.device(device)
+    except RuntimeError as error:
+        raise ParallelError(f"unknown device {device!r}") from error
+    if device.type == "cuda":
+        index = _environment("LOCAL_RANK", 0) if device.index is None else device.index
+        if index >= torch.cuda.device_count():
+            raise ParallelError(
+                f"this rank needs GPU {index}, but {torch.cuda.device_count()} are visible"
+            )
+        return torch.device("cuda", index)
+    return device
+
+
+def mp_size() -> int:
+    """Number of ranks that share the model."""
+    return fs_init.get_model_parallel_world_size()
+
+
+def mp_rank() -> int:
+    """This process's rank among those that share the model."""
+    return fs_init.get_model_parallel_rank()
+
+
+def is_main_rank() -> bool:
+    """True on the one rank that speaks: global rank 0, or the only process."""
+    return not dist.is_initialized() or dist.get_rank() == 0
+
+
+def broadcast_from_first(tensor: Tensor) -> Tensor:
+    """Overwrite `tensor` on every model-parallel rank with the first one's, in place."""
+    if mp_size() > 1:
+        dist.broadcast(
+            tensor, fs_init.get_model_parallel_src_rank(), fs_init.get_model_parallel_group()
+        )
+    return tensor
+
+
+def raise_together(error: Exception | None, device: torch.device) -> None:
+    """Raise on every rank if any rank has an error: a rank that fails alone would leave the
+    others waiting in their next collective. Each failing rank raises its own error."""
+    failed = torch.tensor([int(error is not None)], device=device)
+    if dist.get_world_size() > 1:
+        dist.all_reduce(failed)
+    if error is not None:
+        raise error
+    if failed.item():
+        raise ParallelError(f"{failed.item()} other rank(s) failed: their own messages say why")

@@ -204,7 +204,11 @@ def _extended(args: ModelArgs, factor: float = 8.0) -> ModelArgs:
 
 _LLAMA_31_405B = replace(
     _extended(_LLAMA_3),
-    **dict(dim=16384, n_layers=126, n_heads=128, multiple_of=4096, ffn_dim_multiplier=1.2),
+    dim=16384,
+    n_layers=126,
+    n_heads=128,
+    multiple_of=4096,
+    ffn_dim_multiplier=1.2,
 )
 
 PRESETS: dict[str, ModelArgs] = {

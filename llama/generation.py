@@ -159,7 +159,7 @@ class Llama:
         self.model = model
         self.tokenizer = tokenizer
         self.formatter = tokenizer.chat_format()
-        self._device = model.output.weight.device
+        self._device = next(model.parameters()).device
         self._generator = torch.Generator(self._device).manual_seed(seed)
 
     # ---- generation ---------------------------------------------------------------------------
@@ -292,7 +292,9 @@ class Llama:
         rows = []
         for ids, values, length in zip(tokens.tolist(), scores.tolist(), lengths, strict=True):
             end = min(length + max_gen_len, total_len)
-            stop = next((i for i in range(length, end) if ids[i] in self.tokenizer.stop_tokens), None)
+            stop = next(
+                (i for i in range(length, end) if ids[i] in self.tokenizer.stop_tokens), None
+            )
             kept = slice(0 if echo else length, end if stop is None else stop)
             rows.append(_Row(ids[kept], values[kept], None if stop is None else ids[stop]))
         return rows
@@ -305,9 +307,11 @@ class Llama:
             raise GenerationError(
                 f"{len(prompts)} prompts, but max_batch_size is {params.max_batch_size}"
             )
-        if max_gen_len < 0:
-            raise GenerationError(f"max_gen_len is {max_gen_len}: it must be 0 or above")
+        if not isinstance(max_gen_len, int) or max_gen_len < 0:
+            raise GenerationError(f"max_gen_len is {max_gen_len!r}: it must be 0 or above")
         for row, prompt in enumerate(prompts):
+            if not isinstance(prompt, Sequence):
+                raise GenerationError(f"prompt {row} is {prompt!r}, not a list of token ids")
             if not prompt:
                 raise GenerationError(f"prompt {row} is empty: it needs at least one token")
             if len(prompt) > params.max_seq_len:
@@ -316,17 +320,16 @@ class Llama:
                     f"{params.max_seq_len}"
                 )
             for token in prompt:
-                if not 0 <= token < params.vocab_size:
+                if not isinstance(token, int) or not 0 <= token < params.vocab_size:
                     raise GenerationError(
-                        f"prompt {row} has token id {token}, but vocab_size is {params.vocab_size}"
+                        f"prompt {row} has token id {token!r}, but vocab_size is "
+                        f"{params.vocab_size}"
                     )
 
 
 def _logprobs(logits: Tensor, targets: Tensor) -> Tensor:
     """Log-probability of each target: logits (B, S, V), targets (B, S) -> (B, S); 0 for EMPTY."""
-    return -F.cross_entropy(
-        logits.transpose(1, 2), targets, reduction="none", ignore_index=EMPTY
-    )
+    return -F.cross_entropy(logits.transpose(1, 2), targets, reduction="none", ignore_index=EMPTY)
 
 
 def _dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.dtype | None:

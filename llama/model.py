@@ -94,7 +94,7 @@ def repeat_kv(x: Tensor, n_rep: int) -> Tensor:
 
 
 def causal_mask(start_pos: int, seqlen: int, like: Tensor) -> Tensor:
-    """What is added to the scores, (S, T): a query sees keys whose position is not after its own."""
+    """Added to the scores, (S, T): a query sees keys whose position is not after its own."""
     keys = torch.arange(start_pos + seqlen, device=like.device)
     hidden = keys > keys[start_pos:, None]
     return torch.zeros(hidden.shape, dtype=like.dtype, device=like.device).masked_fill_(
@@ -302,23 +302,20 @@ class Transformer(nn.Module):
         return self.freqs_cis
 
     def _own_cache(self) -> KVCache:
-        weight = self.output.weight
-        if self.cache is None or (self.cache.k.dtype, self.cache.k.device) != (
-            weight.dtype,
-            weight.device,
-        ):
-            self.cache = self.make_cache(self.params.max_batch_size, self.params.max_seq_len)
-        return self.cache
+        weight, cache = next(self.parameters()), self.cache
+        if cache is None or (cache.k.dtype, cache.k.device) != (weight.dtype, weight.device):
+            cache = self.make_cache(self.params.max_batch_size, self.params.max_seq_len)
+            self.cache = cache
+        return cache
 
     def make_cache(self, max_batch_size: int, max_seq_len: int) -> KVCache:
         """A cache of this rank's heads, in the weights' dtype and on their device."""
-        weight = self.output.weight
-        kv_heads = self.params.local_kv_heads(parallel.mp_size())
+        weight = next(self.parameters())
         return KVCache(
             self.n_layers,
             max_batch_size,
             max_seq_len,
-            kv_heads,
+            self.params.local_kv_heads(parallel.mp_size()),
             self.params.head_dim,
             weight.dtype,
             weight.device,

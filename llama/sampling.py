@@ -10,10 +10,11 @@ from llama.errors import GenerationError
 
 def check_sampling(temperature: float, top_p: float) -> None:
     """Raise GenerationError where a sampling parameter is out of its range."""
-    if not 0 <= temperature < math.inf:  # also false for NaN
-        raise GenerationError(f"temperature is {temperature}: it must be 0 (greedy) or above")
-    if not 0 <= top_p <= 1:
-        raise GenerationError(f"top_p is {top_p}: it must be between 0 and 1")
+    # Comparisons with NaN are false, so it is refused too.
+    if not isinstance(temperature, (int, float)) or not 0 <= temperature < math.inf:
+        raise GenerationError(f"temperature is {temperature!r}: it must be 0 (greedy) or above")
+    if not isinstance(top_p, (int, float)) or not 0 <= top_p <= 1:
+        raise GenerationError(f"top_p is {top_p!r}: it must be between 0 and 1")
 
 
 def next_token(

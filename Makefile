@@ -1,0 +1,61 @@
+# From a bare clone with python3 (3.11 or newer) and make: every target installs what it needs
+# into .venv first, and does so again only when pyproject.toml changes.
+
+PYTHON ?= python3
+ARGS   ?=
+VENV   := .venv
+BIN    := $(VENV)/bin
+DEMO   := build/demo
+
+.DEFAULT_GOAL := help
+.NOTPARALLEL:
+.DELETE_ON_ERROR:
+.PHONY: help demo test test-slow lint format clean
+
+help: ## show this list
+	@sed -n 's/^\([a-z-]*\):.*## /\1|/p' $(MAKEFILE_LIST) | \
+	    while IFS='|' read -r name text; do printf '  make %-10s %s\n' "$$name" "$$text"; done
+
+demo: $(VENV)/installed $(DEMO)/params.json ## run both examples on a small model
+	@echo
+	@echo "This model has random weights: it shows that everything runs, and the text is gibberish."
+	@echo
+	$(BIN)/python example_text_completion.py --ckpt_dir $(DEMO) --max_seq_len 1024 --max_gen_len 32
+	$(BIN)/python example_chat_completion.py --ckpt_dir $(DEMO) --max_seq_len 1024 --max_gen_len 32
+
+test: $(VENV)/installed-test ## run the tests (ARGS="-k name" narrows them)
+	$(BIN)/python -m pytest $(ARGS)
+
+test-slow: $(VENV)/installed-test ## run the tests that take minutes
+	$(BIN)/python -m pytest -m slow $(ARGS)
+
+lint: $(VENV)/installed-lint ## check style and types
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+format: $(VENV)/installed-lint ## fix what ruff can fix
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+clean: ## remove .venv, build and every cache
+	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(DEMO)/params.json: benchmarks/make_checkpoint.py $(VENV)/installed
+	@rm -rf $(DEMO)
+	$(BIN)/python $< --folder $(DEMO) --shape demo
+
+$(VENV)/created:
+	$(PYTHON) -m venv --clear $(VENV)
+	@touch $@
+
+$(VENV)/installed: pyproject.toml $(VENV)/created
+	@echo "Installing llama-reference into $(VENV) (minutes the first time)"
+	$(BIN)/python -m pip install --quiet --editable .
+	@touch $@
+
+$(VENV)/installed-%: pyproject.toml $(VENV)/created
+	@echo "Installing llama-reference[$*] into $(VENV) (minutes the first time)"
+	$(BIN)/python -m pip install --quiet --editable '.[$*]'
+	@touch $@

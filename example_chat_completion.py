@@ -1,0 +1,80 @@
+"""Answer four dialogs with an instruction-tuned Llama model.
+
+python example_chat_completion.py --ckpt_dir Meta-Llama-3-8B-Instruct/original
+torchrun --nproc_per_node 2 example_chat_completion.py --ckpt_dir llama-2-13b-chat
+"""
+
+import sys
+
+import fire
+
+from llama import Dialog, Llama
+from llama.errors import LlamaError
+from llama.parallel import is_main_rank
+
+DIALOGS: list[Dialog] = [
+    [{"role": "user", "content": "How do I keep basil alive on a windowsill?"}],
+    # The model has no memory: a later question brings the earlier turns along.
+    [
+        {"role": "user", "content": "Name one river that flows north."},
+        {"role": "assistant", "content": "The Nile."},
+        {"role": "user", "content": "Where does it end?"},
+    ],
+    # A system message sets the tone for everything after it.
+    [
+        {"role": "system", "content": "You are a ship's cook. Answer in one short sentence."},
+        {"role": "user", "content": "What should I pack for a week at sea?"},
+    ],
+    [
+        {"role": "system", "content": "Answer with code only, in Python."},
+        {"role": "user", "content": "Reverse a string."},
+        {"role": "assistant", "content": "text[::-1]"},
+        {"role": "user", "content": "Now word by word."},
+    ],
+]
+
+
+def main(
+    ckpt_dir: str,
+    tokenizer_path: str | None = None,
+    temperature: float = 0.6,
+    top_p: float = 0.9,
+    max_seq_len: int = 512,
+    max_gen_len: int | None = None,
+    max_batch_size: int = 4,
+) -> None:
+    """Answer four dialogs with an instruction-tuned Llama model.
+
+    Args:
+        ckpt_dir: folder with params.json and the consolidated.*.pth shards.
+        tokenizer_path: tokenizer.model; by default the one inside ckpt_dir.
+        temperature: randomness of the choice; 0 always takes the likeliest token.
+        top_p: choose among the likeliest tokens that together reach this probability.
+        max_seq_len: longest dialog plus answer, in tokens.
+        max_gen_len: longest answer, in tokens; by default as long as max_seq_len allows.
+        max_batch_size: how many dialogs the model has room for at once; there are four.
+    """
+    generator = Llama.build(
+        ckpt_dir=str(ckpt_dir),  # fire hands over a number where a name looks like one
+        tokenizer_path=tokenizer_path,
+        max_seq_len=max_seq_len,
+        max_batch_size=max_batch_size,
+    )
+    results = generator.chat_completion(
+        DIALOGS, max_gen_len=max_gen_len, temperature=temperature, top_p=top_p
+    )
+    if is_main_rank():
+        for dialog, result in zip(DIALOGS, results, strict=True):
+            for message in dialog:
+                print(f"{message['role'].capitalize()}: {message['content']}\n")
+            answer = result["generation"]
+            print(f"> {answer['role'].capitalize()}: {answer['content']}")
+            print("\n==================================\n")
+
+
+if __name__ == "__main__":
+    try:
+        fire.Fire(main)
+    except LlamaError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,74 @@
+"""Complete four prompts with a pretrained Llama model.
+
+python example_text_completion.py --ckpt_dir Meta-Llama-3-8B/original
+torchrun --nproc_per_node 2 example_text_completion.py --ckpt_dir llama-2-13b
+"""
+
+import sys
+
+import fire
+
+from llama import Llama
+from llama.errors import LlamaError
+from llama.parallel import is_main_rank
+
+# A pretrained model continues text. No prompt ends in a blank: the blank belongs to the next
+# word's token, and a prompt that takes it away asks for a token sequence never seen in training.
+PROMPTS = [
+    "A sailor finds north at night by",
+    "Bread rises because",
+    """def is_leap_year(year: int) -> bool:
+    \"\"\"True for a leap year of the Gregorian calendar.\"\"\"
+    return""",
+    # Few-shot: the examples before the open line are the whole instruction.
+    """English to Spanish:
+
+bread => pan
+window => ventana
+good night => buenas noches
+library =>""",
+]
+
+
+def main(
+    ckpt_dir: str,
+    tokenizer_path: str | None = None,
+    temperature: float = 0.6,
+    top_p: float = 0.9,
+    max_seq_len: int = 128,
+    max_gen_len: int = 64,
+    max_batch_size: int = 4,
+) -> None:
+    """Complete four prompts with a pretrained Llama model.
+
+    Args:
+        ckpt_dir: folder with params.json and the consolidated.*.pth shards.
+        tokenizer_path: tokenizer.model; by default the one inside ckpt_dir.
+        temperature: randomness of the choice; 0 always takes the likeliest token.
+        top_p: choose among the likeliest tokens that together reach this probability.
+        max_seq_len: longest prompt plus answer, in tokens.
+        max_gen_len: longest answer, in tokens.
+        max_batch_size: how many prompts the model has room for at once; there are four.
+    """
+    generator = Llama.build(
+        ckpt_dir=str(ckpt_dir),  # fire hands over a number where a name looks like one
+        tokenizer_path=tokenizer_path,
+        max_seq_len=max_seq_len,
+        max_batch_size=max_batch_size,
+    )
+    results = generator.text_completion(
+        PROMPTS, max_gen_len=max_gen_len, temperature=temperature, top_p=top_p
+    )
+    if is_main_rank():
+        for prompt, result in zip(PROMPTS, results, strict=True):
+            print(prompt)
+            print(f"> {result['generation']}")
+            print("\n==================================\n")
+
+
+if __name__ == "__main__":
+    try:
+        fire.Fire(main)
+    except LlamaError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

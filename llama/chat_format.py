@@ -1,0 +1,186 @@
+"""Dialogs as token ids: the prompt formats of Llama 3.x and of Llama 2.
+
+Both formats have the same two methods: `encode_dialog_prompt` turns a dialog into the ids the model
+continues, and `decode_message` turns what it generated back into a message. The markers around the
+messages are put in as ids; text inside a message never becomes a marker.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Literal, TypedDict, get_args
+
+from llama.errors import DialogError
+
+if TYPE_CHECKING:
+    from llama.tokenizer import Tokenizer
+
+Role = Literal["system", "user", "assistant", "ipython"]
+StopReason = Literal["end_of_turn", "end_of_message"]
+
+
+class _RoleAndContent(TypedDict):
+    role: Role
+    content: str
+
+
+class Message(_RoleAndContent, total=False):
+    """One message of a dialog; `ipython` is the role of a tool's output.
+
+    `stop_reason` is for assistant messages: "end_of_message" says that the model waits for a tool's
+    output before its turn is over.
+    """
+
+    stop_reason: StopReason
+
+
+Dialog = Sequence[Message]
+
+PYTHON_TAG = "<|python_tag|>"
+
+
+class ChatFormat:
+    """Llama 3.x: <|start_header_id|>role<|end_header_id|>, an empty line, content, <|eot_id|>.
+
+    Source: https://www.llama.com/docs/model-cards-and-prompt-formats/llama3_1
+    """
+
+    roles: tuple[str, ...] = get_args(Role)
+
+    def __init__(self, tokenizer: "Tokenizer"):
+        if "<|start_header_id|>" not in tokenizer.special_tokens:
+            raise DialogError(f"{tokenizer.model_path} has no ids for Llama 3's message headers")
+        self.tokenizer = tokenizer
+
+    def encode_header(self, message: Message) -> list[int]:
+        """Return the ids that announce who speaks; only the role of `message` matters."""
+        return [
+            self.tokenizer.special_tokens["<|start_header_id|>"],
+            *self.tokenizer.encode(message["role"], bos=False, eos=False),
+            self.tokenizer.special_tokens["<|end_header_id|>"],
+            *self.tokenizer.encode("\n\n", bos=False, eos=False),
+        ]
+
+    def encode_message(self, message: Message) -> list[int]:
+        """Return header, content without the blanks around it, and the id that ends the message.
+
+        Raises:
+            DialogError: not a message, or a role other than the four of Llama 3.1.
+        """
+        _check_message(message, self.roles, name="the message")
+        from_assistant = message["role"] == "assistant"
+        text = message["content"].strip()
+        tokens = self.encode_header(message)
+        # A generated tool call decodes to text that starts with the tag. Putting the id back gives
+        # the model the ids it wrote, and only the assistant's own text is read in this way.
+        if from_assistant and text.startswith(PYTHON_TAG):
+            tokens.append(self.tokenizer.special_tokens[PYTHON_TAG])
+            text = text.removeprefix(PYTHON_TAG)
+        tokens += self.tokenizer.encode(text, bos=False, eos=False)
+        waits = from_assistant and message.get("stop_reason") == "end_of_message"
+        tokens.append(self.tokenizer.special_tokens["<|eom_id|>" if waits else "<|eot_id|>"])
+        return tokens
+
+    def encode_dialog_prompt(self, dialog: Dialog) -> list[int]:
+        """Return <|begin_of_text|>, every message, and the header of the answer to come.
+
+        Raises:
+            DialogError: empty dialog, wrong role, a system message that is not the first, or a last
+                message that is not from `user` or `ipython`.
+        """
+        _check_dialog(dialog, self.roles, last=("user", "ipython"))
+        tokens = [self.tokenizer.special_tokens["<|begin_of_text|>"]]
+        for message in dialog:
+            tokens += self.encode_message(message)
+        return tokens + self.encode_header({"role": "assistant", "content": ""})
+
+    def decode_message(self, tokens: Sequence[int], stop_token: int | None) -> Message:
+        """Return the assistant's message for generated `tokens`, which leave out `stop_token`."""
+        message = _answer(self.tokenizer, tokens)
+        if stop_token == self.tokenizer.special_tokens["<|eom_id|>"]:
+            message["stop_reason"] = "end_of_message"
+        return message
+
+
+class Llama2ChatFormat:
+    """Llama 2: "[INST] user [/INST] assistant " between bos and eos, once for each finished turn.
+
+    The markers are plain text here, so a message that contains one is refused: it could pose as
+    another speaker.
+
+    Source: https://www.llama.com/docs/model-cards-and-prompt-formats/meta-llama-2
+    """
+
+    roles: tuple[str, ...] = ("system", "user", "assistant")
+    tags = ("[INST]", "[/INST]", "<<SYS>>", "<</SYS>>")
+
+    def __init__(self, tokenizer: "Tokenizer"):
+        self.tokenizer = tokenizer
+
+    def encode_dialog_prompt(self, dialog: Dialog) -> list[int]:
+        """Return the finished turns, each with bos and eos, then the open one with bos alone.
+
+        Raises:
+            DialogError: empty dialog, wrong role, a turn order other than an optional system
+                message, then user and assistant in turn, user last; or a tag inside a message.
+        """
+        _check_dialog(dialog, self.roles, last=("user",))
+        for i, message in enumerate(dialog):
+            if tag := next((tag for tag in self.tags if tag in message["content"]), None):
+                raise DialogError(f"message {i} contains {tag}, which the Llama 2 format reserves")
+
+        turns = list(dialog)
+        if turns[0]["role"] == "system":
+            system, first = turns[0]["content"], turns[1]["content"]
+            opening = f"<<SYS>>\n{system}\n<</SYS>>\n\n{first}"
+            turns[:2] = [{"role": turns[1]["role"], "content": opening}]
+        for i, message in enumerate(turns):
+            expected = ("user", "assistant")[i % 2]
+            if message["role"] != expected:
+                i += len(dialog) - len(turns)  # the message's index as the caller counts
+                raise DialogError(
+                    f"message {i} is from {message['role']} where {expected} must speak: "
+                    "in the Llama 2 format user and assistant take turns, user first"
+                )
+
+        texts = [message["content"].strip() for message in turns]
+        tokens: list[int] = []
+        for user, assistant in zip(texts[::2], texts[1::2], strict=False):  # the last has no answer
+            turn = f"[INST] {user} [/INST] {assistant} "
+            tokens += self.tokenizer.encode(turn, bos=True, eos=True)
+        return tokens + self.tokenizer.encode(f"[INST] {texts[-1]} [/INST]", bos=True, eos=False)
+
+    def decode_message(self, tokens: Sequence[int], stop_token: int | None) -> Message:
+        """Return the assistant's message for generated `tokens`; Llama 2 has one way to stop."""
+        return _answer(self.tokenizer, tokens)
+
+
+def _answer(tokenizer: "Tokenizer", tokens: Sequence[int]) -> Message:
+    return {"role": "assistant", "content": tokenizer.decode(tokens)}
+
+
+def _check_dialog(dialog: Dialog, roles: tuple[str, ...], last: tuple[str, ...]) -> None:
+    if not dialog:
+        raise DialogError("the dialog is empty: it needs at least one message")
+    for i, message in enumerate(dialog):
+        _check_message(message, roles, name=f"message {i}")
+        if message["role"] == "system" and i > 0:
+            raise DialogError(f"message {i} is from system, but only the first message may be")
+    if (speaker := dialog[-1]["role"]) not in last:
+        raise DialogError(f"the last message must be from {' or '.join(last)}, not {speaker}")
+
+
+def _check_message(message: Message, roles: tuple[str, ...], name: str) -> None:
+    if not isinstance(message, Mapping):
+        kind = type(message).__name__
+        raise DialogError(f"{name} must be a mapping with role and content, not {kind}")
+    for key in ("role", "content"):
+        if not isinstance(message.get(key), str):
+            raise DialogError(f"{name} must have a {key!r} that is a string")
+    if message["role"] not in roles:
+        raise DialogError(
+            f"{name} has the role {message['role']!r}, but it must be one of {', '.join(roles)}"
+        )
+    if message.get("stop_reason", "end_of_turn") not in get_args(StopReason):
+        raise DialogError(
+            f"{name} has the stop_reason {message.get('stop_reason')!r}, "
+            f"but it must be one of {', '.join(get_args(StopReason))}"
+        )

@@ -1,0 +1,263 @@
+"""Generation says what Meta's says, where Meta's is right, and refuses what it cannot do."""
+
+import math
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from make_checkpoint import demo_pieces, write_tokenizer
+
+from llama import ChatPrediction, CompletionPrediction, Llama, ModelArgs, Tokenizer, Transformer
+from llama.errors import GenerationError, LlamaError
+
+SEED = 11
+N_RANKS = len(demo_pieces())
+VOCAB = N_RANKS + 256
+
+
+@pytest.fixture(scope="module")
+def tokenizer_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.model"
+    write_tokenizer(path, demo_pieces())
+    return path
+
+
+@pytest.fixture(scope="module")
+def model() -> Transformer:
+    torch.manual_seed(1)
+    args = dict(dim=64, n_layers=2, n_heads=4, n_kv_heads=2, vocab_size=VOCAB, multiple_of=32)
+    model = Transformer(ModelArgs(**args, max_batch_size=4, max_seq_len=96))
+    for weight in model.parameters():
+        if weight.dim() > 1:
+            torch.nn.init.normal_(weight, 0.0, 0.2)
+    return model
+
+
+@pytest.fixture
+def llama(model: Transformer, tokenizer_path: Path) -> Llama:
+    return Llama(model, Tokenizer(tokenizer_path), seed=SEED)
+
+
+@pytest.fixture(scope="module")
+def metas(oracle: Any, model: Transformer, tokenizer_path: Path) -> Any:
+    """Meta's generator on the same weights and tokenizer file."""
+    names = ("dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "multiple_of")
+    names += ("max_batch_size", "max_seq_len")
+    args = oracle.args.ModelArgs(**{name: getattr(model.params, name) for name in names})
+    twin = oracle.model.Transformer(args)
+    twin.load_state_dict(model.state_dict(), strict=True)
+    return oracle.generation.Llama3(twin, oracle.tokenizer.Tokenizer(tokenizer_path), args)
+
+
+def metas_rows(metas: Any, prompts: list[list[int]], **options: Any) -> list[Any]:
+    """Tokens and logprobs that Meta's generator yields for each row, up to its stop token."""
+    torch.manual_seed(SEED)
+    inputs = [SimpleNamespace(tokens=prompt, vision=None) for prompt in prompts]
+    rows: list[Any] = [([], []) for _ in prompts]
+    ended = [False] * len(prompts)
+    for results in metas.generate(inputs, **options):
+        for row, result in enumerate(results):
+            if not (result.ignore_token or ended[row]) and len(rows[row][0]) < 20:
+                ended[row] = result.token in metas.tokenizer.stop_tokens
+                if not ended[row]:
+                    rows[row][0].append(result.token)
+                    rows[row][1].extend(result.logprobs or [])
+    return rows
+
+
+def random_prompts(*lengths: int) -> list[list[int]]:
+    generator = torch.Generator().manual_seed(2)
+    return [torch.randint(0, N_RANKS, (n,), generator=generator).tolist() for n in lengths]
+
+
+@pytest.mark.parametrize("lengths", [(12,), (5, 9, 3, 14), (1, 1, 30), (40, 2)])
+def test_greedy_tokens_are_metas(llama: Llama, metas: Any, lengths: tuple[int, ...]) -> None:
+    prompts = random_prompts(*lengths)
+    tokens, logprobs = llama.generate(prompts, max_gen_len=20, temperature=0)
+    assert logprobs is None
+    assert tokens == [row for row, _ in metas_rows(metas, prompts, temperature=0, max_gen_len=20)]
+
+
+@pytest.mark.parametrize(("temperature", "top_p"), [(0.6, 0.9), (1.0, 1.0), (1.5, 0.5)])
+def test_a_single_prompts_samples_are_metas(
+    llama: Llama, metas: Any, temperature: float, top_p: float
+) -> None:
+    options = dict(temperature=temperature, top_p=top_p, max_gen_len=20)
+    tokens, _ = llama.generate(random_prompts(9), **options)
+    assert tokens == [row for row, _ in metas_rows(metas, random_prompts(9), **options)]
+
+
+@pytest.mark.parametrize("temperature", [0, 0.8])
+def test_logprobs_are_metas(llama: Llama, metas: Any, temperature: float) -> None:
+    options = dict(temperature=temperature, max_gen_len=20, logprobs=True)
+    tokens, logprobs = llama.generate(random_prompts(9), **options)
+    ((want_tokens, want_logprobs),) = metas_rows(metas, random_prompts(9), **options)
+    assert tokens == [want_tokens]
+    assert logprobs is not None
+    assert logprobs[0] == pytest.approx(want_logprobs, abs=1e-6)
+
+
+def test_a_seed_repeats_and_calls_go_on(model: Transformer, tokenizer_path: Path) -> None:
+    tokenizer = Tokenizer(tokenizer_path)
+    one, two = Llama(model, tokenizer, seed=3), Llama(model, tokenizer, seed=3)
+    prompts = random_prompts(6)
+    first = one.generate(prompts, max_gen_len=30, temperature=1.0)
+    assert two.generate(prompts, max_gen_len=30, temperature=1.0) == first
+    assert one.generate(prompts, max_gen_len=30, temperature=1.0) != first
+
+
+def test_prompt_logprobs_are_those_of_a_plain_forward(llama: Llama) -> None:
+    (prompt,) = random_prompts(25)
+    tokens, logprobs = llama.generate(
+        [prompt], max_gen_len=5, temperature=0, logprobs=True, echo=True
+    )
+    assert tokens[0][:25] == prompt
+    ids = torch.tensor(tokens)
+    want = llama.model(ids).log_softmax(-1)[0, :-1].gather(-1, ids[0, 1:, None]).flatten()
+    assert logprobs is not None
+    assert logprobs[0][0] == 0.0
+    assert logprobs[0][1:] == pytest.approx(want.tolist(), abs=1e-4)
+
+
+@pytest.mark.parametrize("lengths", [(25,), (25, 25), (25, 7), (96,), (1,)])
+def test_scoring_without_generating(llama: Llama, lengths: tuple[int, ...]) -> None:
+    """Meta's release gives these one position off when prompt and total length agree."""
+    prompts = random_prompts(*lengths)
+    tokens, logprobs = llama.generate(prompts, max_gen_len=0, logprobs=True, echo=True)
+    assert tokens == prompts
+    assert logprobs is not None
+    for prompt, got in zip(prompts, logprobs, strict=True):
+        ids = torch.tensor(prompt)
+        want = llama.model(ids[None])[0].log_softmax(-1)[:-1].gather(-1, ids[1:, None]).flatten()
+        assert got == pytest.approx([0.0, *want.tolist()], abs=1e-4)
+
+
+def test_echo_keeps_a_stop_token_of_the_prompt(llama: Llama) -> None:
+    stop = llama.tokenizer.stop_tokens[0]
+    prompt = [5, stop, 6, 7]
+    tokens, _ = llama.generate([prompt], max_gen_len=3, temperature=0, echo=True)
+    alone, _ = llama.generate([prompt], max_gen_len=3, temperature=0)
+    assert tokens[0] == prompt + alone[0]
+
+
+def test_generation_ends_at_a_stop_token_that_is_assigned(llama: Llama) -> None:
+    prompts = random_prompts(8, 11)
+    free, _ = llama.generate(prompts, max_gen_len=20, temperature=0)
+    llama.tokenizer.stop_tokens = [free[0][4]]
+    tokens, logprobs = llama.generate(prompts, max_gen_len=20, temperature=0, logprobs=True)
+    assert tokens[0] == free[0][: free[0].index(free[0][4])]
+    assert logprobs is not None
+    assert [len(row) for row in logprobs] == [len(row) for row in tokens]
+
+
+def test_every_row_has_its_own_max_gen_len(llama: Llama) -> None:
+    llama.tokenizer.stop_tokens = []
+    tokens, _ = llama.generate(random_prompts(3, 30, 94), max_gen_len=7, temperature=0)
+    assert [len(row) for row in tokens] == [7, 7, 2]  # the cache ends at 96
+
+
+def test_text_completion(llama: Llama) -> None:
+    prompts = ["the word", "and"]
+    plain = llama.text_completion(prompts, temperature=0, max_gen_len=12)
+    assert all(set(result) == {"generation"} for result in plain)
+    echoed: list[CompletionPrediction] = llama.text_completion(
+        prompts, temperature=0, max_gen_len=12, echo=True, logprobs=True
+    )
+    for prompt, short, long in zip(prompts, plain, echoed, strict=True):
+        assert long["generation"] == f"<|begin_of_text|>{prompt}{short['generation']}"
+        assert "".join(long["tokens"]) == long["generation"]
+        assert len(long["tokens"]) == len(long["logprobs"])
+
+
+def test_a_character_of_several_bytes_stays_whole(llama: Llama) -> None:
+    """The tokens of one emoji decode to nothing three times and then to the emoji."""
+    emoji = llama.tokenizer.encode("\N{GRINNING FACE}", bos=False, eos=False)
+    assert len(emoji) == 4
+    prediction = llama.text_completion(
+        ["a\N{GRINNING FACE}b"], temperature=0, max_gen_len=0, echo=True, logprobs=True
+    )[0]
+    assert prediction["tokens"][1:] == ["a", "", "", "", "\N{GRINNING FACE}", "b"]
+
+
+def test_chat_completion(llama: Llama) -> None:
+    dialogs = [
+        [{"role": "user", "content": "word"}],
+        [
+            {"role": "system", "content": "be"},
+            {"role": "user", "content": "the"},
+            {"role": "assistant", "content": "and"},
+            {"role": "user", "content": "you"},
+        ],
+    ]
+    results: list[ChatPrediction] = llama.chat_completion(
+        dialogs, temperature=0, max_gen_len=10, logprobs=True
+    )
+    prompts = [llama.formatter.encode_dialog_prompt(dialog) for dialog in dialogs]
+    tokens, logprobs = llama.generate(prompts, max_gen_len=10, temperature=0, logprobs=True)
+    assert logprobs is not None
+    for result, ids, values in zip(results, tokens, logprobs, strict=True):
+        message = result["generation"]
+        assert message["role"] == "assistant"
+        assert message["content"] == llama.tokenizer.decode(ids)
+        assert "".join(result["tokens"]) == message["content"]
+        assert result["logprobs"] == values
+
+
+def test_a_message_that_ends_in_eom_says_so(llama: Llama) -> None:
+    dialog = [{"role": "user", "content": "word"}]
+    free = llama.chat_completion([dialog], temperature=0, max_gen_len=10)[0]["generation"]
+    assert "stop_reason" not in free
+    eom = llama.tokenizer.special_tokens["<|eom_id|>"]
+    with torch.no_grad():  # make <|eom_id|> the likeliest of all
+        row = llama.model.output.weight[eom].clone()
+        hidden = llama.model(torch.tensor([llama.formatter.encode_dialog_prompt(dialog)]))
+        likeliest = hidden[0, -1].argmax()
+        llama.model.output.weight[eom] = llama.model.output.weight[likeliest] * 2
+    try:
+        message = llama.chat_completion([dialog], temperature=0, max_gen_len=10)[0]["generation"]
+    finally:
+        with torch.no_grad():
+            llama.model.output.weight[eom] = row
+    assert message == {"role": "assistant", "content": "", "stop_reason": "end_of_message"}
+
+
+# ---- misuse ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("prompts", "options", "message"),
+    [
+        ([], {}, "no prompts"),
+        ([[1], []], {}, "prompt 1 is empty"),
+        ([[1]] * 5, {}, "5 prompts, but max_batch_size is 4"),
+        ([[1] * 97], {}, "prompt 0 has 97 tokens, but max_seq_len is 96"),
+        ([[1, -1]], {}, "prompt 0 has token id -1"),
+        ([[1], [VOCAB]], {}, f"prompt 1 has token id {VOCAB}, but vocab_size is {VOCAB}"),
+        ([[1.5]], {}, "prompt 0 has token id 1.5"),
+        ([1, 2], {}, "prompt 0 is 1"),
+        ([[1]], {"temperature": -1}, "temperature is -1"),
+        ([[1]], {"temperature": math.nan}, "temperature is nan"),
+        ([[1]], {"top_p": -0.5}, "top_p is -0.5"),
+        ([[1]], {"top_p": math.nan}, "top_p is nan"),
+        ([[1]], {"max_gen_len": -1}, "max_gen_len is -1"),
+        ([[1]], {"max_gen_len": 1.5}, "max_gen_len is 1.5"),
+    ],
+)
+def test_bad_prompts_and_options(
+    llama: Llama, prompts: Any, options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(GenerationError, match=message):
+        llama.generate(prompts, **{"max_gen_len": 4} | options)
+
+
+def test_bad_texts_and_dialogs(llama: Llama) -> None:
+    with pytest.raises(GenerationError, match="give a list"):
+        llama.text_completion("one string")  # type: ignore[arg-type]
+    with pytest.raises(GenerationError, match="no prompts"):
+        llama.text_completion([])
+    with pytest.raises(LlamaError, match="role"):
+        llama.chat_completion([[{"role": "king", "content": "hear me"}]])  # type: ignore[list-item]
+    with pytest.raises(LlamaError, match="last"):
+        llama.chat_completion([[{"role": "assistant", "content": "hello"}]])

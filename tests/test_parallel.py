@@ -1,0 +1,163 @@
+"""Process groups: none needed for one rank, a dead one noticed, a wrong size named."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from fairscale.nn.model_parallel import initialize as fs_init
+from ranks import run_ranks
+
+from llama import parallel
+from llama.errors import ParallelError
+
+
+def run_python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+
+
+ONE_RANK = """
+import os
+from pathlib import Path
+import torch, torch.distributed as dist
+from llama import ModelArgs, Transformer
+
+model = Transformer(ModelArgs(dim=32, n_layers=1, n_heads=2, vocab_size=50))
+assert model(torch.zeros(1, 3, dtype=torch.long), 0).shape == (1, 3, 50)
+assert dist.get_world_size() == 1
+own = {os.readlink(link) for link in Path("/proc/self/fd").iterdir() if link.is_symlink()}
+rows = Path("/proc/net/tcp").read_text() + Path("/proc/net/tcp6").read_text()
+addresses = {row.split()[1] for row in rows.splitlines() if f"socket:[{row.split()[9]}]" in own}
+loopback = "0100007F:"  # 127.0.0.1, the bytes of the address reversed
+print([address for address in addresses if not address.startswith(loopback)])
+"""
+
+
+def test_one_rank_needs_no_environment_stays_on_loopback_and_leaves_quietly() -> None:
+    done = run_python(ONE_RANK)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "[]\n", "")
+
+
+def test_a_group_that_exists_is_used_as_it_is() -> None:
+    code = """
+import torch.distributed as dist
+from llama import parallel
+dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+group = dist.group.WORLD
+parallel.initialize()
+assert dist.group.WORLD is group
+assert (parallel.mp_size(), parallel.mp_rank()) == (1, 0)
+assert parallel.is_main_rank()
+"""
+    done = run_python(code)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+@pytest.mark.parametrize(
+    ("environment", "message"),
+    [
+        ({"WORLD_SIZE": "2"}, "WORLD_SIZE is 2 but RANK is not set: use torchrun"),
+        ({"WORLD_SIZE": "two"}, "WORLD_SIZE is 'two'"),
+        ({"WORLD_SIZE": "3", "RANK": "0"}, "model_parallel_size 2 does not divide the 3"),
+    ],
+)
+def test_a_bad_environment_is_named(environment: dict[str, str], message: str) -> None:
+    size = 2 if environment.get("WORLD_SIZE") == "3" else None
+    code = f"from llama import parallel\nparallel.initialize({size})"
+    assert message in run_python(code, **environment).stderr.splitlines()[-1]
+
+
+def test_one_process_has_one_size() -> None:
+    parallel.initialize()
+    parallel.initialize(1)
+    with pytest.raises(ParallelError, match="already runs with 1"):
+        parallel.initialize(2)
+
+
+def test_devices() -> None:
+    assert parallel.local_device("cpu") == torch.device("cpu")
+    with pytest.raises(ParallelError, match="unknown device 'abacus'"):
+        parallel.local_device("abacus")
+    if not torch.cuda.is_available():
+        with pytest.raises(ParallelError, match="needs GPU 0, but 0 are visible"):
+            parallel.local_device("cuda")
+
+
+@pytest.mark.parametrize(
+    ("name", "dim"),
+    [
+        ("layers.3.attention.wq.weight", 0),
+        ("layers.3.attention.wo.weight", 1),
+        ("layers.3.feed_forward.w2.weight", 1),
+        ("layers.3.attention_norm.weight", None),
+        ("norm.weight", None),
+        ("output.weight", 0),
+        ("tok_embeddings.weight", 1),
+    ],
+)
+def test_shard_dims(name: str, dim: int | None) -> None:
+    assert parallel.shard_dim(name, embedding_shard_dim=1) == dim
+
+
+def groups_on_rank() -> list:
+    """Two models of two ranks each: who shares a model, who decides, how long one waits."""
+    parallel.initialize(2)
+    value = torch.tensor([dist.get_rank()])
+    parallel.broadcast_from_first(value)
+    waits = [
+        group._get_backend(torch.device("cpu")).options._timeout
+        for group in (fs_init.get_model_parallel_group(), fs_init.get_data_parallel_group())
+    ]
+    return [parallel.mp_size(), parallel.mp_rank(), value.item(), parallel.is_main_rank(), waits]
+
+
+def test_two_models_of_two_ranks(tmp_path: Path) -> None:
+    waits = [parallel.TIMEOUT] * 2
+    assert run_ranks(4, tmp_path, groups_on_rank) == [
+        [2, 0, 0, True, waits],
+        [2, 1, 0, False, waits],
+        [2, 0, 2, False, waits],
+        [2, 1, 2, False, waits],
+    ]
+
+
+def meet_a_dead_rank(folder: Path) -> None:
+    parallel.initialize()
+    if dist.get_rank() == 1:
+        os._exit(0)  # no goodbye, as after kill -9
+    try:
+        dist.all_reduce(torch.zeros(1), group=fs_init.get_model_parallel_group())
+    except RuntimeError as error:
+        (folder / "noticed").write_text(str(error))
+    os._exit(0)
+
+
+def test_a_dead_rank_is_noticed(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError):  # no rank returns a result
+        run_ranks(2, tmp_path, meet_a_dead_rank, tmp_path)
+    assert "onnection" in (tmp_path / "noticed").read_text()
+
+
+def fail_on_one_rank() -> str:
+    parallel.initialize()
+    error = ParallelError("disk on fire") if parallel.mp_rank() == 1 else None
+    try:
+        parallel.raise_together(error, torch.device("cpu"))
+    except ParallelError as caught:
+        return str(caught)
+    return "went on"
+
+
+def test_one_failing_rank_stops_all(tmp_path: Path) -> None:
+    others = "1 other rank(s) failed: their own messages say why"
+    assert run_ranks(2, tmp_path, fail_on_one_rank) == [others, "disk on fire"]

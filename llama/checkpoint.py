@@ -6,7 +6,6 @@ nothing but its own shard.
 
 import pickle
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -77,7 +76,11 @@ def embedding_shard_dim(shard: dict[str, Tensor], dim: int, default: int) -> int
 
 
 def load_shard(
-    model: Transformer, shard: dict[str, Tensor], path: Path, device: torch.device, dtype: Any
+    model: Transformer,
+    shard: dict[str, Tensor],
+    path: Path,
+    device: torch.device,
+    dtype: torch.dtype | None,
 ) -> None:
     """Give `model`, built on the meta device, the tensors of its rank's shard.
 

@@ -8,6 +8,8 @@ from typing import Any
 
 from llama.errors import ConfigError
 
+LLAMA_2_THETA = 10000.0
+
 
 @dataclass(frozen=True)
 class RopeScaling:
@@ -109,13 +111,15 @@ class ModelArgs:
 
     @property
     def context(self) -> int:
-        """Tokens the model can attend to: stated, or the family's (2: 4096, 3: 8192, 3.1: 128k)."""
+        """Tokens the model was trained for: stated, or a published shape's, or the family's."""
         if self.context_length is not None:
             return self.context_length
         preset = next((p for p in PRESETS.values() if _same_shape(self, p)), None)
         if preset is not None and preset.context_length is not None:
             return preset.context_length
-        return 131072 if self.use_scaled_rope else 8192
+        if self.use_scaled_rope:
+            return 131072
+        return 4096 if self.rope_theta == LLAMA_2_THETA else 8192
 
 
 def _require_number(name: str, value: Any, whole: bool = False) -> None:
@@ -175,7 +179,7 @@ def read_params(path: str | Path, rope_factor: float | None = None) -> ModelArgs
 
     known = {key: params[key] for key in params.keys() & KNOWN_KEYS}
     # Llama 2's files predate the key: there its value is RoPE's first one, not the class default.
-    known.setdefault("rope_theta", 10000.0)
+    known.setdefault("rope_theta", LLAMA_2_THETA)
     try:
         args = ModelArgs(**known)
     except ConfigError as error:
@@ -190,9 +194,10 @@ def read_params(path: str | Path, rope_factor: float | None = None) -> ModelArgs
 
 # ---- the published models -------------------------------------------------------------------
 
-_LLAMA_2 = ModelArgs(
-    vocab_size=32000, rope_theta=1e4, context_length=4096, embedding_shard_dim=1, multiple_of=256
+_OF_LLAMA_2: dict[str, Any] = dict(
+    vocab_size=32000, rope_theta=LLAMA_2_THETA, context_length=4096, embedding_shard_dim=1
 )
+_LLAMA_2 = ModelArgs(**_OF_LLAMA_2)
 _LLAMA_3 = ModelArgs(vocab_size=128256, n_kv_heads=8, rope_theta=5e5, context_length=8192)
 _LLAMA_3_8B = replace(_LLAMA_3, multiple_of=1024, ffn_dim_multiplier=1.3)
 _LLAMA_3_70B = replace(_LLAMA_3_8B, dim=8192, n_layers=80, n_heads=64, multiple_of=4096)
@@ -214,8 +219,7 @@ _LLAMA_31_405B = replace(
 PRESETS: dict[str, ModelArgs] = {
     "llama-2-7b": _LLAMA_2,
     "llama-2-13b": replace(_LLAMA_2, dim=5120, n_layers=40, n_heads=40, n_kv_heads=40),
-    "llama-2-70b": replace(_LLAMA_3_70B, vocab_size=32000, rope_theta=1e4, context_length=4096,
-                           embedding_shard_dim=1),
+    "llama-2-70b": replace(_LLAMA_3_70B, **_OF_LLAMA_2),
     "llama-3-8b": _LLAMA_3_8B,
     "llama-3-70b": _LLAMA_3_70B,
     "llama-3.1-8b": _extended(_LLAMA_3_8B),

@@ -5,7 +5,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NotRequired, TypedDict
+from typing import NotRequired, SupportsIndex, TypedDict
 
 import torch
 import torch.nn.functional as F
@@ -269,8 +269,9 @@ class Llama:
             tokens[row, : len(prompt)] = torch.tensor(prompt, device=self._device)
         is_prompt = tokens != EMPTY
         scores = torch.zeros(tokens.shape, device=self._device)
-        stop_tokens = torch.tensor(self.tokenizer.stop_tokens, device=self._device)
-        stopped = torch.zeros(len(prompts), dtype=torch.bool, device=self._device)
+        stop_tokens = torch.tensor(list(self.tokenizer.stop_tokens), device=self._device)
+        row_ends = torch.tensor(lengths, device=self._device) + max_gen_len
+        done = torch.zeros(len(prompts), dtype=torch.bool, device=self._device)
 
         prev_pos = 0
         for cur_pos in range(min(lengths), total_len):
@@ -282,11 +283,12 @@ class Llama:
             if logprobs:
                 targets = slice(prev_pos + 1, cur_pos + 1)
                 scores[:, targets] = _logprobs(logits, tokens[:, targets])
-            stopped |= torch.isin(chosen, stop_tokens) & ~is_prompt[:, cur_pos]
+            done |= torch.isin(chosen, stop_tokens) & ~is_prompt[:, cur_pos]
+            done |= cur_pos + 1 >= row_ends
             prev_pos = cur_pos
-            if stopped.all():
+            if done.all():
                 break
-        if logprobs and prev_pos == 0 and total_len > 1:  # nothing to generate: score the prompts
+        if logprobs and 1 < total_len == min(lengths):  # nothing to generate: score the prompts
             scores[:, 1:] = _logprobs(self.model(tokens[:, :-1], 0), tokens[:, 1:])
 
         rows = []
@@ -320,10 +322,11 @@ class Llama:
                     f"{params.max_seq_len}"
                 )
             for token in prompt:
-                if not isinstance(token, int) or not 0 <= token < params.vocab_size:
+                if not isinstance(token, SupportsIndex):
+                    raise GenerationError(f"prompt {row} has {token!r}, which is no token id")
+                if not 0 <= token < params.vocab_size:
                     raise GenerationError(
-                        f"prompt {row} has token id {token!r}, but vocab_size is "
-                        f"{params.vocab_size}"
+                        f"prompt {row} has token id {token}, but vocab_size is {params.vocab_size}"
                     )
 
 

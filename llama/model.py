@@ -37,7 +37,7 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x32 = x.float()
-        normed = x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + self.eps)
+        normed = x32 * torch.rsqrt(x32.pow(2).mean(-1, keepdim=True) + self.eps)
         return normed.type_as(x) * self.weight
 
 
@@ -78,10 +78,10 @@ def apply_rotary_emb(xq: Tensor, xk: Tensor, freqs_cis: Tensor) -> tuple[Tensor,
 
     xq: (B, S, H, hd), xk: (B, S, K, hd), freqs_cis: (S, hd / 2); shapes stay.
     """
-    rotation = freqs_cis[None, :, None, :]  # one for all rows and heads
+    rotation = freqs_cis.unsqueeze(-2)  # one for all rows and heads
 
     def rotate(x: Tensor) -> Tensor:
-        pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
+        pairs = torch.view_as_complex(x.float().reshape(*x.shape[:-1], -1, 2))
         return torch.view_as_real(pairs * rotation).flatten(-2).type_as(x)
 
     return rotate(xq), rotate(xk)
@@ -105,20 +105,14 @@ def causal_mask(start_pos: int, seqlen: int, like: Tensor) -> Tensor:
 # ---- the layers -------------------------------------------------------------------------------
 
 
-def _column(in_features: int, out_features: int, gather_output: bool = False) -> nn.Module:
-    return ColumnParallelLinear(
-        in_features, out_features, bias=False, gather_output=gather_output, init_method=_no_init
-    )
-
-
-def _row(in_features: int, out_features: int) -> nn.Module:
-    return RowParallelLinear(
-        in_features, out_features, bias=False, input_is_parallel=True, init_method=_no_init
-    )
-
-
 def _no_init(weight: Tensor) -> Tensor:
     return weight  # `Transformer.init_weights` does it, without the full matrix on every rank
+
+
+# How fairscale's layers are used: a column-parallel one leaves each rank its own features, and a
+# row-parallel one takes them as they are. Only the last gathers, so that all ranks have all logits.
+COLUMN: dict[str, Any] = dict(bias=False, gather_output=False, init_method=_no_init)
+ROW: dict[str, Any] = dict(bias=False, input_is_parallel=True, init_method=_no_init)
 
 
 class Attention(nn.Module):
@@ -135,10 +129,10 @@ class Attention(nn.Module):
         self.n_rep = self.n_local_heads // self.n_local_kv_heads
 
         kv_dim = args.local_kv_heads(1) * args.head_dim
-        self.wq = _column(args.dim, args.dim)
-        self.wk = _column(args.dim, kv_dim)
-        self.wv = _column(args.dim, kv_dim)
-        self.wo = _row(args.dim, args.dim)
+        self.wq = ColumnParallelLinear(args.dim, args.dim, **COLUMN)
+        self.wk = ColumnParallelLinear(args.dim, kv_dim, **COLUMN)
+        self.wv = ColumnParallelLinear(args.dim, kv_dim, **COLUMN)
+        self.wo = RowParallelLinear(args.dim, args.dim, **ROW)
 
     def forward(
         self,
@@ -160,10 +154,12 @@ class Attention(nn.Module):
         keys = repeat_kv(xk, self.n_rep).transpose(1, 2)  # (B, H, T, hd)
         values = repeat_kv(xv, self.n_rep).transpose(1, 2)
 
-        scores = xq.transpose(1, 2) @ keys.transpose(2, 3) / math.sqrt(self.head_dim)
+        # The scores are the largest tensor there is: they are changed in place.
+        scores = xq.transpose(1, 2) @ keys.transpose(2, 3)  # (B, H, S, T)
+        scores /= math.sqrt(self.head_dim)
         if mask is not None:
-            scores = scores + mask  # (B, H, S, T)
-        weights = F.softmax(scores.float(), dim=-1).type_as(xq)
+            scores += mask
+        weights = scores.float().softmax(-1).type_as(xq)
         heads = (weights @ values).transpose(1, 2).flatten(2)  # (B, S, H * hd)
         # Row-parallel: every rank adds its heads' share of the output, summed over the ranks.
         return self.wo(heads)  # (B, S, D)
@@ -174,9 +170,9 @@ class FeedForward(nn.Module):
 
     def __init__(self, dim: int, hidden_dim: int) -> None:
         super().__init__()
-        self.w1 = _column(dim, hidden_dim)  # gate
-        self.w2 = _row(hidden_dim, dim)  # down
-        self.w3 = _column(dim, hidden_dim)  # up
+        self.w1 = ColumnParallelLinear(dim, hidden_dim, **COLUMN)  # gate
+        self.w2 = RowParallelLinear(hidden_dim, dim, **ROW)  # down
+        self.w3 = ColumnParallelLinear(dim, hidden_dim, **COLUMN)  # up
 
     def forward(self, x: Tensor) -> Tensor:
         # Gate and up are column-parallel: the product of a rank's F features stays local.
@@ -188,7 +184,6 @@ class TransformerBlock(nn.Module):
 
     def __init__(self, layer_id: int, args: ModelArgs) -> None:
         super().__init__()
-        self.layer_id = layer_id
         self.attention = Attention(args, layer_id)
         self.feed_forward = FeedForward(args.dim, args.ffn_dim)
         self.attention_norm = RMSNorm(args.dim, args.norm_eps)
@@ -231,7 +226,9 @@ class Transformer(nn.Module):
                 TransformerBlock(layer_id, params) for layer_id in range(params.n_layers)
             )
             self.norm = RMSNorm(params.dim, params.norm_eps)
-            self.output = _column(params.dim, params.vocab_size, gather_output=True)
+            self.output = ColumnParallelLinear(
+                params.dim, params.vocab_size, **(COLUMN | {"gather_output": True})
+            )
         if torch.get_default_device().type != "meta":
             self.to_empty(device=torch.get_default_device())
             self.init_weights()
@@ -274,10 +271,13 @@ class Transformer(nn.Module):
         Raises GenerationError where the tokens do not fit the cache or the RoPE table.
         """
         if start_pos is None:
+            if cache is not None:
+                raise GenerationError("a cache needs a start_pos: the first new token's position")
             self._check_fits(tokens, 0, tokens.shape[0], self.params.max_seq_len)
             return self._forward(tokens, 0, None)
-        cache = cache or self._own_cache()
-        self._check_fits(tokens, start_pos, cache.max_batch_size, cache.max_seq_len)
+        cache = self._own_cache() if cache is None else cache
+        positions = min(cache.max_seq_len, self.params.max_seq_len)
+        self._check_fits(tokens, start_pos, cache.max_batch_size, positions)
         with torch.no_grad():
             return self._forward(tokens, start_pos, cache)
 

@@ -30,6 +30,12 @@ def make_folder(folder: Path, mp_size: int = 1, dtype: torch.dtype = torch.float
     return folder
 
 
+def remake(folder: Path, **changes: Any) -> None:
+    """Another model in the same folder."""
+    (folder / "consolidated.00.pth").unlink()
+    make_checkpoint(folder, PARAMS | changes, dtype=torch.float32)
+
+
 @pytest.fixture(scope="module")
 def pristine(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_folder(tmp_path_factory.mktemp("pristine"))
@@ -142,7 +148,7 @@ def test_vocab_size_minus_one_is_the_tokenizers(folder: Path) -> None:
 
 
 def test_a_larger_vocabulary_is_a_warning(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
-    make_checkpoint(folder, PARAMS | {"vocab_size": VOCAB + 8}, dtype=torch.float32)
+    remake(folder, vocab_size=VOCAB + 8)
     greedy(Llama.build(folder))
     assert f"vocab_size {VOCAB + 8} is larger than the tokenizer's {VOCAB}" in caplog.text
 
@@ -297,7 +303,7 @@ BAD_FOLDERS: dict[str, tuple[Callable[[Path], Any], type[LlamaError], str]] = {
         "consolidated.00.pth is",
     ),
     "a vocabulary too small": (
-        lambda f: make_checkpoint(f, PARAMS | {"vocab_size": VOCAB - 2}),
+        lambda f: remake(f, vocab_size=VOCAB - 2),
         ConfigError,
         f"vocab_size {VOCAB - 2} is smaller than the tokenizer's {VOCAB}",
     ),

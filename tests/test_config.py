@@ -61,6 +61,10 @@ def test_an_unknown_shape_has_its_familys_context(tmp_path: Path) -> None:
     assert read_params(write(tmp_path, LLAMA_3_8B | {"context_length": 512})).context == 512
 
 
+def test_a_fine_tune_of_llama_2_with_one_more_token_keeps_its_context(tmp_path: Path) -> None:
+    assert read_params(write(tmp_path, LLAMA_2_7B | {"vocab_size": 32001})).context == 4096
+
+
 def test_presets_know_their_own_context() -> None:
     for preset in PRESETS.values():
         assert dataclasses.replace(preset, context_length=None).context == preset.context_length

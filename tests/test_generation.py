@@ -5,6 +5,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from make_checkpoint import demo_pieces, write_tokenizer
@@ -158,6 +159,24 @@ def test_every_row_has_its_own_max_gen_len(llama: Llama) -> None:
     assert [len(row) for row in tokens] == [7, 7, 2]  # the cache ends at 96
 
 
+def test_rows_that_are_full_cost_no_more_steps(llama: Llama) -> None:
+    llama.tokenizer.stop_tokens = []
+    calls = []
+    handle = llama.model.register_forward_pre_hook(lambda *_: calls.append(1))
+    tokens, _ = llama.generate(random_prompts(3, 5), max_gen_len=1, temperature=0)
+    handle.remove()
+    assert [len(row) for row in tokens] == [1, 1]
+    assert len(calls) == 3  # positions 3, 4 and 5
+
+
+def test_kinds_of_ids_that_are_as_good(llama: Llama) -> None:
+    (prompt,) = random_prompts(6)
+    llama.tokenizer.stop_tokens = {1, 2}  # type: ignore[assignment]
+    want = llama.generate([prompt], max_gen_len=5, temperature=0)
+    assert llama.generate([np.array(prompt).tolist()], max_gen_len=5, temperature=0) == want
+    assert llama.generate([list(np.array(prompt))], max_gen_len=5, temperature=0) == want
+
+
 def test_text_completion(llama: Llama) -> None:
     prompts = ["the word", "and"]
     plain = llama.text_completion(prompts, temperature=0, max_gen_len=12)
@@ -235,7 +254,7 @@ def test_a_message_that_ends_in_eom_says_so(llama: Llama) -> None:
         ([[1] * 97], {}, "prompt 0 has 97 tokens, but max_seq_len is 96"),
         ([[1, -1]], {}, "prompt 0 has token id -1"),
         ([[1], [VOCAB]], {}, f"prompt 1 has token id {VOCAB}, but vocab_size is {VOCAB}"),
-        ([[1.5]], {}, "prompt 0 has token id 1.5"),
+        ([[1.5]], {}, "prompt 0 has 1.5, which is no token id"),
         ([1, 2], {}, "prompt 0 is 1"),
         ([[1]], {"temperature": -1}, "temperature is -1"),
         ([[1]], {"temperature": math.nan}, "temperature is nan"),

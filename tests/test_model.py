@@ -242,6 +242,10 @@ def test_a_cache_of_ones_own() -> None:
     assert torch.equal(model(tokens[:, 7:], 7, cache), model(tokens[:, 7:], 7))
     with pytest.raises(GenerationError, match="positions 0 to 20, but max_seq_len is 20"):
         model(torch.zeros(2, 21, dtype=torch.long), 0, cache)
+    with pytest.raises(GenerationError, match="max_seq_len is 2048"):
+        model(torch.zeros(2, 2049, dtype=torch.long), 0, model.make_cache(2, 4096))
+    with pytest.raises(GenerationError, match="a cache needs a start_pos"):
+        model(tokens, cache=cache)
     with pytest.raises(GenerationError, match="3 rows, but the KV cache has 2"):
         model(torch.zeros(3, 4, dtype=torch.long), 0, cache)
 

@@ -41,7 +41,8 @@ def measure_here(folder: str) -> None:
     path = checkpoint.find_shards(Path(folder))[0]
     with torch.device("meta"):
         model = Transformer(args)
-    checkpoint.load_shard(model, checkpoint.read_shard(path), path, torch.device("cpu"), dtype=None)
+    shards = {path: checkpoint.read_shard(path)}
+    checkpoint.load_shards(model, shards, 1, torch.device("cpu"), dtype=None)
     taken = time.perf_counter() - start
     loaded = {"resident": status("VmHWM"), "private": status("RssAnon")}
     with torch.inference_mode():

@@ -27,3 +27,11 @@ class GenerationError(LlamaError):
 
 class ParallelError(LlamaError):
     """A process group that does not fit the model, or a rank that failed."""
+
+
+class DataError(LlamaError):
+    """Training data that cannot be read: token files, dialogs, text."""
+
+
+class TrainingError(LlamaError):
+    """Training options that do not fit together, or a run that cannot go on."""

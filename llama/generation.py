@@ -59,7 +59,7 @@ class Llama:
 
     @staticmethod
     def build(
-        ckpt_dir: str | Path,
+        ckpt_dir: str | Path | None = None,
         tokenizer_path: str | Path | None = None,
         max_seq_len: int | None = None,
         max_batch_size: int = 4,
@@ -74,7 +74,7 @@ class Llama:
 
         Args:
             ckpt_dir: folder with `params.json` and `consolidated.NN.pth`, or with an `original/`
-                folder that holds them.
+                folder that holds them; None: the small model that comes with the package.
             tokenizer_path: the tokenizer's file; None: `tokenizer.model` in the folder.
             max_seq_len: tokens of prompt and answer together, at most the model's context; None:
                 2048, or the context where that is smaller.
@@ -90,6 +90,7 @@ class Llama:
         Raises a LlamaError (a ValueError) that names what does not fit.
         """
         start = time.perf_counter()
+        ckpt_dir = checkpoint.BUNDLED if ckpt_dir is None else ckpt_dir
         target = parallel.local_device(device)
         parallel.initialize(model_parallel_size, target)
         error: Exception | None = None
@@ -118,12 +119,7 @@ class Llama:
     ) -> "Llama":
         folder = checkpoint.find_folder(ckpt_dir)
         args = config.read_params(folder / "params.json", rope_factor)
-        shards = checkpoint.find_shards(folder)
-        if len(shards) != parallel.mp_size():
-            raise CheckpointError(
-                f"{folder} has {len(shards)} shard(s) but the model runs on {parallel.mp_size()} "
-                f"rank(s): start it with torchrun --nproc_per_node {len(shards)}"
-            )
+        paths = checkpoint.find_shards(folder)
         tokenizer = Tokenizer(_find_tokenizer(tokenizer_path, folder, ckpt_dir))
         if args.vocab_size == -1:
             args.vocab_size = tokenizer.n_words
@@ -145,14 +141,14 @@ class Llama:
             raise ConfigError(
                 f"max_seq_len {args.max_seq_len} is above the model's context, {args.context}"
             )
-        path = shards[parallel.mp_rank()]
-        shard = checkpoint.read_shard(path)
+        mine = [paths[i] for i in checkpoint.shards_of_rank(len(paths))]
+        shards = {path: checkpoint.read_shard(path) for path in mine}
         args.embedding_shard_dim = checkpoint.embedding_shard_dim(
-            shard, args.dim, default=args.embedding_shard_dim
+            shards[mine[0]], len(paths), args.dim, default=args.embedding_shard_dim
         )
         with torch.device("meta"):
             model = Transformer(args)
-        checkpoint.load_shard(model, shard, path, device, dtype)
+        checkpoint.load_shards(model, shards, len(paths), device, dtype)
         return Llama(model, tokenizer, seed)
 
     def __init__(self, model: Transformer, tokenizer: Tokenizer, seed: int = 1) -> None:

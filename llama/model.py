@@ -8,7 +8,7 @@ mp_size ranks holds.
 import contextlib
 import math
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -76,9 +76,9 @@ def precompute_freqs_cis(
 def apply_rotary_emb(xq: Tensor, xk: Tensor, freqs_cis: Tensor) -> tuple[Tensor, Tensor]:
     """Turn neighbouring pairs of features by their position's angles, in float32.
 
-    xq: (B, S, H, hd), xk: (B, S, K, hd), freqs_cis: (S, hd / 2); shapes stay.
+    xq: (B, S, H, hd), xk: (B, S, K, hd), freqs_cis: (S, hd / 2) or (B, S, hd / 2); shapes stay.
     """
-    rotation = freqs_cis.unsqueeze(-2)  # one for all rows and heads
+    rotation = freqs_cis.unsqueeze(-2)  # one for all heads, and for all rows where it has none
 
     def rotate(x: Tensor) -> Tensor:
         pairs = torch.view_as_complex(x.float().reshape(*x.shape[:-1], -1, 2))
@@ -100,6 +100,20 @@ def causal_mask(start_pos: int, seqlen: int, like: Tensor) -> Tensor:
     return torch.zeros(hidden.shape, dtype=like.dtype, device=like.device).masked_fill_(
         hidden, -math.inf
     )
+
+
+def document_mask(documents: Tensor) -> Tensor:
+    """The same rule within documents (B, S), True where a query may look, (B, 1, S, S)."""
+    same = documents[:, :, None] == documents[:, None, :]
+    return same.tril()[:, None]
+
+
+def document_positions(documents: Tensor) -> Tensor:
+    """Positions (B, S) that begin again at 0 with every document of a row."""
+    index = torch.arange(documents.shape[1], device=documents.device).expand_as(documents)
+    is_first = documents[:, 1:] != documents[:, :-1]
+    start = F.pad(torch.where(is_first, index[:, 1:], 0), (1, 0)).cummax(1).values
+    return index - start
 
 
 # ---- the layers -------------------------------------------------------------------------------
@@ -154,13 +168,19 @@ class Attention(nn.Module):
         keys = repeat_kv(xk, self.n_rep).transpose(1, 2)  # (B, H, T, hd)
         values = repeat_kv(xv, self.n_rep).transpose(1, 2)
 
-        # The scores are the largest tensor there is: they are changed in place.
-        scores = xq.transpose(1, 2) @ keys.transpose(2, 3)  # (B, H, S, T)
-        scores /= math.sqrt(self.head_dim)
-        if mask is not None:
-            scores += mask
-        weights = scores.float().softmax(-1).type_as(xq)
-        heads = (weights @ values).transpose(1, 2).flatten(2)  # (B, S, H * hd)
+        if cache is None:  # the same sum without ever holding the scores, which training needs
+            heads = F.scaled_dot_product_attention(
+                xq.transpose(1, 2), keys, values, attn_mask=mask, is_causal=mask is None
+            )
+        else:
+            # The scores are the largest tensor there is: they are changed in place.
+            scores = xq.transpose(1, 2) @ keys.transpose(2, 3)  # (B, H, S, T)
+            scores /= math.sqrt(self.head_dim)
+            if mask is not None:
+                scores += mask
+            weights = scores.float().softmax(-1).type_as(xq)
+            heads = weights @ values  # (B, H, S, hd)
+        heads = heads.transpose(1, 2).flatten(2)  # (B, S, H * hd)
         # Row-parallel: every rank adds its heads' share of the output, summed over the ranks.
         return self.wo(heads)  # (B, S, D)
 
@@ -234,6 +254,11 @@ class Transformer(nn.Module):
             self.init_weights()
         self.tie_weights()
 
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.norm.weight.device
+
     def tie_weights(self) -> None:
         """Make the output matrix the embedding itself, where the model is `tied`."""
         if self.params.tied:
@@ -259,29 +284,38 @@ class Transformer(nn.Module):
             weight.copy_(drawn.chunk(parallel.mp_size(), dim)[parallel.mp_rank()])
 
     def forward(
-        self, tokens: Tensor, start_pos: int | None = None, cache: KVCache | None = None
+        self,
+        tokens: Tensor,
+        start_pos: int | None = None,
+        cache: KVCache | None = None,
+        documents: Tensor | None = None,
     ) -> Tensor:
         """Logits after each of the tokens, float32 (B, S, V).
 
-        tokens: (B, S) ids. Alone they are whole sequences, and gradients flow: training.
+        tokens: (B, S) ids. Without start_pos they are whole sequences, and gradients flow:
+            training.
         start_pos: position of the first token, the same in all rows; the keys and values of the
             earlier ones are read from the cache, those of the new ones stored in it. No gradients.
         cache: where they are kept; None: in the model's own, sized by `params.max_batch_size` and
             `max_seq_len`, which is Meta's call.
+        documents: (B, S) the number of the document each token of a whole sequence belongs to;
+            documents do not see each other and each begins at position 0. None: a row is one.
         Raises GenerationError where the tokens do not fit the cache or the RoPE table.
         """
         if start_pos is None:
             if cache is not None:
                 raise GenerationError("a cache needs a start_pos: the first new token's position")
             self._check_fits(tokens, 0, tokens.shape[0], self.params.max_seq_len)
-            return self._forward(tokens, 0, None)
+            return self._forward_whole(tokens, documents)
+        if documents is not None:
+            raise GenerationError("documents are for whole sequences: leave out start_pos")
         cache = self._own_cache() if cache is None else cache
         positions = min(cache.max_seq_len, self.params.max_seq_len)
         self._check_fits(tokens, start_pos, cache.max_batch_size, positions)
         with torch.no_grad():
             return self._forward(tokens, start_pos, cache)
 
-    def _forward(self, tokens: Tensor, start_pos: int, cache: KVCache | None) -> Tensor:
+    def _forward(self, tokens: Tensor, start_pos: int, cache: KVCache) -> Tensor:
         seqlen = tokens.shape[1]
         h = self.tok_embeddings(tokens)  # (B, S, D)
         freqs_cis = self._rope_table(h.device)[start_pos : start_pos + seqlen]
@@ -290,6 +324,66 @@ class Transformer(nn.Module):
         for layer in self.layers:
             h = layer(h, start_pos, freqs_cis, mask, cache)
         return self.output(self.norm(h)).float()  # (B, S, V)
+
+    def _forward_whole(self, tokens: Tensor, documents: Tensor | None) -> Tensor:
+        h = self.tok_embeddings(tokens)  # (B, S, D)
+        freqs_cis = self._rope_table(h.device)
+        if documents is None:
+            freqs_cis, mask = freqs_cis[: tokens.shape[1]], None
+        else:
+            freqs_cis, mask = freqs_cis[document_positions(documents)], document_mask(documents)
+        for layer in self.layers:
+            h = layer(h, 0, freqs_cis, mask, cache=None)
+        return self.output(self.norm(h)).float()  # (B, S, V)
+
+    def forward_loss(
+        self,
+        inputs: Tensor,
+        targets: Tensor,
+        ignore_index: int = -100,
+        documents: Tensor | None = None,
+        reduction: str = "mean",
+    ) -> Tensor:
+        """Cross-entropy of the next token in nats, over the targets that are not `ignore_index`.
+
+        inputs, targets, documents: (B, S), as for `forward`. reduction: "mean" or "sum".
+        """
+        logits = self(inputs, documents=documents)
+        return next_token_loss(logits, targets, ignore_index, reduction)
+
+    def configure_optimizers(
+        self,
+        learning_rate: float,
+        weight_decay: float = 0.1,
+        betas: tuple[float, float] = (0.9, 0.95),
+        device_type: str = "cpu",
+        train: Literal["all", "norms", "all_but_embeddings"] = "all",
+    ) -> torch.optim.AdamW:
+        """AdamW over what is to be trained; all else stops taking gradients.
+
+        Only matrices decay: the norms' weights lie around one, not zero.
+        train: "norms" trains the norms alone, "all_but_embeddings" leaves the embedding as it is
+            (and the output matrix, where that is the embedding).
+        """
+        everything = list(self.parameters())
+        choices = {
+            "all": everything,
+            "norms": [w for w in everything if w.dim() == 1],
+            "all_but_embeddings": [w for w in everything if w is not self.tok_embeddings.weight],
+        }
+        if train not in choices:
+            raise ConfigError(f"train is {train!r}: one of {', '.join(choices)}")
+        weights = choices[train]
+        self.requires_grad_(False)
+        for weight in weights:
+            weight.requires_grad_()
+        groups = [
+            {"params": [w for w in weights if w.dim() > 1], "weight_decay": weight_decay},
+            {"params": [w for w in weights if w.dim() == 1], "weight_decay": 0.0},
+        ]
+        groups = [group for group in groups if group["params"]]
+        fused = device_type == "cuda"
+        return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=fused)
 
     def _rope_table(self, device: torch.device) -> Tensor:
         if self.freqs_cis is None or self.freqs_cis.device != device:
@@ -331,6 +425,15 @@ class Transformer(nn.Module):
                 f"tokens at positions {start_pos} to {start_pos + seqlen - 1}, but max_seq_len "
                 f"is {max_positions}"
             )
+
+
+def next_token_loss(
+    logits: Tensor, targets: Tensor, ignore_index: int = -100, reduction: str = "mean"
+) -> Tensor:
+    """Cross-entropy in nats: logits (B, S, V), targets (B, S) -> a number."""
+    return F.cross_entropy(
+        logits.flatten(0, 1), targets.flatten(), ignore_index=ignore_index, reduction=reduction
+    )
 
 
 def _check_split(params: ModelArgs, mp_size: int) -> None:

@@ -1,0 +1,69 @@
+"""From text files to documents to token files."""
+
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import numpy as np
+
+from llama.errors import DataError
+from llama.evaluation import read_text
+from llama.token_files import write_token_file
+from llama.tokenizer import Tokenizer
+
+
+def read_documents(files: Iterable[str | Path], field: str = "text") -> Iterator[str]:
+    """The texts of files: a `.jsonl` has one in `field` of every line, all else is one itself.
+
+    Raises DataError that names the file, and the line that is not what it should be.
+    """
+    for file in files:
+        text = read_text(file)
+        if Path(file).suffix != ".jsonl":
+            yield text
+            continue
+        for number, line in enumerate(text.split("\n"), start=1):
+            if not line.strip():
+                continue
+            try:
+                record = json.loads(line)
+            except (ValueError, RecursionError) as error:
+                raise DataError(f"{file}, line {number} is not JSON: {error}") from error
+            if not isinstance(record, dict) or not isinstance(record.get(field), str):
+                raise DataError(f"{file}, line {number} has no text in {field!r}")
+            yield record[field]
+
+
+def write_token_files(
+    documents: Iterable[str], tokenizer: Tokenizer, pattern: str, shard_tokens: int
+) -> tuple[list[str], int]:
+    """Write documents, each from bos to eos, into files of at most `shard_tokens`.
+
+    pattern: the files' name, with {} where the number goes; without, all goes into one file.
+    Returns the files' names and the number of tokens.
+    """
+    try:
+        numbered = pattern.format(0) != pattern.format(1)
+    except (IndexError, KeyError, ValueError) as error:
+        raise DataError(f"{pattern!r} is no name with one place for a number: {error}") from error
+    if shard_tokens < 1:
+        raise DataError(f"shard_tokens is {shard_tokens}: it must be 1 or more")
+    names: list[str] = []
+    waiting = np.zeros(0, dtype=np.uint32)
+    count = 0
+
+    def write(tokens: np.ndarray) -> None:
+        names.append(pattern.format(len(names)))
+        write_token_file(names[-1], tokens)
+
+    for document in documents:
+        tokens = np.array(tokenizer.encode(document, bos=True, eos=True), dtype=np.uint32)
+        count += len(tokens)
+        waiting = np.concatenate([waiting, tokens])
+        while numbered and len(waiting) > shard_tokens:
+            write(waiting[:shard_tokens])
+            waiting = waiting[shard_tokens:]
+    if not count:
+        raise DataError("there is no document in the files")
+    write(waiting)
+    return names, count

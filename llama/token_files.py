@@ -1,0 +1,133 @@
+"""Token files for training: 256 int32 of header (magic, version, count), then uint32 tokens."""
+
+import glob
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from llama.errors import DataError
+from llama.files import atomic_file
+
+MAGIC = 20240801
+VERSION = 7
+HEADER = np.dtype("<i4"), 256  # little-endian on every machine
+TOKEN = np.dtype("<u4")
+HEADER_BYTES = 256 * 4
+IGNORED = -100  # a target without a loss
+
+
+def write_token_file(path: str | Path, tokens: Iterable[int] | np.ndarray) -> int:
+    """Write one shard of tokens, atomically; returns how many."""
+    array = np.asarray(tokens if isinstance(tokens, np.ndarray) else list(tokens))
+    if array.size and (array.min() < 0 or array.max() >= 2**32):
+        raise DataError(f"{path}: token ids must be 0 to 2**32 - 1, not {array.min()}")
+    if array.size >= 2**31:
+        raise DataError(f"{path}: {array.size} tokens, but the header's count ends at {2**31 - 1}")
+    header = np.zeros(HEADER[1], dtype=HEADER[0])
+    header[:3] = MAGIC, VERSION, array.size
+    with atomic_file(path) as file:
+        file.write(header.tobytes())
+        file.write(array.astype(TOKEN).tobytes())
+    return int(array.size)
+
+
+def read_token_file(path: str | Path) -> np.ndarray:
+    """The tokens of one shard, mapped from the file, uint32.
+
+    Raises DataError for another magic or version, or a size that is not what the header says.
+    """
+    path = Path(path)
+    try:
+        with path.open("rb") as file:
+            raw = file.read(HEADER_BYTES)
+            size = path.stat().st_size
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error.strerror}") from error
+    if len(raw) < HEADER_BYTES:
+        raise DataError(f"{path} has {len(raw)} bytes: the header alone has {HEADER_BYTES}")
+    magic, version, count = np.frombuffer(raw, dtype=HEADER[0])[:3].tolist()
+    if magic != MAGIC:
+        raise DataError(f"{path} is no token file: its magic is {magic}, not {MAGIC}")
+    if version != VERSION:
+        raise DataError(f"{path} is a token file of version {version}; {VERSION} is known")
+    expected = HEADER_BYTES + TOKEN.itemsize * count
+    if size != expected:
+        raise DataError(
+            f"{path} has {size} bytes, but {count} tokens, as its header says, need {expected}"
+        )
+    if count == 0:
+        return np.zeros(0, dtype=TOKEN)
+    return np.memmap(path, dtype=TOKEN, mode="r", offset=HEADER_BYTES)
+
+
+class DistributedShardedDataLoader:
+    """Batches of B rows of T tokens from the files of a pattern, in order, over and over.
+
+    Each of `num_processes` data-parallel ranks reads its own B * T of every step's tokens. What is
+    left at the end of a file and does not fill a step is skipped.
+    """
+
+    def __init__(
+        self, filename_pattern: str, B: int, T: int, process_rank: int = 0, num_processes: int = 1
+    ) -> None:
+        if B < 1 or T < 1 or not 0 <= process_rank < num_processes:
+            raise DataError(
+                f"B {B} and T {T} must be 1 or more, and process_rank {process_rank} below "
+                f"num_processes {num_processes}"
+            )
+        self.B, self.T = B, T
+        self.process_rank, self.num_processes = process_rank, num_processes
+        self.files = sorted(glob.glob(filename_pattern))
+        if not self.files:
+            raise DataError(f"no file matches {filename_pattern}")
+        self.total_tokens = 0
+        for file in self.files:
+            count = len(read_token_file(file))
+            # A target is the token after, so a step needs one more than it consumes.
+            if count < self._step + 1:
+                raise DataError(
+                    f"{file} has {count} tokens: one batch of {num_processes} rank(s) x {B} rows "
+                    f"x {T} tokens needs {self._step + 1}"
+                )
+            self.total_tokens += count
+        self.reset()
+
+    @property
+    def _step(self) -> int:
+        return self.num_processes * self.B * self.T
+
+    def reset(self) -> None:
+        """Begin again with the first token of the first file."""
+        self._open(0, 0)
+
+    def _open(self, shard: int, position: int) -> None:
+        self.shard, self.position = shard, position  # position: of the step, not of this rank
+        self._tokens = read_token_file(self.files[shard])
+
+    def next_batch(self) -> tuple[Tensor, Tensor]:
+        """Inputs and targets (B, T), int64: each target is the token after its input."""
+        start = self.position + self.process_rank * self.B * self.T
+        # int64 from the mapped uint32: embeddings and losses want it
+        block = torch.from_numpy(self._tokens[start : start + self.B * self.T + 1].astype(np.int64))
+        self.position += self._step
+        if self.position + self._step + 1 > len(self._tokens):
+            self._open((self.shard + 1) % len(self.files), 0)
+        return block[:-1].view(self.B, self.T), block[1:].view(self.B, self.T)
+
+    def state_dict(self) -> dict[str, int]:
+        """Where the next batch begins, the same on every rank."""
+        return {"shard": self.shard, "position": self.position}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        shard, position = state["shard"], state["position"]
+        if not 0 <= shard < len(self.files):
+            raise DataError(f"the run was in token file {shard}, but there are {len(self.files)}")
+        self._open(shard, position)
+        if position + self._step + 1 > len(self._tokens):
+            raise DataError(
+                f"the run was at token {position} of {self.files[shard]}, which has "
+                f"{len(self._tokens)}: was it changed?"
+            )

@@ -1,0 +1,68 @@
+"""Training a byte-pair vocabulary, in the file format of Llama 3's tokenizer.
+
+Philip Gage 1994, "A New Algorithm for Data Compression"; Sennrich et al. 2016, arxiv.org/abs/
+1508.07909. The merges are counted by the `tokenizers` library (extra `[train]`).
+"""
+
+import base64
+from collections.abc import Iterable
+from pathlib import Path
+
+from llama.errors import TokenizerError
+from llama.files import atomic_file
+from llama.tokenizer import _WORDS as WORDS
+
+
+def train_vocabulary(texts: Iterable[str], n_ranks: int, path: str | Path) -> None:
+    """Write a `tokenizer.model` of `n_ranks` byte sequences, the 256 single bytes among them.
+
+    `Tokenizer` opens it and puts Llama 3's 256 special tokens after the ranks. The words are cut
+    by Llama 3's pattern before anything is merged. One text gives one file, byte for byte.
+    Raises TokenizerError where the text has too few pairs for so many ranks.
+    """
+    try:
+        from tokenizers import Regex, models, pre_tokenizers, trainers
+        from tokenizers import Tokenizer as BytePairTokenizer
+    except ImportError as error:
+        raise TokenizerError(
+            "training a vocabulary needs the tokenizers library: pip install 'llama-reference"
+            "[train]'"
+        ) from error
+    if n_ranks < 257:
+        raise TokenizerError(f"a vocabulary of {n_ranks} ranks: 256 are the bytes, so ask for more")
+
+    bpe = BytePairTokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(WORDS), behavior="isolated"),
+            # Writes every byte as one printable character, which is undone below.
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    bpe.train_from_iterator(
+        texts,
+        trainers.BpeTrainer(vocab_size=n_ranks, initial_alphabet=alphabet, show_progress=False),
+    )
+    vocabulary = bpe.get_vocab()
+    if len(vocabulary) < n_ranks:
+        raise TokenizerError(
+            f"the text has merges for {len(vocabulary)} ranks only, {n_ranks} were asked for"
+        )
+    to_byte = _byte_of_character()
+    lines = []
+    for token, rank in sorted(vocabulary.items(), key=lambda item: item[1]):
+        sequence = bytes(to_byte[character] for character in token)
+        lines.append(f"{base64.b64encode(sequence).decode()} {rank}\n")
+    with atomic_file(path) as file:
+        file.write("".join(lines).encode("ascii"))
+
+
+def _byte_of_character() -> dict[str, int]:
+    """The byte that each character of the `tokenizers` library's byte alphabet stands for: the
+    printable ones of Latin-1 for themselves, the others in order from U+0100 on."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    table = {chr(byte): byte for byte in printable}
+    table |= {chr(0x100 + i): byte for i, byte in enumerate(others)}
+    return table

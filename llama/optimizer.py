@@ -1,0 +1,127 @@
+"""What turns gradients into steps: parameter groups, Muon, clipping over ranks, the schedule."""
+
+import math
+from collections.abc import Iterable
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from fairscale.nn.model_parallel import initialize as fs_init
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from llama import parallel
+from llama.errors import TrainingError
+from llama.model import Transformer
+
+
+class Schedule(Protocol):
+    steps: int
+    warmup_steps: int
+    decay_steps: int | None
+    final_lr: float
+
+
+def check_schedule(steps: int, warmup_steps: int, decay_steps: int | None, final_lr: float) -> None:
+    """Raise TrainingError where the parts of a schedule do not fit into its steps."""
+    parts = (warmup_steps, decay_steps or 0)
+    if min(parts) < 0 or sum(parts) > steps:
+        raise TrainingError(
+            f"warmup_steps {warmup_steps} and decay_steps {decay_steps} do not fit into "
+            f"{steps} steps"
+        )
+    if not 0 <= final_lr <= 1:
+        raise TrainingError(f"final_lr is {final_lr}: a share of the learning rate, 0 to 1")
+
+
+def learning_rate_factor(step: int, schedule: Schedule) -> float:
+    """What the learning rate is multiplied by in a step, counted from 0: a straight warm-up, then
+    a cosine down to `final_lr` at the end; with `decay_steps`, level and then a straight line."""
+    if step < schedule.warmup_steps:
+        return (step + 1) / schedule.warmup_steps
+    if schedule.decay_steps is None:
+        progress = (step - schedule.warmup_steps) / max(1, schedule.steps - schedule.warmup_steps)
+        fall = (1 - math.cos(math.pi * progress)) / 2
+    else:
+        left = (schedule.steps - step) / max(1, schedule.decay_steps)
+        fall = 1 - min(1.0, left)
+    return 1 - fall * (1 - schedule.final_lr)
+
+
+@torch.no_grad()
+def clip_grad_norm(model: Transformer, max_norm: float) -> float:
+    """Scale all gradients so that their joint norm, over all ranks, is at most `max_norm`.
+
+    Returns the norm before. Every rank of the model holds its own part of a split weight, but the
+    same whole gradient of a replicated one, which must count once.
+    """
+    split = torch.zeros((), dtype=torch.float32, device=model.device)
+    replicated = split.clone()
+    gradients = []
+    for name, weight in model.named_parameters():
+        if weight.grad is None:
+            continue
+        is_split_by_fsdp = isinstance(weight.grad, DTensor)  # each replica holds some rows
+        gradient = weight.grad.to_local() if isinstance(weight.grad, DTensor) else weight.grad
+        gradients.append(gradient)
+        square = gradient.float().square().sum()
+        if is_split_by_fsdp:
+            dist.all_reduce(square, group=fs_init.get_data_parallel_group())
+        if parallel.shard_dim(name, model.params.embedding_shard_dim) is None:
+            replicated += square
+        else:
+            split += square
+    if parallel.mp_size() > 1:
+        dist.all_reduce(split, group=fs_init.get_model_parallel_group())
+    norm = (split + replicated).sqrt()
+    factor = max_norm / (norm + 1e-6)
+    for gradient in gradients:
+        gradient.mul_(factor.clamp(max=1.0).to(gradient.dtype))
+    return norm.item()
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum whose every step is made orthogonal; Jordan et al. 2024, kellerjordan.github.io/
+    posts/muon. For matrices inside the layers; embedding and norms take AdamW.
+
+    It learns from about half the tokens that AdamW needs. PyTorch's own computes in bfloat16,
+    which CPUs without an instruction for it do at a tenth of the speed; this one in the weights'
+    dtype. A matrix must be whole: no tensor parallelism, no FSDP.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[nn.Parameter],
+        learning_rate: float = 0.02,
+        momentum: float = 0.95,
+        weight_decay: float = 0.1,
+    ) -> None:
+        defaults = dict(lr=learning_rate, momentum=momentum, weight_decay=weight_decay)
+        super().__init__(params, defaults)
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            for weight in group["params"]:
+                if weight.grad is None:
+                    continue
+                state = self.state[weight]
+                if not state:
+                    state["momentum"] = torch.zeros_like(weight)
+                momentum = state["momentum"].lerp_(weight.grad, 1 - group["momentum"])
+                update = orthogonalize(weight.grad.lerp(momentum, group["momentum"]))  # Nesterov
+                rows, columns = weight.shape
+                weight.mul_(1 - group["lr"] * group["weight_decay"])
+                weight.add_(update, alpha=-group["lr"] * math.sqrt(max(1.0, rows / columns)))
+
+
+def orthogonalize(matrix: Tensor, iterations: int = 5) -> Tensor:
+    """About the nearest matrix with all singular values 1: a Newton-Schulz iteration whose odd
+    polynomial pulls singular values in (0, 1] quickly to between 0.7 and 1.2."""
+    a, b, c = 3.4445, -4.7750, 2.0315
+    x = matrix.mT if matrix.shape[0] > matrix.shape[1] else matrix  # the smaller product
+    x = x / (x.norm() + 1e-7)
+    for _ in range(iterations):
+        square = x @ x.mT
+        x = a * x + (b * square + c * square @ square) @ x
+    return x.mT if matrix.shape[0] > matrix.shape[1] else x

@@ -1,0 +1,164 @@
+"""python -m llama COMMAND: train, finetune, perplexity, tokenize, vocab."""
+
+import logging
+import sys
+from pathlib import Path
+from typing import Any
+
+import fire
+
+from llama.errors import DataError, LlamaError
+
+
+def train(config: str | None = None, **flags: Any) -> None:
+    """Train a new model from token files. Run the same command again to go on after a stop.
+
+    Example: python -m llama train --data 'tales_*.bin' --tokenizer tokenizer.model --out_dir run
+
+    Every flag may also be a key of the TOML file CONFIG; flags win over the file.
+
+    Where:   --data PATTERN (token files), --tokenizer FILE, --out_dir FOLDER, --eval_data PATTERN
+    Shape:   --preset llama-3.2-1b, or --dim 256 --n_layers 4 --n_heads 4 --n_kv_heads N
+             --hidden_dim N --multiple_of 32 --rope_theta 500000 --tied
+    Steps:   --steps 1000 --batch 8 (rows of a rank) --seq_len 512 --accumulation 1
+    Rate:    --learning_rate 1e-3 --warmup_steps 50 --final_lr 0.1 (share left at the end)
+             --decay_steps N (level, then a straight line; without it a cosine)
+             --weight_decay 0.1 --beta1 0.9 --beta2 0.95 --clip 1.0
+             --train all|norms|all_but_embeddings
+    Output:  --eval_every 100 --eval_batches 20 --checkpoint_every 200 --keep 2
+             --log_dir FOLDER (TensorBoard) --sample_every N --sample_prompt TEXT
+    Machine: --device cpu|cuda --autocast (bfloat16; on a GPU by itself) --seed 1
+             --model_parallel_size 1 --fsdp (both under torchrun --nproc_per_node N)
+    Data:    --separate_documents False lets packed documents see each other
+
+    Args:
+        config: a TOML file with the same names as keys.
+    """
+    from llama.train_commands import PretrainConfig, pretrain
+
+    print(f"Saved in {pretrain(PretrainConfig.read(config, flags))}")
+
+
+def finetune(config: str | None = None, **flags: Any) -> None:
+    """Teach a checkpoint from dialogs; only the assistant's part is learned.
+
+    Example: python -m llama finetune --ckpt_dir Llama3.2-1B-Instruct --data dialogs.jsonl
+             --out_dir run
+
+    DATA has a dialog a line: {"messages": [{"role": "user", "content": "…"}, {"role":
+    "assistant", "content": "…"}]}. Longer ones than --seq_len are cut at a turn.
+    Flags: --ckpt_dir FOLDER (without it the bundled model), --data FILE, --eval_data FILE,
+    --out_dir FOLDER, and all that `python -m llama train --help` shows but the shape; here
+    --steps is 100, --learning_rate 1e-4, --warmup_steps 10 and --weight_decay 0 by default.
+
+    Args:
+        config: a TOML file with the same names as keys.
+    """
+    from llama.train_commands import FinetuneConfig
+    from llama.train_commands import finetune as run
+
+    print(f"Saved in {run(FinetuneConfig.read(config, flags))}")
+
+
+def perplexity(
+    file: str,
+    ckpt_dir: str | None = None,
+    tokenizer_path: str | None = None,
+    window: int | None = None,
+    device: str | None = None,
+    dtype: str | None = None,
+) -> None:
+    """Score a text: nats a token, perplexity, and bits a byte.
+
+    Args:
+        file: any UTF-8 text.
+        ckpt_dir: a checkpoint folder; without it the bundled model.
+        tokenizer_path: tokenizer.model; by default the one in ckpt_dir.
+        window: tokens seen at a time, each time after a <|begin_of_text|>; by default 512.
+        device: cpu or cuda; by default the best there is.
+        dtype: float32, bfloat16 or float16; by default the checkpoint's own on the CPU.
+    """
+    from llama.evaluation import WINDOW, read_text, score
+    from llama.generation import Llama
+    from llama.parallel import is_main_rank
+
+    text = read_text(str(file))
+    max_seq_len = window if window is not None and window > WINDOW else None
+    llama = Llama.build(
+        ckpt_dir, tokenizer_path, max_seq_len, max_batch_size=1, device=device, dtype=dtype
+    )
+    result = score(llama, [text], window)
+    if is_main_rank():
+        print(f"tokens          {result.tokens:,} in {result.bytes:,} bytes")
+        print(f"nats a token    {result.nats_per_token:.4f}")
+        print(f"perplexity      {result.perplexity:.3f}")
+        print(f"bits a byte     {result.bits_per_byte:.4f}")
+
+
+def tokenize(
+    *files: str, tokenizer: str, out: str, shard_tokens: int = 100_000_000, field: str = "text"
+) -> None:
+    """Write token files for training: every document after a <|begin_of_text|>.
+
+    Example: python -m llama tokenize a.jsonl --tokenizer tokenizer.model --out 'a_{:04d}.bin'
+
+    Args:
+        files: UTF-8 texts, each one document, or .jsonl with a document a line.
+        tokenizer: the tokenizer.model.
+        out: name of the token files, with {} (or {:04d}) where their number goes.
+        shard_tokens: tokens of a file at most.
+        field: key of the text in a .jsonl line.
+    """
+    from llama.documents import read_documents, write_token_files
+    from llama.tokenizer import Tokenizer
+
+    if not files:
+        raise DataError("no files to tokenize: name at least one")
+    documents = read_documents(map(str, files), str(field))
+    names, count = write_token_files(documents, Tokenizer(tokenizer), str(out), shard_tokens)
+    print(f"{count:,} tokens in {', '.join(names)}")
+
+
+def vocab(*files: str, ranks: int, out: str, field: str = "text") -> None:
+    """Train a vocabulary in the format of Llama 3's tokenizer.model.
+
+    Example: python -m llama vocab tales.jsonl --ranks 4096 --out tokenizer.model
+
+    Args:
+        files: UTF-8 texts, or .jsonl with a document a line.
+        ranks: number of byte sequences, 257 or more; Llama 3's 256 special tokens come after them.
+        out: the file to write.
+        field: key of the text in a .jsonl line.
+    """
+    from llama.documents import read_documents
+    from llama.vocabulary import train_vocabulary
+
+    if not files:
+        raise DataError("no files to learn from: name at least one")
+    train_vocabulary(read_documents(map(str, files), str(field)), ranks, Path(str(out)))
+    print(f"{ranks:,} ranks and 256 special tokens in {out}")
+
+
+COMMANDS = {
+    "train": train,
+    "finetune": finetune,
+    "perplexity": perplexity,
+    "tokenize": tokenize,
+    "vocab": vocab,
+}
+
+
+def main() -> None:
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    arguments = sys.argv[1:]
+    if {"--help", "-h"} & set(arguments):  # else commands with free flags take it for one of them
+        arguments = [*arguments[:1], "--", "--help"] if arguments[0] in COMMANDS else ["--help"]
+    try:
+        fire.Fire(COMMANDS, arguments, name="python -m llama")
+    except LlamaError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -5,7 +5,6 @@ PYTHON ?= python3
 ARGS   ?=
 VENV   := .venv
 BIN    := $(VENV)/bin
-DEMO   := build/demo
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
@@ -16,12 +15,9 @@ help: ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1|/p' $(MAKEFILE_LIST) | \
 	    while IFS='|' read -r name text; do printf '  make %-10s %s\n' "$$name" "$$text"; done
 
-demo: $(VENV)/installed $(DEMO)/params.json ## run both examples on a small model
-	@echo
-	@echo "This model has random weights: it shows that everything runs, and the text is gibberish."
-	@echo
-	$(BIN)/python example_text_completion.py --ckpt_dir $(DEMO) --max_seq_len 1024 --max_gen_len 32
-	$(BIN)/python example_chat_completion.py --ckpt_dir $(DEMO) --max_seq_len 1024 --max_gen_len 32
+demo: $(VENV)/installed ## run both examples on the small model that comes with the package
+	$(BIN)/python example_text_completion.py
+	$(BIN)/python example_chat_completion.py
 
 test: $(VENV)/installed-test ## run the tests (ARGS="-k name" narrows them)
 	$(BIN)/python -m pytest $(ARGS)
@@ -41,10 +37,6 @@ format: $(VENV)/installed-lint ## fix what ruff can fix
 clean: ## remove .venv, build and every cache
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
-
-$(DEMO)/params.json: benchmarks/make_checkpoint.py $(VENV)/installed
-	@rm -rf $(DEMO)
-	$(BIN)/python $< --folder $(DEMO) --shape demo
 
 $(VENV)/created:
 	$(PYTHON) -m venv --clear $(VENV)

@@ -1,5 +1,6 @@
 """Answer four dialogs with an instruction-tuned Llama model.
 
+python example_chat_completion.py  # the small model that comes with the package
 python example_chat_completion.py --ckpt_dir Meta-Llama-3-8B-Instruct/original
 torchrun --nproc_per_node 2 example_chat_completion.py --ckpt_dir llama-2-13b-chat
 """
@@ -32,10 +33,20 @@ DIALOGS: list[Dialog] = [
         {"role": "user", "content": "Now word by word."},
     ],
 ]
+# The small model that comes with the package tells tales, and little else.
+TALES: list[Dialog] = [
+    [{"role": "user", "content": "Who are you?"}],
+    [{"role": "user", "content": "Tell me a story about a fox and a king"}],
+    [
+        {"role": "system", "content": "You are a teller of fairy tales."},
+        {"role": "user", "content": "Tell me a tale about a witch and a princess."},
+    ],
+    [{"role": "user", "content": "How do I keep basil alive on a windowsill?"}],
+]
 
 
 def main(
-    ckpt_dir: str,
+    ckpt_dir: str | None = None,
     tokenizer_path: str | None = None,
     temperature: float = 0.6,
     top_p: float = 0.9,
@@ -46,7 +57,8 @@ def main(
     """Answer four dialogs with an instruction-tuned Llama model.
 
     Args:
-        ckpt_dir: folder with params.json and the consolidated.*.pth shards.
+        ckpt_dir: folder with params.json and the consolidated.*.pth shards; without it, the small
+            model that comes with the package is asked four things it can answer.
         tokenizer_path: tokenizer.model; by default the one inside ckpt_dir.
         temperature: randomness of the choice; 0 always takes the likeliest token.
         top_p: choose among the likeliest tokens that together reach this probability.
@@ -54,17 +66,19 @@ def main(
         max_gen_len: longest answer, in tokens; by default as long as max_seq_len allows.
         max_batch_size: how many dialogs the model has room for at once; there are four.
     """
+    dialogs = TALES if ckpt_dir is None else DIALOGS
     generator = Llama.build(
-        ckpt_dir=str(ckpt_dir),  # fire hands over a number where a name looks like one
+        # fire hands over a number where a name looks like one
+        ckpt_dir=None if ckpt_dir is None else str(ckpt_dir),
         tokenizer_path=tokenizer_path,
         max_seq_len=max_seq_len,
         max_batch_size=max_batch_size,
     )
     results = generator.chat_completion(
-        DIALOGS, max_gen_len=max_gen_len, temperature=temperature, top_p=top_p
+        dialogs, max_gen_len=max_gen_len, temperature=temperature, top_p=top_p
     )
     if is_main_rank():
-        for dialog, result in zip(DIALOGS, results, strict=True):
+        for dialog, result in zip(dialogs, results, strict=True):
             for message in dialog:
                 print(f"{message['role'].capitalize()}: {message['content']}\n")
             answer = result["generation"]

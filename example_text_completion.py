@@ -1,5 +1,6 @@
 """Complete four prompts with a pretrained Llama model.
 
+python example_text_completion.py  # the small model that comes with the package
 python example_text_completion.py --ckpt_dir Meta-Llama-3-8B/original
 torchrun --nproc_per_node 2 example_text_completion.py --ckpt_dir llama-2-13b
 """
@@ -28,10 +29,17 @@ window => ventana
 good night => buenas noches
 library =>""",
 ]
+# The small model that comes with the package has read nothing but fairy tales.
+TALES = [
+    "Once upon a time there was a king who had three sons.",
+    "The fox looked up at the bird and said:",
+    "'Who are you?' asked the princess.",
+    "When the old witch saw that the door was open, she",
+]
 
 
 def main(
-    ckpt_dir: str,
+    ckpt_dir: str | None = None,
     tokenizer_path: str | None = None,
     temperature: float = 0.6,
     top_p: float = 0.9,
@@ -42,7 +50,8 @@ def main(
     """Complete four prompts with a pretrained Llama model.
 
     Args:
-        ckpt_dir: folder with params.json and the consolidated.*.pth shards.
+        ckpt_dir: folder with params.json and the consolidated.*.pth shards; without it, the small
+            model that comes with the package continues four beginnings of tales.
         tokenizer_path: tokenizer.model; by default the one inside ckpt_dir.
         temperature: randomness of the choice; 0 always takes the likeliest token.
         top_p: choose among the likeliest tokens that together reach this probability.
@@ -50,17 +59,19 @@ def main(
         max_gen_len: longest answer, in tokens.
         max_batch_size: how many prompts the model has room for at once; there are four.
     """
+    prompts = TALES if ckpt_dir is None else PROMPTS
     generator = Llama.build(
-        ckpt_dir=str(ckpt_dir),  # fire hands over a number where a name looks like one
+        # fire hands over a number where a name looks like one
+        ckpt_dir=None if ckpt_dir is None else str(ckpt_dir),
         tokenizer_path=tokenizer_path,
         max_seq_len=max_seq_len,
         max_batch_size=max_batch_size,
     )
     results = generator.text_completion(
-        PROMPTS, max_gen_len=max_gen_len, temperature=temperature, top_p=top_p
+        prompts, max_gen_len=max_gen_len, temperature=temperature, top_p=top_p
     )
     if is_main_rank():
-        for prompt, result in zip(PROMPTS, results, strict=True):
+        for prompt, result in zip(prompts, results, strict=True):
             print(prompt)
             print(f"> {result['generation']}")
             print("\n==================================\n")

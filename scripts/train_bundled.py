@@ -1,0 +1,258 @@
+"""Make the bundled model from a JSONL of tales (`book`, `title`, `text`): one command, resumable.
+
+    torchrun --nproc_per_node 2 scripts/train_bundled.py train fairy_tales.jsonl run
+    python scripts/train_bundled.py export run llama/bundled fairy_tales.jsonl 1.5 "two CPU cores"
+
+One process a core is faster than threads. The learning rate stays level until the last
+`decay_steps`, so a run can be stopped at any time and resumed with another number of `steps`.
+"""
+
+import hashlib
+import json
+import random
+import shutil
+import time
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import fire
+import torch
+from bundled_dialogs import DialogSource
+from fairscale.nn.model_parallel import initialize as fs_init
+from torch import Tensor
+
+from llama import Llama, checkpoint, parallel
+from llama.chat_data import Example, to_batch
+from llama.chat_format import ChatFormat
+from llama.evaluation import score
+from llama.model import ModelArgs, Transformer
+from llama.optimizer import Muon
+from llama.tokenizer import Tokenizer
+from llama.training import StepReport, Trainer, TrainingOptions
+from llama.training_checkpoint import checkpoints
+from llama.vocabulary import train_vocabulary
+
+RANKS = 4096
+CONTEXT = 512
+SHAPE: dict[str, Any] = dict(
+    dim=256, n_layers=4, n_heads=4, n_kv_heads=2, hidden_dim=640, rope_theta=10000.0,
+    max_seq_len=CONTEXT, context_length=CONTEXT, tied=True,
+)  # fmt: skip
+HELD_OUT = 0.05  # share of the titles
+CHAT_SHARE = 0.2  # share of the rows that are dialogs
+
+
+def read_tales(corpus: str) -> tuple[list[str], list[str]]:
+    """Texts to train on and those held out, chosen by a hash of the title: tales of one title in
+    several books are on the same side."""
+    lines = Path(corpus).read_text(encoding="utf-8").splitlines()
+    tales = [(t["title"].casefold(), t["text"]) for t in map(json.loads, lines)]
+    titles = sorted({t for t, _ in tales}, key=lambda t: hashlib.sha256(t.encode()).hexdigest())
+    held_out = set(titles[: round(len(titles) * HELD_OUT)])
+    return (
+        [text for title, text in tales if title not in held_out],
+        [text for title, text in tales if title in held_out],
+    )
+
+
+class TaleLoader:
+    """Rows of one window of a tale after a bos, and rows of dialogs, in an order that depends on
+    nothing but the row's number: the state to resume from is that number.
+
+    Every epoch cuts each tale into windows at other places.
+    """
+
+    def __init__(self, texts: list[str], tokenizer: Tokenizer, rows: int, rank: int, ranks: int):
+        self.tales = [tokenizer.encode(text, bos=False, eos=True) for text in texts]
+        self.dialogs = DialogSource(texts, ChatFormat(tokenizer))
+        self.bos, self.eos = tokenizer.bos_id, tokenizer.eos_id
+        self.rows, self.rank, self.ranks = rows, rank, ranks
+        self.row = 0  # rows that all ranks together have had
+        self.epoch, self.windows = -1, self._cut(0)
+        self.rows_an_epoch = len(self.windows)
+
+    def _cut(self, epoch: int) -> list[list[int]]:
+        draw = random.Random(f"epoch {epoch}")
+        windows = []
+        for tale in self.tales:
+            for start in range(-draw.randrange(CONTEXT), len(tale), CONTEXT):
+                window = tale[max(0, start) : start + CONTEXT]
+                if len(window) >= 32:
+                    windows.append([self.bos, *window])
+        draw.shuffle(windows)
+        return windows
+
+    def _row(self, number: int) -> Example:
+        draw = random.Random(f"row {number}")
+        row = Example([], [])
+        is_chat = draw.random() < CHAT_SHARE
+        if not is_chat:
+            epoch, index = divmod(number, self.rows_an_epoch)
+            if epoch != self.epoch:
+                self.epoch, self.windows = epoch, self._cut(epoch)
+            window = self.windows[index % len(self.windows)]
+            row.tokens += window
+            row.learned += [False] + [True] * (len(window) - 1)
+        while (room := CONTEXT + 1 - len(row)) > 40:  # dialogs also fill up a tale's short end
+            dialog = self.dialogs.draw(draw, room)
+            if dialog is not None:
+                row.tokens += dialog.tokens
+                row.learned += dialog.learned
+        row.tokens += [self.eos] * room
+        row.learned += [False] * room
+        return row
+
+    def next_batch(self) -> tuple[Tensor, Tensor]:
+        first = self.row + self.rank * self.rows
+        self.row += self.rows * self.ranks
+        return to_batch([self._row(first + i) for i in range(self.rows)])
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"row": self.row}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.row = state["row"]
+
+
+def make_optimizers(model: Transformer, muon: float, adam: float) -> list[torch.optim.Optimizer]:
+    """Muon for the layers' matrices, AdamW for the embedding and, without decay, the norms."""
+    layers = [w for w in model.layers.parameters() if w.dim() == 2]
+    norms = [w for w in model.parameters() if w.dim() == 1]
+    groups = [
+        {"params": [model.tok_embeddings.weight], "weight_decay": 0.1},
+        {"params": norms, "weight_decay": 0.0},
+    ]
+    return [
+        Muon(layers, learning_rate=muon),
+        torch.optim.AdamW(groups, lr=adam, betas=(0.9, 0.95), fused=True),
+    ]
+
+
+def train(
+    corpus: str,
+    out_dir: str,
+    steps: int = 3000,
+    decay_steps: int = 1200,
+    rows: int = 4,
+    step_rows: int = 8,
+    muon: float = 0.02,
+    adam: float = 0.003,
+    checkpoint_every: int = 50,
+) -> None:
+    """Train, or go on with the run in out_dir.
+
+    Args:
+        corpus: JSONL with book, title and text.
+        out_dir: folder of the run.
+        steps: the last step; the learning rate falls to 0 there.
+        decay_steps: over how many steps it falls.
+        rows: of 512 tokens, computed at a time by a rank.
+        step_rows: of all ranks together in one step.
+        muon: learning rate of the layers' matrices.
+        adam: learning rate of the embedding and the norms.
+        checkpoint_every: steps.
+    """
+    parallel.TIMEOUT = timedelta(hours=2)  # a run in the background may be stopped for a while
+    parallel.initialize(1)
+    ranks, rank = fs_init.get_data_parallel_world_size(), fs_init.get_data_parallel_rank()
+    tokenizer_path = Path(out_dir, "tokenizer.model")
+    texts, _ = read_tales(corpus)
+    if parallel.is_main_rank() and not tokenizer_path.exists():
+        Path(out_dir).mkdir(parents=True, exist_ok=True)
+        train_vocabulary(texts, RANKS, tokenizer_path)
+    if ranks > 1:
+        torch.distributed.barrier()
+    tokenizer = Tokenizer(tokenizer_path)
+
+    torch.manual_seed(1)
+    model = Transformer(ModelArgs(**SHAPE, vocab_size=tokenizer.n_words))
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if name.endswith(("wo.weight", "w2.weight")):  # at first, a block adds nothing
+                weight.zero_()
+    options = TrainingOptions(
+        steps=steps,
+        warmup_steps=20,
+        decay_steps=decay_steps,
+        final_lr=0.0,
+        accumulation=step_rows // (rows * ranks),
+        checkpoint_every=checkpoint_every,
+    )
+
+    def report(trainer: Trainer, step: StepReport) -> None:
+        if parallel.is_main_rank():
+            speed = step_rows * CONTEXT / step.seconds
+            print(
+                f"{time.strftime('%H:%M:%S')} step {step.step} loss {step.loss:.4f} "
+                f"norm {step.norm:.3f} {speed:.0f} tokens/s",
+                flush=True,
+            )
+
+    trainer = Trainer(
+        model,
+        make_optimizers(model, muon, adam),
+        TaleLoader(texts, tokenizer, rows, rank, ranks),
+        tokenizer.bos_id,
+        options,
+        out_dir,
+        tokenizer_path,
+        on_step=report,
+    )
+    if trainer.resume() and parallel.is_main_rank():
+        print(f"Going on after step {trainer.step}")
+    trainer.run()
+
+
+def export(run: str, bundled: str, corpus: str, hours: float, machine: str) -> None:
+    """Write a run's last checkpoint as the bundled model: bfloat16, two shards, model card.
+
+    Args:
+        run: the out_dir of `train`.
+        bundled: folder to write, llama/bundled.
+        corpus: for the held-out score and the list of books.
+        hours: that the training took, for the card.
+        machine: that it ran on, for the card.
+    """
+    folder, last = Path(bundled), checkpoints(Path(run))[-1]
+    folder.mkdir(parents=True, exist_ok=True)
+    state = checkpoint.read_shard(last / checkpoint.shard_name(0))
+    weights = {name: tensor.bfloat16() for name, tensor in state.items()}
+    weights["output.weight"] = weights["tok_embeddings.weight"]  # one matrix, written once
+    for rank, shard in enumerate(checkpoint.split_state(weights, 2, embedding_dim=0)):
+        checkpoint.write_shard(folder / checkpoint.shard_name(rank), shard)
+    for name in ("params.json", "tokenizer.model"):
+        shutil.copyfile(last / name, folder / name)
+
+    texts, held_out = read_tales(corpus)
+    result = score(Llama.build(folder, dtype="float32", device="cpu"), held_out, CONTEXT)
+    step = int(last.name.removeprefix("step_"))
+    loader = torch.load(last / "training.00.pt", weights_only=True)["loader"]
+    size = sum(tensor.numel() for name, tensor in weights.items() if name != "output.weight")
+    lines = Path(corpus).read_text(encoding="utf-8").splitlines()
+    books = sorted({json.loads(line)["book"] for line in lines})
+    card = Path(__file__).with_name("bundled_card.md").read_text(encoding="utf-8")
+    facts = {
+        "parameters": f"{size / 1e6:.2f} million",
+        "ranks": f"{RANKS:,}",
+        "tales": str(len(texts) + len(held_out)),
+        "train_tales": str(len(texts)),
+        "held_out": str(len(held_out)),
+        "books": "; ".join(books),
+        "bits": f"{result.bits_per_byte:.3f}",
+        "perplexity": f"{result.perplexity:.1f}",
+        "bytes": f"{result.bytes:,}",
+        "steps": f"{step:,}",
+        "tokens": f"{loader['row'] * CONTEXT / 1e6:.1f} million",
+        "hours": f"{hours:g}",
+        "machine": machine,
+    }
+    for key, value in facts.items():
+        card = card.replace(f"{{{key}}}", value)
+    (folder / "README.md").write_text(card, encoding="utf-8")
+    total = sum(path.stat().st_size for path in folder.iterdir())
+    print(f"{result.bits_per_byte:.4f} bits a byte on held-out tales; {total:,} bytes in {folder}")
+
+
+if __name__ == "__main__":
+    fire.Fire({"train": train, "export": export})

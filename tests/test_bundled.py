@@ -1,13 +1,18 @@
 """The model that comes with the package: it is there, small, and speaks."""
 
 import re
-from pathlib import Path
 
 import pytest
 
 from llama import Llama
 from llama.checkpoint import BUNDLED
 from llama.evaluation import score
+
+COMMON = set(
+    """the and of to a in that it was he she his her him for with as had but at on they be not so
+    were is all said when there from this one which who them then if by out up would into no
+    could their what down came went an or have you i me my your""".split()
+)
 
 
 @pytest.fixture(scope="module")
@@ -38,10 +43,10 @@ def test_it_has_read_english(llama: Llama) -> None:
 def test_it_continues_a_tale_in_words(llama: Llama) -> None:
     (greedy,) = llama.text_completion(["Once upon a time"], temperature=0, max_gen_len=64)
     text = greedy["generation"]
-    known = set(re.findall(r"\w+", Path(__file__).with_name("words.txt").read_text()))
     words = re.findall(r"[a-z]+", text.lower())
     assert len(words) > 30
-    assert sum(word in known for word in words) / len(words) > 0.6
+    # In English every second word is one of these few.
+    assert sum(word in COMMON for word in words) / len(words) > 0.4
 
 
 def test_it_tells_a_story_and_stops(llama: Llama) -> None:

@@ -1,6 +1,7 @@
 """Training: one step is transformers' step, ranks and packing change nothing, nothing is lost."""
 
 import math
+import shutil
 import signal
 import subprocess
 import sys
@@ -285,75 +286,78 @@ def test_bfloat16_autocast_learns_and_keeps_the_weights(tmp_path: Path) -> None:
 # ---- ranks ------------------------------------------------------------------------------------
 
 
-def losses_on_ranks(folder: Path, mp_size: int, fsdp: bool = False) -> tuple[list[float], Any]:
-    """What one of two ranks sees of a run: its losses and, of the last weights, their sums."""
+def run_on_rank(folder: Path, fsdp: bool) -> list[float]:
+    """The losses of a run on the ranks there are, of which this is one. It is begun, left after
+    half of its steps and taken up by other objects, which must find the same way."""
     from fairscale.nn.model_parallel import initialize as fs_init
 
-    parallel.initialize(mp_size)
     rank, ranks = fs_init.get_data_parallel_rank(), fs_init.get_data_parallel_world_size()
-    model = make_model()
-    if fsdp:
-        shard_model(model)
-    optimizer = model.configure_optimizers(1e-2)
-    options = TrainingOptions(steps=4, warmup_steps=2, checkpoint_every=2, accumulation=2)
-    loader = Rows(4, 24, rank, ranks)
-    trainer = Trainer(model, [optimizer], loader, BOS, options, folder, eval_loader=None)
-    losses = trainer.run()
+    runs = []
+    for seed in (1, 2):
+        model = make_model(seed)
+        if fsdp:
+            shard_model(model)
+        optimizer = model.configure_optimizers(1e-2)
+        options = TrainingOptions(steps=4, warmup_steps=2, checkpoint_every=2, accumulation=2)
+        trainer = Trainer(model, [optimizer], Rows(4, 24, rank, ranks), BOS, options, folder)
+        assert trainer.resume() == (seed == 2)
+        runs.append(trainer.run())
+        if seed == 1:
+            if parallel.is_main_rank():
+                shutil.rmtree(training_checkpoint.checkpoints(folder)[-1])
+            torch.distributed.barrier()
+    assert runs[1] == runs[0][2:]
+    return runs[0]
 
-    # Continue from the middle: the second checkpoint is taken away.
-    if parallel.is_main_rank():
-        training_checkpoint.shutil.rmtree(training_checkpoint.checkpoints(folder)[-1])
-    torch.distributed.barrier()
-    model = make_model(seed=2)
-    if fsdp:
-        shard_model(model)
-    optimizer = model.configure_optimizers(1e-2)
-    again = Trainer(model, [optimizer], Rows(4, 24, rank, ranks), BOS, options, folder)
-    assert again.resume()
-    assert again.run() == losses[2:]
-    return losses
+
+def clipped_norms() -> list[float]:
+    model = make_model()
+    model.forward_loss(*Rows(4, 24).next_batch()).backward()
+    return [clip_grad_norm(model, 0.5), clip_grad_norm(model, 0.5)]
+
+
+def all_on_rank(folder: Path, mp_size: int) -> dict[str, Any]:
+    parallel.initialize(mp_size)
+    if mp_size == 2:
+        return {"tp": run_on_rank(folder / "tp", fsdp=False), "norms": clipped_norms()}
+    return {
+        "ddp": run_on_rank(folder / "ddp", fsdp=False),
+        "fsdp": run_on_rank(folder / "fsdp", fsdp=True),
+    }
 
 
 @pytest.fixture(scope="module")
-def one_rank(tmp_path_factory: pytest.TempPathFactory) -> list[float]:
-    folder = tmp_path_factory.mktemp("one_rank")
-    return make_trainer(folder, accumulation=2).run()
+def on_two_ranks(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, Any]]]:
+    """The folder of the runs, and what each of two ranks found."""
+    folder = tmp_path_factory.mktemp("two_ranks")
+    found = [run_ranks(2, folder, all_on_rank, folder, mp_size) for mp_size in (1, 2)]
+    return folder, [a | b for a, b in zip(*found, strict=True)]
 
 
-@pytest.mark.parametrize(
-    ("mp_size", "fsdp"), [(1, False), (1, True), (2, False)], ids=["ddp", "fsdp", "tp"]
-)
+@pytest.mark.parametrize("way", ["ddp", "fsdp", "tp"])
 def test_two_ranks_equal_one(
-    tmp_path: Path, one_rank: list[float], mp_size: int, fsdp: bool
+    tmp_path: Path, on_two_ranks: tuple[Path, list[dict[str, Any]]], way: str
 ) -> None:
-    run = tmp_path / "run"
-    for losses in run_ranks(2, tmp_path, losses_on_ranks, run, mp_size, fsdp):
-        assert losses == pytest.approx(one_rank, abs=1e-5)
-    write_tokenizer(run / "tokenizer.model", demo_pieces())
-    newest = training_checkpoint.checkpoints(run)[-1]
-    llama = Llama.build(newest, run / "tokenizer.model")  # whatever ranks wrote it
-    inputs, targets = Rows(4, 24).next_batch()
-    wanted = make_trainer(tmp_path / "alone", accumulation=2)
-    wanted.run()
+    folder, found = on_two_ranks
+    alone = make_trainer(tmp_path / "alone", accumulation=2)
+    losses = alone.run()
+    for rank in found:
+        assert rank[way] == pytest.approx(losses, abs=1e-5)
+    # Whatever wrote the checkpoint, one rank reads it.
+    write_tokenizer(tmp_path / "tokenizer.model", demo_pieces())
+    newest = training_checkpoint.checkpoints(folder / way)[-1]
+    llama = Llama.build(newest, tmp_path / "tokenizer.model")
+    batch = Rows(4, 24).next_batch()
     torch.testing.assert_close(
-        llama.model.forward_loss(inputs, targets),
-        wanted.model.forward_loss(inputs, targets),
-        atol=1e-4,
-        rtol=1e-4,
+        llama.model.forward_loss(*batch), alone.model.forward_loss(*batch), atol=1e-4, rtol=1e-4
     )
 
 
-def clipped_norm(mp_size: int) -> tuple[float, float]:
-    parallel.initialize(mp_size)
-    model = make_model()
-    model.forward_loss(*Rows(4, 24).next_batch()).backward()
-    return clip_grad_norm(model, 0.5), clip_grad_norm(model, 0.5)
-
-
-def test_clipping_counts_every_ranks_part_once(tmp_path: Path) -> None:
-    wanted = clipped_norm(1)
-    for found in run_ranks(2, tmp_path, clipped_norm, 2):
-        assert found == pytest.approx(wanted, rel=1e-4)
+def test_clipping_counts_every_ranks_part_once(
+    on_two_ranks: tuple[Path, list[dict[str, Any]]],
+) -> None:
+    for rank in on_two_ranks[1]:
+        assert rank["norms"] == pytest.approx(clipped_norms(), rel=1e-4)
 
 
 # ---- checkpoints ------------------------------------------------------------------------------

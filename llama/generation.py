@@ -83,16 +83,19 @@ class Llama:
             seed: of the random numbers that sampling draws.
             device: None: this rank's GPU, else MPS, else the CPU.
             dtype: of the weights and the cache; None: bfloat16 on a GPU (half where that is
-                missing), the checkpoint's own elsewhere.
+                missing), the checkpoint's own elsewhere, which for the package's small model
+                counts as float32, because every CPU is fast in it.
             rope_factor: of scaled RoPE; None: as published, 32 for Llama 3.2 and 8 for the others.
                 Meta's own code computes with 8 always.
 
         Raises a LlamaError (a ValueError) that names what does not fit.
         """
         start = time.perf_counter()
-        ckpt_dir = checkpoint.BUNDLED if ckpt_dir is None else ckpt_dir
         target = parallel.local_device(device)
         parallel.initialize(model_parallel_size, target)
+        if ckpt_dir is None:
+            ckpt_dir = checkpoint.BUNDLED
+            dtype = torch.float32 if dtype is None and target.type == "cpu" else dtype
         error: Exception | None = None
         try:
             llama = Llama._build_rank(

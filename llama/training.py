@@ -22,7 +22,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from llama import training_checkpoint
-from llama.errors import TrainingError
+from llama.errors import DataError, TrainingError
 from llama.model import Transformer, next_token_loss
 from llama.optimizer import check_schedule, clip_grad_norm, learning_rate_factor
 from llama.token_files import IGNORED, DistributedShardedDataLoader
@@ -204,6 +204,11 @@ class Trainer:
     # ---- parts of a step ----------------------------------------------------------------------
 
     def _prepare(self, inputs: Tensor, targets: Tensor) -> "_Batch":
+        if (largest := int(inputs.max())) >= self.model.vocab_size:
+            raise DataError(
+                f"the data has token id {largest}, but vocab_size is {self.model.vocab_size}: "
+                "was it written with another tokenizer?"
+            )
         documents = None
         if self.options.separate_documents:
             documents, targets = document_numbers(inputs, targets, self.bos_id)

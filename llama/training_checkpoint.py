@@ -105,6 +105,12 @@ def load_newest(trainer: "Trainer") -> bool:
     weights = checkpoint.read_shard(folder / checkpoint.shard_name(parallel.mp_rank()))
     with torch.no_grad():
         for name, weight in trainer.model.state_dict().items():
+            shape = tuple(weights[name].shape) if name in weights else None
+            if shape != tuple(weight.shape):
+                raise TrainingError(
+                    f"{folder} is of another model: {name} is {shape}, not {tuple(weight.shape)}; "
+                    "name another out_dir"
+                )
             weight.copy_(_as(weights[name].to(trainer.device), weight))
     for optimizer, saved in zip(trainer.optimizers, state["optimizers"], strict=True):
         parameters = [w for group in optimizer.param_groups for w in group["params"]]

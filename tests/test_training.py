@@ -435,6 +435,23 @@ def test_a_damaged_training_state(tmp_path: Path) -> None:
         make_trainer(tmp_path).resume()
 
 
+def test_a_checkpoint_of_another_model(tmp_path: Path) -> None:
+    make_trainer(tmp_path).run()
+    trainer = make_trainer(tmp_path)
+    trainer.model.layers[1].feed_forward.w2.weight = torch.nn.Parameter(torch.zeros(32, 96))
+    with pytest.raises(TrainingError, match=r"another model: layers.1.feed_forward.w2.weight is"):
+        trainer.resume()
+
+
+def test_token_ids_of_another_tokenizer(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path)
+    inputs, targets = Rows(4, 24).next_batch()
+    inputs[1, 2] = VOCAB
+    trainer.loader.next_batch = lambda: (inputs, targets)  # type: ignore[method-assign]
+    with pytest.raises(LlamaError, match=f"token id {VOCAB}, but vocab_size is {VOCAB}"):
+        trainer.train_step()
+
+
 FULL_DISK = """
 import resource, signal, sys
 from pathlib import Path

@@ -165,12 +165,19 @@ class Attention(nn.Module):
 
         if cache is not None:
             xk, xv = cache.update(self.layer_id, start_pos, xk, xv)  # (B, T, K, hd)
-        keys = repeat_kv(xk, self.n_rep).transpose(1, 2)  # (B, H, T, hd)
-        values = repeat_kv(xv, self.n_rep).transpose(1, 2)
+        # Without a cache and a mask, PyTorch's kernel groups the heads by itself.
+        n_rep = 1 if cache is None and mask is None else self.n_rep
+        keys = repeat_kv(xk, n_rep).transpose(1, 2)  # (B, H, T, hd)
+        values = repeat_kv(xv, n_rep).transpose(1, 2)
 
         if cache is None:  # the same sum without ever holding the scores, which training needs
             heads = F.scaled_dot_product_attention(
-                xq.transpose(1, 2), keys, values, attn_mask=mask, is_causal=mask is None
+                xq.transpose(1, 2),
+                keys,
+                values,
+                mask,
+                is_causal=mask is None,
+                enable_gqa=mask is None,
             )
         else:
             # The scores are the largest tensor there is: they are changed in place.

@@ -238,7 +238,7 @@ def export(run: str, bundled: str, corpus: str, hours: float, machine: str) -> N
         "tales": str(len(texts) + len(held_out)),
         "train_tales": str(len(texts)),
         "held_out": str(len(held_out)),
-        "books": "; ".join(books),
+        "books": "\n".join(f"- {book}" for book in books),
         "bits": f"{result.bits_per_byte:.3f}",
         "perplexity": f"{result.perplexity:.1f}",
         "bytes": f"{result.bytes:,}",

@@ -132,10 +132,10 @@ def make_optimizers(model: Transformer, muon: float, adam: float) -> list[torch.
 def train(
     corpus: str,
     out_dir: str,
-    steps: int = 3000,
-    decay_steps: int = 1200,
+    steps: int = 1300,
+    decay_steps: int = 550,
     rows: int = 4,
-    step_rows: int = 8,
+    step_rows: int = 16,
     muon: float = 0.02,
     adam: float = 0.003,
     checkpoint_every: int = 50,

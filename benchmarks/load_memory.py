@@ -29,20 +29,18 @@ def measure_here(folder: str) -> None:
     """Load the folder in this process and print the figures; run in a process of its own."""
     import torch
 
-    from llama import checkpoint, config, parallel
+    from llama import checkpoint, parallel
     from llama.model import Transformer
 
     parallel.initialize()
     Path("/proc/self/clear_refs").write_text("5")  # start counting the peak from here
     bare = {"resident": status("VmHWM"), "private": status("RssAnon")}
     start = time.perf_counter()
-    args = config.read_params(Path(folder) / "params.json")
-    args.max_batch_size, args.max_seq_len = 1, 512
-    path = checkpoint.find_shards(Path(folder))[0]
+    opened = checkpoint.open_checkpoint(folder)
+    opened.args.max_batch_size, opened.args.max_seq_len = 1, 512
     with torch.device("meta"):
-        model = Transformer(args)
-    shards = {path: checkpoint.read_shard(path)}
-    checkpoint.load_shards(model, shards, 1, torch.device("cpu"), dtype=None)
+        model = Transformer(opened.args)
+    checkpoint.load(model, opened, torch.device("cpu"), dtype=None)
     taken = time.perf_counter() - start
     loaded = {"resident": status("VmHWM"), "private": status("RssAnon")}
     with torch.inference_mode():
@@ -53,7 +51,7 @@ def measure_here(folder: str) -> None:
     print(
         json.dumps(
             {
-                "file_bytes": path.stat().st_size,
+                "file_bytes": sum(path.stat().st_size for path in Path(folder).glob("*.pth")),
                 "seconds": taken,
                 "loaded_over_bare": {name: loaded[name] - bare[name] for name in bare},
                 "used_over_bare": {name: used[name] - bare[name] for name in bare},

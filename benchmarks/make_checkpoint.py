@@ -15,7 +15,7 @@ import fire
 import torch
 from torch import Tensor
 
-from llama import ModelArgs, Transformer
+from llama import ModelArgs
 from llama.parallel import shard_dim
 
 DEMO_RANKS = 384  # of the demo tokenizer: every byte, then words and their beginnings
@@ -45,13 +45,6 @@ WORDS = """
 """.split()
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-
-
-def shapes_of(params: dict[str, Any]) -> dict[str, tuple[int, ...]]:
-    """Every tensor of the whole model by Meta's name, in the order of Meta's files."""
-    with torch.device("meta"):
-        model = Transformer(ModelArgs(**params))
-    return {name: tuple(weight.shape) for name, weight in model.named_parameters()}
 
 
 def random_weight(name: str, shape: tuple[int, ...], seed: int) -> Tensor:
@@ -93,7 +86,7 @@ def make_checkpoint(
         raise SystemExit(f"error: {folder} already holds shards; remove them first")
     for mp_rank in range(mp_size):
         shard = {}
-        for name, shape in shapes_of(params).items():
+        for name, shape in ModelArgs(**params).whole_shapes().items():
             weight = random_weight(name, shape, seed)
             if spoken and name == "output.weight":
                 loud = torch.zeros_like(weight)

@@ -1,4 +1,4 @@
-"""python -m llama COMMAND: train, finetune, perplexity, tokenize, vocab."""
+"""python -m llama COMMAND: look at, convert and check checkpoints, train and score."""
 
 import logging
 import sys
@@ -139,7 +139,74 @@ def vocab(*files: str, ranks: int, out: str, field: str = "text") -> None:
     print(f"{ranks:,} ranks and 256 special tokens in {out}")
 
 
+def inspect(
+    model: str,
+    mp: int = 1,
+    max_seq_len: int | None = None,
+    max_batch_size: int = 4,
+    dtype: str = "bfloat16",
+) -> None:
+    """Show what a model is made of: modules, sizes, split over ranks, KV cache, FLOPs.
+
+    Example: python -m llama inspect llama-3.1-70b --mp 8
+
+    Args:
+        model: a published model (llama-2-7b, llama-3-8b, llama-3.1-405b, llama-3.2-1b, …) or a
+            checkpoint folder; no weight is read.
+        mp: ranks that share the model.
+        max_seq_len: tokens of a row of the KV cache; by default the model's context.
+        max_batch_size: rows of the KV cache.
+        dtype: float32, bfloat16 or float16, for the sizes in bytes.
+    """
+    from llama.inspect import describe
+
+    print(describe(str(model), mp, max_seq_len, max_batch_size, dtype))
+
+
+def convert(
+    src: str, dst: str, to: str, mp: int = 1, dtype: str | None = None, force: bool = False
+) -> None:
+    """Write a checkpoint anew, in Meta's or Hugging Face's layout.
+
+    Example: python -m llama convert Llama-2-70b Llama-2-70b-hf --to hf
+
+    Args:
+        src: a checkpoint folder of either layout.
+        dst: the new folder.
+        to: meta (params.json and consolidated.NN.pth) or hf (config.json and .safetensors).
+        mp: number of shards of a Meta folder.
+        dtype: float32, bfloat16 or float16; by default the weights stay as they are.
+        force: replace dst where it exists.
+    """
+    from llama.convert import convert as run
+
+    print(f"Written to {run(str(src), str(dst), to, mp, dtype, force)}")
+
+
+def verify(folder: str, manifest: bool = True) -> None:
+    """Check a checkpoint folder: every tensor, its numbers, and the files' checksums.
+
+    Ends with exit code 1 where something is wrong.
+
+    Args:
+        folder: a checkpoint folder, Meta's or Hugging Face's.
+        manifest: write SHA256SUMS where there is none and nothing is wrong.
+    """
+    from llama.verify import verify as run
+
+    title, problems = run(str(folder), manifest)
+    print(title)
+    for problem in problems:
+        print(f"wrong: {problem}")
+    print(f"{len(problems)} problem(s)" if problems else "all is well")
+    if problems:
+        sys.exit(1)
+
+
 COMMANDS = {
+    "inspect": inspect,
+    "convert": convert,
+    "verify": verify,
     "train": train,
     "finetune": finetune,
     "perplexity": perplexity,

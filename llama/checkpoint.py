@@ -1,24 +1,30 @@
-"""Meta's checkpoint folders: `params.json` and the shards `consolidated.NN.pth`.
+"""Checkpoint folders, Meta's or Hugging Face's, at any number of shards and ranks.
 
-A shard is mapped, not read, and a rank touches nothing but its own part: on the CPU, with as many
-ranks as shards, the weights are the file's own pages.
+Files are mapped, not read, and a rank touches nothing but its own part: on the CPU, with as many
+ranks as Meta's folder has shards, the weights are the file's own pages.
 """
 
 import json
-import math
 import pickle
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
-from llama import parallel
+from llama import config, hugging_face, parallel
 from llama.config import ModelArgs
-from llama.errors import CheckpointError
+from llama.errors import CheckpointError, ConfigError
 from llama.files import atomic_file
 from llama.model import Transformer
 
 BUNDLED = Path(__file__).parent / "bundled"  # the trained model that comes with the package
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+ROTATED = ("wq.weight", "wk.weight")  # what RoPE turns
+KEYS_AND_VALUES = ("wk.weight", "wv.weight")
+ALIGNMENT = 64  # bytes; safetensors aligns to 8
 MOST_NAMES = 10  # how many tensors an error message names
 IGNORED = "rope.freqs"  # a table that Llama 2's files carry; it is computed here
 
@@ -29,10 +35,16 @@ def find_folder(ckpt_dir: str | Path) -> Path:
     folder = Path(ckpt_dir)
     if not folder.is_dir():
         raise CheckpointError(f"no such checkpoint folder: {folder}")
-    for candidate in (folder, folder / "original"):
-        if (candidate / "params.json").exists():
+    for candidate, file in (
+        (folder, "params.json"),
+        (folder, "config.json"),
+        (folder / "original", "params.json"),
+    ):
+        if (candidate / file).exists():
             return candidate
-    raise CheckpointError(f"{folder} has no params.json, nor has an original/ folder in it")
+    raise CheckpointError(
+        f"{folder} has no params.json and no config.json, nor has an original/ folder in it"
+    )
 
 
 def shard_name(rank: int) -> str:
@@ -68,91 +80,169 @@ def read_shard(path: Path) -> dict[str, Tensor]:
     if not isinstance(state, dict) or not state:
         raise CheckpointError(f"{path} does not hold named tensors")
     for name, tensor in state.items():
-        if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
-            kind = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
-            raise CheckpointError(f"{path}: {name} is {kind}, not a tensor of floating point")
+        _check_kind(path, name, tensor)
     return {name: tensor for name, tensor in state.items() if name != IGNORED}
 
 
-def shards_of_rank(n_shards: int) -> range:
-    """The shards, out of `n_shards`, that hold something of this rank's part of a split tensor."""
-    rank, ranks = parallel.mp_rank(), parallel.mp_size()
-    return range(rank * n_shards // ranks, math.ceil((rank + 1) * n_shards / ranks))
+def _check_kind(path: Path, name: str, tensor: Any) -> None:
+    kind = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
+    if kind not in DTYPES:
+        raise CheckpointError(f"{path}: {name} is {kind}, not a tensor of floating point")
 
 
-def embedding_shard_dim(shard: dict[str, Tensor], n_shards: int, dim: int, default: int) -> int:
+@dataclass
+class Checkpoint:
+    """An opened folder: the model's shape and its tensors by Meta's names, mapped, not yet read.
+
+    shards: equal parts of the model, cut as `parallel.shard_dim` says; Hugging Face's folders are
+        one, however many files they have.
+    """
+
+    folder: Path
+    args: ModelArgs
+    shards: list[dict[str, Tensor]]
+    is_hugging_face: bool = False  # Q and K have their rows in Hugging Face's order
+
+    def called(self, name: str) -> str:
+        """What the folder's files call a tensor."""
+        return hugging_face.their_name(name) if self.is_hugging_face else name
+
+    def file_of(self, shard: int) -> Path:
+        return self.folder if self.is_hugging_face else self.folder / shard_name(shard)
+
+    def part(self, name: str, n_parts: int, index: int) -> Tensor:
+        """One of `n_parts` equal parts of a tensor, its rows in Meta's order.
+
+        Where it is exactly one shard's piece, it is that tensor itself; nothing is copied. With
+        more parts than key/value heads, each head is in as many parts in a row.
+        """
+        pieces = [shard[name] for shard in self.shards]
+        dim = parallel.shard_dim(name, self.args.embedding_shard_dim)
+        if dim is None:
+            return pieces[0]
+        n_kv_heads = self.args.local_kv_heads(1)
+        if name.endswith(KEYS_AND_VALUES) and n_parts > n_kv_heads:
+            n_parts, index = n_kv_heads, index * n_kv_heads // n_parts
+        size = pieces[0].shape[dim]  # of each piece
+        length = size * len(pieces) // n_parts
+        start, end = length * index, length * (index + 1)
+        found = []
+        for i, piece in enumerate(pieces):
+            low, high = max(start - i * size, 0), min(end - i * size, size)
+            if low < high:
+                found.append(piece.narrow(dim, low, high - low))
+        if self.is_hugging_face and name.endswith(ROTATED):
+            return hugging_face.to_pairs(found[0], self.args.head_dim)
+        if len(found) > 1:
+            return torch.cat(found, dim)
+        return found[0] if found[0].shape[dim] == size else found[0].clone()
+
+
+def parse_dtype(dtype: str | torch.dtype) -> torch.dtype:
+    """float32, bfloat16 or float16, also by name. Raises ConfigError for any other."""
+    named = getattr(torch, dtype.removeprefix("torch."), None) if isinstance(dtype, str) else dtype
+    if named not in (torch.float32, torch.bfloat16, torch.float16):
+        raise ConfigError(f"dtype is {dtype!s}: float32, bfloat16 and float16 are known")
+    return named
+
+
+def is_metas(folder: Path) -> bool:
+    return (folder / "params.json").exists()
+
+
+def read_args(folder: Path, rope_factor: float | None = None) -> ModelArgs:
+    """The model's shape, from the file that says it."""
+    if is_metas(folder):
+        return config.read_params(folder / "params.json", rope_factor)
+    return hugging_face.read_config(folder / "config.json", rope_factor)
+
+
+def open_checkpoint(ckpt_dir: str | Path, rope_factor: float | None = None) -> Checkpoint:
+    """Open a folder of Meta's or Hugging Face's; see `config.read_params` for rope_factor."""
+    folder = find_folder(ckpt_dir)
+    args = read_args(folder, rope_factor)
+    if is_metas(folder):
+        shards = [read_shard(path) for path in find_shards(folder)]
+        if len(shards) > 1:  # with one, the family's way stays
+            args.embedding_shard_dim = _embedding_shard_dim(shards[0], args)
+        args.tied = all(_is_tied(shard) for shard in shards)
+        return Checkpoint(folder, args, shards)
+    tensors = hugging_face.map_tensors(folder)
+    for name, tensor in tensors.items():
+        _check_kind(folder, name, tensor)
+    if args.tied and "tok_embeddings.weight" in tensors:
+        tensors["output.weight"] = tensors["tok_embeddings.weight"]
+    return Checkpoint(folder, args, [tensors], is_hugging_face=True)
+
+
+def _embedding_shard_dim(shard: dict[str, Tensor], args: ModelArgs) -> int:
     """How `tok_embeddings` is split, by its shape: narrower than `dim` means by features."""
     embedding = shard.get("tok_embeddings.weight")
-    if embedding is None or embedding.dim() != 2 or n_shards == 1:
-        return default
-    return 0 if embedding.shape[1] == dim else 1
+    return int(embedding is not None and embedding.shape[-1:] != (args.dim,))
 
 
-def load_shards(
-    model: Transformer,
-    shards: dict[Path, dict[str, Tensor]],
-    n_shards: int,
-    device: torch.device,
-    dtype: torch.dtype | None,
+def _is_tied(shard: dict[str, Tensor]) -> bool:
+    """Whether output and embedding are one tensor in the file. Meta's files of Llama 3.2 hold it
+    twice, and a fine-tune of them may have two."""
+    pair = [shard.get("tok_embeddings.weight"), shard.get("output.weight")]
+    first, second = (None if t is None else (t.data_ptr(), t.shape) for t in pair)
+    return first is not None and first == second
+
+
+def load(
+    model: Transformer, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype | None
 ) -> None:
-    """Give `model`, built on the meta device, this rank's part of each tensor.
+    """Give `model`, built on the meta device, this rank's part of each tensor, however many
+    shards and ranks there are.
 
-    shards: what `read_shard` gave for each of `shards_of_rank`, in order; emptied on the way.
     dtype: of all weights; None: the output matrix's, which is the file's.
     Raises CheckpointError naming what is missing, not expected or of another shape.
     """
-    shapes = {name: tuple(weight.shape) for name, weight in model.state_dict().items()}
-    dims = {name: parallel.shard_dim(name, model.params.embedding_shard_dim) for name in shapes}
-    for path, shard in shards.items():
-        if missing := [name for name in shapes if name not in shard]:
-            raise CheckpointError(f"{path} lacks {_listed(missing)}")
-        if extra := [name for name in shard if name not in shapes]:
-            raise CheckpointError(f"{path} has tensors this model has not: {_listed(extra)}")
-        wrong = []
-        for name, mine in shapes.items():
-            found, expected = tuple(shard[name].shape), list(mine)
-            if (dim := dims[name]) is not None:
-                whole = mine[dim] * parallel.mp_size()
-                if whole % n_shards:
-                    raise CheckpointError(
-                        f"{path.parent}: {name} has size {whole}, which {n_shards} shards cannot "
-                        "share evenly"
-                    )
-                expected[dim] = whole // n_shards
-            if found != tuple(expected):
-                wrong.append(f"{name} {found} instead of {tuple(expected)}")
-        if wrong:
-            raise CheckpointError(f"{path} does not fit params.json: {_listed(wrong)}")
-
-    dtype = dtype or next(iter(shards.values()))["output.weight"].dtype
-    state = {}
-    for name, dim in dims.items():  # one at a time, so a copy never stands beside all the others
-        pieces = [shard.pop(name) for shard in shards.values()]
-        state[name] = _my_part(pieces, dim, n_shards).to(device, dtype)
+    params = model.params
+    check_complete(checkpoint)
+    dtype = dtype or checkpoint.shards[0]["output.weight"].dtype
+    state: dict[str, Tensor] = {}
+    names = [name for name in model.state_dict() if not (params.tied and name == "output.weight")]
+    # One at a time, so that a copy never stands beside all the others.
+    for name in tqdm(names, "Loading", unit="tensor", delay=2, disable=not parallel.is_main_rank()):
+        part = checkpoint.part(name, parallel.mp_size(), parallel.mp_rank())
+        part = part.to(device, dtype)
+        # A product of one row differs in its last bit where a matrix is not aligned.
+        state[name] = part.clone() if part.data_ptr() % ALIGNMENT else part
+    if params.tied:
+        state["output.weight"] = state["tok_embeddings.weight"]
     model.load_state_dict(state, strict=True, assign=True)
     model.tie_weights()
 
 
-def _my_part(pieces: list[Tensor], dim: int | None, n_shards: int) -> Tensor:
-    """This rank's part of a tensor from its pieces in `shards_of_rank`.
-
-    Where it is exactly one piece it is that tensor itself, and nothing is copied.
-    """
-    if dim is None:
-        return pieces[0]
-    size = pieces[0].shape[dim]
-    mine = size * n_shards // parallel.mp_size()
-    if mine == size:
-        return pieces[0]
-    start = mine * parallel.mp_rank() - size * shards_of_rank(n_shards).start  # in what we have
-    if len(pieces) == 1:
-        return pieces[0].narrow(dim, start, mine).clone()
-    # Only the first and the last can reach beyond this rank's part.
-    cut = []
-    for i, piece in enumerate(pieces):
-        low, high = max(start - i * size, 0), min(start + mine - i * size, size)
-        cut.append(piece.narrow(dim, low, high - low))
-    return torch.cat(cut, dim)
+def check_complete(checkpoint: Checkpoint) -> None:
+    """Raise CheckpointError where the shards' names or shapes are not those of the model."""
+    args, folder, shards = checkpoint.args, checkpoint.folder, checkpoint.shards
+    expected = {name: list(shape) for name, shape in args.whole_shapes().items()}
+    for i, shard in enumerate(shards):
+        if missing := [checkpoint.called(name) for name in expected if name not in shard]:
+            raise CheckpointError(f"{checkpoint.file_of(i)} lacks {_listed(missing)}")
+        if extra := [name for name in shard if name not in expected]:
+            raise CheckpointError(
+                f"{checkpoint.file_of(i)} has tensors this model has not: {_listed(extra)}"
+            )
+    wrong = []
+    for name, shape in expected.items():
+        dim = parallel.shard_dim(name, args.embedding_shard_dim)
+        if dim is not None:  # what one file must hold: its part of the whole tensor
+            if shape[dim] % len(shards):
+                raise CheckpointError(
+                    f"{folder}: {name} has {shape[dim]} rows or columns in all, which cannot come "
+                    f"in {len(shards)} shards"
+                )
+            shape[dim] //= len(shards)
+        for i, shard in enumerate(shards):
+            if list(shard[name].shape) != shape:
+                file = f"{shard_name(i)}: " if len(shards) > 1 else ""
+                found = tuple(shard[name].shape)
+                wrong.append(f"{file}{checkpoint.called(name)} {found} instead of {tuple(shape)}")
+    if wrong:
+        raise CheckpointError(f"{folder} does not fit its configuration: {_listed(wrong)}")
 
 
 def _listed(names: list[str]) -> str:
@@ -164,11 +254,14 @@ def _listed(names: list[str]) -> str:
 
 
 def write_params(path: Path, args: ModelArgs) -> None:
-    """Write a `params.json` that `config.read_params` reads back as the same model."""
-    keys = ["dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "multiple_of"]
-    keys += ["ffn_dim_multiplier", "norm_eps", "rope_theta", "use_scaled_rope"]
-    keys += ["hidden_dim", "context_length"]  # Meta's files have no such keys
-    params = {key: getattr(args, key) for key in keys if getattr(args, key) is not None}
+    """Write a `params.json` that `config.read_params` reads back as the same model, and Meta's
+    code too where it can."""
+    keys = "dim n_layers n_heads n_kv_heads vocab_size norm_eps rope_theta use_scaled_rope".split()
+    params = {key: getattr(args, key) for key in keys} | args.metas_width()
+    if args.context_length is not None:
+        params["context_length"] = args.context_length
+    if args.rope_scaling is not None:
+        params["rope_scaling"] = asdict(args.rope_scaling)
     with atomic_file(path) as file:
         file.write((json.dumps(params, indent=2) + "\n").encode())
 

@@ -105,16 +105,80 @@ class ModelArgs:
             width = int(self.ffn_dim_multiplier * width)
         return math.ceil(width / self.multiple_of) * self.multiple_of
 
+    def metas_width(self) -> dict[str, float]:
+        """The feed-forward width as Meta's files say it, which have no key for the width itself:
+        a published shape's `multiple_of` and `ffn_dim_multiplier`, or some that give the width."""
+        preset = next((p for p in PRESETS.values() if self.same_shape(p)), None)
+        if self.hidden_dim is None or preset is not None:
+            said = preset if self.hidden_dim is not None and preset is not None else self
+            width: dict[str, float] = {"multiple_of": said.multiple_of}
+            if said.ffn_dim_multiplier is not None:
+                width["ffn_dim_multiplier"] = said.ffn_dim_multiplier
+            return width
+        plain = int(2 * (4 * self.dim) / 3)
+        if self.hidden_dim >= plain:  # rounded up to a multiple of itself, the width is itself
+            return {"multiple_of": self.hidden_dim}
+        return {"multiple_of": 1, "ffn_dim_multiplier": (self.hidden_dim + 0.5) / plain}
+
     def local_kv_heads(self, mp_size: int) -> int:
         """Key/value heads that one of `mp_size` ranks holds."""
         return (self.n_kv_heads or self.n_heads) // mp_size
+
+    def same_shape(self, preset: "ModelArgs") -> bool:
+        """Whether this is the preset's model, as far as a params.json can tell."""
+        names = "dim n_layers n_heads n_kv_heads ffn_dim rope_theta use_scaled_rope".split()
+        same_vocab = self.vocab_size in (preset.vocab_size, -1)
+        return same_vocab and all(getattr(self, n) == getattr(preset, n) for n in names)
+
+    def workable_sizes(self) -> list[int]:
+        """The numbers of ranks that heads, feed-forward and vocabulary can be split over. More
+        ranks than key/value heads are fine if each head then lies on as many of them."""
+        n_kv_heads = self.local_kv_heads(1)
+        parts = math.gcd(self.n_heads, self.ffn_dim, self.vocab_size)
+        return [
+            n
+            for n in range(1, parts + 1)
+            if parts % n == 0 and (n_kv_heads % n == 0 or n % n_kv_heads == 0)
+        ]
+
+    def whole_shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shape of every tensor of the whole model, by its state-dict name, in order."""
+        kv_dim = self.local_kv_heads(1) * self.head_dim
+        layer = {
+            "attention.wq": (self.dim, self.dim),
+            "attention.wk": (kv_dim, self.dim),
+            "attention.wv": (kv_dim, self.dim),
+            "attention.wo": (self.dim, self.dim),
+            "feed_forward.w1": (self.ffn_dim, self.dim),
+            "feed_forward.w2": (self.dim, self.ffn_dim),
+            "feed_forward.w3": (self.ffn_dim, self.dim),
+            "attention_norm": (self.dim,),
+            "ffn_norm": (self.dim,),
+        }
+        shapes: dict[str, tuple[int, ...]] = {"tok_embeddings": (self.vocab_size, self.dim)}
+        for i in range(self.n_layers):
+            shapes |= {f"layers.{i}.{name}": shape for name, shape in layer.items()}
+        shapes |= {"norm": (self.dim,), "output": (self.vocab_size, self.dim)}
+        return {f"{name}.weight": shape for name, shape in shapes.items()}
+
+    def check_split(self, mp_size: int) -> None:
+        """Raise ConfigError where `mp_size` ranks cannot share the model."""
+        if self.vocab_size < 1:
+            raise ConfigError("vocab_size is -1: set it to the tokenizer's n_words")
+        if mp_size not in (sizes := self.workable_sizes()):
+            raise ConfigError(
+                f"this model cannot be split over {mp_size} ranks, it can over "
+                f"{', '.join(map(str, sizes))}: n_heads {self.n_heads}, n_kv_heads "
+                f"{self.n_kv_heads}, feed-forward width {self.ffn_dim} and vocab_size "
+                f"{self.vocab_size} must divide"
+            )
 
     @property
     def context(self) -> int:
         """Tokens the model was trained for: stated, or a published shape's, or the family's."""
         if self.context_length is not None:
             return self.context_length
-        preset = next((p for p in PRESETS.values() if _same_shape(self, p)), None)
+        preset = next((p for p in PRESETS.values() if self.same_shape(p)), None)
         if preset is not None and preset.context_length is not None:
             return preset.context_length
         if self.use_scaled_rope:
@@ -138,8 +202,9 @@ KNOWN_KEYS = frozenset(REQUIRED_KEYS) | {
     "ffn_dim_multiplier",
     "rope_theta",
     "use_scaled_rope",
-    "hidden_dim",
+    "hidden_dim",  # from here on: keys that Meta's files have not
     "context_length",
+    "rope_scaling",
 }
 # What Meta's files hold for models that are more, or less, than a plain text model.
 OTHER_MODELS = {
@@ -147,6 +212,21 @@ OTHER_MODELS = {
     "quantization_args": "a quantized model",
     "lora_args": "a LoRA adapter",
 }
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file. Raises ConfigError for anything else."""
+    if not path.is_file():  # a pipe, for one, would never end
+        raise ConfigError(f"cannot read {path}: no such file")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"cannot read {path}: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{path} is not JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path} holds a {type(content).__name__}, not an object with keys")
+    return content
 
 
 def read_params(path: str | Path, rope_factor: float | None = None) -> ModelArgs:
@@ -159,15 +239,7 @@ def read_params(path: str | Path, rope_factor: float | None = None) -> ModelArgs
     or describes something else than a plain Llama text model.
     """
     path = Path(path)
-    try:
-        params = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"cannot read {path}: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
-        raise ConfigError(f"{path} is not JSON: {error}") from error
-    if not isinstance(params, dict):
-        raise ConfigError(f"{path} holds a {type(params).__name__}, not an object with keys")
-
+    params = read_json(path)
     for key in params:
         for prefix, what in OTHER_MODELS.items():
             if key.startswith(prefix) and params[key] is not None:
@@ -178,17 +250,23 @@ def read_params(path: str | Path, rope_factor: float | None = None) -> ModelArgs
         raise ConfigError(f"{path} lacks the keys: {', '.join(missing)}")
 
     known = {key: params[key] for key in params.keys() & KNOWN_KEYS}
+    scaling = known.pop("rope_scaling", None)
     # Llama 2's files predate the key: there its value is RoPE's first one, not the class default.
     known.setdefault("rope_theta", LLAMA_2_THETA)
     try:
         args = ModelArgs(**known)
+        if scaling is not None:
+            args.rope_scaling = RopeScaling(**scaling)
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from error
+    except TypeError as error:
+        raise ConfigError(f"{path}: rope_scaling is {scaling!r}") from error
     if args.vocab_size == -1:  # Llama 2 leaves the size to its tokenizer
         args.embedding_shard_dim = 1
-    if args.use_scaled_rope:
-        is_3_2 = any(_same_shape(args, PRESETS[n]) for n in ("llama-3.2-1b", "llama-3.2-3b"))
-        args.rope_scaling = RopeScaling(factor=rope_factor or (32.0 if is_3_2 else 8.0))
+    if args.rope_scaling is not None and (scaling is None or rope_factor is not None):
+        is_3_2 = any(args.same_shape(PRESETS[n]) for n in ("llama-3.2-1b", "llama-3.2-3b"))
+        factor = (32.0 if is_3_2 else 8.0) if rope_factor is None else rope_factor
+        args.rope_scaling = replace(args.rope_scaling, factor=factor)
     return args
 
 
@@ -233,10 +311,3 @@ PRESETS: dict[str, ModelArgs] = {
                             ffn_dim_multiplier=1.0, tied=True),
     "llama-3.3-70b": _extended(_LLAMA_3_70B),
 }  # fmt: skip
-
-
-def _same_shape(args: ModelArgs, preset: ModelArgs) -> bool:
-    """Whether two configurations are the same model, as far as a params.json can tell."""
-    names = ("dim", "n_layers", "n_heads", "n_kv_heads", "ffn_dim", "rope_theta", "use_scaled_rope")
-    same_vocab = args.vocab_size in (preset.vocab_size, -1)
-    return same_vocab and all(getattr(args, n) == getattr(preset, n) for n in names)

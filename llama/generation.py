@@ -3,7 +3,7 @@
 import logging
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NotRequired, SupportsIndex, TypedDict
 
@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from llama import checkpoint, config, parallel, sampling
+from llama import checkpoint, hugging_face, parallel, sampling
 from llama.chat_format import Dialog, Message
 from llama.errors import CheckpointError, ConfigError, GenerationError
 from llama.model import Transformer
@@ -70,11 +70,12 @@ class Llama:
         dtype: str | torch.dtype | None = None,
         rope_factor: float | None = None,
     ) -> "Llama":
-        """Load a checkpoint folder as Meta ships it.
+        """Load a checkpoint folder, Meta's or Hugging Face's, on any number of ranks that divides.
 
         Args:
-            ckpt_dir: folder with `params.json` and `consolidated.NN.pth`, or with an `original/`
-                folder that holds them; None: the small model that comes with the package.
+            ckpt_dir: folder with `params.json` and `consolidated.NN.pth`, with `config.json` and
+                `.safetensors`, or with an `original/` folder that holds the former; None: the
+                small model that comes with the package.
             tokenizer_path: the tokenizer's file; None: `tokenizer.model` in the folder.
             max_seq_len: tokens of prompt and answer together, at most the model's context; None:
                 2048, or the context where that is smaller.
@@ -120,10 +121,11 @@ class Llama:
         dtype: torch.dtype | None,
         rope_factor: float | None,
     ) -> "Llama":
-        folder = checkpoint.find_folder(ckpt_dir)
-        args = config.read_params(folder / "params.json", rope_factor)
-        paths = checkpoint.find_shards(folder)
+        opened = checkpoint.open_checkpoint(ckpt_dir, rope_factor)
+        args, folder = opened.args, opened.folder
         tokenizer = Tokenizer(_find_tokenizer(tokenizer_path, folder, ckpt_dir))
+        if stop_tokens := hugging_face.read_stop_tokens(folder):
+            tokenizer.stop_tokens = stop_tokens
         if args.vocab_size == -1:
             args.vocab_size = tokenizer.n_words
         elif args.vocab_size < tokenizer.n_words:
@@ -144,14 +146,12 @@ class Llama:
             raise ConfigError(
                 f"max_seq_len {args.max_seq_len} is above the model's context, {args.context}"
             )
-        mine = [paths[i] for i in checkpoint.shards_of_rank(len(paths))]
-        shards = {path: checkpoint.read_shard(path) for path in mine}
-        args.embedding_shard_dim = checkpoint.embedding_shard_dim(
-            shards[mine[0]], len(paths), args.dim, default=args.embedding_shard_dim
-        )
+        args.check_split(parallel.mp_size())
+        # More ranks than key/value heads: each head is there more than once.
+        n_kv_heads = max(args.local_kv_heads(1), parallel.mp_size())
         with torch.device("meta"):
-            model = Transformer(args)
-        checkpoint.load_shards(model, shards, len(paths), device, dtype)
+            model = Transformer(replace(args, n_kv_heads=n_kv_heads))
+        checkpoint.load(model, opened, device, dtype)
         return Llama(model, tokenizer, seed)
 
     def __init__(self, model: Transformer, tokenizer: Tokenizer, seed: int = 1) -> None:
@@ -336,16 +336,9 @@ def _logprobs(logits: Tensor, targets: Tensor) -> Tensor:
 
 def _dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.dtype | None:
     """The weights' dtype, None for the checkpoint's own."""
-    if isinstance(dtype, str):
-        named = getattr(torch, dtype.removeprefix("torch."), None)
-        if not isinstance(named, torch.dtype):
-            raise ConfigError(f"unknown dtype {dtype!r}: float32, bfloat16 and float16 are known")
-        dtype = named
-    if dtype is not None and dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        raise ConfigError(f"dtype {dtype}: float32, bfloat16 and float16 are known")
     if dtype is None and device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
-    return dtype
+    return None if dtype is None else checkpoint.parse_dtype(dtype)
 
 
 def _find_tokenizer(path: str | Path | None, folder: Path, ckpt_dir: Path) -> Path:

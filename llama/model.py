@@ -239,7 +239,7 @@ class Transformer(nn.Module):
     def __init__(self, params: ModelArgs) -> None:
         super().__init__()
         parallel.initialize()
-        _check_split(params, parallel.mp_size())
+        params.check_split(parallel.mp_size())
         self.params = params
         self.vocab_size = params.vocab_size
         self.n_layers = params.n_layers
@@ -441,20 +441,6 @@ def next_token_loss(
     return F.cross_entropy(
         logits.flatten(0, 1), targets.flatten(), ignore_index=ignore_index, reduction=reduction
     )
-
-
-def _check_split(params: ModelArgs, mp_size: int) -> None:
-    if params.vocab_size < 1:
-        raise ConfigError("vocab_size is -1: set it to the tokenizer's n_words")
-    parts = {
-        "n_heads": params.n_heads,
-        "n_kv_heads": params.local_kv_heads(1),
-        "the feed-forward width": params.ffn_dim,
-        "vocab_size": params.vocab_size,
-    }
-    for name, size in parts.items():
-        if size % mp_size:
-            raise ConfigError(f"{name} {size} cannot be split over {mp_size} ranks")
 
 
 class _MetaDeviceMode(TorchDispatchMode):

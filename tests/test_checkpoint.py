@@ -1,6 +1,7 @@
 """Building from a folder: Meta's files give their model, everything else one clear line."""
 
 import json
+import os
 import pickle
 import shutil
 import sys
@@ -13,7 +14,7 @@ import torch
 from make_checkpoint import demo_pieces, make_checkpoint, write_tokenizer
 from ranks import run_ranks
 
-from llama import Llama, checkpoint, parallel
+from llama import Llama, checkpoint
 from llama.errors import CheckpointError, ConfigError, LlamaError, ParallelError, TokenizerError
 
 VOCAB = len(demo_pieces()) + 256
@@ -174,56 +175,6 @@ def test_two_shards_on_two_ranks(pristine: Path, tmp_path: Path, embedding_dim: 
     assert rest == [first]  # the sampled tokens too: the first rank decides
 
 
-@pytest.mark.parametrize("embedding_dim", [0, 1])
-@pytest.mark.parametrize("n_shards", [2, 4])
-def test_any_number_of_shards_on_one_rank(
-    pristine: Path, tmp_path: Path, n_shards: int, embedding_dim: int
-) -> None:
-    params = PARAMS | dict(n_kv_heads=4)
-    for name, mp_size in {"whole": 1, "cut": n_shards}.items():
-        make_checkpoint(
-            tmp_path / name, params, mp_size, torch.float32, embedding_dim=embedding_dim
-        )
-        shutil.copy(pristine / "tokenizer.model", tmp_path / name)
-    whole, cut = Llama.build(tmp_path / "whole"), Llama.build(tmp_path / "cut")
-    for name, weight in whole.model.state_dict().items():
-        assert torch.equal(cut.model.state_dict()[name], weight), name
-    assert greedy(cut) == greedy(whole)
-
-
-def build_each_on_rank(folders: list[Path]) -> list[Any]:
-    return [greedy(Llama.build(folder)) for folder in folders]
-
-
-def test_one_shard_and_four_on_two_ranks(pristine: Path, tmp_path: Path) -> None:
-    folders = [tmp_path / name for name in ("one", "four")]
-    for folder, mp_size in zip(folders, (1, 4), strict=True):
-        make_checkpoint(folder, PARAMS | dict(n_kv_heads=4), mp_size, torch.float32)
-        shutil.copy(pristine / "tokenizer.model", folder)
-    wanted = greedy(Llama.build(folders[0]))
-    assert run_ranks(2, tmp_path, build_each_on_rank, folders) == [[wanted] * 2] * 2
-
-
-def parts_of_rank(numbers_of_shards: list[int]) -> list[Any]:
-    """This rank's part of 12 rows and of 12 columns, each time in another number of shards."""
-    parallel.initialize()
-    whole = torch.arange(36.0).view(12, 3)
-    parts = []
-    for n_shards in numbers_of_shards:
-        mine = checkpoint.shards_of_rank(n_shards)
-        rows = [whole.chunk(n_shards)[i] for i in mine]
-        columns = [whole.T.chunk(n_shards, 1)[i] for i in mine]
-        parts.append(checkpoint._my_part(rows, 0, n_shards).tolist())
-        parts.append(checkpoint._my_part(columns, 1, n_shards).T.tolist())
-    return parts
-
-
-def test_three_ranks_share_shards_that_they_do_not_divide(tmp_path: Path) -> None:
-    whole = torch.arange(36.0).view(12, 3)
-    found = run_ranks(3, tmp_path, parts_of_rank, [1, 2, 4, 6])
-    assert found == [[part.tolist()] * 8 for part in whole.chunk(3)]
-
-
 def test_split_and_write_what_build_reads(pristine: Path, tmp_path: Path) -> None:
     whole = Llama.build(pristine).model
     folder = tmp_path / "written"
@@ -249,22 +200,22 @@ def test_a_tied_matrix_is_written_once(tmp_path: Path) -> None:
     assert torch.equal(checkpoint.read_shard(tmp_path / "shard.pth")["output.weight"], matrix[:32])
 
 
-def failure_on_rank(folder: Path) -> str:
+def failure_on_rank(folders: list[Path]) -> str:
+    """Each rank reads a copy of its own, as machines without a shared disk do."""
     try:
-        Llama.build(folder)
+        Llama.build(folders[int(os.environ["RANK"])])
     except LlamaError as error:
         return f"{type(error).__name__}: {error}"
     return "built"
 
 
-def test_one_rank_that_cannot_read_fails_all(tmp_path: Path) -> None:
-    folder = make_folder(tmp_path / "two", mp_size=2)
-    path = folder / "consolidated.01.pth"
-    path.write_bytes(path.read_bytes()[:-500])
-    first, second = run_ranks(2, tmp_path, failure_on_rank, folder)
+def test_one_rank_that_cannot_read_fails_all(pristine: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(pristine, tmp_path / "checkpoint"))
+    truncate(copy, 5000)
+    first, second = run_ranks(2, tmp_path, failure_on_rank, [pristine, copy])
     assert first == f"{ParallelError.__name__}: 1 other rank(s) failed: their own messages say why"
     assert second.startswith("CheckpointError: ")
-    assert "consolidated.01.pth is damaged" in second
+    assert "consolidated.00.pth is damaged" in second
 
 
 # ---- bad folders -------------------------------------------------------------------------------
@@ -321,10 +272,10 @@ BAD_FOLDERS: dict[str, tuple[Callable[[Path], Any], type[LlamaError], str]] = {
         CheckpointError,
         "has no tokenizer.model: name one with tokenizer_path",
     ),
-    "twice the whole model": (
+    "two shards that are whole": (
         second_shard,
         CheckpointError,
-        r"consolidated.00.pth does not fit params.json: tok_embeddings.weight \(\d+, 64\) instead",
+        r"consolidated.00.pth: tok_embeddings.weight \(640, 64\) instead of \(320, 64\)",
     ),
     "a gap in the shards": (
         lambda f: second_shard(f, "consolidated.02.pth"),
@@ -430,8 +381,8 @@ def test_a_file_cut_anywhere_is_damaged(folder: Path) -> None:
         ({"max_seq_len": "long"}, "max_seq_len is 'long'"),
         ({"max_batch_size": 0}, "max_batch_size is 0"),
         ({"model_parallel_size": 2}, "model_parallel_size is 2"),
-        ({"dtype": "int8"}, "dtype torch.int8"),
-        ({"dtype": "bf17"}, "unknown dtype 'bf17'"),
+        ({"dtype": "int8"}, "dtype is int8"),
+        ({"dtype": "bf17"}, "dtype is bf17: float32, bfloat16 and float16 are known"),
         ({"device": "abacus"}, "unknown device 'abacus'"),
         ({"tokenizer_path": "nowhere"}, "nowhere"),
     ],

@@ -1,0 +1,193 @@
+"""From one checkpoint folder to another: Meta's or Hugging Face's layout, any number of shards.
+
+The new folder is written beside its place under another name and renamed when all of it is on disk,
+so a kill or a full disk leaves nothing that could be taken for it.
+"""
+
+import json
+import os
+import shutil
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+from tqdm import tqdm
+
+from llama import checkpoint, hugging_face
+from llama.checkpoint import Checkpoint
+from llama.errors import CheckpointError, ConfigError
+
+HF_FILE_BYTES = 5 * 10**9  # of weights in one `.safetensors`, at most, as Hugging Face cuts
+# What belongs to the tokenizer and travels along as it is.
+COMPANIONS = (
+    "tokenizer.model",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "generation_config.json",
+)
+
+
+def convert(
+    src: str | Path,
+    dst: str | Path,
+    to: str,
+    mp: int = 1,
+    dtype: str | None = None,
+    force: bool = False,
+) -> Path:
+    """Write the checkpoint `src` anew as folder `dst`.
+
+    to: "meta" for `params.json` and `mp` shards, "hf" for `config.json` and `.safetensors`.
+    dtype: of all weights; None: each as it is.
+    force: replace `dst` where it exists.
+    Raises CheckpointError or ConfigError; `dst` is then as it was.
+    """
+    if to not in ("meta", "hf"):
+        raise ConfigError(f"to is {to!r}: meta or hf")
+    if to == "hf" and mp != 1:
+        raise ConfigError(f"Hugging Face's folders are not split over ranks: mp is {mp}")
+    kind = None if dtype is None else checkpoint.parse_dtype(dtype)
+    destination = Path(dst)
+    if destination.exists() and not force:
+        raise CheckpointError(f"{dst} exists: it is replaced only with --force")
+    source = checkpoint.open_checkpoint(src)
+    _complete(source)
+    destination.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=f".{destination.name}.", dir=destination.parent))
+    try:
+        if to == "meta":
+            _write_meta(source, partial, mp, kind)
+        else:
+            _write_hugging_face(source, partial, kind)
+        _copy_companions(source.folder, Path(src), partial)
+        partial.chmod(0o755)  # mkdtemp makes it private
+        _rename(partial, destination)
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        raise CheckpointError(f"cannot write {dst}: {reason}") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return destination
+
+
+def _complete(source: Checkpoint) -> None:
+    """Raise CheckpointError where a tensor is missing or has another shape, before any is written;
+    fill in the vocabulary that Llama 2's files leave to the tokenizer."""
+    output = source.shards[0].get("output.weight")
+    if source.args.vocab_size == -1 and output is not None:
+        source.args.vocab_size = output.shape[0] * len(source.shards)
+    checkpoint.check_complete(source)
+
+
+def _cast(weight: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """A tensor of its own memory, for a writer that stores the whole of it."""
+    cast = weight if dtype is None else weight.to(dtype)
+    is_view = cast.untyped_storage().nbytes() != cast.nbytes or not cast.is_contiguous()
+    return cast.clone(memory_format=torch.contiguous_format) if is_view else cast
+
+
+def _names(source: Checkpoint) -> list[str]:
+    names = list(source.shards[0])
+    return [name for name in names if not (source.args.tied and name == "output.weight")]
+
+
+def _write_meta(source: Checkpoint, folder: Path, mp: int, dtype: torch.dtype | None) -> None:
+    source.args.check_split(mp)
+    names = _names(source)
+    progress = tqdm(total=mp * len(names), desc="Converting", unit="tensor", delay=2)
+    for i in range(mp):
+        shard = {}
+        for name in names:
+            shard[name] = _cast(source.part(name, mp, i), dtype)
+            progress.update()
+        if source.args.tied:
+            shard["output.weight"] = shard["tok_embeddings.weight"]
+        checkpoint.write_shard(folder / checkpoint.shard_name(i), shard)
+    progress.close()
+    # More shards than key/value heads hold each head more than once, and say so.
+    n_kv_heads = max(source.args.local_kv_heads(1), mp)
+    checkpoint.write_params(folder / "params.json", replace(source.args, n_kv_heads=n_kv_heads))
+
+
+def _write_hugging_face(source: Checkpoint, folder: Path, dtype: torch.dtype | None) -> None:
+    names = _names(source)
+    files = _cut(source, names, dtype)
+    weight_map: dict[str, str] = {}
+    progress = tqdm(total=len(names), desc="Converting", unit="tensor", delay=2)
+    for i, group in enumerate(files):
+        one = len(files) == 1
+        file = "model.safetensors" if one else f"model-{i + 1:05d}-of-{len(files):05d}.safetensors"
+        tensors = {}
+        for name in group:
+            weight = source.part(name, 1, 0)
+            if name.endswith(checkpoint.ROTATED):
+                weight = hugging_face.to_halves(weight, source.args.head_dim)
+            tensors[hugging_face.their_name(name)] = _cast(weight, dtype)
+            progress.update()
+        save_file(tensors, folder / file, metadata={"format": "pt"})
+        _sync(folder / file)
+        weight_map |= dict.fromkeys(tensors, file)
+    progress.close()
+    if len(files) > 1:
+        total = sum(_bytes(source, name, dtype) for name in names)
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        _write_json(folder / hugging_face.INDEX, index)
+    kind = dtype or source.shards[0][names[-1]].dtype
+    _write_json(folder / "config.json", hugging_face.make_config(source.args, kind))
+
+
+def _bytes(source: Checkpoint, name: str, dtype: torch.dtype | None) -> int:
+    pieces = [shard[name] for shard in source.shards]
+    copied = name.endswith("norm.weight")
+    n = pieces[0].numel() if copied else sum(piece.numel() for piece in pieces)
+    return n * (dtype or pieces[0].dtype).itemsize
+
+
+def _cut(source: Checkpoint, names: list[str], dtype: torch.dtype | None) -> list[list[str]]:
+    """The names in groups whose weights fill at most one file, in order."""
+    groups: list[list[str]] = [[]]
+    filled = 0
+    for name in names:
+        size = _bytes(source, name, dtype)
+        if groups[-1] and filled + size > HF_FILE_BYTES:
+            groups.append([])
+            filled = 0
+        groups[-1].append(name)
+        filled += size
+    return groups
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    _sync(path)
+
+
+def _copy_companions(folder: Path, given: Path, destination: Path) -> None:
+    """The tokenizer's files, from the folder or, where that is an `original/`, the one around."""
+    for name in COMPANIONS:
+        found = next((p / name for p in (folder, given) if (p / name).is_file()), None)
+        if found is not None:
+            shutil.copyfile(found, destination / name)
+            _sync(destination / name)
+
+
+def _sync(path: Path) -> None:
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
+def _rename(partial: Path, destination: Path) -> None:
+    """Put the finished folder in its place; the one that was there goes only then."""
+    old = None
+    if destination.exists():
+        old = Path(tempfile.mkdtemp(prefix=f".{destination.name}.old.", dir=destination.parent))
+        destination.rename(old / destination.name)
+    partial.rename(destination)
+    if old is not None:
+        shutil.rmtree(old)

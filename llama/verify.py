@@ -1,0 +1,164 @@
+"""Is a checkpoint folder whole: names, shapes, finite numbers, equal copies, and checksums."""
+
+import hashlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from llama import checkpoint, config, parallel
+from llama.checkpoint import Checkpoint
+from llama.config import PRESETS
+from llama.errors import CheckpointError, LlamaError
+from llama.files import atomic_file
+
+MANIFEST = "SHA256SUMS"  # what `sha256sum --check` reads too
+CHECKLIST = "checklist.chk"  # Meta's, with MD5
+SUFFIXES = (".pth", ".safetensors", ".json", ".model")  # the files that make up a checkpoint
+CHUNK = 1 << 24  # bytes or elements looked at at a time
+
+
+def verify(folder: str | Path, write_manifest: bool = True) -> tuple[str, list[str]]:
+    """What the folder is, and all that is wrong with it, a line each.
+
+    write_manifest: where there is no SHA256SUMS and nothing is wrong, write it. The next call
+        checks the files against it.
+    Raises a LlamaError where the folder cannot be opened at all.
+    """
+    opened = checkpoint.open_checkpoint(folder)
+    args = opened.args
+    output = opened.shards[0].get("output.weight")
+    if args.vocab_size == -1 and output is not None:  # Llama 2's files leave it to the tokenizer
+        args.vocab_size = output.shape[0] * len(opened.shards)
+    problems = []
+    try:
+        checkpoint.check_complete(opened)
+    except CheckpointError as error:
+        problems.append(str(error))
+    else:
+        problems += _wrong_numbers(opened)
+    problems += _wrong_sums(opened.folder)
+    if write_manifest and not problems and not (opened.folder / MANIFEST).exists():
+        _write_manifest(opened.folder)
+    return _title(opened, Path(folder)), problems
+
+
+# ---- the tensors ------------------------------------------------------------------------------
+
+
+def _wrong_numbers(opened: Checkpoint) -> Iterator[str]:
+    """Tensors that are not finite, copies that are not equal, tensors of another dtype."""
+    dtype = opened.shards[0]["output.weight"].dtype
+    bar = tqdm(opened.args.whole_shapes(), "Tensors", unit="tensor", delay=2)
+    for name in bar:
+        called = opened.called(name)
+        is_copied = parallel.shard_dim(name, opened.args.embedding_shard_dim) is None
+        first = opened.shards[0][name]
+        for i, shard in enumerate(opened.shards):
+            where = f"{opened.file_of(i)}: {called}"
+            tensor = shard[name]
+            if not _is_finite(tensor):
+                yield f"{where} has numbers that are not finite"
+            if tensor.dtype != dtype:
+                yield f"{where} is {tensor.dtype}, the output matrix {dtype}"
+            if is_copied and i > 0 and not torch.equal(tensor, first):
+                yield f"{where} should be equal in all shards, but is not that of the first"
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    return all(bool(part.isfinite().all()) for part in tensor.flatten().split(CHUNK))
+
+
+# ---- the files --------------------------------------------------------------------------------
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.iterdir() if path.suffix in SUFFIXES and path.is_file())
+
+
+def _digest(path: Path, algorithm: str) -> str:
+    digest = hashlib.new(algorithm)
+    size = path.stat().st_size
+    with (
+        path.open("rb") as file,
+        tqdm(total=size, desc=path.name, unit="B", unit_scale=True, delay=2) as bar,
+    ):
+        while chunk := file.read(CHUNK):
+            digest.update(chunk)
+            bar.update(len(chunk))
+    return digest.hexdigest()
+
+
+def _read_sums(path: Path, digits: int) -> dict[str, str]:
+    """The checksums of a file in the form of md5sum and sha256sum: digest, blanks, name."""
+    sums = {}
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        digest, _, name = line.partition(" ")
+        name = name.lstrip(" *")
+        if not line.strip():
+            continue
+        if len(digest) != digits or Path(name).name != name or not name:
+            raise CheckpointError(f"{path}, line {number} is no checksum and name")
+        sums[name] = digest.lower()
+    return sums
+
+
+def _wrong_sums(folder: Path) -> Iterator[str]:
+    for file, algorithm, digits in ((CHECKLIST, "md5", 32), (MANIFEST, "sha256", 64)):
+        if not (folder / file).is_file():
+            continue
+        for name, digest in _read_sums(folder / file, digits).items():
+            path = folder / name
+            if not path.is_file():
+                yield f"{folder / file} lists {name}, which is missing"
+            elif _digest(path, algorithm) != digest:
+                yield f"{path} is not the file that {file} was made of ({algorithm})"
+
+
+def _write_manifest(folder: Path) -> None:
+    lines = [f"{_digest(path, 'sha256')}  {path.name}\n" for path in _files(folder)]
+    with atomic_file(folder / MANIFEST) as file:
+        file.write("".join(lines).encode())
+
+
+# ---- what it is -------------------------------------------------------------------------------
+
+
+def _title(opened: Checkpoint, given: Path) -> str:
+    """Such as: Llama 3.1 8B, instruct or base unknown, 1 shard, bfloat16, 16.06 GB."""
+    names = [name for name, preset in PRESETS.items() if opened.args.same_shape(preset)]
+    pretty = [name.removesuffix("-mp16").split("-", 2) for name in names]
+    if pretty:  # 3.1 and 3.3 of 70B have one shape
+        versions = " or ".join(dict.fromkeys(version for _, version, _ in pretty))
+        model = f"Llama {versions} {pretty[0][2].upper()}"
+    else:
+        total = sum(
+            torch.Size(shape).numel()
+            for name, shape in opened.args.whole_shapes().items()
+            if not (opened.args.tied and name == "output.weight")
+        )
+        model = f"a Llama of {total:,} parameters"
+    size = sum(path.stat().st_size for path in _files(opened.folder)) / 1e9
+    first = next(iter(opened.shards[0].values()))
+    if opened.is_hugging_face:
+        layout = "Hugging Face's layout"
+    else:
+        layout = f"{len(opened.shards)} shard{'s' if len(opened.shards) > 1 else ''}"
+    dtype = str(first.dtype).removeprefix("torch.")
+    return f"{model}, {kind_of(opened.folder, given)}, {layout}, {dtype}, {size:.2f} GB"
+
+
+def kind_of(folder: Path, given: Path) -> str:
+    """Whether the model was taught to chat, where the folder says so: by a chat template, or by
+    the name that Meta gives it."""
+    try:
+        if "chat_template" in config.read_json(folder / "tokenizer_config.json"):
+            return "instruct"
+    except LlamaError:
+        pass  # Meta's folders have no such file
+    name = given.resolve().name.lower() if folder == given else folder.parent.name.lower()
+    if "instruct" in name or "-chat" in name:
+        return "instruct"
+    return "instruct or base unknown"

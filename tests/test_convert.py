@@ -1,0 +1,234 @@
+"""Conversion loses no bit and leaves no half of anything; inspect adds up."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from test_resharding import MODELS, TOKENS, logits_of, make_model, write_meta
+
+from llama import Llama, Transformer, checkpoint
+from llama.checkpoint import read_shard
+from llama.config import PRESETS, ModelArgs, read_params
+from llama.convert import convert
+from llama.errors import CheckpointError, ConfigError
+from llama.inspect import cache_bytes, describe, flops_per_token, weights_of
+
+
+def tensors_of(folder: Path) -> list[dict[str, torch.Tensor]]:
+    return [read_shard(path) for path in checkpoint.find_shards(folder)]
+
+
+def assert_same(one: Path, two: Path) -> None:
+    for first, second in zip(tensors_of(one), tensors_of(two), strict=True):
+        assert first.keys() == second.keys()
+        for name, tensor in first.items():
+            assert tensor.dtype == second[name].dtype
+            assert torch.equal(tensor, second[name])
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("sources")
+    return {
+        name: write_meta(root / name, make_model(**changes).bfloat16(), 2)
+        for name, changes in MODELS.items()
+    }
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_there_and_back_is_equal(name: str, sources: dict[str, Path], tmp_path: Path) -> None:
+    """Meta to Hugging Face to Meta, and from two shards over one to two."""
+    convert(sources[name], tmp_path / "hf", "hf")
+    convert(tmp_path / "hf", tmp_path / "back", "meta", mp=1)
+    back = convert(tmp_path / "back", tmp_path / "two", "meta", mp=2)
+    if name == "llama-2":  # Hugging Face does not say how the embedding is to be split
+        assert torch.equal(logits_of(back), logits_of(sources[name]))
+    else:
+        assert_same(back, sources[name])
+    before = read_params(sources[name] / "params.json")
+    after = read_params(back / "params.json")
+    assert (after.ffn_dim, after.rope_scaling) == (before.ffn_dim, before.rope_scaling)
+
+
+def test_eight_two_eight_is_equal(tmp_path: Path) -> None:
+    model = make_model(n_kv_heads=8)
+    eight = write_meta(tmp_path / "8", model, 8)
+    two = convert(eight, tmp_path / "2", "meta", mp=2)
+    assert_same(convert(two, tmp_path / "again", "meta", mp=8), eight)
+    assert torch.equal(logits_of(two), logits_of(eight))
+
+
+def test_more_shards_than_heads_repeat_them_and_come_back(tmp_path: Path) -> None:
+    """As Meta's 16-shard folder of the 405B model with its eight key/value heads."""
+    source = write_meta(tmp_path / "1", make_model(n_kv_heads=2), 1)
+    wide = convert(source, tmp_path / "8", "meta", mp=8)
+    assert read_params(wide / "params.json").n_kv_heads == 8
+    torch.testing.assert_close(logits_of(wide), logits_of(source), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_transformers_opens_what_is_written(
+    name: str, sources: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    monkeypatch.setattr("llama.convert.HF_FILE_BYTES", 150_000)  # many files and an index
+    convert(sources[name], tmp_path / "hf", "hf", dtype="float32")
+    assert (tmp_path / "hf" / "model.safetensors.index.json").exists()
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", dtype=torch.float32)
+    llama = Llama.build(sources[name], dtype="float32", max_seq_len=64)
+    with torch.inference_mode():
+        want = theirs(TOKENS).logits
+        torch.testing.assert_close(llama.model(TOKENS, 0), want, atol=1e-4, rtol=1e-4)
+    assert torch.equal(logits_of(tmp_path / "hf"), llama.model(TOKENS, 0))
+    assert (tmp_path / "hf" / "tokenizer.model").read_bytes() == (
+        sources[name] / "tokenizer.model"
+    ).read_bytes()
+
+
+def test_metas_own_keys_say_any_width() -> None:
+    for width in (100, 341, 342, 640, 1000, 5461):
+        args = ModelArgs(dim=256, n_heads=4, vocab_size=10, hidden_dim=width)
+        said: Any = args.metas_width()
+        assert replace(args, hidden_dim=None, **said).ffn_dim == width
+    eight_b = replace(PRESETS["llama-3-8b"], hidden_dim=14336, multiple_of=256)
+    assert eight_b.metas_width() == {"multiple_of": 1024, "ffn_dim_multiplier": 1.3}
+
+
+def test_a_dtype_can_be_asked_for(sources: dict[str, Path], tmp_path: Path) -> None:
+    convert(sources["mha"], tmp_path / "hf", "hf", dtype="float16")
+    assert {t.dtype for t in load_file(tmp_path / "hf" / "model.safetensors").values()} == {
+        torch.float16
+    }
+
+
+def test_nothing_is_replaced_unless_told(sources: dict[str, Path], tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "file").write_text("precious")
+    with pytest.raises(CheckpointError, match="exists: it is replaced only with --force"):
+        convert(sources["mha"], tmp_path / "mine", "hf")
+    assert (tmp_path / "mine" / "file").read_text() == "precious"
+    convert(sources["mha"], tmp_path / "mine", "hf", force=True)
+    assert not (tmp_path / "mine" / "file").exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["mine"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (dict(to="gguf"), "to is 'gguf': meta or hf"),
+        (dict(to="hf", mp=2), "mp is 2"),
+        (dict(to="meta", mp=3), "cannot be split over 3 ranks, it can over 1, 2, 4, 8, 16"),
+        (dict(to="meta", dtype="int4"), "dtype is int4"),
+    ],
+)
+def test_what_cannot_be_converted(
+    options: dict[str, Any], message: str, sources: dict[str, Path], tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        convert(sources["mha"], tmp_path / "out", **options)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_incomplete_source_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+    source = write_meta(tmp_path / "source", make_model(), 1)
+    state = torch.load(source / "consolidated.00.pth", weights_only=True)
+    del state["norm.weight"]
+    torch.save(state, source / "consolidated.00.pth")
+    with pytest.raises(CheckpointError, match=r"lacks norm\.weight"):
+        convert(source, tmp_path / "out", "hf")
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+FULL_DISK = """
+import resource, signal, sys
+from llama.convert import convert
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # then writing past the limit is an error
+resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000))
+try:
+    convert(sys.argv[1], sys.argv[2], sys.argv[3])
+except ValueError as error:
+    print(error)
+"""
+
+
+@pytest.mark.parametrize("to", ["meta", "hf"])
+def test_a_full_disk_leaves_nothing(to: str, sources: dict[str, Path], tmp_path: Path) -> None:
+    command = [sys.executable, "-c", FULL_DISK, str(sources["mha"]), str(tmp_path / "out"), to]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    assert done.stdout.count("\n") == 1, done.stderr
+    assert "cannot write" in done.stdout
+    assert list(tmp_path.iterdir()) == []
+    convert(sources["mha"], tmp_path / "out", to)
+
+
+SLOW = """
+import sys, time
+from llama import checkpoint
+from llama.convert import convert
+part = checkpoint.Checkpoint.part
+def slow_part(*args):
+    print("part", flush=True)
+    time.sleep(0.5)
+    return part(*args)
+checkpoint.Checkpoint.part = slow_part
+convert(sys.argv[1], sys.argv[2], "meta", mp=2)
+"""
+
+
+def test_a_kill_leaves_no_folder_and_the_next_try_succeeds(
+    sources: dict[str, Path], tmp_path: Path
+) -> None:
+    command = [sys.executable, "-c", SLOW, str(sources["mha"]), str(tmp_path / "out")]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE)
+    assert process.stdout is not None
+    assert process.stdout.readline() == b"part\n"
+    time.sleep(0.2)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    assert not (tmp_path / "out").exists()
+    convert(sources["mha"], tmp_path / "out", "meta", mp=2)
+    assert_same(tmp_path / "out", sources["mha"])
+
+
+# ---- inspect ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_inspect_adds_up(name: str) -> None:
+    args = PRESETS[name]
+    with torch.device("meta"):
+        model = Transformer(args)
+    assert {n: tuple(w.shape) for n, w in model.state_dict().items()} == args.whole_shapes()
+    total = sum(weight.numel() for weight in model.parameters())
+    assert sum(weight.parameters for weight in weights_of(args, 1)) == total
+    assert sum(weight.per_rank(1) for weight in weights_of(args, 1)) == total
+    assert f"{total:,} parameters" in describe(name)
+
+
+def test_sizes_of_llama_3_8b() -> None:
+    args = PRESETS["llama-3-8b"]
+    assert cache_bytes(args, 1, torch.bfloat16) == 131072
+    assert cache_bytes(args, 8, torch.bfloat16) == 16384
+    assert cache_bytes(args, 16, torch.bfloat16) == 16384  # a head on two ranks each
+    output_and_layers = 8_030_261_248 - 128256 * 4096 - 65 * 4096
+    assert flops_per_token(args, 0) == 2 * output_and_layers
+    assert flops_per_token(args, 100) == 2 * output_and_layers + 4 * 32 * 4096 * 100
+
+
+def test_inspect_opens_folders_and_names_what_it_cannot(sources: dict[str, Path]) -> None:
+    assert "context 4,096" in describe(str(sources["llama-2"]))
+    with pytest.raises(ConfigError, match="no folder and no preset: llama-2-7b"):
+        describe("llama-9")
+    with pytest.raises(ConfigError, match="cannot be split over 3 ranks"):
+        describe("llama-3-8b", mp=3)
+    with pytest.raises(ConfigError, match="max_seq_len 8193: the model's context is 8192"):
+        describe("llama-3-8b", max_seq_len=8193)

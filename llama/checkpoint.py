@@ -30,20 +30,19 @@ IGNORED = "rope.freqs"  # a table that Llama 2's files carry; it is computed her
 
 
 def find_folder(ckpt_dir: str | Path) -> Path:
-    """The folder that holds `params.json`: `ckpt_dir`, or the `original/` inside it, where
-    Hugging Face's repositories keep Meta's files."""
+    """The folder that holds the weights: `ckpt_dir` with Meta's or Hugging Face's files, or the
+    `original/` inside it, where Hugging Face's repositories keep Meta's."""
     folder = Path(ckpt_dir)
     if not folder.is_dir():
         raise CheckpointError(f"no such checkpoint folder: {folder}")
-    for candidate, file in (
-        (folder, "params.json"),
-        (folder, "config.json"),
-        (folder / "original", "params.json"),
-    ):
-        if (candidate / file).exists():
-            return candidate
+    if is_metas(folder):
+        return folder
+    if (folder / "config.json").exists() and any(folder.glob("*.safetensors")):
+        return folder
+    if is_metas(folder / "original"):
+        return folder / "original"
     raise CheckpointError(
-        f"{folder} has no params.json and no config.json, nor has an original/ folder in it"
+        f"{folder} has no params.json, no config.json with .safetensors, and no original/ folder"
     )
 
 

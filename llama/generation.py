@@ -344,10 +344,9 @@ def _dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.dtype
 def _find_tokenizer(path: str | Path | None, folder: Path, ckpt_dir: Path) -> Path:
     if path is not None:
         return Path(path)
-    # Meta's Llama 2 downloads keep one tokenizer beside the models' folders.
-    candidates = [folder / "tokenizer.model", ckpt_dir / "tokenizer.model"]
-    candidates.append(ckpt_dir.parent / "tokenizer.model")
-    for candidate in candidates:
-        if candidate.is_file():
-            return candidate
+    # Hugging Face's repositories have it in `original/`; Meta's Llama 2 downloads beside the
+    # models' folders.
+    for place in (folder, ckpt_dir, ckpt_dir / "original", ckpt_dir.parent):
+        if (place / "tokenizer.model").is_file():
+            return place / "tokenizer.model"
     raise CheckpointError(f"{folder} has no tokenizer.model: name one with tokenizer_path")

@@ -5,9 +5,7 @@ K key/value heads, hd head_dim, F feed-forward width, V vocabulary. H, K and F a
 mp_size ranks holds.
 """
 
-import contextlib
 import math
-from collections.abc import Iterator
 from typing import Any, Literal
 
 import torch
@@ -19,7 +17,6 @@ from fairscale.nn.model_parallel.layers import (
     VocabParallelEmbedding,
 )
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from llama import parallel
 from llama.cache import KVCache
@@ -246,7 +243,7 @@ class Transformer(nn.Module):
         self.freqs_cis: Tensor | None = None  # made on the weights' device by the first forward
         self.cache: KVCache | None = None  # for Meta's call without one, made by the first
 
-        with _on_meta_device():
+        with parallel.on_meta_device():
             embedding = ParallelEmbedding if params.embedding_shard_dim else VocabParallelEmbedding
             self.tok_embeddings = embedding(params.vocab_size, params.dim, init_method=_no_init)
             self.layers = nn.ModuleList(
@@ -441,23 +438,3 @@ def next_token_loss(
     return F.cross_entropy(
         logits.flatten(0, 1), targets.flatten(), ignore_index=ignore_index, reduction=reduction
     )
-
-
-class _MetaDeviceMode(TorchDispatchMode):
-    """Make every new tensor on the meta device."""
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        kwargs = dict(kwargs or {})
-        if "device" in kwargs:
-            kwargs["device"] = torch.device("meta")
-        return func(*args, **kwargs)
-
-
-@contextlib.contextmanager
-def _on_meta_device() -> Iterator[None]:
-    """`torch.device("meta")` for all, fairscale's layers included: they call the legacy
-    constructor `torch.Tensor(rows, columns)`, which asks no default device."""
-    with torch.device("meta"), _MetaDeviceMode():
-        yield

@@ -9,13 +9,16 @@ import atexit
 import contextlib
 import io
 import os
+from collections.abc import Iterator
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from fairscale.nn.model_parallel import initialize as fs_init
 from torch import Tensor
 from torch.distributed.distributed_c10d import _set_pg_timeout
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from llama.errors import ParallelError
 
@@ -149,3 +152,23 @@ def raise_together(error: Exception | None, device: torch.device) -> None:
         raise error
     if failed.item():
         raise ParallelError(f"{failed.item()} other rank(s) failed: their own messages say why")
+
+
+class _MetaDeviceMode(TorchDispatchMode):
+    """Make every new tensor on the meta device."""
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = dict(kwargs or {})
+        if "device" in kwargs:
+            kwargs["device"] = torch.device("meta")
+        return func(*args, **kwargs)
+
+
+@contextlib.contextmanager
+def on_meta_device() -> Iterator[None]:
+    """`torch.device("meta")` for all, fairscale's layers included: they call the legacy
+    constructor `torch.Tensor(rows, columns)`, which asks no default device."""
+    with torch.device("meta"), _MetaDeviceMode():
+        yield

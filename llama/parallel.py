@@ -157,6 +157,10 @@ def raise_together(error: Exception | None, device: torch.device) -> None:
 class _MetaDeviceMode(TorchDispatchMode):
     """Make every new tensor on the meta device."""
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # to skip it, PyTorch would import its compiler: two seconds for nothing
+
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:

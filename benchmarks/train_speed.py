@@ -75,7 +75,7 @@ def matmul_peak(dtype: torch.dtype, device: torch.device) -> float:
     """FLOPs a second of the best of some large matrix products."""
     size = 8192 if device.type == "cuda" else 1024
     a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
-    return 2 * size**3 / min(seconds(lambda: a @ b, device) for _ in range(6))
+    return 2 * size**3 / min(seconds(lambda: a @ b.T, device) for _ in range(6))
 
 
 def make_steps(

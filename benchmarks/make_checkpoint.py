@@ -1,4 +1,4 @@
-"""Write a random checkpoint in Meta's format, for the demo and the benchmarks.
+"""Write a random checkpoint in Meta's format, for the tests and the benchmarks.
 
 python benchmarks/make_checkpoint.py --folder build/demo --shape demo
 python benchmarks/make_checkpoint.py --folder /tmp/1.5b --shape 1.5b --mp 2

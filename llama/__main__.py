@@ -78,7 +78,8 @@ def perplexity(
         device: cpu or cuda; by default the best there is.
         dtype: float32, bfloat16 or float16; by default the checkpoint's own on the CPU.
     """
-    from llama.evaluation import WINDOW, read_text, score
+    from llama.evaluation import WINDOW, score
+    from llama.files import read_text
     from llama.generation import Llama
     from llama.parallel import is_main_rank
 

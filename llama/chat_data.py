@@ -1,6 +1,5 @@
 """Dialogs as training data: what the assistant says has a loss, what it is told has none."""
 
-import json
 import random
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from torch import Tensor
 
 from llama.chat_format import ChatFormat, Dialog, Llama2ChatFormat
 from llama.errors import DataError, DialogError
+from llama.files import read_records
 from llama.token_files import IGNORED
 
 
@@ -61,20 +61,8 @@ def read_dialogs(path: str | Path) -> Iterator[tuple[int, Dialog]]:
 
     Raises DataError for what is no such line, or has no message of the assistant.
     """
-    try:
-        text = Path(path).read_bytes().decode("utf-8")
-    except OSError as error:
-        raise DataError(f"cannot read {path}: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path} is not UTF-8 text: byte {error.start} is wrong") from error
-    for number, line in enumerate(text.split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise DataError(f"{path}, line {number} is not JSON: {error}") from error
-        if not isinstance(record, dict) or not isinstance(record.get("messages"), list):
+    for number, record in read_records(path):
+        if not isinstance(record.get("messages"), list):
             raise DataError(f'{path}, line {number} has no list "messages"')
         yield number, record["messages"]
 

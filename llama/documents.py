@@ -1,13 +1,12 @@
 """From text files to documents to token files."""
 
-import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
 
 from llama.errors import DataError
-from llama.evaluation import read_text
+from llama.files import read_records, read_text
 from llama.token_files import write_token_file
 from llama.tokenizer import Tokenizer
 
@@ -18,18 +17,11 @@ def read_documents(files: Iterable[str | Path], field: str = "text") -> Iterator
     Raises DataError that names the file, and the line that is not what it should be.
     """
     for file in files:
-        text = read_text(file)
         if Path(file).suffix != ".jsonl":
-            yield text
+            yield read_text(file)
             continue
-        for number, line in enumerate(text.split("\n"), start=1):
-            if not line.strip():
-                continue
-            try:
-                record = json.loads(line)
-            except (ValueError, RecursionError) as error:
-                raise DataError(f"{file}, line {number} is not JSON: {error}") from error
-            if not isinstance(record, dict) or not isinstance(record.get(field), str):
+        for number, record in read_records(file):
+            if not isinstance(record.get(field), str):
                 raise DataError(f"{file}, line {number} has no text in {field!r}")
             yield record[field]
 

@@ -6,7 +6,6 @@ Bits a byte compare models of any vocabulary, because bytes do not depend on how
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
@@ -74,13 +73,3 @@ def score(llama: Llama, texts: Iterable[str], window: int | None = None) -> Scor
 def _batches(windows: list[list[int]], rows: int) -> Iterator[list[list[int]]]:
     for start in range(0, len(windows), rows):
         yield windows[start : start + rows]
-
-
-def read_text(path: str | Path) -> str:
-    """The text of a UTF-8 file; DataError for a file that is none."""
-    try:
-        return Path(path).read_bytes().decode("utf-8")
-    except OSError as error:
-        raise DataError(f"cannot read {path}: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path} is not UTF-8 text: byte {error.start} is wrong") from error

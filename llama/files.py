@@ -1,13 +1,41 @@
-"""Writing files so that a kill or a full disk leaves the old ones as they were."""
+"""Files: whole texts and records in, and out so that a kill or a full disk spoils nothing."""
 
 import contextlib
+import json
 import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from llama.errors import DataError
+
+
+def read_text(path: str | Path) -> str:
+    """The text of a UTF-8 file; DataError for a file that is none."""
+    try:
+        return Path(path).read_bytes().decode("utf-8")
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} is not UTF-8 text: byte {error.start} is wrong") from error
+
+
+def read_records(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """The objects of a JSONL file, one a line, each with the number of its line.
+
+    Raises DataError that names the line which is no object.
+    """
+    for number, line in enumerate(read_text(path).split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise DataError(f"{path}, line {number} is not JSON: {error}") from error
+        if not isinstance(record, dict):
+            raise DataError(f"{path}, line {number} is not an object with keys")
+        yield number, record
 
 
 @contextlib.contextmanager

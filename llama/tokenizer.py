@@ -158,7 +158,7 @@ def _open(path: Path) -> "_Tiktoken | _SentencePiece":
 # ---- Llama 3: tiktoken ---------------------------------------------------------------------------
 
 # Meta's pattern for cutting text into words, which are then merged from bytes by rank.
-_WORDS = (
+WORD_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
@@ -188,7 +188,7 @@ class _Tiktoken:
         ranks = _read_ranks(path, data)
         special = {name: len(ranks) + i for i, name in enumerate(_SPECIAL_TOKENS)}
         self._bpe = tiktoken.Encoding(
-            name=path.name, pat_str=_WORDS, mergeable_ranks=ranks, special_tokens=special
+            name=path.name, pat_str=WORD_PATTERN, mergeable_ranks=ranks, special_tokens=special
         )
         self.special_tokens = special
         self.n_words = len(ranks) + len(special)

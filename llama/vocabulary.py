@@ -10,7 +10,7 @@ from pathlib import Path
 
 from llama.errors import TokenizerError
 from llama.files import atomic_file
-from llama.tokenizer import _WORDS as WORDS
+from llama.tokenizer import WORD_PATTERN
 
 
 def train_vocabulary(texts: Iterable[str], n_ranks: int, path: str | Path) -> None:
@@ -34,7 +34,7 @@ def train_vocabulary(texts: Iterable[str], n_ranks: int, path: str | Path) -> No
     bpe = BytePairTokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.Sequence(
         [
-            pre_tokenizers.Split(Regex(WORDS), behavior="isolated"),
+            pre_tokenizers.Split(Regex(WORD_PATTERN), behavior="isolated"),
             # Writes every byte as one printable character, which is undone below.
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]

@@ -10,7 +10,7 @@ import torchinfo
 from conftest import import_oracle
 from ranks import run_ranks
 
-from llama import parallel
+from llama import hugging_face, parallel
 from llama.config import PRESETS
 from llama.errors import ConfigError, GenerationError
 from llama.model import ModelArgs, Transformer
@@ -157,34 +157,14 @@ def to_hugging_face(model: Transformer) -> Any:
             original_max_position_embeddings=8192,
         ),
     )
-    renamed = {
-        "tok_embeddings": "model.embed_tokens",
-        "attention.wq": "self_attn.q_proj",
-        "attention.wk": "self_attn.k_proj",
-        "attention.wv": "self_attn.v_proj",
-        "attention.wo": "self_attn.o_proj",
-        "feed_forward.w1": "mlp.gate_proj",
-        "feed_forward.w2": "mlp.down_proj",
-        "feed_forward.w3": "mlp.up_proj",
-        "attention_norm": "input_layernorm",
-        "ffn_norm": "post_attention_layernorm",
-        "output": "lm_head",
-        "norm": "model.norm",
-    }
     state = {}
     for name, weight in model.state_dict().items():
         if name.endswith(("wq.weight", "wk.weight")):
-            heads = weight.shape[0] // args.head_dim
-            pairs = weight.view(heads, args.head_dim // 2, 2, args.dim)
-            weight = pairs.transpose(1, 2).reshape(weight.shape)
-        stem = name.removesuffix(".weight")
-        layer, _, inner = stem.removeprefix("layers.").partition(".")
-        is_layer = stem.startswith("layers.")
-        stem = f"model.layers.{layer}.{renamed[inner]}" if is_layer else renamed[stem]
-        state[f"{stem}.weight"] = weight
-    hugging_face = LlamaForCausalLM(config).eval()
-    hugging_face.load_state_dict(state, strict=True)
-    return hugging_face
+            weight = hugging_face.to_halves(weight, args.head_dim)
+        state[hugging_face.their_name(name)] = weight
+    theirs = LlamaForCausalLM(config).eval()
+    theirs.load_state_dict(state, strict=True)
+    return theirs
 
 
 @pytest.mark.parametrize("name", ["mha", "gqa-2", "theta-1e4", "scaled-rope-gqa", "ffn-1.3"])

@@ -4,7 +4,6 @@ Files are mapped, not read, and a rank touches nothing but its own part: on the 
 ranks as Meta's folder has shards, the weights are the file's own pages.
 """
 
-import json
 import pickle
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,7 +16,7 @@ from tqdm import tqdm
 from llama import config, hugging_face, parallel
 from llama.config import ModelArgs
 from llama.errors import CheckpointError, ConfigError
-from llama.files import atomic_file
+from llama.files import atomic_file, write_json
 from llama.model import Transformer
 
 BUNDLED = Path(__file__).parent / "bundled"  # the trained model that comes with the package
@@ -108,6 +107,12 @@ class Checkpoint:
 
     def file_of(self, shard: int) -> Path:
         return self.folder if self.is_hugging_face else self.folder / shard_name(shard)
+
+    def settle_vocabulary(self) -> None:
+        """Take the size that Llama 2's files leave to the tokenizer from the output matrix."""
+        output = self.shards[0].get("output.weight")
+        if self.args.vocab_size == -1 and output is not None:
+            self.args.vocab_size = output.shape[0] * len(self.shards)
 
     def part(self, name: str, n_parts: int, index: int) -> Tensor:
         """One of `n_parts` equal parts of a tensor, its rows in Meta's order.
@@ -201,8 +206,8 @@ def load(
     check_complete(checkpoint)
     dtype = dtype or checkpoint.shards[0]["output.weight"].dtype
     state: dict[str, Tensor] = {}
-    names = [name for name in model.state_dict() if not (params.tied and name == "output.weight")]
     # One at a time, so that a copy never stands beside all the others.
+    names = checkpoint.args.parameter_shapes()
     for name in tqdm(names, "Loading", unit="tensor", delay=2, disable=not parallel.is_main_rank()):
         part = checkpoint.part(name, parallel.mp_size(), parallel.mp_rank())
         part = part.to(device, dtype)
@@ -261,8 +266,7 @@ def write_params(path: Path, args: ModelArgs) -> None:
         params["context_length"] = args.context_length
     if args.rope_scaling is not None:
         params["rope_scaling"] = asdict(args.rope_scaling)
-    with atomic_file(path) as file:
-        file.write((json.dumps(params, indent=2) + "\n").encode())
+    write_json(path, params)
 
 
 def write_shard(path: Path, state: dict[str, Tensor]) -> None:

@@ -108,9 +108,9 @@ class ModelArgs:
     def metas_width(self) -> dict[str, float]:
         """The feed-forward width as Meta's files say it, which have no key for the width itself:
         a published shape's `multiple_of` and `ffn_dim_multiplier`, or some that give the width."""
-        preset = next((p for p in PRESETS.values() if self.same_shape(p)), None)
-        if self.hidden_dim is None or preset is not None:
-            said = preset if self.hidden_dim is not None and preset is not None else self
+        published = self.published()
+        if self.hidden_dim is None or published:
+            said = self if self.hidden_dim is None else PRESETS[published[0]]
             width: dict[str, float] = {"multiple_of": said.multiple_of}
             if said.ffn_dim_multiplier is not None:
                 width["ffn_dim_multiplier"] = said.ffn_dim_multiplier
@@ -129,6 +129,10 @@ class ModelArgs:
         names = "dim n_layers n_heads n_kv_heads ffn_dim rope_theta use_scaled_rope".split()
         same_vocab = self.vocab_size in (preset.vocab_size, -1)
         return same_vocab and all(getattr(self, n) == getattr(preset, n) for n in names)
+
+    def published(self) -> list[str]:
+        """The names of the published models with this shape."""
+        return [name for name, preset in PRESETS.items() if self.same_shape(preset)]
 
     def workable_sizes(self) -> list[int]:
         """The numbers of ranks that heads, feed-forward and vocabulary can be split over. More
@@ -161,6 +165,13 @@ class ModelArgs:
         shapes |= {"norm": (self.dim,), "output": (self.vocab_size, self.dim)}
         return {f"{name}.weight": shape for name, shape in shapes.items()}
 
+    def parameter_shapes(self) -> dict[str, tuple[int, ...]]:
+        """The same, with a tied matrix only once, as the embedding."""
+        shapes = self.whole_shapes()
+        if self.tied:
+            del shapes["output.weight"]
+        return shapes
+
     def check_split(self, mp_size: int) -> None:
         """Raise ConfigError where `mp_size` ranks cannot share the model."""
         if self.vocab_size < 1:
@@ -178,9 +189,9 @@ class ModelArgs:
         """Tokens the model was trained for: stated, or a published shape's, or the family's."""
         if self.context_length is not None:
             return self.context_length
-        preset = next((p for p in PRESETS.values() if self.same_shape(p)), None)
-        if preset is not None and preset.context_length is not None:
-            return preset.context_length
+        for name in self.published():
+            if (length := PRESETS[name].context_length) is not None:
+                return length
         if self.use_scaled_rope:
             return 131072
         return 4096 if self.rope_theta == LLAMA_2_THETA else 8192

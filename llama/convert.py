@@ -4,13 +4,11 @@ The new folder is written beside its place under another name and renamed when a
 so a kill or a full disk leaves nothing that could be taken for it.
 """
 
-import json
 import os
 import shutil
 import tempfile
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -21,6 +19,7 @@ from tqdm import tqdm
 from llama import checkpoint, hugging_face
 from llama.checkpoint import Checkpoint
 from llama.errors import CheckpointError, ConfigError
+from llama.files import write_json
 
 HF_FILE_BYTES = 5 * 10**9  # of weights in one `.safetensors`, at most, as Hugging Face cuts
 # What belongs to the tokenizer and travels along as it is.
@@ -57,7 +56,8 @@ def convert(
     if destination.exists() and not force:
         raise CheckpointError(f"{dst} exists: it is replaced only with --force")
     source = checkpoint.open_checkpoint(src)
-    _complete(source)
+    source.settle_vocabulary()
+    checkpoint.check_complete(source)  # before anything is written
     destination.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=f".{destination.name}.", dir=destination.parent))
     try:
@@ -76,15 +76,6 @@ def convert(
     return destination
 
 
-def _complete(source: Checkpoint) -> None:
-    """Raise CheckpointError where a tensor is missing or has another shape, before any is written;
-    fill in the vocabulary that Llama 2's files leave to the tokenizer."""
-    output = source.shards[0].get("output.weight")
-    if source.args.vocab_size == -1 and output is not None:
-        source.args.vocab_size = output.shape[0] * len(source.shards)
-    checkpoint.check_complete(source)
-
-
 def _cast(weight: Tensor, dtype: torch.dtype | None) -> Tensor:
     """A tensor of its own memory, for a writer that stores the whole of it."""
     cast = weight if dtype is None else weight.to(dtype)
@@ -92,14 +83,9 @@ def _cast(weight: Tensor, dtype: torch.dtype | None) -> Tensor:
     return cast.clone(memory_format=torch.contiguous_format) if is_view else cast
 
 
-def _names(source: Checkpoint) -> list[str]:
-    names = list(source.shards[0])
-    return [name for name in names if not (source.args.tied and name == "output.weight")]
-
-
 def _write_meta(source: Checkpoint, folder: Path, mp: int, dtype: torch.dtype | None) -> None:
     source.args.check_split(mp)
-    names = _names(source)
+    names = list(source.args.parameter_shapes())
     progress = tqdm(total=mp * len(names), desc="Converting", unit="tensor", delay=2)
     for i in range(mp):
         shard = {}
@@ -116,7 +102,7 @@ def _write_meta(source: Checkpoint, folder: Path, mp: int, dtype: torch.dtype | 
 
 
 def _write_hugging_face(source: Checkpoint, folder: Path, dtype: torch.dtype | None) -> None:
-    names = _names(source)
+    names = list(source.args.parameter_shapes())
     files = _cut(source, names, dtype)
     weight_map: dict[str, str] = {}
     progress = tqdm(total=len(names), desc="Converting", unit="tensor", delay=2)
@@ -137,16 +123,14 @@ def _write_hugging_face(source: Checkpoint, folder: Path, dtype: torch.dtype | N
     if len(files) > 1:
         total = sum(_bytes(source, name, dtype) for name in names)
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        _write_json(folder / hugging_face.INDEX, index)
+        write_json(folder / hugging_face.INDEX, index)
     kind = dtype or source.shards[0][names[-1]].dtype
-    _write_json(folder / "config.json", hugging_face.make_config(source.args, kind))
+    write_json(folder / "config.json", hugging_face.make_config(source.args, kind))
 
 
 def _bytes(source: Checkpoint, name: str, dtype: torch.dtype | None) -> int:
-    pieces = [shard[name] for shard in source.shards]
-    copied = name.endswith("norm.weight")
-    n = pieces[0].numel() if copied else sum(piece.numel() for piece in pieces)
-    return n * (dtype or pieces[0].dtype).itemsize
+    shape = torch.Size(source.args.whole_shapes()[name])
+    return shape.numel() * (dtype or source.shards[0][name].dtype).itemsize
 
 
 def _cut(source: Checkpoint, names: list[str], dtype: torch.dtype | None) -> list[list[str]]:
@@ -161,11 +145,6 @@ def _cut(source: Checkpoint, names: list[str], dtype: torch.dtype | None) -> lis
         groups[-1].append(name)
         filled += size
     return groups
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    _sync(path)
 
 
 def _copy_companions(folder: Path, given: Path, destination: Path) -> None:

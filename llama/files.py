@@ -38,6 +38,12 @@ def read_records(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
         yield number, record
 
 
+def write_json(path: str | Path, content: dict[str, Any]) -> None:
+    """Write an object as JSON, atomically."""
+    with atomic_file(path) as file:
+        file.write((json.dumps(content, indent=2) + "\n").encode())
+
+
 @contextlib.contextmanager
 def atomic_file(path: str | Path) -> Iterator[BinaryIO]:
     """A file that appears under its name, whole, when the block ends well; else not at all."""

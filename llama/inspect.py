@@ -38,9 +38,7 @@ def weights_of(args: ModelArgs, mp_size: int) -> list[Weight]:
     """Every weight by Meta's name, those of the layers once, embedding first."""
     copies = max(1, mp_size // args.local_kv_heads(1))
     weights = []
-    for name, shape in replace(args, n_layers=1).whole_shapes().items():
-        if args.tied and name == "output.weight":
-            continue  # no parameters of its own
+    for name, shape in replace(args, n_layers=1).parameter_shapes().items():
         weights.append(
             Weight(
                 name.replace("layers.0.", "layers.N.").removesuffix(".weight"),
@@ -75,13 +73,8 @@ def resolve(name: str) -> tuple[str, ModelArgs]:
         args = checkpoint.read_args(checkpoint.find_folder(name))
         if args.vocab_size == -1:  # Llama 2's files leave it to the tokenizer
             args.vocab_size = PRESETS["llama-2-7b"].vocab_size
-        return preset_of(args) or name, args
+        return next(iter(args.published()), name), args
     raise ConfigError(f"{name} is no folder and no preset: {', '.join(PRESETS)}")
-
-
-def preset_of(args: ModelArgs) -> str | None:
-    """The name of the first published model with this shape."""
-    return next((name for name, p in PRESETS.items() if args.same_shape(p)), None)
 
 
 def describe(

@@ -10,7 +10,6 @@ from tqdm import tqdm
 
 from llama import checkpoint, config, parallel
 from llama.checkpoint import Checkpoint
-from llama.config import PRESETS
 from llama.errors import CheckpointError, LlamaError
 from llama.files import atomic_file
 
@@ -28,10 +27,7 @@ def verify(folder: str | Path, write_manifest: bool = True) -> tuple[str, list[s
     Raises a LlamaError where the folder cannot be opened at all.
     """
     opened = checkpoint.open_checkpoint(folder)
-    args = opened.args
-    output = opened.shards[0].get("output.weight")
-    if args.vocab_size == -1 and output is not None:  # Llama 2's files leave it to the tokenizer
-        args.vocab_size = output.shape[0] * len(opened.shards)
+    opened.settle_vocabulary()
     problems = []
     try:
         checkpoint.check_complete(opened)
@@ -51,7 +47,7 @@ def verify(folder: str | Path, write_manifest: bool = True) -> tuple[str, list[s
 def _wrong_numbers(opened: Checkpoint) -> Iterator[str]:
     """Tensors that are not finite, copies that are not equal, tensors of another dtype."""
     dtype = opened.shards[0]["output.weight"].dtype
-    bar = tqdm(opened.args.whole_shapes(), "Tensors", unit="tensor", delay=2)
+    bar = tqdm(opened.args.parameter_shapes(), "Tensors", unit="tensor", delay=2)
     for name in bar:
         called = opened.called(name)
         is_copied = parallel.shard_dim(name, opened.args.embedding_shard_dim) is None
@@ -128,17 +124,13 @@ def _write_manifest(folder: Path) -> None:
 
 def _title(opened: Checkpoint, given: Path) -> str:
     """Such as: Llama 3.1 8B, instruct or base unknown, 1 shard, bfloat16, 16.06 GB."""
-    names = [name for name, preset in PRESETS.items() if opened.args.same_shape(preset)]
-    pretty = [name.removesuffix("-mp16").split("-", 2) for name in names]
+    pretty = [name.removesuffix("-mp16").split("-", 2) for name in opened.args.published()]
     if pretty:  # 3.1 and 3.3 of 70B have one shape
         versions = " or ".join(dict.fromkeys(version for _, version, _ in pretty))
         model = f"Llama {versions} {pretty[0][2].upper()}"
     else:
-        total = sum(
-            torch.Size(shape).numel()
-            for name, shape in opened.args.whole_shapes().items()
-            if not (opened.args.tied and name == "output.weight")
-        )
+        shapes = opened.args.parameter_shapes().values()
+        total = sum(torch.Size(shape).numel() for shape in shapes)
         model = f"a Llama of {total:,} parameters"
     size = sum(path.stat().st_size for path in _files(opened.folder)) / 1e9
     first = next(iter(opened.shards[0].values()))

@@ -142,6 +142,18 @@ def broadcast_from_first(tensor: Tensor) -> Tensor:
     return tensor
 
 
+def broadcast_numbers(
+    numbers: list[Any] | None, dtype: torch.dtype, device: torch.device
+) -> list[Any]:
+    """The first model-parallel rank's numbers, on all of them; the others pass None."""
+    length = torch.tensor([0 if numbers is None else len(numbers)], device=device)
+    n = int(broadcast_from_first(length).item())
+    if numbers is None:
+        return broadcast_from_first(torch.empty(n, dtype=dtype, device=device)).tolist()
+    broadcast_from_first(torch.tensor(numbers, dtype=dtype, device=device))
+    return numbers
+
+
 def raise_together(error: Exception | None, device: torch.device) -> None:
     """Raise on every rank if any rank has an error: a rank that fails alone would leave the
     others waiting in their next collective. Each failing rank raises its own error."""

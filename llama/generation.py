@@ -11,11 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from llama import checkpoint, hugging_face, parallel, sampling
+from llama import checkpoint, hugging_face, parallel
 from llama.chat_format import Dialog, Message
 from llama.errors import CheckpointError, ConfigError, GenerationError
 from llama.model import Transformer
-from llama.sampling import sample_top_p
+from llama.sampling import SamplingParams, sample_top_p
 from llama.tokenizer import TextDecoder, Tokenizer
 
 __all__ = ["ChatPrediction", "CompletionPrediction", "Dialog", "Llama", "Message", "sample_top_p"]
@@ -259,7 +259,7 @@ class Llama:
         if max_gen_len is None:
             max_gen_len = max_seq_len - 1
         self._check(prompts, max_gen_len)
-        sampling.check_sampling(temperature, top_p)
+        SamplingParams(temperature=temperature, top_p=top_p)  # checks them
 
         lengths = [len(prompt) for prompt in prompts]
         total_len = min(max_seq_len, max(lengths) + max_gen_len)
@@ -275,7 +275,11 @@ class Llama:
         prev_pos = 0
         for cur_pos in range(min(lengths), total_len):
             logits = self.model(tokens[:, prev_pos:cur_pos], prev_pos)
-            chosen = sampling.next_token(logits[:, -1], temperature, top_p, self._generator)
+            if temperature == 0:
+                chosen = logits[:, -1].argmax(dim=-1)
+            else:
+                probs = torch.softmax(logits[:, -1] / temperature, dim=-1)
+                chosen = sample_top_p(probs, top_p, self._generator).squeeze(-1)
             chosen = parallel.broadcast_from_first(chosen)
             chosen = torch.where(is_prompt[:, cur_pos], tokens[:, cur_pos], chosen)
             tokens[:, cur_pos] = chosen

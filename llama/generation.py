@@ -205,13 +205,17 @@ class Llama:
 
     @overload
     def text_completion(
-        self, prompts: Sequence[str], *args: Any, stream: Literal[True], **options: Any
-    ) -> Iterator[Event]: ...
+        self, prompts: Sequence[str], temperature: float = ..., top_p: float = ...,
+        max_gen_len: int | None = ..., logprobs: bool = ..., echo: bool = ...,
+        *, stream: Literal[False] = ..., **options: Any,
+    ) -> list[CompletionPrediction]: ...  # fmt: skip
 
     @overload
     def text_completion(
-        self, prompts: Sequence[str], *args: Any, stream: Literal[False] = False, **options: Any
-    ) -> list[CompletionPrediction]: ...
+        self, prompts: Sequence[str], temperature: float = ..., top_p: float = ...,
+        max_gen_len: int | None = ..., logprobs: bool = ..., echo: bool = ...,
+        *, stream: Literal[True], **options: Any,
+    ) -> Iterator[Event]: ...  # fmt: skip
 
     def text_completion(
         self,

@@ -4,7 +4,7 @@ import math
 import sys
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -109,6 +109,11 @@ class SamplingParams:
         require("n", _integer(self.n, 1), "1 or above")
         processor = self.logits_processor
         require("logits_processor", processor is None or callable(processor), "a function")
+
+    def samples(self) -> list["SamplingParams"]:
+        """The same for each of the n samples alone, with seeds that follow each other."""
+        seeds = [None if self.seed is None else self.seed + i for i in range(self.n)]
+        return [replace(self, n=1, seed=seed) for seed in seeds]
 
     def check_vocabulary(self, vocab_size: int) -> None:
         """Raise GenerationError where an id or the number of logprobs is not in the vocabulary."""

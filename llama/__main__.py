@@ -220,7 +220,7 @@ def doctor(
     Example: python -m llama doctor Meta-Llama-3-8B --max_seq_len 8192
 
     Args:
-        folder: a checkpoint folder, Meta's or Hugging Face's.
+        folder: a checkpoint folder, Meta's or Hugging Face's, or the id of one on the Hub.
         mp: ranks of this machine that share the model.
         max_seq_len: tokens of a row of the KV cache; by default as in Llama.build.
         max_batch_size: rows of the KV cache.

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from llama import checkpoint, parallel
+from llama import checkpoint, hub, parallel
 from llama.chat_format import Llama2ChatFormat
 from llama.checkpoint import Checkpoint
 from llama.config import PRESETS, ModelArgs
@@ -246,11 +246,12 @@ def examine(
     Raises a LlamaError where the folder or the device cannot be opened at all.
     """
     target = parallel.local_device(device)
+    folder = hub.local_folder(folder)
     opened = checkpoint.open_checkpoint(folder)
     opened.settle_vocabulary()
     findings = [Finding("model", title_of(opened)), Finding("chat", CHAT[kind_of(opened.folder)])]
     try:
-        path = tokenizer_path or checkpoint.find_tokenizer(opened.folder, Path(folder))
+        path = tokenizer_path or checkpoint.find_tokenizer(opened.folder, folder)
         findings.append(check_tokenizer(opened.args, Tokenizer(path)))
     except LlamaError as error:
         findings.append(Finding("tokenizer", str(error), PROBLEM))

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from llama import checkpoint, doctor, hugging_face, parallel, sampling
+from llama import checkpoint, doctor, hub, hugging_face, parallel, sampling
 from llama.chat_format import Dialog, Message
 from llama.errors import GenerationError
 from llama.model import Transformer
@@ -75,8 +75,9 @@ class Llama:
 
         Args:
             ckpt_dir: folder with `params.json` and `consolidated.NN.pth`, with `config.json` and
-                `.safetensors`, or with an `original/` folder that holds the former; None: the
-                small model that comes with the package.
+                `.safetensors`, or with an `original/` folder that holds the former; or the id of
+                a repository on the Hugging Face Hub, `owner/name@revision`; None: the small model
+                that comes with the package.
             tokenizer_path: the tokenizer's file; None: `tokenizer.model` in the folder.
             max_seq_len: tokens of prompt and answer together, at most the model's context; None:
                 2048, or the context where that is smaller.
@@ -98,10 +99,12 @@ class Llama:
         if ckpt_dir is None:
             ckpt_dir = checkpoint.BUNDLED
             dtype = torch.float32 if dtype is None and target.type == "cpu" else dtype
+        with parallel.failing_together(target):
+            folder = hub.local_folder(ckpt_dir)
         # All ranks look at their memory before the first takes of it.
         with parallel.failing_together(target):
-            opened = checkpoint.open_checkpoint(ckpt_dir, rope_factor)
-            tokenizer = _open_tokenizer(tokenizer_path, opened.folder, Path(ckpt_dir))
+            opened = checkpoint.open_checkpoint(folder, rope_factor)
+            tokenizer = _open_tokenizer(tokenizer_path, opened.folder, folder)
             plan = doctor.Plan.make(
                 opened, parallel.mp_size(), parallel.local_size(), max_seq_len, max_batch_size,
                 target, dtype,

@@ -155,6 +155,8 @@ def kind_of(folder: Path) -> str:
     if place.name == "original":  # inside a repository of Hugging Face
         place = place.parent
     name = place.name.lower()
+    if place.parent.name == "snapshots":  # of models--owner--name in Hugging Face's cache
+        name = place.parent.parent.name.lower().rpartition("--")[2]
     if any((place / f"chat_template.{suffix}").exists() for suffix in ("jinja", "json")):
         return "instruct"
     try:

@@ -11,12 +11,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from llama import checkpoint, hugging_face, parallel, sampling
+from llama import checkpoint, doctor, hub, hugging_face, parallel, sampling
 from llama.chat_format import Dialog, Message
-from llama.errors import CheckpointError, ConfigError, GenerationError
+from llama.errors import GenerationError
 from llama.model import Transformer
 from llama.sampling import sample_top_p
 from llama.tokenizer import TextDecoder, Tokenizer
+from llama.verify import kind_of
 
 __all__ = ["ChatPrediction", "CompletionPrediction", "Dialog", "Llama", "Message", "sample_top_p"]
 
@@ -74,8 +75,9 @@ class Llama:
 
         Args:
             ckpt_dir: folder with `params.json` and `consolidated.NN.pth`, with `config.json` and
-                `.safetensors`, or with an `original/` folder that holds the former; None: the
-                small model that comes with the package.
+                `.safetensors`, or with an `original/` folder that holds the former; or the id of
+                a repository on the Hugging Face Hub, `owner/name@revision`; None: the small model
+                that comes with the package.
             tokenizer_path: the tokenizer's file; None: `tokenizer.model` in the folder.
             max_seq_len: tokens of prompt and answer together, at most the model's context; None:
                 2048, or the context where that is smaller.
@@ -97,67 +99,30 @@ class Llama:
         if ckpt_dir is None:
             ckpt_dir = checkpoint.BUNDLED
             dtype = torch.float32 if dtype is None and target.type == "cpu" else dtype
-        error: Exception | None = None
-        try:
-            llama = Llama._build_rank(
-                Path(ckpt_dir), tokenizer_path, max_seq_len, max_batch_size, seed,
-                target, _dtype(dtype, target), rope_factor,
+        with parallel.failing_together(target):
+            folder = hub.local_folder(ckpt_dir)
+        # All ranks look at their memory before the first takes of it.
+        with parallel.failing_together(target):
+            opened = checkpoint.open_checkpoint(folder, rope_factor)
+            tokenizer = _open_tokenizer(tokenizer_path, opened.folder, folder)
+            plan = doctor.Plan.make(
+                opened, parallel.mp_size(), parallel.local_size(), max_seq_len, max_batch_size,
+                target, dtype,
             )  # fmt: skip
-        except (ValueError, OSError, MemoryError) as caught:
-            error = caught
-        parallel.raise_together(error, target)
+            doctor.require(plan, tokenizer)
+        with parallel.failing_together(target):
+            model = _load(plan)
+        llama = Llama(model, tokenizer, seed)
+        llama._is_base = kind_of(opened.folder) == "base"
         if parallel.is_main_rank():
             log.info("Loaded %s in %.2f seconds", ckpt_dir, time.perf_counter() - start)
         return llama
-
-    @staticmethod
-    def _build_rank(
-        ckpt_dir: Path,
-        tokenizer_path: str | Path | None,
-        max_seq_len: int | None,
-        max_batch_size: int,
-        seed: int,
-        device: torch.device,
-        dtype: torch.dtype | None,
-        rope_factor: float | None,
-    ) -> "Llama":
-        opened = checkpoint.open_checkpoint(ckpt_dir, rope_factor)
-        args, folder = opened.args, opened.folder
-        tokenizer = Tokenizer(_find_tokenizer(tokenizer_path, folder, ckpt_dir))
-        if stop_tokens := hugging_face.read_stop_tokens(folder):
-            tokenizer.stop_tokens = stop_tokens
-        if args.vocab_size == -1:
-            args.vocab_size = tokenizer.n_words
-        elif args.vocab_size < tokenizer.n_words:
-            raise ConfigError(
-                f"the model's vocab_size {args.vocab_size} is smaller than the tokenizer's "
-                f"{tokenizer.n_words} tokens ({tokenizer.model_path})"
-            )
-        elif args.vocab_size > tokenizer.n_words and parallel.is_main_rank():
-            log.warning(
-                "the model's vocab_size %d is larger than the tokenizer's %d tokens",
-                args.vocab_size,
-                tokenizer.n_words,
-            )
-        args.max_batch_size = max_batch_size
-        args.max_seq_len = min(2048, args.context) if max_seq_len is None else max_seq_len
-        args.check()
-        if args.max_seq_len > args.context:
-            raise ConfigError(
-                f"max_seq_len {args.max_seq_len} is above the model's context, {args.context}"
-            )
-        args.check_split(parallel.mp_size())
-        # More ranks than key/value heads: each head is there more than once.
-        n_kv_heads = max(args.local_kv_heads(1), parallel.mp_size())
-        with torch.device("meta"):
-            model = Transformer(replace(args, n_kv_heads=n_kv_heads))
-        checkpoint.load(model, opened, device, dtype)
-        return Llama(model, tokenizer, seed)
 
     def __init__(self, model: Transformer, tokenizer: Tokenizer, seed: int = 1) -> None:
         self.model = model
         self.tokenizer = tokenizer
         self.formatter = tokenizer.chat_format()
+        self._is_base = False  # and nobody was told that such a model cannot chat
         self._device = next(model.parameters()).device
         self._generator = torch.Generator(self._device).manual_seed(seed)
 
@@ -223,6 +188,10 @@ class Llama:
         logprobs: bool = False,
     ) -> list[ChatPrediction]:
         """Answer each dialog, in the tokenizer's chat format, with the assistant's next message."""
+        if self._is_base:
+            self._is_base = False
+            if parallel.is_main_rank():
+                log.warning(doctor.CHAT["base"])
         prompt_tokens = [self.formatter.encode_dialog_prompt(dialog) for dialog in dialogs]
         rows = self._generate(prompt_tokens, max_gen_len, temperature, top_p, logprobs, echo=False)
         predictions: list[ChatPrediction] = []
@@ -334,19 +303,19 @@ def _logprobs(logits: Tensor, targets: Tensor) -> Tensor:
     return -F.cross_entropy(logits.transpose(1, 2), targets, reduction="none", ignore_index=EMPTY)
 
 
-def _dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.dtype | None:
-    """The weights' dtype, None for the checkpoint's own."""
-    if dtype is None and device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
-    return None if dtype is None else checkpoint.parse_dtype(dtype)
+def _open_tokenizer(path: str | Path | None, folder: Path, ckpt_dir: Path) -> Tokenizer:
+    tokenizer = Tokenizer(path or checkpoint.find_tokenizer(folder, ckpt_dir))
+    if stop_tokens := hugging_face.read_stop_tokens(folder):
+        tokenizer.stop_tokens = stop_tokens
+    return tokenizer
 
 
-def _find_tokenizer(path: str | Path | None, folder: Path, ckpt_dir: Path) -> Path:
-    if path is not None:
-        return Path(path)
-    # Hugging Face's repositories have it in `original/`; Meta's Llama 2 downloads beside the
-    # models' folders.
-    for place in (folder, ckpt_dir, ckpt_dir / "original", ckpt_dir.parent):
-        if (place / "tokenizer.model").is_file():
-            return place / "tokenizer.model"
-    raise CheckpointError(f"{folder} has no tokenizer.model: name one with tokenizer_path")
+def _load(plan: doctor.Plan) -> Transformer:
+    """This rank's part of the model, on its device."""
+    args = plan.opened.args
+    # More ranks than key/value heads: each head is there more than once.
+    n_kv_heads = max(args.local_kv_heads(1), plan.mp_size)
+    with torch.device("meta"):
+        model = Transformer(replace(args, n_kv_heads=n_kv_heads))
+    checkpoint.load(model, plan.opened, plan.device, plan.dtype)
+    return model

@@ -37,7 +37,7 @@ class Finding:
 
 
 @dataclass(frozen=True)
-class Plan:
+class Setup:
     """How an opened checkpoint is to run; the KV cache's size is in its `args`."""
 
     opened: Checkpoint
@@ -55,7 +55,7 @@ class Plan:
         max_batch_size: int,
         device: torch.device,
         dtype: str | torch.dtype | None,
-    ) -> "Plan":
+    ) -> "Setup":
         """Settle what was left open. Raises a LlamaError where the tensors are not all there, or
         where the ranks or the KV cache do not fit the model."""
         opened.settle_vocabulary()
@@ -65,7 +65,7 @@ class Plan:
         asked = None if dtype is None else checkpoint.parse_dtype(dtype)
         settled = asked or checkpoint.default_dtype(device) or opened.dtype
         sharers = local_size if device.type == "cpu" else 1
-        return Plan(opened, mp_size, device, settled, sharers)
+        return Setup(opened, mp_size, device, settled, sharers)
 
     @property
     def token_bytes(self) -> int:
@@ -111,53 +111,53 @@ class Plan:
 # ---- memory -----------------------------------------------------------------------------------
 
 
-def check_memory(plan: Plan, available: float) -> Finding:
+def check_memory(setup: Setup, available: float) -> Finding:
     """Whether weights and KV cache have room; raises ConfigError, which says what would have."""
-    own, mapped = plan.weight_bytes()
-    needed = plan.needed_bytes()
+    own, mapped = setup.weight_bytes()
+    needed = setup.needed_bytes()
     weights = f"{size(own + mapped)} of weights"
     if mapped:
         weights += f" ({size(mapped)} of them the file's own pages)"
-    ranks = f" for each of {plan.sharers} ranks" if plan.sharers > 1 else ""
-    text = f"{weights} and {size(plan.cache_bytes)} of KV cache{ranks}"
-    free = f"{size(available)} free on {plan.device}"
+    ranks = f" for each of {setup.sharers} ranks" if setup.sharers > 1 else ""
+    text = f"{weights} and {size(setup.cache_bytes)} of KV cache{ranks}"
+    free = f"{size(available)} free on {setup.device}"
     if needed > available:
-        fitting = ", ".join(_fitting(plan, available))
+        fitting = ", ".join(_fitting(setup, available))
         advice = f"would fit: {fitting}" if fitting else "no smaller KV cache would fit"
         raise ConfigError(f"not enough memory: {text}, but {free}; {advice}")
-    if needed + mapped * min(plan.sharers, plan.mp_size) > available:
+    if needed + mapped * min(setup.sharers, setup.mp_size) > available:
         slow = "fits only from disk, slowly: weights are read again whenever they are used"
         return Finding("memory", f"{slow}; {text}, {free}", WARNING)
     return Finding("memory", f"{text}; {free}")
 
 
-def _fitting(plan: Plan, available: float) -> Iterator[str]:
+def _fitting(setup: Setup, available: float) -> Iterator[str]:
     """The options that would fit, each with the others as they are."""
-    args = plan.opened.args
-    tokens = int(available / plan.sharers - plan.weight_bytes()[0]) // plan.token_bytes
+    args = setup.opened.args
+    tokens = int(available / setup.sharers - setup.weight_bytes()[0]) // setup.token_bytes
     if (length := tokens // args.max_batch_size) > 0:
         yield f"max_seq_len {length}"
     if (rows := tokens // args.max_seq_len) > 0:
         yield f"max_batch_size {rows}"
-    smaller = replace(plan, dtype=torch.bfloat16)
-    if plan.dtype == torch.float32 and smaller.needed_bytes() <= available:
+    smaller = replace(setup, dtype=torch.bfloat16)
+    if setup.dtype == torch.float32 and smaller.needed_bytes() <= available:
         yield "dtype bfloat16"
     for n in args.workable_sizes():
-        sharers = plan.sharers * n // plan.mp_size if plan.device.type == "cpu" else 1
-        wider = replace(plan, mp_size=n, sharers=sharers)
-        if n > plan.mp_size and wider.needed_bytes() <= available:
+        sharers = setup.sharers * n // setup.mp_size if setup.device.type == "cpu" else 1
+        wider = replace(setup, mp_size=n, sharers=sharers)
+        if n > setup.mp_size and wider.needed_bytes() <= available:
             yield f"{n} ranks"
             break
 
 
-def check_prompts(plan: Plan, available: float) -> Finding:
+def check_prompts(setup: Setup, available: float) -> Finding:
     """Whether there is room for a whole batch of the longest prompts; others may well fit."""
-    args, extra = plan.opened.args, plan.prompt_bytes()
+    args, extra = setup.opened.args, setup.prompt_bytes()
     text = (
         f"about {size(extra)} more to read {args.max_batch_size} prompts of "
         f"{args.max_seq_len:,} tokens at once"
     )
-    fits = plan.needed_bytes() + extra * plan.sharers <= available
+    fits = setup.needed_bytes() + extra * setup.sharers <= available
     return Finding("prompts", text, OK if fits else WARNING)
 
 
@@ -190,25 +190,25 @@ CHAT = {
 }
 
 
-def check_device(plan: Plan) -> Finding:
+def check_device(setup: Setup) -> Finding:
     """What will compute, in which dtype, and over what the ranks talk."""
-    kind = plan.device.type
-    dtype = str(plan.dtype).removeprefix("torch.")
+    kind = setup.device.type
+    dtype = str(setup.dtype).removeprefix("torch.")
     if kind == "cuda":
-        name = f"{plan.device} ({torch.cuda.get_device_name(plan.device)})"
+        name = f"{setup.device} ({torch.cuda.get_device_name(setup.device)})"
     elif kind == "cpu":
         capability = torch.backends.cpu.get_cpu_capability()
         name = f"cpu ({platform.machine()}, {capability}, {torch.get_num_threads()} threads)"
     else:
         name = kind
     ranks = "1 rank"
-    if plan.mp_size > 1:
-        ranks = f"{plan.mp_size} ranks over {'nccl' if kind == 'cuda' else 'gloo'}"
+    if setup.mp_size > 1:
+        ranks = f"{setup.mp_size} ranks over {'nccl' if kind == 'cuda' else 'gloo'}"
     text = f"{name}, {dtype}, {ranks}"
-    if kind == "cuda" and plan.mp_size > torch.cuda.device_count():
+    if kind == "cuda" and setup.mp_size > torch.cuda.device_count():
         seen = f"{text}; only {torch.cuda.device_count()} GPU(s) on this machine"
         return Finding("device", seen, WARNING)
-    if plan.dtype == torch.bfloat16 and kind == "cpu" and not _has_fast_bfloat16():
+    if setup.dtype == torch.bfloat16 and kind == "cpu" and not _has_fast_bfloat16():
         text += "; this CPU has no instructions for bfloat16, float32 may be faster"
     return Finding("device", text)
 
@@ -224,10 +224,10 @@ def _has_fast_bfloat16(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
 # ---- the report -------------------------------------------------------------------------------
 
 
-def require(plan: Plan, tokenizer: Tokenizer) -> None:
+def require(setup: Setup, tokenizer: Tokenizer) -> None:
     """What `Llama.build` asks before it loads; warnings go to the log."""
-    available = available_memory(plan.device)
-    for found in (check_tokenizer(plan.opened.args, tokenizer), check_memory(plan, available)):
+    available = available_memory(setup.device)
+    for found in (check_tokenizer(setup.opened.args, tokenizer), check_memory(setup, available)):
         if found.level == WARNING and parallel.is_main_rank():
             log.warning(found.text)
 
@@ -256,16 +256,16 @@ def examine(
     except LlamaError as error:
         findings.append(Finding("tokenizer", str(error), PROBLEM))
     try:
-        plan = Plan.make(opened, mp, mp, max_seq_len, max_batch_size, target, dtype)
+        setup = Setup.make(opened, mp, mp, max_seq_len, max_batch_size, target, dtype)
     except LlamaError as error:
         return [*findings, Finding("set-up", str(error), PROBLEM)]
     available = available_memory(target)
     try:
-        findings += [check_memory(plan, available), check_prompts(plan, available)]
+        findings += [check_memory(setup, available), check_prompts(setup, available)]
     except LlamaError as error:
         findings.append(Finding("memory", str(error), PROBLEM))
     versions = f"Python {platform.python_version()}, torch {torch.__version__}"
-    return [*findings, check_device(plan), Finding("versions", versions)]
+    return [*findings, check_device(setup), Finding("versions", versions)]
 
 
 def report(findings: list[Finding]) -> str:

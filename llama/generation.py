@@ -105,13 +105,13 @@ class Llama:
         with parallel.failing_together(target):
             opened = checkpoint.open_checkpoint(folder, rope_factor)
             tokenizer = _open_tokenizer(tokenizer_path, opened.folder, folder)
-            plan = doctor.Plan.make(
+            setup = doctor.Setup.make(
                 opened, parallel.mp_size(), parallel.local_size(), max_seq_len, max_batch_size,
                 target, dtype,
             )  # fmt: skip
-            doctor.require(plan, tokenizer)
+            doctor.require(setup, tokenizer)
         with parallel.failing_together(target):
-            model = _load(plan)
+            model = _load(setup)
         llama = Llama(model, tokenizer, seed)
         llama._is_base = kind_of(opened.folder) == "base"
         if parallel.is_main_rank():
@@ -310,12 +310,12 @@ def _open_tokenizer(path: str | Path | None, folder: Path, ckpt_dir: Path) -> To
     return tokenizer
 
 
-def _load(plan: doctor.Plan) -> Transformer:
+def _load(setup: doctor.Setup) -> Transformer:
     """This rank's part of the model, on its device."""
-    args = plan.opened.args
+    args = setup.opened.args
     # More ranks than key/value heads: each head is there more than once.
-    n_kv_heads = max(args.local_kv_heads(1), plan.mp_size)
+    n_kv_heads = max(args.local_kv_heads(1), setup.mp_size)
     with torch.device("meta"):
         model = Transformer(replace(args, n_kv_heads=n_kv_heads))
-    checkpoint.load(model, plan.opened, plan.device, plan.dtype)
+    checkpoint.load(model, setup.opened, setup.device, setup.dtype)
     return model

@@ -14,7 +14,7 @@ from llama import Llama, Tokenizer, checkpoint, doctor
 from llama.__main__ import main
 from llama.config import PRESETS, ModelArgs
 from llama.convert import convert
-from llama.doctor import PROBLEM, WARNING, Plan
+from llama.doctor import PROBLEM, WARNING, Setup
 from llama.errors import ConfigError
 from llama.inspect import size
 from llama.memory import available_memory
@@ -28,73 +28,73 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_meta(tmp_path_factory.mktemp("doctor") / "Tiny", make_model(n_kv_heads=4), 2)
 
 
-def make_plan(folder: Path, mp: int = 1, dtype: str | None = None, rows: int = 4) -> Plan:
-    return Plan.make(checkpoint.open_checkpoint(folder), mp, mp, 128, rows, CPU, dtype)
+def make_setup(folder: Path, mp: int = 1, dtype: str | None = None, rows: int = 4) -> Setup:
+    return Setup.make(checkpoint.open_checkpoint(folder), mp, mp, 128, rows, CPU, dtype)
 
 
 # ---- memory -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", [None, "bfloat16"])
-def test_a_plan_counts_what_building_takes(folder: Path, dtype: str | None) -> None:
+def test_a_setup_counts_what_building_takes(folder: Path, dtype: str | None) -> None:
     llama = Llama.build(folder, max_seq_len=128, dtype=dtype)
-    plan = make_plan(folder, dtype=dtype)
-    assert sum(plan.weight_bytes()) == sum(w.nbytes for w in llama.model.parameters())
+    setup = make_setup(folder, dtype=dtype)
+    assert sum(setup.weight_bytes()) == sum(w.nbytes for w in llama.model.parameters())
     cache = llama.model.make_cache(4, 128)
-    assert plan.cache_bytes == cache.k.nbytes + cache.v.nbytes
+    assert setup.cache_bytes == cache.k.nbytes + cache.v.nbytes
     norms = sum(w.nbytes for w in llama.model.parameters() if w.dim() == 1)
     # Two shards become one rank's weights by copying; what is not split stays where it is.
-    assert plan.weight_bytes()[1] == (norms if dtype is None else 0)
+    assert setup.weight_bytes()[1] == (norms if dtype is None else 0)
 
 
 def test_weights_are_mapped_where_shards_are_ranks(folder: Path, tmp_path: Path) -> None:
-    own, mapped = make_plan(folder, mp=2).weight_bytes()
+    own, mapped = make_setup(folder, mp=2).weight_bytes()
     assert own == 0
     assert mapped > 0
-    one = make_plan(convert(folder, tmp_path / "one", "meta"))
+    one = make_setup(convert(folder, tmp_path / "one", "meta"))
     assert one.weight_bytes()[0] == 0
-    theirs = make_plan(convert(folder, tmp_path / "hf", "hf"))
+    theirs = make_setup(convert(folder, tmp_path / "hf", "hf"))
     assert theirs.weight_bytes()[0] > 0  # at least Q and K, whose rows are put in order
     on_gpu = replace(one, device=torch.device("cuda", 0))
     assert on_gpu.weight_bytes() == one.weight_bytes()[::-1]
 
 
 def test_memory_by_the_byte(folder: Path) -> None:
-    plan = make_plan(folder, mp=2)  # nothing but the cache is the ranks' own
-    needed = 2 * plan.cache_bytes
-    mapped = 2 * plan.weight_bytes()[1]
-    assert plan.needed_bytes() == needed
-    assert doctor.check_memory(plan, needed + mapped).level == doctor.OK
-    slow = doctor.check_memory(plan, needed + mapped - 1)
+    setup = make_setup(folder, mp=2)  # nothing but the cache is the ranks' own
+    needed = 2 * setup.cache_bytes
+    mapped = 2 * setup.weight_bytes()[1]
+    assert setup.needed_bytes() == needed
+    assert doctor.check_memory(setup, needed + mapped).level == doctor.OK
+    slow = doctor.check_memory(setup, needed + mapped - 1)
     assert slow.level == WARNING
     assert "fits only from disk, slowly" in slow.text
-    assert doctor.check_memory(plan, needed).level == WARNING
+    assert doctor.check_memory(setup, needed).level == WARNING
     message = (
-        rf"{size(plan.cache_bytes)} of KV cache for each of 2 ranks, but .* free on cpu; "
+        rf"{size(setup.cache_bytes)} of KV cache for each of 2 ranks, but .* free on cpu; "
         r"would fit: max_seq_len 127, max_batch_size 3$"
     )
     with pytest.raises(ConfigError, match=message):
-        doctor.check_memory(plan, needed - 1)
+        doctor.check_memory(setup, needed - 1)
 
 
 def test_what_is_advised_fits(folder: Path) -> None:
-    plan = make_plan(folder)
-    own = plan.weight_bytes()[0]
+    setup = make_setup(folder)
+    own = setup.weight_bytes()[0]
     with pytest.raises(ConfigError, match="would fit: max_seq_len 32, max_batch_size 1, ") as error:
-        doctor.check_memory(plan, own + plan.cache_bytes / 4)
+        doctor.check_memory(setup, own + setup.cache_bytes / 4)
     # Two ranks for two shards copy no weights.
     assert str(error.value).endswith("dtype bfloat16, 2 ranks")
-    assert doctor.check_memory(make_plan(folder, rows=1), own + plan.cache_bytes / 4)
+    assert doctor.check_memory(make_setup(folder, rows=1), own + setup.cache_bytes / 4)
     with pytest.raises(ConfigError, match="no smaller KV cache would fit"):
-        doctor.check_memory(plan, 1000)
+        doctor.check_memory(setup, 1000)
 
 
 def test_prompts_are_an_estimate_and_no_error(folder: Path) -> None:
-    plan = make_plan(folder)
-    assert plan.prompt_bytes() == 8 * (4 * 16 * 128 * 128)  # scores, and their softmax
-    assert doctor.check_prompts(plan, plan.needed_bytes()).level == WARNING
-    enough = plan.needed_bytes() + plan.prompt_bytes()
-    assert doctor.check_prompts(plan, enough).level == doctor.OK
+    setup = make_setup(folder)
+    assert setup.prompt_bytes() == 8 * (4 * 16 * 128 * 128)  # scores, and their softmax
+    assert doctor.check_prompts(setup, setup.needed_bytes()).level == WARNING
+    enough = setup.needed_bytes() + setup.prompt_bytes()
+    assert doctor.check_prompts(setup, enough).level == doctor.OK
 
 
 def write(root: Path, files: dict[str, str]) -> Path:

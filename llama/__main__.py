@@ -204,7 +204,40 @@ def verify(folder: str, manifest: bool = True) -> None:
         sys.exit(1)
 
 
+def doctor(
+    folder: str,
+    mp: int = 1,
+    max_seq_len: int | None = None,
+    max_batch_size: int = 4,
+    tokenizer_path: str | None = None,
+    device: str | None = None,
+    dtype: str | None = None,
+) -> None:
+    """Tell whether a checkpoint will run here: memory, tokenizer, kind of model, device.
+
+    Ends with exit code 1 where it will not.
+
+    Example: python -m llama doctor Meta-Llama-3-8B --max_seq_len 8192
+
+    Args:
+        folder: a checkpoint folder, Meta's or Hugging Face's, or the id of one on the Hub.
+        mp: ranks of this machine that share the model.
+        max_seq_len: tokens of a row of the KV cache; by default as in Llama.build.
+        max_batch_size: rows of the KV cache.
+        tokenizer_path: tokenizer.model; by default the one in the folder.
+        device: cuda, mps or cpu; by default the best there is.
+        dtype: float32, bfloat16 or float16; by default as in Llama.build.
+    """
+    from llama.doctor import PROBLEM, examine, report
+
+    findings = examine(str(folder), tokenizer_path, max_seq_len, max_batch_size, mp, device, dtype)
+    print(report(findings))
+    if any(found.level == PROBLEM for found in findings):
+        sys.exit(1)
+
+
 COMMANDS = {
+    "doctor": doctor,
     "inspect": inspect,
     "convert": convert,
     "verify": verify,

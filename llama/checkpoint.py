@@ -45,6 +45,18 @@ def find_folder(ckpt_dir: str | Path) -> Path:
     )
 
 
+def find_tokenizer(folder: Path, ckpt_dir: Path) -> Path:
+    """The `tokenizer.model` of the weights in `folder`, which was found in `ckpt_dir`.
+
+    Hugging Face's repositories have it in `original/`; Meta's Llama 2 downloads beside the
+    models' folders.
+    """
+    for place in (folder, ckpt_dir, ckpt_dir / "original", ckpt_dir.parent):
+        if (place / "tokenizer.model").is_file():
+            return place / "tokenizer.model"
+    raise CheckpointError(f"{folder} has no tokenizer.model: name one with tokenizer_path")
+
+
 def shard_name(rank: int) -> str:
     return f"consolidated.{rank:02d}.pth"
 
@@ -114,6 +126,23 @@ class Checkpoint:
         if self.args.vocab_size == -1 and output is not None:
             self.args.vocab_size = output.shape[0] * len(self.shards)
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """The output matrix's, which all weights get where no other is asked for."""
+        return self.shards[0]["output.weight"].dtype
+
+    def is_mapped(self, name: str, n_parts: int, dtype: torch.dtype) -> bool:
+        """Whether the part of a tensor that `load` takes on the CPU is the file's own pages."""
+        tensor = self.shards[0][name]
+        is_whole = parallel.shard_dim(name, self.args.embedding_shard_dim) is None
+        is_turned = self.is_hugging_face and name.endswith(ROTATED)
+        return (
+            (is_whole or n_parts == len(self.shards))
+            and not is_turned
+            and tensor.dtype == dtype
+            and tensor.data_ptr() % ALIGNMENT == 0
+        )
+
     def part(self, name: str, n_parts: int, index: int) -> Tensor:
         """One of `n_parts` equal parts of a tensor, its rows in Meta's order.
 
@@ -148,6 +177,13 @@ def parse_dtype(dtype: str | torch.dtype) -> torch.dtype:
     if named not in (torch.float32, torch.bfloat16, torch.float16):
         raise ConfigError(f"dtype is {dtype!s}: float32, bfloat16 and float16 are known")
     return named
+
+
+def default_dtype(device: torch.device) -> torch.dtype | None:
+    """What weights become where nobody asks for a dtype; None: they stay as they are."""
+    if device.type != "cuda":
+        return None
+    return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
 
 
 def is_metas(folder: Path) -> bool:
@@ -199,12 +235,12 @@ def load(
     """Give `model`, built on the meta device, this rank's part of each tensor, however many
     shards and ranks there are.
 
-    dtype: of all weights; None: the output matrix's, which is the file's.
+    dtype: of all weights; None: the checkpoint's own.
     Raises CheckpointError naming what is missing, not expected or of another shape.
     """
     params = model.params
     check_complete(checkpoint)
-    dtype = dtype or checkpoint.shards[0]["output.weight"].dtype
+    dtype = dtype or checkpoint.dtype
     state: dict[str, Tensor] = {}
     # One at a time, so that a copy never stands beside all the others.
     names = checkpoint.args.parameter_shapes()

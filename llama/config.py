@@ -184,6 +184,18 @@ class ModelArgs:
                 f"{self.vocab_size} must divide"
             )
 
+    def set_limits(self, max_seq_len: int | None, max_batch_size: int) -> None:
+        """Size the KV cache; max_seq_len None: 2048, or the context where that is smaller.
+
+        Raises ConfigError for sizes out of range."""
+        self.max_batch_size = max_batch_size
+        self.max_seq_len = min(2048, self.context) if max_seq_len is None else max_seq_len
+        self.check()
+        if self.max_seq_len > self.context:
+            raise ConfigError(
+                f"max_seq_len {self.max_seq_len} is above the model's context, {self.context}"
+            )
+
     @property
     def context(self) -> int:
         """Tokens the model was trained for: stated, or a published shape's, or the family's."""

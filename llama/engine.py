@@ -110,13 +110,13 @@ class Engine:
 
         Raises GenerationError where the prompt or the params do not fit the model.
         """
-        prompt = self._check_prompt(prompt_tokens, row)
+        prompt = self._check_prompt(prompt_tokens, row, only_scored=params.max_gen_len == 0)
         params.check_vocabulary(self.model.vocab_size)
         if params.n != 1:
             raise GenerationError(f"n is {params.n}: the engine takes one request for each sample")
         if params.stop and self.tokenizer is None:
             raise GenerationError("stop strings need a tokenizer: give the engine one")
-        room = self.max_seq_len - len(prompt)
+        room = max(0, self.max_seq_len - len(prompt))
         wanted = room if params.max_gen_len is None else params.max_gen_len
         stop_tokens = params.stop_tokens
         if stop_tokens is None:
@@ -147,12 +147,12 @@ class Engine:
                 self._release(slot)
         self._cancelled.append(self._end(request, "cancelled"))
 
-    def _check_prompt(self, prompt: Sequence[int], row: int) -> list[int]:
+    def _check_prompt(self, prompt: Sequence[int], row: int, only_scored: bool) -> list[int]:
         if isinstance(prompt, str) or not isinstance(prompt, Sequence):
             raise GenerationError(f"prompt {row} is {prompt!r}, not a list of token ids")
         if not prompt:
             raise GenerationError(f"prompt {row} is empty: it needs at least one token")
-        if len(prompt) > self.max_seq_len:
+        if len(prompt) > self.max_seq_len + only_scored:
             raise GenerationError(
                 f"prompt {row} has {len(prompt)} tokens, but max_seq_len is {self.max_seq_len}"
             )
@@ -226,25 +226,28 @@ class Engine:
         part, the event of the first token."""
         request = _request_of(slot)
         prompt, start = request.prompt_tokens, len(slot.tokens)
-        end = len(prompt) if request.is_exact else min(start + budget, len(prompt))
-        is_last = end == len(prompt)
         wants_prompt = request.params.prompt_logprobs
+        # What nothing is to follow need not go through the model: the last token, or all of them.
+        n_fed = len(prompt) if request.max_gen_len > 0 else (len(prompt) - 1) * wants_prompt
+        end = n_fed if request.is_exact else min(start + budget, n_fed)
+        is_last = end == n_fed
+        wanted = Wanted.LAST if is_last else Wanted.NOTHING
         if request.is_exact or wants_prompt:
             wanted = Wanted.ALL
-        else:
-            wanted = Wanted.LAST if is_last and request.max_gen_len > 0 else Wanted.NOTHING
-        logits = self._run(
-            Plan(
-                Action.FORWARD,
-                row=slot.index,
-                n_keys=end,
-                wanted=wanted,
-                is_exact=request.is_exact,
-                start_pos=[start],
-                tokens=[prompt[start:end]],
+        logits = None
+        if end > start:
+            logits = self._run(
+                Plan(
+                    Action.FORWARD,
+                    row=slot.index,
+                    n_keys=end,
+                    wanted=wanted,
+                    is_exact=request.is_exact,
+                    start_pos=[start],
+                    tokens=[prompt[start:end]],
+                )
             )
-        )
-        slot.tokens = prompt[:end]
+            slot.tokens = prompt[:end]
         if wants_prompt and logits is not None:
             targets = torch.tensor(prompt[start + 1 : end + 1], device=logits.device)
             request.prompt_logprobs += _logprobs(logits[0, : len(targets)], targets).tolist()

@@ -11,14 +11,15 @@ from typing import Any, Literal, NotRequired, TypedDict, get_args, overload
 
 import torch
 
-from llama import checkpoint, hugging_face, parallel
+from llama import checkpoint, doctor, hub, hugging_face, parallel
 from llama.chat_format import Dialog, Message
 from llama.engine import Engine
-from llama.errors import CheckpointError, ConfigError, GenerationError
+from llama.errors import ConfigError, GenerationError
 from llama.model import Transformer
 from llama.request import Event, Request
 from llama.sampling import SamplingParams, sample_top_p
 from llama.tokenizer import TextDecoder, Tokenizer
+from llama.verify import kind_of
 
 __all__ = ["ChatPrediction", "CompletionPrediction", "Dialog", "Llama", "Message", "sample_top_p"]
 
@@ -69,8 +70,9 @@ class Llama:
 
         Args:
             ckpt_dir: folder with `params.json` and `consolidated.NN.pth`, with `config.json` and
-                `.safetensors`, or with an `original/` folder that holds the former; None: the
-                small model that comes with the package.
+                `.safetensors`, or with an `original/` folder that holds the former; or the id of
+                a repository on the Hugging Face Hub, `owner/name@revision`; None: the small model
+                that comes with the package.
             tokenizer_path: the tokenizer's file; None: `tokenizer.model` in the folder.
             max_seq_len: tokens of prompt and answer together, at most the model's context; None:
                 2048, or the context where that is smaller.
@@ -89,80 +91,47 @@ class Llama:
         Raises a LlamaError (a ValueError) that names what does not fit.
         """
         start = time.perf_counter()
+        if mode not in get_args(Mode):
+            raise ConfigError(f"mode is {mode!r}: {' or '.join(get_args(Mode))}")
         target = parallel.local_device(device)
         parallel.initialize(model_parallel_size, target)
         if ckpt_dir is None:
             ckpt_dir = checkpoint.BUNDLED
             dtype = torch.float32 if dtype is None and target.type == "cpu" else dtype
-        error: Exception | None = None
-        try:
-            llama = Llama._build_rank(
-                Path(ckpt_dir), tokenizer_path, max_seq_len, max_batch_size, seed, mode,
-                target, _dtype(dtype, target), rope_factor,
+        with parallel.failing_together(target):
+            folder = hub.local_folder(ckpt_dir)
+        # All ranks look at their memory before the first takes of it.
+        with parallel.failing_together(target):
+            opened = checkpoint.open_checkpoint(folder, rope_factor)
+            tokenizer = _open_tokenizer(tokenizer_path, opened.folder, folder)
+            setup = doctor.Setup.make(
+                opened, parallel.mp_size(), parallel.local_size(), max_seq_len, max_batch_size,
+                target, dtype,
             )  # fmt: skip
-        except (ValueError, OSError, MemoryError) as caught:
-            error = caught
-        parallel.raise_together(error, target)
+            doctor.require(setup, tokenizer)
+        with parallel.failing_together(target):
+            model = _load(setup)
+        llama = Llama(model, tokenizer, seed, mode)
+        llama._is_base = kind_of(opened.folder) == "base"
         if parallel.is_main_rank():
             log.info("Loaded %s in %.2f seconds", ckpt_dir, time.perf_counter() - start)
         return llama
 
-    @staticmethod
-    def _build_rank(
-        ckpt_dir: Path,
-        tokenizer_path: str | Path | None,
-        max_seq_len: int | None,
-        max_batch_size: int,
-        seed: int,
-        mode: Mode,
-        device: torch.device,
-        dtype: torch.dtype | None,
-        rope_factor: float | None,
-    ) -> "Llama":
-        opened = checkpoint.open_checkpoint(ckpt_dir, rope_factor)
-        args, folder = opened.args, opened.folder
-        tokenizer = Tokenizer(_find_tokenizer(tokenizer_path, folder, ckpt_dir))
-        if stop_tokens := hugging_face.read_stop_tokens(folder):
-            tokenizer.stop_tokens = stop_tokens
-        if args.vocab_size == -1:
-            args.vocab_size = tokenizer.n_words
-        elif args.vocab_size < tokenizer.n_words:
-            raise ConfigError(
-                f"the model's vocab_size {args.vocab_size} is smaller than the tokenizer's "
-                f"{tokenizer.n_words} tokens ({tokenizer.model_path})"
-            )
-        elif args.vocab_size > tokenizer.n_words and parallel.is_main_rank():
-            log.warning(
-                "the model's vocab_size %d is larger than the tokenizer's %d tokens",
-                args.vocab_size,
-                tokenizer.n_words,
-            )
-        args.max_batch_size = max_batch_size
-        args.max_seq_len = min(2048, args.context) if max_seq_len is None else max_seq_len
-        args.check()
-        if args.max_seq_len > args.context:
-            raise ConfigError(
-                f"max_seq_len {args.max_seq_len} is above the model's context, {args.context}"
-            )
-        args.check_split(parallel.mp_size())
-        # More ranks than key/value heads: each head is there more than once.
-        n_kv_heads = max(args.local_kv_heads(1), parallel.mp_size())
-        with torch.device("meta"):
-            model = Transformer(replace(args, n_kv_heads=n_kv_heads))
-        checkpoint.load(model, opened, device, dtype)
-        return Llama(model, tokenizer, seed, mode)
-
     def __init__(
-        self, model: Transformer, tokenizer: Tokenizer, seed: int = 1, mode: Mode = "reference"
+        self,
+        model: Transformer,
+        tokenizer: Tokenizer,
+        seed: int = 1,
+        mode: Mode = "reference",
+        max_batch_size: int | None = None,  # None: the model's
     ) -> None:
-        if mode not in get_args(Mode):
-            raise ConfigError(f"mode is {mode!r}: {' or '.join(get_args(Mode))}")
         self.model = model
         self.tokenizer = tokenizer
         self.mode = mode
         self.formatter = tokenizer.chat_format()
-        limits = model.params
-        self.engine = Engine(model, limits.max_batch_size, limits.max_seq_len, tokenizer, seed)
+        self._is_base = False  # and nobody was told that such a model cannot chat
+        rows = model.params.max_batch_size if max_batch_size is None else max_batch_size
+        self.engine = Engine(model, rows, model.params.max_seq_len, tokenizer, seed)
         self._generator = torch.Generator(model.device).manual_seed(seed)
         self._inboxes: dict[Request, deque[Event]] = {}  # of the streams that are open
 
@@ -261,7 +230,7 @@ class Llama:
     ) -> list[ChatPrediction]:
         """Answer each dialog, in the tokenizer's chat format, with the assistant's next message.
         The arguments are those of `text_completion`."""
-        prompt_tokens = [self.formatter.encode_dialog_prompt(dialog) for dialog in dialogs]
+        prompt_tokens = [self._encode_dialog(dialog) for dialog in dialogs]
         params = _params(options, temperature=temperature, top_p=top_p, max_gen_len=max_gen_len)
         predictions: list[ChatPrediction] = []
         for request in self._complete(prompt_tokens, params):
@@ -310,8 +279,15 @@ class Llama:
         if isinstance(prompt, str):
             return self.tokenizer.encode(prompt, bos=True, eos=False)
         if isinstance(prompt, Sequence) and prompt and isinstance(prompt[0], Mapping):
-            return self.formatter.encode_dialog_prompt(prompt)
+            return self._encode_dialog(prompt)
         return prompt
+
+    def _encode_dialog(self, dialog: Dialog) -> list[int]:
+        if self._is_base:
+            self._is_base = False
+            if parallel.is_main_rank():
+                log.warning(doctor.CHAT["base"])
+        return self.formatter.encode_dialog_prompt(dialog)
 
     def _token_texts(self, tokens: list[int]) -> list[str]:
         """The text that each token completes; joined they are the whole text."""
@@ -437,19 +413,19 @@ def _is_several(prompts: Any) -> bool:
     return is_list and isinstance(prompts[0], Sequence)
 
 
-def _dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.dtype | None:
-    """The weights' dtype, None for the checkpoint's own."""
-    if dtype is None and device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
-    return None if dtype is None else checkpoint.parse_dtype(dtype)
+def _open_tokenizer(path: str | Path | None, folder: Path, ckpt_dir: Path) -> Tokenizer:
+    tokenizer = Tokenizer(path or checkpoint.find_tokenizer(folder, ckpt_dir))
+    if stop_tokens := hugging_face.read_stop_tokens(folder):
+        tokenizer.stop_tokens = stop_tokens
+    return tokenizer
 
 
-def _find_tokenizer(path: str | Path | None, folder: Path, ckpt_dir: Path) -> Path:
-    if path is not None:
-        return Path(path)
-    # Hugging Face's repositories have it in `original/`; Meta's Llama 2 downloads beside the
-    # models' folders.
-    for place in (folder, ckpt_dir, ckpt_dir / "original", ckpt_dir.parent):
-        if (place / "tokenizer.model").is_file():
-            return place / "tokenizer.model"
-    raise CheckpointError(f"{folder} has no tokenizer.model: name one with tokenizer_path")
+def _load(setup: doctor.Setup) -> Transformer:
+    """This rank's part of the model, on its device."""
+    args = setup.opened.args
+    # More ranks than key/value heads: each head is there more than once.
+    n_kv_heads = max(args.local_kv_heads(1), setup.mp_size)
+    with torch.device("meta"):
+        model = Transformer(replace(args, n_kv_heads=n_kv_heads))
+    checkpoint.load(model, setup.opened, setup.device, setup.dtype)
+    return model

@@ -27,6 +27,11 @@ class Weight:
     def parameters(self) -> int:
         return self.count * torch.Size(self.shape).numel()
 
+    @property
+    def names(self) -> list[str]:
+        """Their names in the state dict."""
+        return [f"{self.name.replace('.N.', f'.{i}.')}.weight" for i in range(self.count)]
+
     def per_rank(self, mp_size: int) -> int:
         """Parameters that one rank holds."""
         if self.split is None:

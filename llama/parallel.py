@@ -118,6 +118,12 @@ def local_device(device: str | torch.device | None = None) -> torch.device:
     return device
 
 
+def local_size() -> int:
+    """Number of ranks on this machine, which share its memory."""
+    world_size = dist.get_world_size() if dist.is_initialized() else 1
+    return _environment("LOCAL_WORLD_SIZE", world_size)
+
+
 def mp_size() -> int:
     """Number of ranks that share the model."""
     return fs_init.get_model_parallel_world_size()
@@ -164,6 +170,17 @@ def raise_together(error: Exception | None, device: torch.device) -> None:
         raise error
     if failed.item():
         raise ParallelError(f"{failed.item()} other rank(s) failed: their own messages say why")
+
+
+@contextlib.contextmanager
+def failing_together(device: torch.device) -> Iterator[None]:
+    """A block that ends well on every rank or raises on every rank; see `raise_together`."""
+    error: Exception | None = None
+    try:
+        yield
+    except (ValueError, OSError, MemoryError) as caught:
+        error = caught
+    raise_together(error, device)
 
 
 class _MetaDeviceMode(TorchDispatchMode):

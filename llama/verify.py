@@ -1,6 +1,7 @@
 """Is a checkpoint folder whole: names, shapes, finite numbers, equal copies, and checksums."""
 
 import hashlib
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -38,7 +39,7 @@ def verify(folder: str | Path, write_manifest: bool = True) -> tuple[str, list[s
     problems += _wrong_sums(opened.folder)
     if write_manifest and not problems and not (opened.folder / MANIFEST).exists():
         _write_manifest(opened.folder)
-    return _title(opened, Path(folder)), problems
+    return title_of(opened), problems
 
 
 # ---- the tensors ------------------------------------------------------------------------------
@@ -46,7 +47,7 @@ def verify(folder: str | Path, write_manifest: bool = True) -> tuple[str, list[s
 
 def _wrong_numbers(opened: Checkpoint) -> Iterator[str]:
     """Tensors that are not finite, copies that are not equal, tensors of another dtype."""
-    dtype = opened.shards[0]["output.weight"].dtype
+    dtype = opened.dtype
     bar = tqdm(opened.args.parameter_shapes(), "Tensors", unit="tensor", delay=2)
     for name in bar:
         called = opened.called(name)
@@ -122,7 +123,7 @@ def _write_manifest(folder: Path) -> None:
 # ---- what it is -------------------------------------------------------------------------------
 
 
-def _title(opened: Checkpoint, given: Path) -> str:
+def title_of(opened: Checkpoint) -> str:
     """Such as: Llama 3.1 8B, instruct or base unknown, 1 shard, bfloat16, 16.06 GB."""
     pretty = [name.removesuffix("-mp16").split("-", 2) for name in opened.args.published()]
     if pretty:  # 3.1 and 3.3 of 70B have one shape
@@ -139,18 +140,29 @@ def _title(opened: Checkpoint, given: Path) -> str:
     else:
         layout = f"{len(opened.shards)} shard{'s' if len(opened.shards) > 1 else ''}"
     dtype = str(first.dtype).removeprefix("torch.")
-    return f"{model}, {kind_of(opened.folder, given)}, {layout}, {dtype}, {size:.2f} GB"
+    return f"{model}, {kind_of(opened.folder)}, {layout}, {dtype}, {size:.2f} GB"
 
 
-def kind_of(folder: Path, given: Path) -> str:
-    """Whether the model was taught to chat, where the folder says so: by a chat template, or by
-    the name that Meta gives it."""
-    try:
-        if "chat_template" in config.read_json(folder / "tokenizer_config.json"):
-            return "instruct"
-    except LlamaError:
-        pass  # Meta's folders have no such file
-    name = given.resolve().name.lower() if folder == given else folder.parent.name.lower()
-    if "instruct" in name or "-chat" in name:
+# The folders of base models as Meta and Hugging Face name them. All of Llama 3.3 is instruct.
+BASE_NAME = re.compile(r"(meta-)?llama-?(2|3|3\.1|3\.2)-\d+b(-mp\d+)?(-hf)?")
+UNKNOWN = "instruct or base unknown"
+
+
+def kind_of(folder: Path) -> str:
+    """Whether the model was taught to chat, "instruct" or "base", where the folder says so: by a
+    chat template or its lack, or by the name that Meta gives it."""
+    place = folder.resolve()
+    if place.name == "original":  # inside a repository of Hugging Face
+        place = place.parent
+    name = place.name.lower()
+    if place.parent.name == "snapshots":  # of models--owner--name in Hugging Face's cache
+        name = place.parent.parent.name.lower().rpartition("--")[2]
+    if any((place / f"chat_template.{suffix}").exists() for suffix in ("jinja", "json")):
         return "instruct"
-    return "instruct or base unknown"
+    try:
+        has_template = "chat_template" in config.read_json(place / "tokenizer_config.json")
+    except LlamaError:
+        has_template = None  # Meta's folders have no such file
+    if has_template or "instruct" in name or "-chat" in name:
+        return "instruct"
+    return "base" if has_template is False or BASE_NAME.fullmatch(name) else UNKNOWN

@@ -12,7 +12,7 @@ from test_resharding import make_model, write_meta
 from llama import checkpoint
 from llama.convert import convert
 from llama.errors import CheckpointError
-from llama.verify import MANIFEST, verify
+from llama.verify import MANIFEST, kind_of, verify
 
 
 @pytest.fixture(scope="module")
@@ -121,7 +121,7 @@ def test_shards_in_the_wrong_order_do_not_pass_their_sums(folder: Path) -> None:
 
 def test_published_models_by_name(tmp_path: Path) -> None:
     from llama.config import PRESETS
-    from llama.verify import _title
+    from llama.verify import title_of
 
     def title(name: str, folder: str) -> str:
         shapes = PRESETS[name].whole_shapes()
@@ -130,9 +130,27 @@ def test_published_models_by_name(tmp_path: Path) -> None:
         }
         (tmp_path / folder).mkdir()
         opened = checkpoint.Checkpoint(tmp_path / folder, PRESETS[name], [tensors])
-        return _title(opened, tmp_path / folder)
+        return title_of(opened)
 
     unknown = "instruct or base unknown, 1 shard, bfloat16, 0.00 GB"
     assert title("llama-3.1-8b", "a") == f"Llama 3.1 8B, {unknown}"
     assert title("llama-3.3-70b", "b") == f"Llama 3.1 or 3.3 70B, {unknown}"
     assert title("llama-2-7b", "llama-2-7b-chat").startswith("Llama 2 7B, instruct, 1 shard")
+    assert title("llama-3-8b", "Meta-Llama-3-8B").startswith("Llama 3 8B, base, 1 shard")
+
+
+def test_what_a_folder_says_about_chat(tmp_path: Path) -> None:
+    def kind(name: str, **files: str) -> str:
+        folder = tmp_path / name
+        folder.mkdir(parents=True)
+        for file, text in files.items():
+            (folder / file.replace("_json", ".json").replace("_jinja", ".jinja")).write_text(text)
+        return kind_of(folder)
+
+    assert kind("a", tokenizer_config_json='{"chat_template": "x"}') == "instruct"
+    assert kind("b", tokenizer_config_json="{}") == "base"
+    assert kind("c", tokenizer_config_json="{}", chat_template_jinja="x") == "instruct"
+    assert kind("Llama-2-7b-chat-hf", tokenizer_config_json="{}") == "instruct"
+    assert kind("Llama-3.2-1B/original") == "base"
+    assert kind("Llama-3.1-8B-Instruct/original") == "instruct"
+    assert kind("Llama-3.1-8B-tuned") == "instruct or base unknown"

@@ -1,0 +1,82 @@
+"""How much memory is free: of a GPU, of the machine, of the control group a container runs in."""
+
+import math
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+
+def available_memory(device: torch.device, root: Path = Path("/")) -> float:
+    """Bytes that can still be had on a device; infinite where the system does not say.
+
+    root: where /proc and /sys are.
+    """
+    if device.type == "cuda":
+        unused, _ = torch.cuda.mem_get_info(device)
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return unused + kept  # PyTorch keeps what it no longer uses
+    if device.type == "mps":
+        return torch.mps.recommended_max_memory() - torch.mps.current_allocated_memory()
+    meminfo = root / "proc/meminfo"
+    if meminfo.exists():
+        free = _numbers(meminfo).get("MemAvailable:", math.inf) * 1024
+        return min([free, *_left_in_cgroups(root)])
+    if "SC_PHYS_PAGES" in getattr(os, "sysconf_names", {}):  # macOS: all there is, used or not
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return math.inf
+
+
+def _numbers(path: Path) -> dict[str, int]:
+    """Lines of a name and a number."""
+    return {words[0]: int(words[1]) for words in map(str.split, path.read_text().splitlines())}
+
+
+@dataclass(frozen=True)
+class ControlGroups:
+    """Where one version of Linux' control groups is, and its names of what a group may use, uses,
+    and keeps as pages of files, which count as used but go when others are needed."""
+
+    mount: str
+    limit: str
+    used: str
+    files: tuple[str, str]
+
+    def left(self, folder: Path) -> float:
+        """What a group's limit leaves; infinite where there is none to be read."""
+        try:
+            limit = int((folder / self.limit).read_text())  # "max": no limit
+            used = int((folder / self.used).read_text())
+            stat = _numbers(folder / "memory.stat")
+        except (OSError, ValueError):
+            return math.inf
+        return limit - used + sum(stat.get(name, 0) for name in self.files)
+
+
+# By the controller's name in /proc/self/cgroup: 0::/path, or 4:memory:/path.
+CONTROL_GROUPS = {
+    "": ControlGroups(
+        "sys/fs/cgroup", "memory.max", "memory.current", ("inactive_file", "active_file")
+    ),
+    "memory": ControlGroups(
+        "sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes",
+        ("total_inactive_file", "total_active_file"),
+    ),
+}  # fmt: skip
+
+
+def _left_in_cgroups(root: Path) -> Iterator[float]:
+    """What is left to this process's control group, and to each around it."""
+    mine = root / "proc/self/cgroup"
+    for line in mine.read_text().splitlines() if mine.exists() else ():
+        _, controller, path = line.split(":", 2)
+        if controller in CONTROL_GROUPS:
+            groups = CONTROL_GROUPS[controller]
+            top = root / groups.mount
+            # In a container the path may be the host's, of which only the top is to be seen.
+            group = Path(os.path.normpath(f"{top}/{path}"))
+            for folder in (group, *group.parents):
+                if folder.is_relative_to(top):
+                    yield groups.left(folder)

@@ -91,7 +91,8 @@ class SamplingParams:
         require("seed", self.seed is None or _integer(self.seed, 0, 2**63 - 1), "0 to 2**63 - 1")
         require("max_gen_len", self.max_gen_len is None or _integer(self.max_gen_len), "0 or above")
         if isinstance(self.stop, str):
-            raise GenerationError(f"stop is one string, {self.stop!r}: give a list of strings")
+            shown = reprlib.repr(self.stop)
+            raise GenerationError(f"stop is one string, {shown}: give a list of strings")
         require(
             "stop",
             isinstance(self.stop, Sequence)
@@ -181,7 +182,8 @@ def adjust_logits(
         # The caller's function may write into its logits: it gets its own.
         processed = params.logits_processor([*prompt, *generated], logits.clone())
         if not isinstance(processed, Tensor) or processed.shape != logits.shape:
-            what = getattr(processed, "shape", type(processed).__name__)
+            is_tensor = isinstance(processed, Tensor)
+            what = list(processed.shape) if is_tensor else type(processed).__name__
             raise GenerationError(
                 f"logits_processor returned {what}: it must be a tensor of {len(logits)} logits"
             )

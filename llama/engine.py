@@ -17,7 +17,6 @@ from typing import SupportsIndex
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from llama import sampling
@@ -250,7 +249,9 @@ class Engine:
             slot.tokens = prompt[:end]
         if wants_prompt and logits is not None:
             targets = torch.tensor(prompt[start + 1 : end + 1], device=logits.device)
-            request.prompt_logprobs += _logprobs(logits[0, : len(targets)], targets).tolist()
+            request.prompt_logprobs += sampling.logprob_of(
+                logits[0, : len(targets)], targets
+            ).tolist()
         if not is_last:
             return end - start, None
         self._prefilling = None
@@ -301,7 +302,7 @@ class Engine:
                 token = torch.zeros((), dtype=torch.long, device=logits.device)
             chosen.append(token)
         ids = torch.stack(chosen)
-        logprobs = _logprobs(logits, ids).tolist()
+        logprobs = sampling.logprob_of(logits, ids).tolist()
         return [
             self._advance(slot, token, logprob, row)
             for slot, token, logprob, row in zip(slots, ids.tolist(), logprobs, logits, strict=True)
@@ -392,8 +393,3 @@ def _is_open(slot: _Slot) -> bool:
 
 def _common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
     return sum(1 for _ in takewhile(bool, map(eq, a, b)))
-
-
-def _logprobs(logits: Tensor, ids: Tensor) -> Tensor:
-    """Log-probability of each id: logits (N, V), ids (N,) -> (N,)."""
-    return -F.cross_entropy(logits, ids, reduction="none")

@@ -1,6 +1,7 @@
 """From logits to tokens: pure functions of the logits, the parameters and a generator."""
 
 import math
+import reprlib
 import sys
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -69,7 +70,8 @@ class SamplingParams:
     def __post_init__(self) -> None:
         def require(name: str, valid: bool, limit: str) -> None:
             if not valid:
-                raise GenerationError(f"{name} is {getattr(self, name)!r}: it must be {limit}")
+                shown = reprlib.repr(getattr(self, name))  # of a long list only the beginning
+                raise GenerationError(f"{name} is {shown}: it must be {limit}")
 
         require("temperature", _number(self.temperature, 0), "0 (greedy) or above")
         require("top_p", _number(self.top_p, 0, 1), "between 0 and 1")
@@ -89,7 +91,8 @@ class SamplingParams:
         require("seed", self.seed is None or _integer(self.seed, 0, 2**63 - 1), "0 to 2**63 - 1")
         require("max_gen_len", self.max_gen_len is None or _integer(self.max_gen_len), "0 or above")
         if isinstance(self.stop, str):
-            raise GenerationError(f"stop is one string, {self.stop!r}: give a list of strings")
+            shown = reprlib.repr(self.stop)
+            raise GenerationError(f"stop is one string, {shown}: give a list of strings")
         require(
             "stop",
             isinstance(self.stop, Sequence)
@@ -147,28 +150,30 @@ def choose(
 
     Raises GenerationError where the logits hold NaN or only -inf.
     """
-    logits = _process(logits.float(), params, prompt, generated)
+    logits = adjust_logits(logits.float(), params, prompt, generated)
     if params.temperature > 0:
-        logits = _truncate(logits / params.temperature, params)
+        logits = truncate_logits(logits / params.temperature, params)
     # One value tells: the largest is NaN where there is one, and -inf where nothing is above it.
     if not math.isfinite(logits.max().item()):
-        raise GenerationError("the logits of the next token are not finite")
+        raise GenerationError(
+            f"the logits of the next token are not finite at temperature {params.temperature}"
+        )
     if params.temperature == 0:
         return logits.argmax()
     return _draw(torch.softmax(logits, dim=-1), params.top_p, generator)
 
 
-def _process(
+def adjust_logits(
     logits: Tensor, params: SamplingParams, prompt: Sequence[int], generated: Sequence[int]
 ) -> Tensor:
-    """Apply what does not depend on chance: bias, penalties, the caller's function."""
+    """Apply bias, penalties and the caller's function: logits (V,) float32 -> (V,)."""
     device, dtype = logits.device, logits.dtype
     if params.logit_bias:
         ids = torch.tensor(list(params.logit_bias), device=device)
         bias = torch.tensor(list(params.logit_bias.values()), device=device, dtype=dtype)
         logits = logits.index_add(0, ids, bias)
     if params.repetition_penalty != 1:
-        ids = torch.tensor(list({*prompt, *generated}), device=device)
+        ids = torch.tensor(list({*prompt, *generated}), dtype=torch.long, device=device)
         seen = logits[ids]
         penalty = params.repetition_penalty
         logits = logits.index_copy(0, ids, torch.where(seen < 0, seen * penalty, seen / penalty))
@@ -182,17 +187,18 @@ def _process(
         # The caller's function may write into its logits: it gets its own.
         processed = params.logits_processor([*prompt, *generated], logits.clone())
         if not isinstance(processed, Tensor) or processed.shape != logits.shape:
-            what = tuple(processed.shape) if isinstance(processed, Tensor) else type(processed)
+            is_tensor = isinstance(processed, Tensor)
+            what = list(processed.shape) if is_tensor else type(processed).__name__
             raise GenerationError(
-                f"logits_processor returned {what}: it must be a tensor {tuple(logits.shape)}"
+                f"logits_processor returned {what}: it must be a tensor of {len(logits)} logits"
             )
         logits = processed.to(logits)
     return logits
 
 
-def _truncate(logits: Tensor, params: SamplingParams) -> Tensor:
-    """Rule out with -inf what top_k (Fan et al. 2018, arxiv.org/abs/1805.04833) and min_p (Nguyen
-    et al. 2024, arxiv.org/abs/2407.01082) leave no chance."""
+def truncate_logits(logits: Tensor, params: SamplingParams) -> Tensor:
+    """Rule out by -inf what is not in top_k (Fan et al. 2018, arxiv.org/abs/1805.04833) or below
+    min_p (Nguyen et al. 2024, arxiv.org/abs/2407.01082): logits (V,) -> (V,)."""
     if 0 < params.top_k < len(logits):
         least = logits.topk(params.top_k).values[-1]
         logits = logits.masked_fill(logits < least, -math.inf)
@@ -218,21 +224,25 @@ def _nucleus(sorted_probs: Tensor, p: float) -> Tensor:
 
 
 def _draw(probs: Tensor, p: float, generator: torch.Generator | None) -> Tensor:
-    """`sample_top_p` of one row, probs (V,) -> id (), the same token mostly without its full sort.
+    """`sample_top_p` of one row, probs (V,) -> id (): the same token, mostly without its full sort.
 
-    Tokens of at most (1 - p) / V have no more than 1 - p together, so those above hold the nucleus
-    and are few. On the CPU torch.multinomial gives every token, in descending order, a random
-    number of an exponential distribution and takes the largest ratio of probability to number.
+    Tokens of at most (1 - p) / V have no more than 1 - p together, so the others hold the nucleus,
+    and are few. On the CPU torch.multinomial gives every rank a random number of the exponential
+    distribution and takes the largest ratio of probability to number.
     """
-    cut = (1 - p) / len(probs)
-    # Rounding must not decide whether the nucleus is inside; without a cut, only zeros are outside.
-    if probs.device.type != "cpu" or (cut > 0 and probs[probs > cut].sum() < p + 1e-5):
+    if probs.device.type != "cpu":
         return sample_top_p(probs, p, generator).squeeze(-1)
-    candidates = probs[probs > cut].sort(descending=True).values
-    nucleus = torch.zeros_like(probs)  # as long as the row: the same rounding of its sum
+    cut = (1 - p) / len(probs)
+    candidates = probs[probs > cut]
+    # Rounding must not decide whether the nucleus is inside; without a cut, only zeros are outside.
+    inside = cut == 0 or candidates.sum() > p + 1e-5
+    if not inside or len(candidates) > len(probs) // 4:
+        return sample_top_p(probs, p, generator).squeeze(-1)
+    candidates = candidates.sort(descending=True).values
+    nucleus = torch.zeros_like(probs)  # as long as the row: its sum is rounded the same
     nucleus[: len(candidates)] = _nucleus(candidates, p)
     race = torch.empty_like(probs).exponential_(1, generator=generator)
-    rank = torch.argmax(nucleus / nucleus.sum() / race)
+    rank = (nucleus / nucleus.sum() / race).argmax()
     ids = (probs == candidates[rank]).nonzero().flatten()
     # Of tokens that tie, the full sort knows which one has this rank.
     return ids[0] if len(ids) == 1 else probs.argsort(descending=True)[rank]

@@ -159,16 +159,6 @@ def test_every_row_has_its_own_max_gen_len(llama: Llama) -> None:
     assert [len(row) for row in tokens] == [7, 7, 2]  # the cache ends at 96
 
 
-def test_rows_that_are_full_cost_no_more_steps(llama: Llama) -> None:
-    llama.tokenizer.stop_tokens = []
-    calls = []
-    handle = llama.model.register_forward_pre_hook(lambda *_: calls.append(1))
-    tokens, _ = llama.generate(random_prompts(3, 5), max_gen_len=1, temperature=0)
-    handle.remove()
-    assert [len(row) for row in tokens] == [1, 1]
-    assert len(calls) == 3  # positions 3, 4 and 5
-
-
 def test_kinds_of_ids_that_are_as_good(llama: Llama) -> None:
     (prompt,) = random_prompts(6)
     llama.tokenizer.stop_tokens = {1, 2}  # type: ignore[assignment]
@@ -221,7 +211,7 @@ def test_chat_completion(llama: Llama) -> None:
         assert message["role"] == "assistant"
         assert message["content"] == llama.tokenizer.decode(ids)
         assert "".join(result["tokens"]) == message["content"]
-        assert result["logprobs"] == values
+        assert result["logprobs"] == pytest.approx(values, abs=1e-5)  # the prompts are in the cache
 
 
 def test_a_message_that_ends_in_eom_says_so(llama: Llama) -> None:
@@ -250,7 +240,6 @@ def test_a_message_that_ends_in_eom_says_so(llama: Llama) -> None:
     [
         ([], {}, "no prompts"),
         ([[1], []], {}, "prompt 1 is empty"),
-        ([[1]] * 5, {}, "5 prompts, but max_batch_size is 4"),
         ([[1] * 97], {}, "prompt 0 has 97 tokens, but max_seq_len is 96"),
         ([[1, -1]], {}, "prompt 0 has token id -1"),
         ([[1], [VOCAB]], {}, f"prompt 1 has token id {VOCAB}, but vocab_size is {VOCAB}"),

@@ -4,6 +4,7 @@ import logging
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import NotRequired, SupportsIndex, TypedDict
 
@@ -12,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from llama import checkpoint, hugging_face, parallel, sampling
-from llama.chat_format import Dialog, Message
+from llama.chat_format import ChatFormat, Dialog, Llama2ChatFormat, Message
 from llama.errors import CheckpointError, ConfigError, GenerationError
 from llama.model import Transformer
 from llama.sampling import sample_top_p
@@ -76,7 +77,8 @@ class Llama:
             ckpt_dir: folder with `params.json` and `consolidated.NN.pth`, with `config.json` and
                 `.safetensors`, or with an `original/` folder that holds the former; None: the
                 small model that comes with the package.
-            tokenizer_path: the tokenizer's file; None: `tokenizer.model` in the folder.
+            tokenizer_path: the tokenizer's file; None: `tokenizer.model` in the folder, or else
+                `tokenizer.json`.
             max_seq_len: tokens of prompt and answer together, at most the model's context; None:
                 2048, or the context where that is smaller.
             max_batch_size: prompts at a time; the KV cache is made for that many.
@@ -157,9 +159,12 @@ class Llama:
     def __init__(self, model: Transformer, tokenizer: Tokenizer, seed: int = 1) -> None:
         self.model = model
         self.tokenizer = tokenizer
-        self.formatter = tokenizer.chat_format()
         self._device = next(model.parameters()).device
         self._generator = torch.Generator(self._device).manual_seed(seed)
+
+    @cached_property
+    def formatter(self) -> ChatFormat | Llama2ChatFormat:
+        return self.tokenizer.chat_format()  # which a vocabulary for text alone may lack
 
     # ---- generation ---------------------------------------------------------------------------
 
@@ -344,9 +349,13 @@ def _dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.dtype
 def _find_tokenizer(path: str | Path | None, folder: Path, ckpt_dir: Path) -> Path:
     if path is not None:
         return Path(path)
-    # Hugging Face's repositories have it in `original/`; Meta's Llama 2 downloads beside the
+    # Hugging Face's repositories have Meta's in `original/`; Meta's Llama 2 downloads beside the
     # models' folders.
-    for place in (folder, ckpt_dir, ckpt_dir / "original", ckpt_dir.parent):
-        if (place / "tokenizer.model").is_file():
-            return place / "tokenizer.model"
-    raise CheckpointError(f"{folder} has no tokenizer.model: name one with tokenizer_path")
+    own = (folder, ckpt_dir, ckpt_dir / "original")
+    places = [place / name for name in ("tokenizer.model", "tokenizer.json") for place in own]
+    for place in (*places, ckpt_dir.parent / "tokenizer.model"):
+        if place.is_file():
+            return place
+    raise CheckpointError(
+        f"{folder} has no tokenizer.model or tokenizer.json: name one with tokenizer_path"
+    )

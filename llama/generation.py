@@ -4,6 +4,7 @@ import logging
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import NotRequired, SupportsIndex, TypedDict
 
@@ -12,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from llama import checkpoint, doctor, hub, hugging_face, parallel, sampling
-from llama.chat_format import Dialog, Message
+from llama.chat_format import ChatFormat, Dialog, Llama2ChatFormat, Message
 from llama.errors import GenerationError
 from llama.model import Transformer
 from llama.sampling import sample_top_p
@@ -78,7 +79,8 @@ class Llama:
                 `.safetensors`, or with an `original/` folder that holds the former; or the id of
                 a repository on the Hugging Face Hub, `owner/name@revision`; None: the small model
                 that comes with the package.
-            tokenizer_path: the tokenizer's file; None: `tokenizer.model` in the folder.
+            tokenizer_path: the tokenizer's file; None: `tokenizer.model` in the folder, or else
+                `tokenizer.json`.
             max_seq_len: tokens of prompt and answer together, at most the model's context; None:
                 2048, or the context where that is smaller.
             max_batch_size: prompts at a time; the KV cache is made for that many.
@@ -121,10 +123,13 @@ class Llama:
     def __init__(self, model: Transformer, tokenizer: Tokenizer, seed: int = 1) -> None:
         self.model = model
         self.tokenizer = tokenizer
-        self.formatter = tokenizer.chat_format()
         self._is_base = False  # and nobody was told that such a model cannot chat
         self._device = next(model.parameters()).device
         self._generator = torch.Generator(self._device).manual_seed(seed)
+
+    @cached_property
+    def formatter(self) -> ChatFormat | Llama2ChatFormat:
+        return self.tokenizer.chat_format()  # which a vocabulary for text alone may lack
 
     # ---- generation ---------------------------------------------------------------------------
 

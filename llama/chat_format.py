@@ -53,9 +53,9 @@ class ChatFormat:
     def encode_header(self, message: Message) -> list[int]:
         """Return the ids that announce who speaks; only the role of `message` matters."""
         return [
-            self.tokenizer.special_tokens["<|start_header_id|>"],
+            self._marker("<|start_header_id|>"),
             *self.tokenizer.encode(message["role"], bos=False, eos=False),
-            self.tokenizer.special_tokens["<|end_header_id|>"],
+            self._marker("<|end_header_id|>"),
             *self.tokenizer.encode("\n\n", bos=False, eos=False),
         ]
 
@@ -63,7 +63,8 @@ class ChatFormat:
         """Return header, content without the blanks around it, and the id that ends the message.
 
         Raises:
-            DialogError: not a message, or a role other than the four of Llama 3.1.
+            DialogError: not a message, a role other than the four of Llama 3.1, or a marker that
+                the vocabulary lacks.
         """
         _check_message(message, self.roles, name="the message")
         from_assistant = message["role"] == "assistant"
@@ -72,11 +73,11 @@ class ChatFormat:
         # A generated tool call decodes to text that starts with the tag. Putting the id back gives
         # the model the ids it wrote, and only the assistant's own text is read in this way.
         if from_assistant and text.startswith(PYTHON_TAG):
-            tokens.append(self.tokenizer.special_tokens[PYTHON_TAG])
+            tokens.append(self._marker(PYTHON_TAG))
             text = text.removeprefix(PYTHON_TAG)
         tokens += self.tokenizer.encode(text, bos=False, eos=False)
         waits = from_assistant and message.get("stop_reason") == "end_of_message"
-        tokens.append(self.tokenizer.special_tokens["<|eom_id|>" if waits else "<|eot_id|>"])
+        tokens.append(self._marker("<|eom_id|>" if waits else "<|eot_id|>"))
         return tokens
 
     def encode_dialog_prompt(self, dialog: Dialog) -> list[int]:
@@ -87,7 +88,7 @@ class ChatFormat:
                 message that is not from `user` or `ipython`.
         """
         _check_dialog(dialog, self.roles, last=("user", "ipython"))
-        tokens = [self.tokenizer.special_tokens["<|begin_of_text|>"]]
+        tokens = [self._marker("<|begin_of_text|>")]
         for message in dialog:
             tokens += self.encode_message(message)
         return tokens + self.encode_header({"role": "assistant", "content": ""})
@@ -95,9 +96,15 @@ class ChatFormat:
     def decode_message(self, tokens: Sequence[int], stop_token: int | None) -> Message:
         """Return the assistant's message for generated `tokens`, which leave out `stop_token`."""
         message = _answer(self.tokenizer, tokens)
-        if stop_token == self.tokenizer.special_tokens["<|eom_id|>"]:
+        # A tokenizer.json of Llama 3.0 has no such name.
+        if stop_token is not None and stop_token == self.tokenizer.special_tokens.get("<|eom_id|>"):
             message["stop_reason"] = "end_of_message"
         return message
+
+    def _marker(self, name: str) -> int:
+        if name not in self.tokenizer.special_tokens:
+            raise DialogError(f"{self.tokenizer.model_path} has no {name}, which the dialog needs")
+        return self.tokenizer.special_tokens[name]
 
 
 class Llama2ChatFormat:

@@ -46,15 +46,19 @@ def find_folder(ckpt_dir: str | Path) -> Path:
 
 
 def find_tokenizer(folder: Path, ckpt_dir: Path) -> Path:
-    """The `tokenizer.model` of the weights in `folder`, which was found in `ckpt_dir`.
+    """The tokenizer's file of the weights in `folder`, which was found in `ckpt_dir`.
 
-    Hugging Face's repositories have it in `original/`; Meta's Llama 2 downloads beside the
+    Hugging Face's repositories have Meta's in `original/`; Meta's Llama 2 downloads beside the
     models' folders.
     """
-    for place in (folder, ckpt_dir, ckpt_dir / "original", ckpt_dir.parent):
-        if (place / "tokenizer.model").is_file():
-            return place / "tokenizer.model"
-    raise CheckpointError(f"{folder} has no tokenizer.model: name one with tokenizer_path")
+    own = (folder, ckpt_dir, ckpt_dir / "original")
+    places = [place / name for name in ("tokenizer.model", "tokenizer.json") for place in own]
+    for place in (*places, ckpt_dir.parent / "tokenizer.model"):
+        if place.is_file():
+            return place
+    raise CheckpointError(
+        f"{folder} has no tokenizer.model or tokenizer.json: name one with tokenizer_path"
+    )
 
 
 def shard_name(rank: int) -> str:

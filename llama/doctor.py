@@ -13,7 +13,6 @@ from pathlib import Path
 import torch
 
 from llama import checkpoint, hub, parallel
-from llama.chat_format import Llama2ChatFormat
 from llama.checkpoint import Checkpoint
 from llama.config import PRESETS, ModelArgs
 from llama.errors import ConfigError, LlamaError
@@ -166,7 +165,7 @@ def check_prompts(setup: Setup, available: float) -> Finding:
 
 def check_tokenizer(args: ModelArgs, tokenizer: Tokenizer) -> Finding:
     """Whether the tokenizer can be this model's; raises ConfigError where it is another's."""
-    is_llama_2 = isinstance(tokenizer.chat_format(), Llama2ChatFormat)
+    is_llama_2 = tokenizer.is_llama_2
     words, file = tokenizer.n_words, tokenizer.model_path
     kind = "Llama 2's kind" if is_llama_2 else "Llama 3's kind"
     for name in args.published()[:1]:

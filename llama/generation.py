@@ -6,13 +6,14 @@ import time
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, NotRequired, TypedDict, get_args, overload
 
 import torch
 
 from llama import checkpoint, doctor, hub, hugging_face, parallel
-from llama.chat_format import Dialog, Message
+from llama.chat_format import ChatFormat, Dialog, Llama2ChatFormat, Message
 from llama.engine import Engine
 from llama.errors import ConfigError, GenerationError
 from llama.model import Transformer
@@ -49,7 +50,7 @@ class ChatPrediction(TypedDict):
 class Llama:
     """Text completion and chat on one model.
 
-    Attributes: `model` (Transformer), `tokenizer` (Tokenizer), `formatter` (its chat format).
+    Attributes: `model` (Transformer), `tokenizer` (Tokenizer), `formatter` (its chat format), `engine`.
     """
 
     @staticmethod
@@ -73,7 +74,8 @@ class Llama:
                 `.safetensors`, or with an `original/` folder that holds the former; or the id of
                 a repository on the Hugging Face Hub, `owner/name@revision`; None: the small model
                 that comes with the package.
-            tokenizer_path: the tokenizer's file; None: `tokenizer.model` in the folder.
+            tokenizer_path: the tokenizer's file; None: `tokenizer.model` in the folder, or else
+                `tokenizer.json`.
             max_seq_len: tokens of prompt and answer together, at most the model's context; None:
                 2048, or the context where that is smaller.
             max_batch_size: prompts at a time; the KV cache is made for that many, more wait.
@@ -128,12 +130,15 @@ class Llama:
         self.model = model
         self.tokenizer = tokenizer
         self.mode = mode
-        self.formatter = tokenizer.chat_format()
         self._is_base = False  # and nobody was told that such a model cannot chat
         rows = model.params.max_batch_size if max_batch_size is None else max_batch_size
         self.engine = Engine(model, rows, model.params.max_seq_len, tokenizer, seed)
         self._generator = torch.Generator(model.device).manual_seed(seed)
         self._inboxes: dict[Request, deque[Event]] = {}  # of the streams that are open
+
+    @cached_property
+    def formatter(self) -> ChatFormat | Llama2ChatFormat:
+        return self.tokenizer.chat_format()  # which a vocabulary for text alone may lack
 
     # ---- generation ---------------------------------------------------------------------------
 

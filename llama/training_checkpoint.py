@@ -70,7 +70,9 @@ def _write(trainer: "Trainer", folder: Path, weights: dict[str, Tensor]) -> None
     if parallel.is_main_rank():
         checkpoint.write_params(folder / "params.json", trainer.model.params)
         if trainer.tokenizer_path is not None:
-            shutil.copyfile(trainer.tokenizer_path, folder / "tokenizer.model")
+            is_json = Path(trainer.tokenizer_path).suffix == ".json"
+            name = "tokenizer.json" if is_json else "tokenizer.model"
+            shutil.copyfile(trainer.tokenizer_path, folder / name)
     if is_first_replica or isinstance(trainer.model, FSDPModule):
         state = {
             "step": trainer.step,

@@ -10,7 +10,8 @@ from pathlib import Path
 
 from llama.errors import TokenizerError
 from llama.files import atomic_file
-from llama.tokenizer import WORD_PATTERN
+from llama.tokenizer_json import BYTE_OF_CHARACTER
+from llama.tokenizer_model import WORD_PATTERN
 
 
 def train_vocabulary(texts: Iterable[str], n_ranks: int, path: str | Path) -> None:
@@ -49,20 +50,9 @@ def train_vocabulary(texts: Iterable[str], n_ranks: int, path: str | Path) -> No
         raise TokenizerError(
             f"the text has merges for {len(vocabulary)} ranks only, {n_ranks} were asked for"
         )
-    to_byte = _byte_of_character()
     lines = []
     for token, rank in sorted(vocabulary.items(), key=lambda item: item[1]):
-        sequence = bytes(to_byte[character] for character in token)
+        sequence = bytes(BYTE_OF_CHARACTER[character] for character in token)
         lines.append(f"{base64.b64encode(sequence).decode()} {rank}\n")
     with atomic_file(path) as file:
         file.write("".join(lines).encode("ascii"))
-
-
-def _byte_of_character() -> dict[str, int]:
-    """The byte that each character of the `tokenizers` library's byte alphabet stands for: the
-    printable ones of Latin-1 for themselves, the others in order from U+0100 on."""
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [byte for byte in range(256) if byte not in printable]
-    table = {chr(byte): byte for byte in printable}
-    table |= {chr(0x100 + i): byte for i, byte in enumerate(others)}
-    return table

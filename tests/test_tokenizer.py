@@ -345,7 +345,6 @@ def test_missing_file_and_folder(tmp_path: Path):
     ("data", "message"),
     [
         (b"", "is empty"),
-        (b'{"version": "1.0", "model": {}}', "Hugging Face's tokenizer.json"),
         (b"PK\x03\x04\x00\x00archive/data.pkl", "neither a SentencePiece model nor"),
         (b"<!DOCTYPE html>\n<html>", "line 1: .* is not a new token in base64 and its rank"),
         (b"\n\nIQ== 0\n", "not a whole SentencePiece model"),

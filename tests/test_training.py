@@ -376,6 +376,15 @@ def test_llama_build_opens_a_checkpoint(tmp_path: Path) -> None:
         assert torch.equal(weight, trainer.model.state_dict()[name]), name
 
 
+def test_a_tokenizer_json_keeps_its_name(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path / "run")
+    trainer.tokenizer_path = tmp_path / "tokenizer.json"
+    trainer.tokenizer_path.write_text("{}")
+    trainer.run()
+    [newest] = training_checkpoint.checkpoints(tmp_path / "run")[-1:]
+    assert [path.name for path in newest.glob("tokenizer*")] == ["tokenizer.json"]
+
+
 def test_old_checkpoints_are_deleted(tmp_path: Path) -> None:
     make_trainer(tmp_path, steps=8, keep=2).run()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step_00000006", "step_00000008"]

@@ -269,7 +269,7 @@ BAD_FOLDERS: dict[str, tuple[Callable[[Path], Any], type[LlamaError], str]] = {
     "no tokenizer": (
         lambda f: (f / "tokenizer.model").unlink(),
         CheckpointError,
-        "has no tokenizer.model: name one with tokenizer_path",
+        "has no tokenizer.model or tokenizer.json: name one with tokenizer_path",
     ),
     "two shards that are whole": (
         second_shard,

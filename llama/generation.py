@@ -50,7 +50,8 @@ class ChatPrediction(TypedDict):
 class Llama:
     """Text completion and chat on one model.
 
-    Attributes: `model` (Transformer), `tokenizer` (Tokenizer), `formatter` (its chat format), `engine`.
+    Attributes: `model` (Transformer), `tokenizer` (Tokenizer), `formatter` (its chat
+    format), `engine` (Engine, which both ways of generating go through).
     """
 
     @staticmethod

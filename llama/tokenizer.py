@@ -18,6 +18,7 @@ import tiktoken
 
 from llama.chat_format import ChatFormat, Dialog, Llama2ChatFormat, Message, Role
 from llama.errors import TokenizerError
+from llama.files import why_unreadable
 
 __all__ = ["ChatFormat", "Dialog", "Message", "Role", "TextDecoder", "Tokenizer"]
 
@@ -138,6 +139,8 @@ class TextDecoder:
 
 
 def _open(path: Path) -> "_Tiktoken | _SentencePiece":
+    if reason := why_unreadable(path):
+        raise TokenizerError(f"{path}: cannot read the tokenizer: {reason}")
     try:
         data = path.read_bytes()
     except OSError as error:

@@ -1,6 +1,7 @@
 """`Llama`: a model with its tokenizer, built from a checkpoint folder, that completes and chats."""
 
 import logging
+import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -103,7 +104,7 @@ class Llama:
                 Path(ckpt_dir), tokenizer_path, max_seq_len, max_batch_size, seed,
                 target, _dtype(dtype, target), rope_factor,
             )  # fmt: skip
-        except (ValueError, OSError, MemoryError) as caught:
+        except Exception as caught:  # of whatever kind: the other ranks must hear of it
             error = caught
         parallel.raise_together(error, target)
         if parallel.is_main_rank():
@@ -149,6 +150,7 @@ class Llama:
         args.check_split(parallel.mp_size())
         # More ranks than key/value heads: each head is there more than once.
         n_kv_heads = max(args.local_kv_heads(1), parallel.mp_size())
+        checkpoint.check_complete(opened)  # before a model is made of sizes that no file has
         with torch.device("meta"):
             model = Transformer(replace(args, n_kv_heads=n_kv_heads))
         checkpoint.load(model, opened, device, dtype)
@@ -347,6 +349,6 @@ def _find_tokenizer(path: str | Path | None, folder: Path, ckpt_dir: Path) -> Pa
     # Hugging Face's repositories have it in `original/`; Meta's Llama 2 downloads beside the
     # models' folders.
     for place in (folder, ckpt_dir, ckpt_dir / "original", ckpt_dir.parent):
-        if (place / "tokenizer.model").is_file():
+        if os.path.lexists(place / "tokenizer.model"):
             return place / "tokenizer.model"
     raise CheckpointError(f"{folder} has no tokenizer.model: name one with tokenizer_path")

@@ -4,6 +4,7 @@ Files are mapped, not read, and a rank touches nothing but its own part: on the 
 ranks as Meta's folder has shards, the weights are the file's own pages.
 """
 
+import os
 import pickle
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,7 +17,7 @@ from tqdm import tqdm
 from llama import config, hugging_face, parallel
 from llama.config import ModelArgs
 from llama.errors import CheckpointError, ConfigError
-from llama.files import atomic_file, write_json
+from llama.files import atomic_file, why_unreadable, write_json
 from llama.model import Transformer
 
 BUNDLED = Path(__file__).parent / "bundled"  # the trained model that comes with the package
@@ -32,11 +33,11 @@ def find_folder(ckpt_dir: str | Path) -> Path:
     """The folder that holds the weights: `ckpt_dir` with Meta's or Hugging Face's files, or the
     `original/` inside it, where Hugging Face's repositories keep Meta's."""
     folder = Path(ckpt_dir)
-    if not folder.is_dir():
+    if not os.path.isdir(folder):  # False too for a name that no file can have
         raise CheckpointError(f"no such checkpoint folder: {folder}")
     if is_metas(folder):
         return folder
-    if (folder / "config.json").exists() and any(folder.glob("*.safetensors")):
+    if os.path.lexists(folder / "config.json") and any(folder.glob("*.safetensors")):
         return folder
     if is_metas(folder / "original"):
         return folder / "original"
@@ -54,7 +55,7 @@ def find_tokenizer(folder: Path, ckpt_dir: Path) -> Path:
     own = (folder, ckpt_dir, ckpt_dir / "original")
     places = [place / name for name in ("tokenizer.model", "tokenizer.json") for place in own]
     for place in (*places, ckpt_dir.parent / "tokenizer.model"):
-        if place.is_file():
+        if os.path.lexists(place):  # opening it says what is wrong with it
             return place
     raise CheckpointError(
         f"{folder} has no tokenizer.model or tokenizer.json: name one with tokenizer_path"
@@ -82,26 +83,36 @@ def read_shard(path: Path) -> dict[str, Tensor]:
     Nothing but tensors is unpickled, so a file cannot run code. Raises CheckpointError for a file
     that is damaged or holds anything else.
     """
+    if reason := why_unreadable(path):
+        raise CheckpointError(f"cannot read {path}: {reason}")
     try:
         with path.open("rb") as file:  # the format before PyTorch 1.6 cannot be mapped
             is_zip = file.read(4) == b"PK\x03\x04"
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
     except pickle.UnpicklingError as error:
         raise CheckpointError(f"{path} is not a file of plain tensors and was not run") from error
-    except (OSError, RuntimeError, EOFError, ValueError, KeyError) as error:
+    except Exception as error:  # whatever a damaged file makes of the reader
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise CheckpointError(f"{path} is damaged or incomplete: {reason}") from error
-    if not isinstance(state, dict) or not state:
+    if not isinstance(state, dict) or not state.keys() - {IGNORED}:
         raise CheckpointError(f"{path} does not hold named tensors")
     for name, tensor in state.items():
         _check_kind(path, name, tensor)
     return {name: tensor for name, tensor in state.items() if name != IGNORED}
 
 
-def _check_kind(path: Path, name: str, tensor: Any) -> None:
+def _check_kind(path: Path, name: Any, tensor: Any) -> None:
+    if not isinstance(name, str):
+        raise CheckpointError(f"{path} calls a tensor {name!r}, which is no name")
     kind = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
     if kind not in DTYPES:
         raise CheckpointError(f"{path}: {name} is {kind}, not a tensor of floating point")
+    # A few bytes can stand for any shape: as a sparse tensor, or with strides of zero.
+    is_plain = tensor.layout == torch.strided and not tensor.is_meta
+    if not is_plain or tensor.nbytes > tensor.untyped_storage().nbytes():
+        raise CheckpointError(
+            f"{path}: {name} has fewer numbers than its shape {tuple(tensor.shape)} says"
+        )
 
 
 @dataclass
@@ -127,7 +138,7 @@ class Checkpoint:
     def settle_vocabulary(self) -> None:
         """Take the size that Llama 2's files leave to the tokenizer from the output matrix."""
         output = self.shards[0].get("output.weight")
-        if self.args.vocab_size == -1 and output is not None:
+        if self.args.vocab_size == -1 and output is not None and output.dim() == 2:
             self.args.vocab_size = output.shape[0] * len(self.shards)
 
     @property
@@ -191,7 +202,7 @@ def default_dtype(device: torch.device) -> torch.dtype | None:
 
 
 def is_metas(folder: Path) -> bool:
-    return (folder / "params.json").exists()
+    return os.path.lexists(folder / "params.json")
 
 
 def read_args(folder: Path, rope_factor: float | None = None) -> ModelArgs:
@@ -214,8 +225,14 @@ def open_checkpoint(ckpt_dir: str | Path, rope_factor: float | None = None) -> C
     tensors = hugging_face.map_tensors(folder)
     for name, tensor in tensors.items():
         _check_kind(folder, name, tensor)
-    if args.tied and "tok_embeddings.weight" in tensors:
-        tensors["output.weight"] = tensors["tok_embeddings.weight"]
+    embedding = tensors.get("tok_embeddings.weight")
+    if args.tied and embedding is not None:
+        output = tensors.setdefault("output.weight", embedding)
+        if not torch.equal(output, embedding):
+            raise CheckpointError(
+                f"{folder}: config.json ties lm_head.weight to the embedding, but it is another "
+                "matrix in the file"
+            )
     return Checkpoint(folder, args, [tensors], is_hugging_face=True)
 
 
@@ -262,6 +279,8 @@ def load(
 def check_complete(checkpoint: Checkpoint) -> None:
     """Raise CheckpointError where the shards' names or shapes are not those of the model."""
     args, folder, shards = checkpoint.args, checkpoint.folder, checkpoint.shards
+    if args.n_layers > (held := len(shards[0])):  # each has nine: no need to name them all
+        raise CheckpointError(f"{folder} has {held} tensors, n_layers is {args.n_layers}")
     expected = {name: list(shape) for name, shape in args.whole_shapes().items()}
     for i, shard in enumerate(shards):
         if missing := [checkpoint.called(name) for name in expected if name not in shard]:

@@ -7,8 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from llama.errors import ConfigError
+from llama.files import why_unreadable
 
 LLAMA_2_THETA = 10000.0
+# Far beyond any Llama, and small enough for PyTorch's 64-bit sizes and products of two of them.
+LARGEST_WHOLE = 2**31 - 1
+LARGEST = 10**18
 
 
 @dataclass(frozen=True)
@@ -59,6 +63,8 @@ class ModelArgs:
     def __post_init__(self) -> None:
         if self.n_kv_heads is None:
             self.n_kv_heads = self.n_heads
+        if not isinstance(self.use_scaled_rope, bool):
+            raise ConfigError(f"use_scaled_rope is {self.use_scaled_rope!r}: true or false")
         if self.use_scaled_rope and self.rope_scaling is None:
             self.rope_scaling = RopeScaling()
         self.use_scaled_rope = self.rope_scaling is not None
@@ -75,6 +81,7 @@ class ModelArgs:
             _require_number(name, getattr(self, name))
         if self.ffn_dim_multiplier is not None:
             _require_number("ffn_dim_multiplier", self.ffn_dim_multiplier)
+        _require_number("the feed-forward width", self.ffn_dim, whole=True)
         if self.vocab_size != -1:
             _require_number("vocab_size", self.vocab_size, whole=True)
         if self.dim % self.n_heads:
@@ -139,11 +146,9 @@ class ModelArgs:
         ranks than key/value heads are fine if each head then lies on as many of them."""
         n_kv_heads = self.local_kv_heads(1)
         parts = math.gcd(self.n_heads, self.ffn_dim, self.vocab_size)
-        return [
-            n
-            for n in range(1, parts + 1)
-            if parts % n == 0 and (n_kv_heads % n == 0 or n % n_kv_heads == 0)
-        ]
+        divisors = {n for n in range(1, math.isqrt(parts) + 1) if parts % n == 0}
+        divisors |= {parts // n for n in divisors}
+        return sorted(n for n in divisors if n_kv_heads % n == 0 or n % n_kv_heads == 0)
 
     def whole_shapes(self) -> dict[str, tuple[int, ...]]:
         """The shape of every tensor of the whole model, by its state-dict name, in order."""
@@ -210,10 +215,12 @@ class ModelArgs:
 
 
 def _require_number(name: str, value: Any, whole: bool = False) -> None:
-    kinds = (int,) if whole else (int, float)
-    if isinstance(value, bool) or not isinstance(value, kinds) or not 0 < value < math.inf:
-        kind = "whole number" if whole else "number"
+    kinds, largest = ((int,), LARGEST_WHOLE) if whole else ((int, float), LARGEST)
+    kind = "whole number" if whole else "number"
+    if isinstance(value, bool) or not isinstance(value, kinds) or not value > 0:
         raise ConfigError(f"{name} is {value!r}: it must be a {kind} above 0")
+    if value > largest:
+        raise ConfigError(f"{name} is {value}: it must be at most {largest}")
 
 
 # ---- params.json ----------------------------------------------------------------------------
@@ -239,8 +246,8 @@ OTHER_MODELS = {
 
 def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file. Raises ConfigError for anything else."""
-    if not path.is_file():  # a pipe, for one, would never end
-        raise ConfigError(f"cannot read {path}: no such file")
+    if reason := why_unreadable(path):
+        raise ConfigError(f"cannot read {path}: {reason}")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:

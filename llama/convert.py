@@ -54,13 +54,16 @@ def convert(
         raise ConfigError(f"Hugging Face's folders are not split over ranks: mp is {mp}")
     kind = None if dtype is None else checkpoint.parse_dtype(dtype)
     destination = Path(dst)
-    if destination.exists() and not force:
+    if os.path.lexists(destination) and not force:
         raise CheckpointError(f"{dst} exists: it is replaced only with --force")
     source = checkpoint.open_checkpoint(src)
     source.settle_vocabulary()
     checkpoint.check_complete(source)  # before anything is written
-    destination.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{destination.name}.", dir=destination.parent))
+    try:
+        destination.parent.mkdir(parents=True, exist_ok=True)
+        partial = Path(tempfile.mkdtemp(prefix=f".{destination.name}.", dir=destination.parent))
+    except OSError as error:
+        raise CheckpointError(f"cannot write {dst}: {error.strerror}") from error
     try:
         if to == "meta":
             _write_meta(source, partial, mp, kind)
@@ -158,6 +161,7 @@ def _copy_companions(folder: Path, given: Path, destination: Path) -> None:
 
 
 def _sync(path: Path) -> None:
+    path.chmod(0o644)  # safetensors makes its files private
     with path.open("rb") as file:
         os.fsync(file.fileno())
 
@@ -165,7 +169,7 @@ def _sync(path: Path) -> None:
 def _rename(partial: Path, destination: Path) -> None:
     """Put the finished folder in its place; the one that was there goes only then."""
     old = None
-    if destination.exists():
+    if os.path.lexists(destination):
         old = Path(tempfile.mkdtemp(prefix=f".{destination.name}.old.", dir=destination.parent))
         destination.rename(old / destination.name)
     partial.rename(destination)

@@ -1,8 +1,17 @@
 """The errors a user can cause. Each message is one line that names the thing and the limit."""
 
+LONGEST = 2000  # characters of a message
+
 
 class LlamaError(ValueError):
     """Base of every error below; a command line catches it and exits with code 2."""
+
+    def __init__(self, message: str) -> None:
+        # A name out of a file may be endless, or hold line breaks and codes for the terminal.
+        shown = message if len(message) <= LONGEST else f"{message[:LONGEST]}…"
+        if not shown.isprintable():
+            shown = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in shown)
+        super().__init__(shown)
 
 
 class ConfigError(LlamaError):

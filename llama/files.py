@@ -3,12 +3,29 @@
 import contextlib
 import json
 import os
+import stat
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from llama.errors import DataError
+
+
+def why_unreadable(path: Path) -> str | None:
+    """What keeps a file from being read, None where nothing does: it is missing, say, or a pipe,
+    which would never end. Links are followed: Hugging Face's cache is made of them."""
+    try:
+        mode = path.stat().st_mode
+    except OSError as error:
+        return error.strerror
+    except ValueError as error:  # a name that no file can have
+        return str(error)
+    if stat.S_ISDIR(mode):
+        return "Is a directory"
+    if not stat.S_ISREG(mode):
+        return "Not a regular file"
+    return None if os.access(path, os.R_OK) else "Permission denied"
 
 
 def read_text(path: str | Path) -> str:

@@ -4,6 +4,7 @@ Fetched is what a model is read from, JSON, .safetensors and the tokenizer: no c
 """
 
 import logging
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -51,7 +52,7 @@ def local_folder(name: str | Path) -> Path:
     Raises CheckpointError where the repository cannot be had.
     """
     found = ID.fullmatch(str(name))
-    if found is None or Path(name).exists():
+    if found is None or os.path.lexists(name):
         return Path(name)
     repository, revision = found["repository"], found["revision"]
     try:

@@ -3,6 +3,7 @@
 The only file with Hugging Face's names. Everything leaves it in Meta's.
 """
 
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from llama.config import ModelArgs, RopeScaling, read_json
+from llama.config import LARGEST_WHOLE, ModelArgs, RopeScaling, read_json
 from llama.errors import CheckpointError, ConfigError
+from llama.files import why_unreadable
 
 INDEX = "model.safetensors.index.json"
 
@@ -177,13 +179,16 @@ def _rope(config: dict[str, Any], rope_factor: float | None) -> tuple[float, Rop
 
 
 def read_stop_tokens(folder: Path) -> list[int] | None:
-    """The ids that `generation_config.json` (else `config.json`) says end a generation."""
-    for name in ("generation_config.json", "config.json"):
-        if not (folder / name).exists():
-            continue
-        stop = read_json(folder / name).get("eos_token_id")
-        stop = [stop] if isinstance(stop, int) else stop
-        if isinstance(stop, list) and stop and all(isinstance(token, int) for token in stop):
+    """The ids that `generation_config.json` (else `config.json`) says end a generation.
+
+    Raises ConfigError for what cannot be ids.
+    """
+    for path in (folder / "generation_config.json", folder / "config.json"):
+        said = read_json(path).get("eos_token_id") if os.path.lexists(path) else None
+        stop = [] if said is None else said if isinstance(said, list) else [said]
+        if not all(type(token) is int and 0 <= token <= LARGEST_WHOLE for token in stop):
+            raise ConfigError(f"{path}: eos_token_id is {said!r}, not a token id or a list of them")
+        if stop:
             return stop
     return None
 
@@ -196,7 +201,7 @@ def map_tensors(folder: Path) -> dict[str, Tensor]:
 
     Raises CheckpointError for a file that is missing, damaged, or outside the folder.
     """
-    if (folder / INDEX).exists():
+    if os.path.lexists(folder / INDEX):
         weight_map = read_json(folder / INDEX).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
             raise CheckpointError(f"{folder / INDEX} has no weight_map")
@@ -213,14 +218,19 @@ def map_tensors(folder: Path) -> dict[str, Tensor]:
         for name in wanted:
             if name not in found:
                 raise CheckpointError(f"{folder / file} lacks {name}, which {INDEX} places there")
-            if not IGNORED.fullmatch(name):
-                tensors[metas_name(name)] = found[name]
+            if IGNORED.fullmatch(name):
+                continue
+            if (ours := metas_name(name)) in tensors:
+                raise CheckpointError(f"{folder / file} has {name} twice, under two names")
+            tensors[ours] = found[name]
+    if not tensors:
+        raise CheckpointError(f"{folder} has no tensors in its .safetensors")
     return tensors
 
 
 def _map_file(path: Path) -> dict[str, Tensor]:
-    if not path.is_file():
-        raise CheckpointError(f"no such file: {path}")
+    if reason := why_unreadable(path):
+        raise CheckpointError(f"cannot read {path}: {reason}")
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118

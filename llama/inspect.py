@@ -1,7 +1,7 @@
 """What a model is made of, before any weight is read: modules, sizes, splits, cache and FLOPs."""
 
+import os
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import torch
 
@@ -74,7 +74,7 @@ def resolve(name: str) -> tuple[str, ModelArgs]:
     """A preset by its name, or a checkpoint folder; with the name to show."""
     if name in PRESETS:
         return name, PRESETS[name]
-    if Path(name).is_dir():
+    if os.path.isdir(name):
         args = checkpoint.read_args(checkpoint.find_folder(name))
         if args.vocab_size == -1:  # Llama 2's files leave it to the tokenizer
             args.vocab_size = PRESETS["llama-2-7b"].vocab_size

@@ -178,7 +178,7 @@ def failing_together(device: torch.device) -> Iterator[None]:
     error: Exception | None = None
     try:
         yield
-    except (ValueError, OSError, MemoryError) as caught:
+    except Exception as caught:  # of whatever kind: the other ranks must hear of it
         error = caught
     raise_together(error, device)
 

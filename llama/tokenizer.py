@@ -12,6 +12,7 @@ from typing import Literal
 
 from llama.chat_format import ChatFormat, Dialog, Llama2ChatFormat, Message, Role
 from llama.errors import TokenizerError
+from llama.files import why_unreadable
 from llama.tokenizer_json import ByteFallback, open_json
 from llama.tokenizer_model import SentencePiece, Tiktoken, read_tiktoken
 
@@ -140,6 +141,8 @@ class TextDecoder:
 
 
 def _open(path: Path) -> Tiktoken | SentencePiece | ByteFallback:
+    if reason := why_unreadable(path):
+        raise TokenizerError(f"{path}: cannot read the tokenizer: {reason}")
     try:
         data = path.read_bytes()
     except OSError as error:

@@ -1,6 +1,7 @@
 """Is a checkpoint folder whole: names, shapes, finite numbers, equal copies, and checksums."""
 
 import hashlib
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,11 +13,13 @@ from tqdm import tqdm
 from llama import checkpoint, config, parallel
 from llama.checkpoint import Checkpoint
 from llama.errors import CheckpointError, LlamaError
-from llama.files import atomic_file
+from llama.files import atomic_file, read_text, why_unreadable
+from llama.inspect import weights_of
 
 MANIFEST = "SHA256SUMS"  # what `sha256sum --check` reads too
 CHECKLIST = "checklist.chk"  # Meta's, with MD5
 SUFFIXES = (".pth", ".safetensors", ".json", ".model")  # the files that make up a checkpoint
+PART = "layers.0.attention.wq.weight"  # a matrix of which each shard has another part
 CHUNK = 1 << 24  # bytes or elements looked at at a time
 
 
@@ -36,6 +39,7 @@ def verify(folder: str | Path, write_manifest: bool = True) -> tuple[str, list[s
         problems.append(str(error))
     else:
         problems += _wrong_numbers(opened)
+        problems += _copied_shards(opened)
     problems += _wrong_sums(opened.folder)
     if write_manifest and not problems and not (opened.folder / MANIFEST).exists():
         _write_manifest(opened.folder)
@@ -64,6 +68,16 @@ def _wrong_numbers(opened: Checkpoint) -> Iterator[str]:
                 yield f"{where} should be equal in all shards, but is not that of the first"
 
 
+def _copied_shards(opened: Checkpoint) -> Iterator[str]:
+    """Shards that hold the same part of the model: no two parts of a trained matrix are equal."""
+    parts = [shard[PART] for shard in opened.shards]
+    for i, part in enumerate(parts):
+        for j in range(i):
+            if torch.equal(part, parts[j]):
+                yield f"{opened.file_of(i)} is a copy of {checkpoint.shard_name(j)}"
+                break
+
+
 def _is_finite(tensor: Tensor) -> bool:
     return all(bool(part.isfinite().all()) for part in tensor.flatten().split(CHUNK))
 
@@ -90,8 +104,10 @@ def _digest(path: Path, algorithm: str) -> str:
 
 def _read_sums(path: Path, digits: int) -> dict[str, str]:
     """The checksums of a file in the form of md5sum and sha256sum: digest, blanks, name."""
+    if reason := why_unreadable(path):
+        raise CheckpointError(f"cannot read {path}: {reason}")
     sums = {}
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    for number, line in enumerate(read_text(path).splitlines(), start=1):
         digest, _, name = line.partition(" ")
         name = name.lstrip(" *")
         if not line.strip():
@@ -104,11 +120,11 @@ def _read_sums(path: Path, digits: int) -> dict[str, str]:
 
 def _wrong_sums(folder: Path) -> Iterator[str]:
     for file, algorithm, digits in ((CHECKLIST, "md5", 32), (MANIFEST, "sha256", 64)):
-        if not (folder / file).is_file():
+        if not os.path.lexists(folder / file):
             continue
         for name, digest in _read_sums(folder / file, digits).items():
             path = folder / name
-            if not path.is_file():
+            if why_unreadable(path):
                 yield f"{folder / file} lists {name}, which is missing"
             elif _digest(path, algorithm) != digest:
                 yield f"{path} is not the file that {file} was made of ({algorithm})"
@@ -130,8 +146,7 @@ def title_of(opened: Checkpoint) -> str:
         versions = " or ".join(dict.fromkeys(version for _, version, _ in pretty))
         model = f"Llama {versions} {pretty[0][2].upper()}"
     else:
-        shapes = opened.args.parameter_shapes().values()
-        total = sum(torch.Size(shape).numel() for shape in shapes)
+        total = sum(weight.parameters for weight in weights_of(opened.args, 1))
         model = f"a Llama of {total:,} parameters"
     size = sum(path.stat().st_size for path in _files(opened.folder)) / 1e9
     first = next(iter(opened.shards[0].values()))

@@ -220,7 +220,7 @@ def open_checkpoint(ckpt_dir: str | Path, rope_factor: float | None = None) -> C
         shards = [read_shard(path) for path in find_shards(folder)]
         if len(shards) > 1:  # with one, the family's way stays
             args.embedding_shard_dim = _embedding_shard_dim(shards[0], args)
-        args.tied = all(_is_tied(shard) for shard in shards)
+        args.tied = all(_is_tied(shard) for shard in shards) or _is_tied_in_effect(shards, args)
         return Checkpoint(folder, args, shards)
     tensors = hugging_face.map_tensors(folder)
     for name, tensor in tensors.items():
@@ -243,11 +243,20 @@ def _embedding_shard_dim(shard: dict[str, Tensor], args: ModelArgs) -> int:
 
 
 def _is_tied(shard: dict[str, Tensor]) -> bool:
-    """Whether output and embedding are one tensor in the file. Meta's files of Llama 3.2 hold it
-    twice, and a fine-tune of them may have two."""
+    """Whether output and embedding are one tensor in the file."""
     pair = [shard.get("tok_embeddings.weight"), shard.get("output.weight")]
     first, second = (None if t is None else (t.data_ptr(), t.shape) for t in pair)
     return first is not None and first == second
+
+
+def _is_tied_in_effect(shards: list[dict[str, Tensor]], args: ModelArgs) -> bool:
+    """Whether a shape that is published tied has equal matrices: Meta's files of Llama 3.2 hold
+    theirs twice. In a fine-tune they may differ, and only reading all of both tells."""
+    names = ("tok_embeddings.weight", "output.weight")
+    return any(config.PRESETS[name].tied for name in args.published()) and all(
+        all(name in shard for name in names) and torch.equal(*(shard[name] for name in names))
+        for shard in shards
+    )
 
 
 def load(
@@ -333,25 +342,3 @@ def write_shard(path: Path, state: dict[str, Tensor]) -> None:
     embedding and output) are written once."""
     with atomic_file(path) as file:
         torch.save(state, file)
-
-
-def split_state(
-    state: dict[str, Tensor], n_shards: int, embedding_dim: int
-) -> list[dict[str, Tensor]]:
-    """Cut the tensors of a whole model into those of `n_shards` shards. A tensor that has two
-    names, as a tied one, is cut once."""
-    shards: list[dict[str, Tensor]] = [{} for _ in range(n_shards)]
-    pieces: dict[int, list[Tensor]] = {}  # by the tensor's identity
-    for name, tensor in state.items():
-        dim = parallel.shard_dim(name, embedding_dim)
-        if dim is not None and tensor.shape[dim] % n_shards:
-            raise CheckpointError(
-                f"{name} {tuple(tensor.shape)} cannot be cut into {n_shards} shards"
-            )
-        if id(tensor) not in pieces:
-            cut = [tensor] * n_shards if dim is None else tensor.chunk(n_shards, dim)
-            # A copy of its own: torch.save writes the whole storage behind a view.
-            pieces[id(tensor)] = [piece.clone() for piece in cut]
-        for shard, piece in zip(shards, pieces[id(tensor)], strict=True):
-            shard[name] = piece
-    return shards

@@ -148,42 +148,49 @@ class Checkpoint:
 
     def is_mapped(self, name: str, n_parts: int, dtype: torch.dtype) -> bool:
         """Whether the part of a tensor that `load` takes on the CPU is the file's own pages."""
-        tensor = self.shards[0][name]
-        is_whole = parallel.shard_dim(name, self.args.embedding_shard_dim) is None
+        pieces = self._pieces(name, n_parts, 0)
         is_turned = self.is_hugging_face and name.endswith(ROTATED)
         return (
-            (is_whole or n_parts == len(self.shards))
+            len(pieces) == 1
+            and pieces[0].is_contiguous()
             and not is_turned
-            and tensor.dtype == dtype
-            and tensor.data_ptr() % ALIGNMENT == 0
+            and pieces[0].dtype == dtype
+            and pieces[0].data_ptr() % ALIGNMENT == 0
         )
 
     def part(self, name: str, n_parts: int, index: int) -> Tensor:
-        """One of `n_parts` equal parts of a tensor, its rows in Meta's order.
+        """One of `n_parts` equal parts of a tensor, its rows in Meta's order; contiguous.
 
-        Where it is exactly one shard's piece, it is that tensor itself; nothing is copied. With
-        more parts than key/value heads, each head is in as many parts in a row.
+        Nothing is copied where it lies in one piece in a file. With more parts than key/value
+        heads, each head is in as many parts in a row.
         """
-        pieces = [shard[name] for shard in self.shards]
+        pieces = self._pieces(name, n_parts, index)
+        if self.is_hugging_face and name.endswith(ROTATED):
+            return hugging_face.to_pairs(pieces[0], self.args.head_dim)
+        if len(pieces) == 1:
+            return pieces[0].contiguous()
+        dim = parallel.shard_dim(name, self.args.embedding_shard_dim)
+        assert dim is not None
+        return torch.cat(pieces, dim)
+
+    def _pieces(self, name: str, n_parts: int, index: int) -> list[Tensor]:
+        """What the shards hold of a part, in their order, as views."""
+        whole = [shard[name] for shard in self.shards]
         dim = parallel.shard_dim(name, self.args.embedding_shard_dim)
         if dim is None:
-            return pieces[0]
+            return whole[:1]
         n_kv_heads = self.args.local_kv_heads(1)
         if name.endswith(KEYS_AND_VALUES) and n_parts > n_kv_heads:
             n_parts, index = n_kv_heads, index * n_kv_heads // n_parts
-        size = pieces[0].shape[dim]  # of each piece
-        length = size * len(pieces) // n_parts
+        size = whole[0].shape[dim]  # of each shard
+        length = size * len(whole) // n_parts
         start, end = length * index, length * (index + 1)
-        found = []
-        for i, piece in enumerate(pieces):
+        pieces = []
+        for i, tensor in enumerate(whole):
             low, high = max(start - i * size, 0), min(end - i * size, size)
             if low < high:
-                found.append(piece.narrow(dim, low, high - low))
-        if self.is_hugging_face and name.endswith(ROTATED):
-            return hugging_face.to_pairs(found[0], self.args.head_dim)
-        if len(found) > 1:
-            return torch.cat(found, dim)
-        return found[0] if found[0].shape[dim] == size else found[0].clone()
+                pieces.append(tensor.narrow(dim, low, high - low))
+        return pieces
 
 
 def parse_dtype(dtype: str | torch.dtype) -> torch.dtype:

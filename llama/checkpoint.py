@@ -148,42 +148,49 @@ class Checkpoint:
 
     def is_mapped(self, name: str, n_parts: int, dtype: torch.dtype) -> bool:
         """Whether the part of a tensor that `load` takes on the CPU is the file's own pages."""
-        tensor = self.shards[0][name]
-        is_whole = parallel.shard_dim(name, self.args.embedding_shard_dim) is None
+        pieces = self._pieces(name, n_parts, 0)
         is_turned = self.is_hugging_face and name.endswith(ROTATED)
         return (
-            (is_whole or n_parts == len(self.shards))
+            len(pieces) == 1
+            and pieces[0].is_contiguous()
             and not is_turned
-            and tensor.dtype == dtype
-            and tensor.data_ptr() % ALIGNMENT == 0
+            and pieces[0].dtype == dtype
+            and pieces[0].data_ptr() % ALIGNMENT == 0
         )
 
     def part(self, name: str, n_parts: int, index: int) -> Tensor:
-        """One of `n_parts` equal parts of a tensor, its rows in Meta's order.
+        """One of `n_parts` equal parts of a tensor, its rows in Meta's order; contiguous.
 
-        Where it is exactly one shard's piece, it is that tensor itself; nothing is copied. With
-        more parts than key/value heads, each head is in as many parts in a row.
+        Nothing is copied where it lies in one piece in a file. With more parts than key/value
+        heads, each head is in as many parts in a row.
         """
-        pieces = [shard[name] for shard in self.shards]
+        pieces = self._pieces(name, n_parts, index)
+        if self.is_hugging_face and name.endswith(ROTATED):
+            return hugging_face.to_pairs(pieces[0], self.args.head_dim)
+        if len(pieces) == 1:
+            return pieces[0].contiguous()
+        dim = parallel.shard_dim(name, self.args.embedding_shard_dim)
+        assert dim is not None
+        return torch.cat(pieces, dim)
+
+    def _pieces(self, name: str, n_parts: int, index: int) -> list[Tensor]:
+        """What the shards hold of a part, in their order, as views."""
+        whole = [shard[name] for shard in self.shards]
         dim = parallel.shard_dim(name, self.args.embedding_shard_dim)
         if dim is None:
-            return pieces[0]
+            return whole[:1]
         n_kv_heads = self.args.local_kv_heads(1)
         if name.endswith(KEYS_AND_VALUES) and n_parts > n_kv_heads:
             n_parts, index = n_kv_heads, index * n_kv_heads // n_parts
-        size = pieces[0].shape[dim]  # of each piece
-        length = size * len(pieces) // n_parts
+        size = whole[0].shape[dim]  # of each shard
+        length = size * len(whole) // n_parts
         start, end = length * index, length * (index + 1)
-        found = []
-        for i, piece in enumerate(pieces):
+        pieces = []
+        for i, tensor in enumerate(whole):
             low, high = max(start - i * size, 0), min(end - i * size, size)
             if low < high:
-                found.append(piece.narrow(dim, low, high - low))
-        if self.is_hugging_face and name.endswith(ROTATED):
-            return hugging_face.to_pairs(found[0], self.args.head_dim)
-        if len(found) > 1:
-            return torch.cat(found, dim)
-        return found[0] if found[0].shape[dim] == size else found[0].clone()
+                pieces.append(tensor.narrow(dim, low, high - low))
+        return pieces
 
 
 def parse_dtype(dtype: str | torch.dtype) -> torch.dtype:
@@ -220,7 +227,7 @@ def open_checkpoint(ckpt_dir: str | Path, rope_factor: float | None = None) -> C
         shards = [read_shard(path) for path in find_shards(folder)]
         if len(shards) > 1:  # with one, the family's way stays
             args.embedding_shard_dim = _embedding_shard_dim(shards[0], args)
-        args.tied = all(_is_tied(shard) for shard in shards)
+        args.tied = all(_is_tied(shard) for shard in shards) or _is_tied_in_effect(shards, args)
         return Checkpoint(folder, args, shards)
     tensors = hugging_face.map_tensors(folder)
     for name, tensor in tensors.items():
@@ -243,11 +250,20 @@ def _embedding_shard_dim(shard: dict[str, Tensor], args: ModelArgs) -> int:
 
 
 def _is_tied(shard: dict[str, Tensor]) -> bool:
-    """Whether output and embedding are one tensor in the file. Meta's files of Llama 3.2 hold it
-    twice, and a fine-tune of them may have two."""
+    """Whether output and embedding are one tensor in the file."""
     pair = [shard.get("tok_embeddings.weight"), shard.get("output.weight")]
     first, second = (None if t is None else (t.data_ptr(), t.shape) for t in pair)
     return first is not None and first == second
+
+
+def _is_tied_in_effect(shards: list[dict[str, Tensor]], args: ModelArgs) -> bool:
+    """Whether a shape that is published tied has equal matrices: Meta's files of Llama 3.2 hold
+    theirs twice. In a fine-tune they may differ, and only reading all of both tells."""
+    names = ("tok_embeddings.weight", "output.weight")
+    return any(config.PRESETS[name].tied for name in args.published()) and all(
+        all(name in shard for name in names) and torch.equal(*(shard[name] for name in names))
+        for shard in shards
+    )
 
 
 def load(
@@ -333,25 +349,3 @@ def write_shard(path: Path, state: dict[str, Tensor]) -> None:
     embedding and output) are written once."""
     with atomic_file(path) as file:
         torch.save(state, file)
-
-
-def split_state(
-    state: dict[str, Tensor], n_shards: int, embedding_dim: int
-) -> list[dict[str, Tensor]]:
-    """Cut the tensors of a whole model into those of `n_shards` shards. A tensor that has two
-    names, as a tied one, is cut once."""
-    shards: list[dict[str, Tensor]] = [{} for _ in range(n_shards)]
-    pieces: dict[int, list[Tensor]] = {}  # by the tensor's identity
-    for name, tensor in state.items():
-        dim = parallel.shard_dim(name, embedding_dim)
-        if dim is not None and tensor.shape[dim] % n_shards:
-            raise CheckpointError(
-                f"{name} {tuple(tensor.shape)} cannot be cut into {n_shards} shards"
-            )
-        if id(tensor) not in pieces:
-            cut = [tensor] * n_shards if dim is None else tensor.chunk(n_shards, dim)
-            # A copy of its own: torch.save writes the whole storage behind a view.
-            pieces[id(tensor)] = [piece.clone() for piece in cut]
-        for shard, piece in zip(shards, pieces[id(tensor)], strict=True):
-            shard[name] = piece
-    return shards

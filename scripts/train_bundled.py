@@ -10,7 +10,6 @@ One process a core is faster than threads. The learning rate stays level until t
 import hashlib
 import json
 import random
-import shutil
 import time
 from datetime import timedelta
 from pathlib import Path
@@ -25,6 +24,7 @@ from torch import Tensor
 from llama import Llama, checkpoint, parallel
 from llama.chat_data import Example, to_batch
 from llama.chat_format import ChatFormat
+from llama.convert import convert
 from llama.evaluation import score
 from llama.model import ModelArgs, Transformer
 from llama.optimizer import Muon
@@ -215,20 +215,14 @@ def export(run: str, bundled: str, corpus: str, hours: float, machine: str) -> N
         machine: that it ran on, for the card.
     """
     folder, last = Path(bundled), checkpoints(Path(run))[-1]
-    folder.mkdir(parents=True, exist_ok=True)
-    state = checkpoint.read_shard(last / checkpoint.shard_name(0))
-    weights = {name: tensor.bfloat16() for name, tensor in state.items()}
-    weights["output.weight"] = weights["tok_embeddings.weight"]  # one matrix, written once
-    for rank, shard in enumerate(checkpoint.split_state(weights, 2, embedding_dim=0)):
-        checkpoint.write_shard(folder / checkpoint.shard_name(rank), shard)
-    for name in ("params.json", "tokenizer.model"):
-        shutil.copyfile(last / name, folder / name)
+    convert(last, folder, to="meta", mp=2, dtype="bfloat16", force=True)
 
     texts, held_out = read_tales(corpus)
     result = score(Llama.build(folder, dtype="float32", device="cpu"), held_out, CONTEXT)
     step = int(last.name.removeprefix("step_"))
     loader = torch.load(last / "training.00.pt", weights_only=True)["loader"]
-    size = sum(tensor.numel() for name, tensor in weights.items() if name != "output.weight")
+    shapes = checkpoint.open_checkpoint(folder).args.parameter_shapes().values()
+    size = sum(torch.Size(shape).numel() for shape in shapes)
     lines = Path(corpus).read_text(encoding="utf-8").splitlines()
     books = sorted({json.loads(line)["book"] for line in lines})
     card = Path(__file__).with_name("bundled_card.md").read_text(encoding="utf-8")

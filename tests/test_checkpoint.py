@@ -6,6 +6,7 @@ import pickle
 import shutil
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,8 @@ import torch
 from make_checkpoint import demo_pieces, make_checkpoint, write_tokenizer
 from ranks import run_ranks
 
-from llama import Llama, checkpoint
+from llama import Llama, checkpoint, config
+from llama.convert import convert
 from llama.errors import CheckpointError, ConfigError, LlamaError, ParallelError, TokenizerError
 
 VOCAB = len(demo_pieces()) + 256
@@ -174,29 +176,31 @@ def test_two_shards_on_two_ranks(pristine: Path, tmp_path: Path, embedding_dim: 
     assert rest == [first]  # the sampled tokens too: the first rank decides
 
 
-def test_split_and_write_what_build_reads(pristine: Path, tmp_path: Path) -> None:
-    whole = Llama.build(pristine).model
-    folder = tmp_path / "written"
-    folder.mkdir()
-    state = whole.state_dict()
-    for rank, shard in enumerate(checkpoint.split_state(state, 2, embedding_dim=0)):
-        checkpoint.write_shard(folder / checkpoint.shard_name(rank), shard)
-    checkpoint.write_params(folder / "params.json", whole.params)
-    shutil.copy(pristine / "tokenizer.model", folder)
-    again = Llama.build(folder).model
-    assert all(torch.equal(again.state_dict()[name], state[name]) for name in state)
-    assert again.params == whole.params
-    with pytest.raises(CheckpointError, match="cannot be cut into 3 shards"):
-        checkpoint.split_state(state, 3, embedding_dim=0)
-
-
 def test_a_tied_matrix_is_written_once(tmp_path: Path) -> None:
     matrix = torch.randn(64, 32)
     state = {"tok_embeddings.weight": matrix, "output.weight": matrix}
-    (shard, _) = checkpoint.split_state(state, 2, embedding_dim=0)
-    checkpoint.write_shard(tmp_path / "shard.pth", shard)
-    assert (tmp_path / "shard.pth").stat().st_size < 1.6 * matrix.nbytes / 2
-    assert torch.equal(checkpoint.read_shard(tmp_path / "shard.pth")["output.weight"], matrix[:32])
+    checkpoint.write_shard(tmp_path / "shard.pth", state)
+    assert (tmp_path / "shard.pth").stat().st_size < 1.6 * matrix.nbytes
+    assert torch.equal(checkpoint.read_shard(tmp_path / "shard.pth")["output.weight"], matrix)
+
+
+@pytest.mark.parametrize("n_shards", [1, 2])
+def test_equal_matrices_of_a_shape_that_is_published_tied_are_one(
+    pristine: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, n_shards: int
+) -> None:
+    """As in Meta's files of Llama 3.2, which hold the matrix twice."""
+    folder = convert(pristine, tmp_path / "model", "meta", mp=n_shards)
+    shape = checkpoint.read_args(folder)
+    for rank in range(n_shards):
+        path = folder / checkpoint.shard_name(rank)
+        state = torch.load(path, weights_only=True)
+        state["output.weight"] = state["tok_embeddings.weight"].clone()
+        torch.save(state, path)
+    assert not Llama.build(folder).model.params.tied
+    monkeypatch.setitem(config.PRESETS, "tied", replace(shape, tied=True))
+    model = Llama.build(folder).model
+    assert model.output.weight is model.tok_embeddings.weight
+    assert not Llama.build(pristine).model.params.tied
 
 
 def failures_on_rank(trials: list[list[Path]]) -> list[str]:

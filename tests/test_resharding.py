@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 import torch
-from make_checkpoint import demo_pieces, write_tokenizer
+from make_checkpoint import demo_pieces, shard_of, write_tokenizer
 from ranks import run_ranks
 
 from llama import Llama, ModelArgs, Transformer
-from llama.checkpoint import shard_name, split_state, write_params, write_shard
+from llama.checkpoint import shard_name, write_params, write_shard
 from llama.errors import ConfigError
 
 VOCAB = len(demo_pieces()) + 256  # 640
@@ -36,7 +36,13 @@ def make_model(**changes: Any) -> Transformer:
 def write_meta(folder: Path, model: Transformer, n_shards: int) -> Path:
     folder.mkdir(parents=True)
     embedding_dim = model.params.embedding_shard_dim
-    for i, shard in enumerate(split_state(model.state_dict(), n_shards, embedding_dim)):
+    for i in range(n_shards):
+        shard = {}
+        for name, weight in model.state_dict().items():
+            if name != "output.weight" or not model.params.tied:
+                shard[name] = shard_of(name, weight, i, n_shards, embedding_dim).clone()
+        if model.params.tied:
+            shard["output.weight"] = shard["tok_embeddings.weight"]
         write_shard(folder / shard_name(i), shard)
     write_params(folder / "params.json", model.params)
     write_tokenizer(folder / "tokenizer.model", demo_pieces())

@@ -387,7 +387,7 @@ def test_the_library_is_an_extra(
 def test_bos_and_eos_of_other_names(bytes_content: dict[str, Any], tmp_path: Path) -> None:
     content = changed(bytes_content)
     content["added_tokens"][0]["content"] = "<begin>"
-    with pytest.raises(TokenizerError, match=r"no bos token such as .*tokenizer_config\.json: no"):
+    with pytest.raises(TokenizerError, match=r"no bos token such as .*tokenizer_config\.json: No"):
         opened(content, tmp_path)
     config = tmp_path / "tokenizer_config.json"
     for token in ("<begin>", {"content": "<begin>", "special": True}):

@@ -1,0 +1,180 @@
+"""Loading a checkpoint at one and at two ranks: memory over the bare process, and gigabytes a
+second beside a plain copy that reads the same pages, interleaved in one run.
+
+python benchmarks/load.py --shape 1.5b --folder /tmp/1.5b --out benchmarks/results/load_1.5b.json
+
+Linux only: the figures are those of /proc/self/status. The pages come from the system's cache.
+"""
+
+import json
+import os
+import platform
+import socket
+import statistics
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import fire
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from make_checkpoint import main as make_checkpoint
+
+from llama import checkpoint, parallel
+from llama.doctor import Setup
+from llama.model import Transformer
+
+CHUNK = 1 << 24  # bytes copied at a time
+GB = 1e9
+
+
+def status(field: str) -> int:
+    """Bytes of one line of /proc/self/status: VmHWM (most resident so far), RssAnon (private)."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    (line,) = [line for line in lines if line.startswith(f"{field}:")]
+    return int(line.split()[1]) * 1024
+
+
+@contextmanager
+def peak_private() -> Iterator[list[int]]:
+    """The most private memory while the block runs, looked at every five milliseconds."""
+    peak, done = [status("RssAnon")], threading.Event()
+
+    def watch() -> None:
+        while not done.wait(0.005):
+            peak[0] = max(peak[0], status("RssAnon"))
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    try:
+        yield peak
+    finally:
+        done.set()
+        thread.join()
+        peak[0] = max(peak[0], status("RssAnon"))
+
+
+def plain_copy(folder: Path, rank: int, ranks: int) -> None:
+    """Read this rank's equal share of all files into one buffer."""
+    buffer = bytearray(CHUNK)
+    for path in checkpoint.find_shards(folder):
+        share = path.stat().st_size // ranks
+        with path.open("rb", buffering=0) as file:
+            file.seek(share * rank)
+            left = share
+            while left > 0:
+                left -= file.readinto(memoryview(buffer)[: min(CHUNK, left)])
+
+
+def load(folder: Path) -> tuple[Setup, Transformer]:
+    """What Llama.build does with the weights."""
+    opened = checkpoint.open_checkpoint(folder)
+    setup = Setup.make(
+        opened, parallel.mp_size(), parallel.mp_size(), 512, 1, torch.device("cpu"), None
+    )
+    with torch.device("meta"):
+        model = Transformer(opened.args)
+    checkpoint.load(model, opened, setup.device, setup.dtype)
+    return setup, model
+
+
+def read_mapped(setup: Setup, model: Transformer) -> None:
+    """Copy the weights that are still the file's pages; the others were read while loading."""
+    buffer = torch.empty(CHUNK, dtype=torch.uint8)
+    for name, weight in model.named_parameters():
+        if setup.opened.is_mapped(name, setup.mp_size, setup.dtype):
+            for piece in weight.detach().flatten().view(torch.uint8).split(CHUNK):
+                buffer[: len(piece)] = piece
+
+
+def timed(work: Callable[[], Any]) -> tuple[float, Any]:
+    """Seconds until all ranks are done, and this rank's result."""
+    dist.barrier()
+    start = time.perf_counter()
+    result = work()
+    dist.barrier()
+    return time.perf_counter() - start, result
+
+
+def measure_rank(rank: int, ranks: int, port: int, folder: str, rounds: int, out: str) -> None:
+    environment = {"RANK": rank, "WORLD_SIZE": ranks, "MASTER_ADDR": "127.0.0.1"}
+    os.environ |= {name: str(value) for name, value in environment.items()}
+    os.environ["MASTER_PORT"] = str(port)
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // ranks))
+    parallel.initialize()
+    load(Path(folder))  # once, so that what is measured is not the first use of anything
+    bare = status("RssAnon")
+    Path("/proc/self/clear_refs").write_text("5")  # start counting the peak from here
+    resident = status("VmHWM")
+    with peak_private() as peak:
+        model = load(Path(folder))[1]
+    memory = {"private_peak": peak[0] - bare, "resident_peak": status("VmHWM") - resident}
+    memory["share"] = sum(weight.nbytes for weight in model.parameters())
+    memory["largest_tensor"] = max(weight.nbytes for weight in model.parameters())
+    del model
+
+    times: dict[str, list[float]] = {"load": [], "load_and_read": [], "plain_copy": []}
+    for _ in range(rounds):
+        seconds, loaded = timed(lambda: load(Path(folder)))
+        times["load"].append(seconds)
+        reading, _ = timed(partial(read_mapped, *loaded))
+        times["load_and_read"].append(seconds + reading)
+        del loaded
+        times["plain_copy"].append(timed(lambda: plain_copy(Path(folder), rank, ranks))[0])
+    if rank == 0:
+        Path(out).write_text(json.dumps({"memory": memory, "seconds": times}))
+    dist.barrier()
+
+
+def main(folder: str, shape: str = "1.5b", out: str | None = None, rounds: int = 7) -> None:
+    """Make a checkpoint where there is none, load it on one and on two ranks, report.
+
+    Args:
+        folder: where the checkpoint is or goes.
+        shape: 110m or 1.5b, of a checkpoint that has to be made.
+        out: file for the figures as JSON.
+        rounds: of each measurement; the medians count.
+    """
+    if not Path(folder, "params.json").exists():
+        make_checkpoint(folder, shape)
+    size = sum(path.stat().st_size for path in checkpoint.find_shards(Path(folder)))
+    report: dict[str, Any] = {
+        "file_bytes": size,
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+        "torch": torch.__version__,
+    }
+    for ranks in (1, 2):
+        result = Path(folder, f".load.{ranks}.json")
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        mp.start_processes(
+            measure_rank,
+            (ranks, port, folder, rounds, str(result)),
+            nprocs=ranks,
+            start_method="spawn",
+        )
+        figures = json.loads(result.read_text())
+        result.unlink()
+        seconds = {name: statistics.median(all_) for name, all_ in figures["seconds"].items()}
+        pairs = zip(*(figures["seconds"][n] for n in ("plain_copy", "load_and_read")), strict=True)
+        figures["median_seconds"] = seconds
+        figures["speed_of_plain_copy"] = statistics.median(copy / ours for copy, ours in pairs)
+        report[f"{ranks}_ranks"] = figures
+        memory = {name: f"{amount / GB:.3f} GB" for name, amount in figures["memory"].items()}
+        rates = {name: f"{size / GB / time:.2f} GB/s" for name, time in seconds.items()}
+        print(f"{ranks} rank(s), {size / GB:.3f} GB of files")
+        print(f"  a rank's memory: {memory}")
+        print(f"  all ranks: {rates}, {figures['speed_of_plain_copy']:.2f} of the plain copy")
+    if out is not None:
+        Path(out).parent.mkdir(parents=True, exist_ok=True)
+        Path(out).write_text(json.dumps(report, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    fire.Fire(main)

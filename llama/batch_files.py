@@ -41,6 +41,9 @@ class BatchFiles:
         Raises DataError where the input cannot be read, the output cannot be written, is another
         job's or is being written by another run.
         """
+        for path in (self.input, self.output):
+            if path.exists() and not path.is_file():  # a pipe cannot be read twice
+                raise DataError(f"{path} is not a regular file")
         digest, n_lines = self._survey()
         if self.output.exists() and self.output.samefile(self.input):
             raise DataError(f"cannot write {self.output}: it is the input")

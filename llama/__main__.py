@@ -1,4 +1,4 @@
-"""python -m llama COMMAND: look at, convert and check checkpoints, train and score."""
+"""python -m llama COMMAND: look at, convert and check checkpoints, run, train and score."""
 
 import logging
 import sys
@@ -140,6 +140,61 @@ def vocab(*files: str, ranks: int, out: str, field: str = "text") -> None:
     print(f"{ranks:,} ranks and 256 special tokens in {out}")
 
 
+def batch(
+    input: str,
+    output: str,
+    ckpt_dir: str | None = None,
+    tokenizer_path: str | None = None,
+    max_seq_len: int | None = None,
+    max_batch_size: int = 16,
+    model_parallel_size: int | None = None,
+    seed: int = 1,
+    device: str | None = None,
+    dtype: str | None = None,
+    force: bool = False,
+    **sampling: Any,
+) -> None:
+    """Run a file of prompts and dialogs. The same command goes on after a stop or a kill.
+
+    Example: python -m llama batch prompts.jsonl results.jsonl --ckpt_dir Llama3.2-1B-Instruct
+
+    A line of INPUT is {"prompt": "…"} or {"messages": [{"role": "user", "content": "…"}]}, with
+    "id" and any of the sampling options where wanted. OUTPUT has a line for each, in this order:
+    index, id, text (or message), finish_reason, generated_tokens …, or error; then the command
+    ends with exit code 1. OUTPUT.job.json says what it was made from.
+
+    Sampling of lines that do not say otherwise: --temperature 0.6 --top_p 0.9 --top_k 0 --min_p 0
+    --max_gen_len N --stop '["…"]' --n 1 --logprobs K --ignore_eos … (see llama/sampling.py)
+
+    Args:
+        input: the JSONL file to read.
+        output: the JSONL file to write.
+        ckpt_dir: a checkpoint folder; without it the bundled model.
+        tokenizer_path: tokenizer.model; by default the one in ckpt_dir.
+        max_seq_len: tokens of prompt and answer together; by default as in Llama.build.
+        max_batch_size: lines that are computed together.
+        model_parallel_size: ranks that share a model; with fewer than torchrun started, each such
+            group takes its share of the lines. By default all.
+        seed: a line without a seed of its own has one made of this and its index.
+        device: cpu or cuda; by default the best there is.
+        dtype: float32, bfloat16 or float16; by default as in Llama.build.
+        force: start anew, whatever OUTPUT holds.
+    """
+    from llama.batch import run_batch
+    from llama.parallel import is_main_rank
+
+    n_lines, n_failed = run_batch(
+        str(input), str(output), sampling, seed=seed, ckpt_dir=ckpt_dir and str(ckpt_dir),
+        tokenizer_path=tokenizer_path and str(tokenizer_path), max_seq_len=max_seq_len,
+        max_batch_size=max_batch_size, model_parallel_size=model_parallel_size, device=device,
+        dtype=dtype, force=force,
+    )  # fmt: skip
+    if is_main_rank():
+        print(f"{n_lines:,} lines in {output}, {n_failed:,} of them failed")
+        if n_failed:  # on one rank: at the first that ends so, torchrun stops the others
+            sys.exit(1)
+
+
 def inspect(
     model: str,
     mp: int = 1,
@@ -241,6 +296,7 @@ COMMANDS = {
     "inspect": inspect,
     "convert": convert,
     "verify": verify,
+    "batch": batch,
     "train": train,
     "finetune": finetune,
     "perplexity": perplexity,

@@ -149,6 +149,7 @@ def batch(
     max_batch_size: int = 16,
     model_parallel_size: int | None = None,
     seed: int = 1,
+    mode: str = "fast",
     device: str | None = None,
     dtype: str | None = None,
     force: bool = False,
@@ -176,6 +177,7 @@ def batch(
         model_parallel_size: ranks that share a model; with fewer than torchrun started, each such
             group takes its share of the lines. By default all.
         seed: a line without a seed of its own has one made of this and its index.
+        mode: fast or reference.
         device: cpu or cuda; by default the best there is.
         dtype: float32, bfloat16 or float16; by default as in Llama.build.
         force: start anew, whatever OUTPUT holds.
@@ -186,8 +188,8 @@ def batch(
     n_lines, n_failed = run_batch(
         str(input), str(output), sampling, seed=seed, ckpt_dir=ckpt_dir and str(ckpt_dir),
         tokenizer_path=tokenizer_path and str(tokenizer_path), max_seq_len=max_seq_len,
-        max_batch_size=max_batch_size, model_parallel_size=model_parallel_size, device=device,
-        dtype=dtype, force=force,
+        max_batch_size=max_batch_size, model_parallel_size=model_parallel_size, mode=mode,  # type: ignore[arg-type]
+        device=device, dtype=dtype, force=force,
     )  # fmt: skip
     if is_main_rank():
         print(f"{n_lines:,} lines in {output}, {n_failed:,} of them failed")

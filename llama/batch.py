@@ -4,7 +4,6 @@ import json
 import reprlib
 from collections import deque
 from collections.abc import Iterable, Mapping
-from dataclasses import fields
 from itertools import islice
 from typing import Any
 
@@ -14,16 +13,13 @@ from tqdm import tqdm
 from llama import parallel
 from llama.batch_files import BatchFiles, Part
 from llama.errors import DataError, GenerationError
-from llama.generation import Llama
+from llama.generation import Llama, Mode
 from llama.request import Request
 from llama.sampling import SamplingParams
 
 # Lines under way for each row of the cache. Some are done and wait for an earlier one, since the
 # output keeps the order of the input; the others keep the engine full meanwhile.
 WINDOW = 16
-
-# What a line, or a flag for all of them, may say about the sampling.
-OPTIONS = [field.name for field in fields(SamplingParams) if field.name != "logits_processor"]
 
 
 def run_batch(
@@ -37,6 +33,7 @@ def run_batch(
     max_seq_len: int | None = None,
     max_batch_size: int = 16,
     model_parallel_size: int | None = None,
+    mode: Mode = "fast",
     device: str | None = None,
     dtype: str | None = None,
     force: bool = False,
@@ -58,7 +55,7 @@ def run_batch(
     Returns the number of lines and of those that failed, on every rank.
     Raises a LlamaError where no line could be run, before the model is loaded if it can be known.
     """
-    _sampling_params(options, {}, seed)  # a mistake here is no line's
+    _sampling_params(options, {"seed": seed}, 0)  # a mistake here is no line's
     target = parallel.local_device(device)
     parallel.initialize(model_parallel_size, target)
     group, n_groups = parallel.dp_rank(), parallel.dp_size()
@@ -75,11 +72,11 @@ def run_batch(
     if not all(done):
         llama = Llama.build(
             ckpt_dir, tokenizer_path, max_seq_len, max_batch_size, model_parallel_size, seed,
-            mode="fast", device=device, dtype=dtype,
+            mode=mode, device=device, dtype=dtype,
         )  # fmt: skip
         todo = files.todo(done, group, n_groups)
         tasks = (Task(llama, index, line, options, seed) for index, line in todo)
-        with llama._led([]), _bar(done, group, n_groups) as bar:
+        with llama.lead([]), _bar(done, group, n_groups) as bar:
             if part is not None:
                 failed = _run(llama, tasks, part, WINDOW * max_batch_size, bar)
     if part is not None:
@@ -118,7 +115,7 @@ class Task:
         if not self._is_dialog and not isinstance(prompt, str):
             raise DataError(f'"prompt" must be a text, not {reprlib.repr(prompt)}')
         llama = self._llama
-        tokens = llama._encode_dialog(prompt) if self._is_dialog else llama._encode(prompt)
+        tokens = llama.encode_prompt(prompt)
         for params in _sampling_params(options, line, seed).samples():
             request = llama.engine.submit(tokens, params, row=self._head["index"])
             self._requests.append(request)
@@ -149,7 +146,7 @@ class Task:
         }
         if request.params.logprobs is not None:
             output |= {
-                "tokens": self._llama._token_texts(request.tokens),
+                "tokens": self._llama.token_texts(request.tokens),
                 "logprobs": request.logprobs,
                 "top_logprobs": request.top_logprobs,
             }
@@ -213,8 +210,6 @@ def _sampling_params(
 ) -> SamplingParams:
     """The options, where missing the defaults; `seed` where neither has one."""
     merged = {**defaults, **options}
-    if unknown := [name for name in merged if name not in OPTIONS]:
-        raise GenerationError(f"unknown option {unknown[0]}: one of {', '.join(OPTIONS)}")
     if merged.get("seed") is None:
         merged["seed"] = seed
     if isinstance(bias := merged.get("logit_bias"), dict):  # JSON has but strings for keys
@@ -222,4 +217,4 @@ def _sampling_params(
             merged["logit_bias"] = {int(token): value for token, value in bias.items()}
         except ValueError as error:
             raise GenerationError(f"logit_bias is {bias}: its keys must be token ids") from error
-    return SamplingParams(**merged)
+    return SamplingParams.of(merged)

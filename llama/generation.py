@@ -5,7 +5,7 @@ import logging
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import fields, replace
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, NotRequired, TypedDict, get_args, overload
@@ -171,8 +171,9 @@ class Llama:
         above 1, a prompt's rows follow each other.
         Raises GenerationError where prompts or options are out of their limits.
         """
-        options |= {"prompt_logprobs": True} if echo and logprobs else {}
-        params = _params(options, temperature=temperature, top_p=top_p, max_gen_len=max_gen_len)
+        options |= dict(temperature=temperature, top_p=top_p, max_gen_len=max_gen_len)
+        options |= dict(prompt_logprobs=True) if echo and logprobs else {}
+        params = SamplingParams.of(options)
         requests = self._complete(prompt_tokens, params)
         tokens = [_echoed(echo, r.prompt_tokens, r.tokens) for r in requests]
         scores = [_echoed(echo, r.prompt_logprobs, r.logprobs) for r in requests]
@@ -208,9 +209,10 @@ class Llama:
         stop token or the end of the cache. stream: give what `stream` gives, of these prompts."""
         if isinstance(prompts, str):
             raise GenerationError("prompts is one string: give a list of strings")
-        prompt_tokens = [self._encode(text) for text in prompts]
-        options |= {"prompt_logprobs": True} if echo and logprobs else {}
-        params = _params(options, temperature=temperature, top_p=top_p, max_gen_len=max_gen_len)
+        prompt_tokens = [self.encode_prompt(text) for text in prompts]
+        options |= dict(temperature=temperature, top_p=top_p, max_gen_len=max_gen_len)
+        options |= dict(prompt_logprobs=True) if echo and logprobs else {}
+        params = SamplingParams.of(options)
         if stream:
             return self._stream(prompt_tokens, params)
         predictions: list[CompletionPrediction] = []
@@ -220,7 +222,7 @@ class Llama:
             n_cut = len(self.tokenizer.decode(request.tokens)) - len(request.text)  # a stop string
             prediction = CompletionPrediction(generation=text[: len(text) - n_cut])
             if logprobs:
-                prediction["tokens"] = self._token_texts(tokens)
+                prediction["tokens"] = self.token_texts(tokens)
                 prediction["logprobs"] = _echoed(echo, request.prompt_logprobs, request.logprobs)
             predictions.append(prediction)
         return predictions
@@ -236,15 +238,16 @@ class Llama:
     ) -> list[ChatPrediction]:
         """Answer each dialog, in the tokenizer's chat format, with the assistant's next message.
         The arguments are those of `text_completion`."""
-        prompt_tokens = [self._encode_dialog(dialog) for dialog in dialogs]
-        params = _params(options, temperature=temperature, top_p=top_p, max_gen_len=max_gen_len)
+        prompt_tokens = [self.encode_prompt(dialog) for dialog in dialogs]
+        options |= dict(temperature=temperature, top_p=top_p, max_gen_len=max_gen_len)
+        params = SamplingParams.of(options)
         predictions: list[ChatPrediction] = []
         for request in self._complete(prompt_tokens, params):
             message = self.formatter.decode_message(request.tokens, request.stop_token)
             message["content"] = request.text  # which a stop string may have cut
             prediction = ChatPrediction(generation=message)
             if logprobs:
-                prediction["tokens"] = self._token_texts(request.tokens)
+                prediction["tokens"] = self.token_texts(request.tokens)
                 prediction["logprobs"] = request.logprobs
             predictions.append(prediction)
         return predictions
@@ -268,34 +271,33 @@ class Llama:
             options: those of `SamplingParams`.
         """
         several = prompts if _is_several(prompts) else [prompts]
-        return self._stream([self._encode(p) for p in several], _params(options), is_private)
+        return self._stream(
+            [self.encode_prompt(p) for p in several], SamplingParams.of(options), is_private
+        )
 
     def score(self, prompts: Sequence[str | Sequence[int]]) -> list[list[float]]:
         """The natural logarithm of each prompt token's probability, 0.0 for a prompt's first.
 
         Computed in chunks, so that memory does not grow with a prompt's length.
         """
-        prompt_tokens = [self._encode(prompt) for prompt in prompts]
+        prompt_tokens = [self.encode_prompt(prompt) for prompt in prompts]
         params = SamplingParams(max_gen_len=0, prompt_logprobs=True)
         requests = self._complete(prompt_tokens, params, is_exact=False)
         return [request.prompt_logprobs for request in requests]
 
-    def _encode(self, prompt: Any) -> list[int]:
-        """Token ids of a text, of a dialog, or as they are."""
+    def encode_prompt(self, prompt: Any) -> list[int]:
+        """Token ids of a text, after a <|begin_of_text|>, of a dialog, or as they are."""
         if isinstance(prompt, str):
             return self.tokenizer.encode(prompt, bos=True, eos=False)
         if isinstance(prompt, Sequence) and prompt and isinstance(prompt[0], Mapping):
-            return self._encode_dialog(prompt)
+            if self._is_base:
+                self._is_base = False
+                if parallel.is_main_rank():
+                    log.warning(doctor.CHAT["base"])
+            return self.formatter.encode_dialog_prompt(prompt)
         return prompt
 
-    def _encode_dialog(self, dialog: Dialog) -> list[int]:
-        if self._is_base:
-            self._is_base = False
-            if parallel.is_main_rank():
-                log.warning(doctor.CHAT["base"])
-        return self.formatter.encode_dialog_prompt(dialog)
-
-    def _token_texts(self, tokens: list[int]) -> list[str]:
+    def token_texts(self, tokens: list[int]) -> list[str]:
         """The text that each token completes; joined they are the whole text."""
         decoder = TextDecoder(self.tokenizer)
         texts = [decoder.push(token) for token in tokens]
@@ -341,7 +343,7 @@ class Llama:
         if is_exact is None:
             is_exact = self.mode == "reference" and len(prompts) * params.n == 1
         requests = self._submit(prompts, params, is_exact)
-        with self._led(requests) as is_first:
+        with self.lead(requests) as is_first:
             while is_first and any(request.finish_reason is None for request in requests):
                 self._step()
         for request in requests:
@@ -361,7 +363,7 @@ class Llama:
 
     def _events(self, requests: list[Request], inbox: deque[Event]) -> Iterator[Event]:
         try:
-            with self._led(requests) as is_first:
+            with self.lead(requests) as is_first:
                 open_rows = len(requests) if is_first else 0
                 while open_rows:
                     if not inbox:
@@ -382,7 +384,7 @@ class Llama:
                 self._inboxes[event.request].append(event)
 
     @contextlib.contextmanager
-    def _led(self, requests: list[Request]) -> Iterator[bool]:
+    def lead(self, requests: list[Request]) -> Iterator[bool]:
         """True on the rank that steps; the others have followed it to its end, and it lets them go
         whatever happens. What is not done then is cancelled."""
         if parallel.mp_rank() > 0:
@@ -400,13 +402,6 @@ class Llama:
             for request in requests:
                 self.engine.cancel(request)
             self.engine.dismiss(failed)
-
-
-def _params(options: Mapping[str, Any], **named: Any) -> SamplingParams:
-    known = [field.name for field in fields(SamplingParams)]
-    if unknown := [name for name in options if name not in known]:
-        raise GenerationError(f"unknown option {unknown[0]}: one of {', '.join(known)}")
-    return SamplingParams(**named, **options)
 
 
 def _echoed(echo: bool, of_prompt: list[Any], generated: list[Any]) -> list[Any]:

@@ -5,7 +5,8 @@ import reprlib
 import sys
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -112,6 +113,15 @@ class SamplingParams:
         require("n", _integer(self.n, 1), "1 or above")
         processor = self.logits_processor
         require("logits_processor", processor is None or callable(processor), "a function")
+
+    @classmethod
+    def of(cls, options: Mapping[str, Any]) -> "SamplingParams":
+        """From options by their names, as a caller or a file has them; GenerationError for a name
+        that is none."""
+        known = [field.name for field in fields(cls)]
+        if unknown := [name for name in options if name not in known]:
+            raise GenerationError(f"unknown option {unknown[0]}: one of {', '.join(known)}")
+        return cls(**options)
 
     def samples(self) -> list["SamplingParams"]:
         """The same for each of the n samples alone, with seeds that follow each other."""

@@ -30,7 +30,7 @@ class ParallelError(LlamaError):
 
 
 class DataError(LlamaError):
-    """Training data that cannot be read: token files, dialogs, text."""
+    """Data that cannot be read: token files, dialogs, text, tasks to evaluate."""
 
 
 class TrainingError(LlamaError):

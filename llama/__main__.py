@@ -2,6 +2,7 @@
 
 import logging
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +95,50 @@ def perplexity(
         print(f"nats a token    {result.nats_per_token:.4f}")
         print(f"perplexity      {result.perplexity:.3f}")
         print(f"bits a byte     {result.bits_per_byte:.4f}")
+
+
+def evaluate(
+    tasks: str | Sequence[str],
+    ckpt_dir: str | None = None,
+    tokenizer_path: str | None = None,
+    include_path: str | None = None,
+    limit: float | None = None,
+    num_fewshot: int | None = None,
+    out: str | None = None,
+    max_seq_len: int | None = None,
+    batch_size: int = 4,
+    device: str | None = None,
+    dtype: str | None = None,
+) -> None:
+    """Run tasks of the lm-evaluation-harness (extra [eval]) and show its table.
+
+    Example: python -m llama evaluate hellaswag,arc_easy --ckpt_dir Meta-Llama-3-8B --limit 100
+
+    The harness fetches the data of its own tasks from the Hugging Face Hub. Contexts longer than
+    max_seq_len lose their beginning. No chat format is applied.
+
+    Args:
+        tasks: names of tasks, groups or tags, with commas between.
+        ckpt_dir: a checkpoint folder; without it the bundled model.
+        tokenizer_path: tokenizer.model; by default the one in ckpt_dir.
+        include_path: a folder with tasks of your own, as YAML files; they may run Python code.
+        limit: documents of a task at most, or their share if below 1.
+        num_fewshot: examples in front of each question; by default as the task says.
+        out: a file for the results as JSON.
+        max_seq_len: tokens of prompt and answer together; by default as in Llama.build.
+        batch_size: prompts that are continued at once.
+        device: cpu or cuda; by default the best there is.
+        dtype: float32, bfloat16 or float16; by default as in Llama.build.
+    """
+    from llama.harness import evaluate as run
+
+    names = tasks.split(",") if isinstance(tasks, str) else list(map(str, tasks))
+    table = run(
+        names, include_path, limit, num_fewshot, out and str(out), ckpt_dir=ckpt_dir, batch_size=batch_size,
+        tokenizer_path=tokenizer_path, max_seq_len=max_seq_len, device=device, dtype=dtype,
+    )  # fmt: skip
+    if table:
+        print(table)
 
 
 def tokenize(
@@ -302,6 +347,7 @@ COMMANDS = {
     "train": train,
     "finetune": finetune,
     "perplexity": perplexity,
+    "evaluate": evaluate,
     "tokenize": tokenize,
     "vocab": vocab,
 }

@@ -249,14 +249,15 @@ class Engine:
             slot.tokens = prompt[:end]
         if wants_prompt and logits is not None:
             targets = torch.tensor(prompt[start + 1 : end + 1], device=logits.device)
-            request.prompt_logprobs += sampling.logprob_of(
-                logits[0, : len(targets)], targets
-            ).tolist()
+            scored = logits[0, : len(targets)]
+            request.prompt_logprobs += sampling.logprob_of(scored, targets).tolist()
+            request.prompt_is_greedy += (scored.argmax(dim=-1) == targets).tolist()
         if not is_last:
             return end - start, None
         self._prefilling = None
         if wants_prompt:
             request.prompt_logprobs.insert(0, 0.0)  # nothing predicts the first
+            request.prompt_is_greedy.insert(0, False)
         if request.max_gen_len == 0:
             self._release(slot)
             return end - start, self._end(request, "length")

@@ -39,7 +39,7 @@ class ParallelError(LlamaError):
 
 
 class DataError(LlamaError):
-    """Data that cannot be read or written: token files, dialogs, text, batch jobs."""
+    """Data that cannot be read or written: token files, dialogs, text, batch jobs, tasks."""
 
 
 class TrainingError(LlamaError):

@@ -174,7 +174,7 @@ class Llama:
         options |= dict(temperature=temperature, top_p=top_p, max_gen_len=max_gen_len)
         options |= dict(prompt_logprobs=True) if echo and logprobs else {}
         params = SamplingParams.of(options)
-        requests = self._complete(prompt_tokens, params)
+        requests = self.complete(prompt_tokens, params)
         tokens = [_echoed(echo, r.prompt_tokens, r.tokens) for r in requests]
         scores = [_echoed(echo, r.prompt_logprobs, r.logprobs) for r in requests]
         return tokens, scores if logprobs else None
@@ -216,7 +216,7 @@ class Llama:
         if stream:
             return self._stream(prompt_tokens, params)
         predictions: list[CompletionPrediction] = []
-        for request in self._complete(prompt_tokens, params):
+        for request in self.complete(prompt_tokens, params):
             tokens = _echoed(echo, request.prompt_tokens, request.tokens)
             text = self.tokenizer.decode(tokens)  # with an echo, one character may be of both
             n_cut = len(self.tokenizer.decode(request.tokens)) - len(request.text)  # a stop string
@@ -242,7 +242,7 @@ class Llama:
         options |= dict(temperature=temperature, top_p=top_p, max_gen_len=max_gen_len)
         params = SamplingParams.of(options)
         predictions: list[ChatPrediction] = []
-        for request in self._complete(prompt_tokens, params):
+        for request in self.complete(prompt_tokens, params):
             message = self.formatter.decode_message(request.tokens, request.stop_token)
             message["content"] = request.text  # which a stop string may have cut
             prediction = ChatPrediction(generation=message)
@@ -271,9 +271,8 @@ class Llama:
             options: those of `SamplingParams`.
         """
         several = prompts if _is_several(prompts) else [prompts]
-        return self._stream(
-            [self.encode_prompt(p) for p in several], SamplingParams.of(options), is_private
-        )
+        prompt_tokens = [self.encode_prompt(prompt) for prompt in several]
+        return self._stream(prompt_tokens, SamplingParams.of(options), is_private)
 
     def score(self, prompts: Sequence[str | Sequence[int]]) -> list[list[float]]:
         """The natural logarithm of each prompt token's probability, 0.0 for a prompt's first.
@@ -282,7 +281,7 @@ class Llama:
         """
         prompt_tokens = [self.encode_prompt(prompt) for prompt in prompts]
         params = SamplingParams(max_gen_len=0, prompt_logprobs=True)
-        requests = self._complete(prompt_tokens, params, is_exact=False)
+        requests = self.complete(prompt_tokens, params, is_exact=False)
         return [request.prompt_logprobs for request in requests]
 
     def encode_prompt(self, prompt: Any) -> list[int]:
@@ -333,13 +332,16 @@ class Llama:
             raise
         return requests
 
-    def _complete(
+    def complete(
         self,
         prompts: Sequence[Sequence[int]],
         params: SamplingParams,
         is_exact: bool | None = None,
     ) -> list[Request]:
-        """Run a request for each row to its end; on every rank, with the same results."""
+        """Run a request for each row to its end and return them, the same on every rank.
+
+        is_exact: see `Engine.submit`; None: as the mode says.
+        """
         if is_exact is None:
             is_exact = self.mode == "reference" and len(prompts) * params.n == 1
         requests = self._submit(prompts, params, is_exact)

@@ -24,6 +24,7 @@ class Request:
             each one's probability under the model, whatever the sampling.
         top_logprobs: the likeliest ids at each place with theirs, where the params ask for them.
         prompt_logprobs: of the prompt's tokens, where asked for; 0.0 for the first.
+        prompt_is_greedy: with these, whether each was the likeliest at its place.
         text: of the tokens, up to a stop string.
         finish_reason: None while it is under way; "stop" (a stop token or string), "length" (of the
             params or the cache), "cancelled", or "error", then `error` says which.
@@ -43,6 +44,7 @@ class Request:
     logprobs: list[float] = field(default_factory=list)
     top_logprobs: list[list[tuple[int, float]]] = field(default_factory=list)
     prompt_logprobs: list[float] = field(default_factory=list)
+    prompt_is_greedy: list[bool] = field(default_factory=list)
     text: str = ""
     finish_reason: FinishReason | None = None
     stop_token: int | None = None
@@ -82,7 +84,7 @@ class Request:
         assert self.finish_reason is not None
         yield get_args(FinishReason).index(self.finish_reason)
         yield -1 if self.stop_token is None else self.stop_token
-        yield from (len(self.prompt_logprobs), *self.prompt_logprobs)
+        yield from (len(self.prompt_logprobs), *self.prompt_logprobs, *self.prompt_is_greedy)
         yield from (len(self.tokens), *self.tokens, *self.logprobs)
         for alternatives in self.top_logprobs:
             for pair in alternatives:
@@ -92,7 +94,9 @@ class Request:
         reason = get_args(FinishReason)[int(next(numbers))]
         stop_token = int(next(numbers))
         self.stop_token = None if stop_token < 0 else stop_token
-        self.prompt_logprobs = list(islice(numbers, int(next(numbers))))
+        n = int(next(numbers))
+        self.prompt_logprobs = list(islice(numbers, n))
+        self.prompt_is_greedy = list(map(bool, islice(numbers, n)))
         n = int(next(numbers))
         tokens, logprobs = list(islice(numbers, n)), list(islice(numbers, n))
         for token, logprob in zip(tokens, logprobs, strict=True):

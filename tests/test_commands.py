@@ -244,7 +244,7 @@ def test_over_long_dialogs_are_counted(folder: Path, run: Run) -> None:
 
 
 @pytest.mark.parametrize(
-    "command", ["batch", "train", "finetune", "perplexity", "tokenize", "vocab"]
+    "command", ["batch", "train", "finetune", "perplexity", "evaluate", "tokenize", "vocab"]
 )
 def test_help_shows_an_example_or_every_argument(command: str) -> None:
     done = subprocess.run(

@@ -115,7 +115,7 @@ class Task:
         if not self._is_dialog and not isinstance(prompt, str):
             raise DataError(f'"prompt" must be a text, not {reprlib.repr(prompt)}')
         llama = self._llama
-        tokens = llama.encode_prompt(prompt)
+        tokens = llama.encode_dialog(prompt) if self._is_dialog else llama.encode_prompt(prompt)
         for params in _sampling_params(options, line, seed).samples():
             request = llama.engine.submit(tokens, params, row=self._head["index"])
             self._requests.append(request)

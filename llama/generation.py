@@ -214,7 +214,7 @@ class Llama:
         options |= dict(prompt_logprobs=True) if echo and logprobs else {}
         params = SamplingParams.of(options)
         if stream:
-            return self._stream(prompt_tokens, params)
+            return self._events(prompt_tokens, params)
         predictions: list[CompletionPrediction] = []
         for request in self.complete(prompt_tokens, params):
             tokens = _echoed(echo, request.prompt_tokens, request.tokens)
@@ -238,7 +238,7 @@ class Llama:
     ) -> list[ChatPrediction]:
         """Answer each dialog, in the tokenizer's chat format, with the assistant's next message.
         The arguments are those of `text_completion`."""
-        prompt_tokens = [self.encode_prompt(dialog) for dialog in dialogs]
+        prompt_tokens = [self.encode_dialog(dialog) for dialog in dialogs]
         options |= dict(temperature=temperature, top_p=top_p, max_gen_len=max_gen_len)
         params = SamplingParams.of(options)
         predictions: list[ChatPrediction] = []
@@ -272,7 +272,7 @@ class Llama:
         """
         several = prompts if _is_several(prompts) else [prompts]
         prompt_tokens = [self.encode_prompt(prompt) for prompt in several]
-        return self._stream(prompt_tokens, SamplingParams.of(options), is_private)
+        return self._events(prompt_tokens, SamplingParams.of(options), is_private)
 
     def score(self, prompts: Sequence[str | Sequence[int]]) -> list[list[float]]:
         """The natural logarithm of each prompt token's probability, 0.0 for a prompt's first.
@@ -289,12 +289,16 @@ class Llama:
         if isinstance(prompt, str):
             return self.tokenizer.encode(prompt, bos=True, eos=False)
         if isinstance(prompt, Sequence) and prompt and isinstance(prompt[0], Mapping):
-            if self._is_base:
-                self._is_base = False
-                if parallel.is_main_rank():
-                    log.warning(doctor.CHAT["base"])
-            return self.formatter.encode_dialog_prompt(prompt)
+            return self.encode_dialog(prompt)
         return prompt
+
+    def encode_dialog(self, dialog: Dialog) -> list[int]:
+        """Token ids of a dialog and the header of the answer to come, in the chat format."""
+        if self._is_base:
+            self._is_base = False
+            if parallel.is_main_rank():
+                log.warning(doctor.CHAT["base"])
+        return self.formatter.encode_dialog_prompt(dialog)
 
     def token_texts(self, tokens: list[int]) -> list[str]:
         """The text that each token completes; joined they are the whole text."""
@@ -343,7 +347,7 @@ class Llama:
         is_exact: see `Engine.submit`; None: as the mode says.
         """
         if is_exact is None:
-            is_exact = self.mode == "reference" and len(prompts) * params.n == 1
+            is_exact = self._is_exact(prompts, params)
         requests = self._submit(prompts, params, is_exact)
         with self.lead(requests) as is_first:
             while is_first and any(request.finish_reason is None for request in requests):
@@ -354,16 +358,13 @@ class Llama:
                 raise request.error
         return requests
 
-    def _stream(
+    def _events(
         self, prompts: Sequence[Sequence[int]], params: SamplingParams, is_private: bool = False
     ) -> Iterator[Event]:
-        is_exact = self.mode == "reference" and len(prompts) * params.n == 1
-        requests = self._submit(prompts, params, is_exact, is_private)
+        """Submit with the first event that is asked for, and cancel what is left at the end."""
+        requests = self._submit(prompts, params, self._is_exact(prompts, params), is_private)
         inbox: deque[Event] = deque()
         self._inboxes |= dict.fromkeys(requests, inbox)
-        return self._events(requests, inbox)
-
-    def _events(self, requests: list[Request], inbox: deque[Event]) -> Iterator[Event]:
         try:
             with self.lead(requests) as is_first:
                 open_rows = len(requests) if is_first else 0
@@ -379,6 +380,10 @@ class Llama:
         finally:
             for request in requests:
                 del self._inboxes[request]
+
+    def _is_exact(self, prompts: Sequence[Sequence[int]], params: SamplingParams) -> bool:
+        """Whether Meta's own forwards are promised."""
+        return self.mode == "reference" and len(prompts) * params.n == 1
 
     def _step(self) -> None:
         for event in self.engine.step():

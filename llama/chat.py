@@ -166,7 +166,7 @@ class Chat:
         if not isinstance(formatter, ChatFormat):
             return tokens
         answers = iter(self.answers)
-        tokens = [self.llama.tokenizer.bos_id]
+        tokens = tokens[:1]  # <|begin_of_text|>
         for message in dialog:
             is_answer = message["role"] == "assistant"
             tokens += next(answers) if is_answer else formatter.encode_message(message)

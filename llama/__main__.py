@@ -1,14 +1,72 @@
-"""python -m llama COMMAND: look at, convert and check checkpoints, run, train and score."""
+"""python -m llama COMMAND: complete and chat, checkpoints, batches, training, evaluation."""
 
 import logging
+import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import fire
+from fire.decorators import SetParseFn
 
-from llama.errors import DataError, LlamaError
+from llama.errors import DataError, GenerationError, LlamaError
+
+# Flags that are texts, whatever they look like: fire takes 1.50 for a number.
+as_text: Callable[[Callable[..., None]], Callable[..., None]] = SetParseFn(
+    str, "prompt", "stop", "ckpt_dir", "tokenizer_path", "device", "dtype", "mode"
+)
+
+
+@as_text
+def complete(prompt: str | None = None, *words: str, **flags: Any) -> None:
+    """Continue a text, and show the continuation as it comes. Ctrl-C ends it.
+
+    Example: python -m llama complete "Once upon a time" --max_gen_len 100
+
+    Without PROMPT, standard input is the prompt. In a pipe nothing but the texts is printed.
+
+    Model:    --ckpt_dir FOLDER (or an id on the Hub; without it the bundled model)
+              --tokenizer_path FILE --max_seq_len N --mode fast|reference
+              --device cpu|cuda|mps --dtype float32|bfloat16|float16 --rope_factor X
+    Sampling: --temperature 0.6 (0: the likeliest) --top_p 0.9 --top_k 0 --min_p 0 --seed 1
+              --repetition_penalty 1 --presence_penalty 0 --frequency_penalty 0
+    End:      --max_gen_len N --stop TEXT --ignore_eos
+    Samples:  --n 3 (generated at the same time, shown one after the other)
+
+    Args:
+        prompt: the text, in quotes.
+    """
+    from llama import terminal
+    from llama.generation import Llama
+
+    build, params = terminal.read_flags(words, flags)
+    if prompt is None and sys.stdin.isatty():
+        raise GenerationError("no prompt: give a text in quotes, or one on standard input")
+    terminal.complete(Llama.build(**build, max_batch_size=min(params.n, 4)), prompt, params)
+
+
+@as_text
+def chat(*words: str, **flags: Any) -> None:
+    """Chat with a model; /help lists what can be typed.
+
+    Example: python -m llama chat --ckpt_dir Llama3.2-1B-Instruct
+
+    Each turn costs its own tokens only: the cache keeps what came before. Under torchrun the first
+    rank has the terminal, and Ctrl-C ends all.
+    Flags: those of `python -m llama complete --help`, but --n.
+    """
+    from llama import terminal
+    from llama.chat import Chat
+    from llama.generation import Llama
+
+    build, params = terminal.read_flags(words, flags)
+    if params.n != 1:
+        raise GenerationError(f"n is {params.n}: a chat has one answer to each message")
+    llama = Llama.build(**build, max_batch_size=1)
+    with terminal.owned(llama) as is_ours:
+        if is_ours:
+            Chat(llama, params).run()
 
 
 def train(config: str | None = None, **flags: Any) -> None:
@@ -134,8 +192,8 @@ def evaluate(
 
     names = tasks.split(",") if isinstance(tasks, str) else list(map(str, tasks))
     table = run(
-        names, include_path, limit, num_fewshot, out and str(out), ckpt_dir=ckpt_dir, batch_size=batch_size,
-        tokenizer_path=tokenizer_path, max_seq_len=max_seq_len, device=device, dtype=dtype,
+        names, include_path, limit, num_fewshot, out and str(out), ckpt_dir=ckpt_dir,
+        batch_size=batch_size, tokenizer_path=tokenizer_path, max_seq_len=max_seq_len, device=device, dtype=dtype,
     )  # fmt: skip
     if table:
         print(table)
@@ -339,6 +397,8 @@ def doctor(
 
 
 COMMANDS = {
+    "complete": complete,
+    "chat": chat,
     "doctor": doctor,
     "inspect": inspect,
     "convert": convert,
@@ -366,6 +426,9 @@ def main() -> None:
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         sys.exit(130)
+    except BrokenPipeError:  # whoever read our output has enough, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at the exit
+        sys.exit(141)
 
 
 if __name__ == "__main__":

@@ -109,12 +109,9 @@ class Engine:
 
         Raises GenerationError where the prompt or the params do not fit the model.
         """
-        prompt = self._check_prompt(prompt_tokens, row, only_scored=params.max_gen_len == 0)
-        params.check_vocabulary(self.model.vocab_size)
+        prompt = self.check(prompt_tokens, params, row)
         if params.n != 1:
             raise GenerationError(f"n is {params.n}: the engine takes one request for each sample")
-        if params.stop and self.tokenizer is None:
-            raise GenerationError("stop strings need a tokenizer: give the engine one")
         room = max(0, self.max_seq_len - len(prompt))
         wanted = room if params.max_gen_len is None else params.max_gen_len
         stop_tokens = params.stop_tokens
@@ -146,23 +143,31 @@ class Engine:
                 self._release(slot)
         self._cancelled.append(self._end(request, "cancelled"))
 
-    def _check_prompt(self, prompt: Sequence[int], row: int, only_scored: bool) -> list[int]:
-        if isinstance(prompt, str) or not isinstance(prompt, Sequence):
-            raise GenerationError(f"prompt {row} is {prompt!r}, not a list of token ids")
-        if not prompt:
+    def check(
+        self, prompt_tokens: Sequence[int], params: SamplingParams, row: int = 0
+    ) -> list[int]:
+        """The prompt's ids, after the checks that `submit` makes."""
+        params.check_vocabulary(self.model.vocab_size)
+        if params.stop and self.tokenizer is None:
+            raise GenerationError("stop strings need a tokenizer: give the engine one")
+        if isinstance(prompt_tokens, str) or not isinstance(prompt_tokens, Sequence):
+            raise GenerationError(f"prompt {row} is {prompt_tokens!r}, not a list of token ids")
+        if not prompt_tokens:
             raise GenerationError(f"prompt {row} is empty: it needs at least one token")
-        if len(prompt) > self.max_seq_len + only_scored:
+        # The last token of what is only scored does not go through the model.
+        if len(prompt_tokens) > self.max_seq_len + (params.max_gen_len == 0):
             raise GenerationError(
-                f"prompt {row} has {len(prompt)} tokens, but max_seq_len is {self.max_seq_len}"
+                f"prompt {row} has {len(prompt_tokens)} tokens, but max_seq_len is "
+                f"{self.max_seq_len}"
             )
-        for token in prompt:
+        for token in prompt_tokens:
             if not isinstance(token, SupportsIndex):
                 raise GenerationError(f"prompt {row} has {token!r}, which is no token id")
             if not 0 <= token.__index__() < self.model.vocab_size:
                 raise GenerationError(
                     f"prompt {row} has token id {token}, but vocab_size is {self.model.vocab_size}"
                 )
-        return [token.__index__() for token in prompt]
+        return [token.__index__() for token in prompt_tokens]
 
     def _generator(self, seed: int | None) -> torch.Generator:
         """Random numbers that depend on no other request."""

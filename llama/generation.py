@@ -214,7 +214,7 @@ class Llama:
         options |= dict(prompt_logprobs=True) if echo and logprobs else {}
         params = SamplingParams.of(options)
         if stream:
-            return self._events(prompt_tokens, params)
+            return self._stream(prompt_tokens, params)
         predictions: list[CompletionPrediction] = []
         for request in self.complete(prompt_tokens, params):
             tokens = _echoed(echo, request.prompt_tokens, request.tokens)
@@ -272,7 +272,7 @@ class Llama:
         """
         several = prompts if _is_several(prompts) else [prompts]
         prompt_tokens = [self.encode_prompt(prompt) for prompt in several]
-        return self._events(prompt_tokens, SamplingParams.of(options), is_private)
+        return self._stream(prompt_tokens, SamplingParams.of(options), is_private)
 
     def score(self, prompts: Sequence[str | Sequence[int]]) -> list[list[float]]:
         """The natural logarithm of each prompt token's probability, 0.0 for a prompt's first.
@@ -358,10 +358,17 @@ class Llama:
                 raise request.error
         return requests
 
-    def _events(
+    def _stream(
         self, prompts: Sequence[Sequence[int]], params: SamplingParams, is_private: bool = False
     ) -> Iterator[Event]:
-        """Submit with the first event that is asked for, and cancel what is left at the end."""
+        for row, prompt in enumerate(prompts):
+            self.engine.check(prompt, params, row)  # now, not with the first event
+        return self._events(prompts, params, is_private)
+
+    def _events(
+        self, prompts: Sequence[Sequence[int]], params: SamplingParams, is_private: bool
+    ) -> Iterator[Event]:
+        """Submit when the first event is asked for, and cancel what is left at the end."""
         requests = self._submit(prompts, params, self._is_exact(prompts, params), is_private)
         inbox: deque[Event] = deque()
         self._inboxes |= dict.fromkeys(requests, inbox)

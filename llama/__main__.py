@@ -193,7 +193,8 @@ def evaluate(
     names = tasks.split(",") if isinstance(tasks, str) else list(map(str, tasks))
     table = run(
         names, include_path, limit, num_fewshot, out and str(out), ckpt_dir=ckpt_dir,
-        batch_size=batch_size, tokenizer_path=tokenizer_path, max_seq_len=max_seq_len, device=device, dtype=dtype,
+        batch_size=batch_size, tokenizer_path=tokenizer_path, max_seq_len=max_seq_len,
+        device=device, dtype=dtype,
     )  # fmt: skip
     if table:
         print(table)
@@ -418,6 +419,8 @@ def main() -> None:
     arguments = sys.argv[1:]
     if {"--help", "-h"} & set(arguments):  # else commands with free flags take it for one of them
         arguments = [*arguments[:1], "--", "--help"] if arguments[0] in COMMANDS else ["--help"]
+        for command in COMMANDS.values():
+            vars(command).pop("FIRE_METADATA", None)  # which help would show as a group of commands
     try:
         fire.Fire(COMMANDS, arguments, name="python -m llama")
     except LlamaError as error:

@@ -11,7 +11,7 @@ import fire
 
 from llama import Dialog, Llama
 from llama.errors import LlamaError
-from llama.parallel import is_main_rank
+from llama.terminal import in_turn
 
 DIALOGS: list[Dialog] = [
     [{"role": "user", "content": "How do I keep basil alive on a windowsill?"}],
@@ -74,16 +74,16 @@ def main(
         max_seq_len=max_seq_len,
         max_batch_size=max_batch_size,
     )
-    results = generator.chat_completion(
+    events = generator.stream(
         dialogs, max_gen_len=max_gen_len, temperature=temperature, top_p=top_p
     )
-    if is_main_rank():
-        for dialog, result in zip(dialogs, results, strict=True):
-            for message in dialog:
-                print(f"{message['role'].capitalize()}: {message['content']}\n")
-            answer = result["generation"]
-            print(f"> {answer['role'].capitalize()}: {answer['content']}")
-            print("\n==================================\n")
+    for row, of_row in in_turn(events):  # on the first rank; the others only compute along
+        for message in dialogs[row]:
+            print(f"{message['role'].capitalize()}: {message['content']}\n")
+        print("> Assistant: ", end="")
+        for event in of_row:
+            print(event.text, end="", flush=True)
+        print("\n\n==================================\n")
 
 
 if __name__ == "__main__":

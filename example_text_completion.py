@@ -11,7 +11,7 @@ import fire
 
 from llama import Llama
 from llama.errors import LlamaError
-from llama.parallel import is_main_rank
+from llama.terminal import in_turn
 
 # A pretrained model continues text. No prompt ends in a blank: the blank belongs to the next
 # word's token, and a prompt that takes it away asks for a token sequence never seen in training.
@@ -67,14 +67,14 @@ def main(
         max_seq_len=max_seq_len,
         max_batch_size=max_batch_size,
     )
-    results = generator.text_completion(
-        prompts, max_gen_len=max_gen_len, temperature=temperature, top_p=top_p
+    events = generator.text_completion(
+        prompts, max_gen_len=max_gen_len, temperature=temperature, top_p=top_p, stream=True
     )
-    if is_main_rank():
-        for prompt, result in zip(prompts, results, strict=True):
-            print(prompt)
-            print(f"> {result['generation']}")
-            print("\n==================================\n")
+    for row, of_row in in_turn(events):  # on the first rank; the others only compute along
+        print(f"{prompts[row]}\n> ", end="")
+        for event in of_row:
+            print(event.text, end="", flush=True)
+        print("\n\n==================================\n")
 
 
 if __name__ == "__main__":

@@ -1,13 +1,72 @@
-"""python -m llama COMMAND: look at, convert and check checkpoints, train and score."""
+"""python -m llama COMMAND: complete and chat, checkpoints, batches, training, evaluation."""
 
 import logging
+import os
 import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import fire
+from fire.decorators import SetParseFn
 
-from llama.errors import DataError, LlamaError
+from llama.errors import DataError, GenerationError, LlamaError
+
+# Flags that are texts, whatever they look like: fire takes 1.50 for a number.
+as_text: Callable[[Callable[..., None]], Callable[..., None]] = SetParseFn(
+    str, "prompt", "stop", "ckpt_dir", "tokenizer_path", "device", "dtype", "mode"
+)
+
+
+@as_text
+def complete(prompt: str | None = None, *words: str, **flags: Any) -> None:
+    """Continue a text, and show the continuation as it comes. Ctrl-C ends it.
+
+    Example: python -m llama complete "Once upon a time" --max_gen_len 100
+
+    Without PROMPT, standard input is the prompt. In a pipe nothing but the texts is printed.
+
+    Model:    --ckpt_dir FOLDER (or an id on the Hub; without it the bundled model)
+              --tokenizer_path FILE --max_seq_len N --mode fast|reference
+              --device cpu|cuda|mps --dtype float32|bfloat16|float16 --rope_factor X
+    Sampling: --temperature 0.6 (0: the likeliest) --top_p 0.9 --top_k 0 --min_p 0 --seed 1
+              --repetition_penalty 1 --presence_penalty 0 --frequency_penalty 0
+    End:      --max_gen_len N --stop TEXT --ignore_eos
+    Samples:  --n 3 (generated at the same time, shown one after the other)
+
+    Args:
+        prompt: the text, in quotes.
+    """
+    from llama import terminal
+    from llama.generation import Llama
+
+    build, params = terminal.read_flags(words, flags)
+    if prompt is None and sys.stdin.isatty():
+        raise GenerationError("no prompt: give a text in quotes, or one on standard input")
+    terminal.complete(Llama.build(**build, max_batch_size=min(params.n, 4)), prompt, params)
+
+
+@as_text
+def chat(*words: str, **flags: Any) -> None:
+    """Chat with a model; /help lists what can be typed.
+
+    Example: python -m llama chat --ckpt_dir Llama3.2-1B-Instruct
+
+    Each turn costs its own tokens only: the cache keeps what came before. Under torchrun the first
+    rank has the terminal, and Ctrl-C ends all.
+    Flags: those of `python -m llama complete --help`, but --n.
+    """
+    from llama import terminal
+    from llama.chat import Chat
+    from llama.generation import Llama
+
+    build, params = terminal.read_flags(words, flags)
+    if params.n != 1:
+        raise GenerationError(f"n is {params.n}: a chat has one answer to each message")
+    llama = Llama.build(**build, max_batch_size=1)
+    with terminal.owned(llama) as is_ours:
+        if is_ours:
+            Chat(llama, params).run()
 
 
 def train(config: str | None = None, **flags: Any) -> None:
@@ -96,6 +155,51 @@ def perplexity(
         print(f"bits a byte     {result.bits_per_byte:.4f}")
 
 
+def evaluate(
+    tasks: str | Sequence[str],
+    ckpt_dir: str | None = None,
+    tokenizer_path: str | None = None,
+    include_path: str | None = None,
+    limit: float | None = None,
+    num_fewshot: int | None = None,
+    out: str | None = None,
+    max_seq_len: int | None = None,
+    batch_size: int = 4,
+    device: str | None = None,
+    dtype: str | None = None,
+) -> None:
+    """Run tasks of the lm-evaluation-harness (extra [eval]) and show its table.
+
+    Example: python -m llama evaluate hellaswag,arc_easy --ckpt_dir Meta-Llama-3-8B --limit 100
+
+    The harness fetches the data of its own tasks from the Hugging Face Hub. Contexts longer than
+    max_seq_len lose their beginning. No chat format is applied.
+
+    Args:
+        tasks: names of tasks, groups or tags, with commas between.
+        ckpt_dir: a checkpoint folder; without it the bundled model.
+        tokenizer_path: tokenizer.model; by default the one in ckpt_dir.
+        include_path: a folder with tasks of your own, as YAML files; they may run Python code.
+        limit: documents of a task at most, or their share if below 1.
+        num_fewshot: examples in front of each question; by default as the task says.
+        out: a file for the results as JSON.
+        max_seq_len: tokens of prompt and answer together; by default as in Llama.build.
+        batch_size: prompts that are continued at once.
+        device: cpu or cuda; by default the best there is.
+        dtype: float32, bfloat16 or float16; by default as in Llama.build.
+    """
+    from llama.harness import evaluate as run
+
+    names = tasks.split(",") if isinstance(tasks, str) else list(map(str, tasks))
+    table = run(
+        names, include_path, limit, num_fewshot, out and str(out), ckpt_dir=ckpt_dir,
+        batch_size=batch_size, tokenizer_path=tokenizer_path, max_seq_len=max_seq_len,
+        device=device, dtype=dtype,
+    )  # fmt: skip
+    if table:
+        print(table)
+
+
 def tokenize(
     *files: str, tokenizer: str, out: str, shard_tokens: int = 100_000_000, field: str = "text"
 ) -> None:
@@ -138,6 +242,63 @@ def vocab(*files: str, ranks: int, out: str, field: str = "text") -> None:
         raise DataError("no files to learn from: name at least one")
     train_vocabulary(read_documents(map(str, files), str(field)), ranks, Path(str(out)))
     print(f"{ranks:,} ranks and 256 special tokens in {out}")
+
+
+def batch(
+    input: str,
+    output: str,
+    ckpt_dir: str | None = None,
+    tokenizer_path: str | None = None,
+    max_seq_len: int | None = None,
+    max_batch_size: int = 16,
+    model_parallel_size: int | None = None,
+    seed: int = 1,
+    mode: str = "fast",
+    device: str | None = None,
+    dtype: str | None = None,
+    force: bool = False,
+    **sampling: Any,
+) -> None:
+    """Run a file of prompts and dialogs. The same command goes on after a stop or a kill.
+
+    Example: python -m llama batch prompts.jsonl results.jsonl --ckpt_dir Llama3.2-1B-Instruct
+
+    A line of INPUT is {"prompt": "…"} or {"messages": [{"role": "user", "content": "…"}]}, with
+    "id" and any of the sampling options where wanted. OUTPUT has a line for each, in this order:
+    index, id, text (or message), finish_reason, generated_tokens …, or error; then the command
+    ends with exit code 1. OUTPUT.job.json says what it was made from.
+
+    Sampling of lines that do not say otherwise: --temperature 0.6 --top_p 0.9 --top_k 0 --min_p 0
+    --max_gen_len N --stop '["…"]' --n 1 --logprobs K --ignore_eos … (see llama/sampling.py)
+
+    Args:
+        input: the JSONL file to read.
+        output: the JSONL file to write.
+        ckpt_dir: a checkpoint folder; without it the bundled model.
+        tokenizer_path: tokenizer.model; by default the one in ckpt_dir.
+        max_seq_len: tokens of prompt and answer together; by default as in Llama.build.
+        max_batch_size: lines that are computed together.
+        model_parallel_size: ranks that share a model; with fewer than torchrun started, each such
+            group takes its share of the lines. By default all.
+        seed: a line without a seed of its own has one made of this and its index.
+        mode: fast or reference.
+        device: cpu or cuda; by default the best there is.
+        dtype: float32, bfloat16 or float16; by default as in Llama.build.
+        force: start anew, whatever OUTPUT holds.
+    """
+    from llama.batch import run_batch
+    from llama.parallel import is_main_rank
+
+    n_lines, n_failed = run_batch(
+        str(input), str(output), sampling, seed=seed, ckpt_dir=ckpt_dir and str(ckpt_dir),
+        tokenizer_path=tokenizer_path and str(tokenizer_path), max_seq_len=max_seq_len,
+        max_batch_size=max_batch_size, model_parallel_size=model_parallel_size, mode=mode,  # type: ignore[arg-type]
+        device=device, dtype=dtype, force=force,
+    )  # fmt: skip
+    if is_main_rank():
+        print(f"{n_lines:,} lines in {output}, {n_failed:,} of them failed")
+        if n_failed:  # on one rank: at the first that ends so, torchrun stops the others
+            sys.exit(1)
 
 
 def inspect(
@@ -237,13 +398,17 @@ def doctor(
 
 
 COMMANDS = {
+    "complete": complete,
+    "chat": chat,
     "doctor": doctor,
     "inspect": inspect,
     "convert": convert,
     "verify": verify,
+    "batch": batch,
     "train": train,
     "finetune": finetune,
     "perplexity": perplexity,
+    "evaluate": evaluate,
     "tokenize": tokenize,
     "vocab": vocab,
 }
@@ -254,6 +419,8 @@ def main() -> None:
     arguments = sys.argv[1:]
     if {"--help", "-h"} & set(arguments):  # else commands with free flags take it for one of them
         arguments = [*arguments[:1], "--", "--help"] if arguments[0] in COMMANDS else ["--help"]
+        for command in COMMANDS.values():
+            vars(command).pop("FIRE_METADATA", None)  # which help would show as a group of commands
     try:
         fire.Fire(COMMANDS, arguments, name="python -m llama")
     except LlamaError as error:
@@ -262,6 +429,9 @@ def main() -> None:
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         sys.exit(130)
+    except BrokenPipeError:  # whoever read our output has enough, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at the exit
+        sys.exit(141)
 
 
 if __name__ == "__main__":

@@ -39,7 +39,7 @@ class ParallelError(LlamaError):
 
 
 class DataError(LlamaError):
-    """Training data that cannot be read: token files, dialogs, text."""
+    """Data that cannot be read or written: token files, dialogs, text, batch jobs, tasks."""
 
 
 class TrainingError(LlamaError):

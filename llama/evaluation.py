@@ -4,18 +4,16 @@ Bits a byte compare models of any vocabulary, because bytes do not depend on how
 """
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 
-import torch
+from tqdm import tqdm
 
+from llama import parallel
 from llama.errors import DataError, GenerationError
 from llama.generation import Llama
-from llama.model import next_token_loss
-from llama.token_files import IGNORED
 
 WINDOW = 512  # tokens, where the caller does not say
-MOST_LOGITS = 2**26  # numbers computed at a time: a quarter of a gigabyte
 
 
 @dataclass(frozen=True)
@@ -39,7 +37,6 @@ class Score:
         return self.nats / math.log(2) / self.bytes
 
 
-@torch.inference_mode()
 def score(llama: Llama, texts: Iterable[str], window: int | None = None) -> Score:
     """Score texts in windows that do not overlap, each after a <|begin_of_text|> of its own.
 
@@ -50,8 +47,6 @@ def score(llama: Llama, texts: Iterable[str], window: int | None = None) -> Scor
     window = min(WINDOW, longest) if window is None else window
     if not 1 <= window <= longest:
         raise GenerationError(f"a window of {window} tokens, but max_seq_len is {longest}")
-    rows_at_a_time = max(1, MOST_LOGITS // (window * llama.model.params.vocab_size))
-    device = llama.model.device
     n_bytes, windows = 0, []
     for text in texts:
         n_bytes += len(text.encode("utf-8", "replace"))
@@ -60,16 +55,8 @@ def score(llama: Llama, texts: Iterable[str], window: int | None = None) -> Scor
     if not windows:
         raise DataError("the text is empty: there is nothing to score")
     nats = 0.0
-    for rows in _batches(windows, rows_at_a_time):
-        length = max(map(len, rows))
-        targets = torch.tensor([row + [IGNORED] * (length - len(row)) for row in rows])
-        inputs = targets.roll(1, dims=1).clamp(min=0)  # what stands after a short row's end
-        inputs[:, 0] = llama.tokenizer.bos_id  # has no part in its losses
-        logits = llama.model(inputs.to(device))
-        nats += next_token_loss(logits, targets.to(device), IGNORED, "sum").item()
+    hidden = not parallel.is_main_rank()
+    for tokens in tqdm(windows, "Scoring", unit="window", delay=2, disable=hidden):
+        (logprobs,) = llama.score([[llama.tokenizer.bos_id, *tokens]])
+        nats -= sum(logprobs)
     return Score(nats, sum(map(len, windows)), n_bytes)
-
-
-def _batches(windows: list[list[int]], rows: int) -> Iterator[list[list[int]]]:
-    for start in range(0, len(windows), rows):
-        yield windows[start : start + rows]

@@ -1,22 +1,24 @@
 """`Llama`: a model with its tokenizer, built from a checkpoint folder, that completes and chats."""
 
+import contextlib
 import logging
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import NotRequired, SupportsIndex, TypedDict
+from typing import Any, Literal, NotRequired, TypedDict, get_args, overload
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
 
-from llama import checkpoint, doctor, hub, hugging_face, parallel, sampling
+from llama import checkpoint, doctor, hub, hugging_face, parallel
 from llama.chat_format import ChatFormat, Dialog, Llama2ChatFormat, Message
-from llama.errors import GenerationError
+from llama.engine import Engine
+from llama.errors import ConfigError, GenerationError
 from llama.model import Transformer
-from llama.sampling import sample_top_p
+from llama.request import Event, Request
+from llama.sampling import SamplingParams, sample_top_p
 from llama.tokenizer import TextDecoder, Tokenizer
 from llama.verify import kind_of
 
@@ -24,8 +26,9 @@ __all__ = ["ChatPrediction", "CompletionPrediction", "Dialog", "Llama", "Message
 
 log = logging.getLogger("llama")
 
-# Marks the places of a batch that hold no token yet. The model never sees it.
-EMPTY = -1
+# "reference": one prompt alone gets exactly what Meta's code computes. "fast": the engine may cut
+# prompts into pieces and go on from what its cache holds, which changes the last bits.
+Mode = Literal["reference", "fast"]
 
 
 class CompletionPrediction(TypedDict):
@@ -44,19 +47,11 @@ class ChatPrediction(TypedDict):
     logprobs: NotRequired[list[float]]
 
 
-@dataclass
-class _Row:
-    """What was generated for one prompt."""
-
-    tokens: list[int]
-    logprobs: list[float]
-    stop_token: int | None  # the one that ended it, which is not among the tokens
-
-
 class Llama:
     """Text completion and chat on one model.
 
-    Attributes: `model` (Transformer), `tokenizer` (Tokenizer), `formatter` (its chat format).
+    Attributes: `model` (Transformer), `tokenizer` (Tokenizer), `formatter` (its chat
+    format), `engine` (Engine, which both ways of generating go through).
     """
 
     @staticmethod
@@ -68,6 +63,7 @@ class Llama:
         model_parallel_size: int | None = None,
         seed: int = 1,
         *,
+        mode: Mode = "reference",
         device: str | torch.device | None = None,
         dtype: str | torch.dtype | None = None,
         rope_factor: float | None = None,
@@ -83,9 +79,11 @@ class Llama:
                 `tokenizer.json`.
             max_seq_len: tokens of prompt and answer together, at most the model's context; None:
                 2048, or the context where that is smaller.
-            max_batch_size: prompts at a time; the KV cache is made for that many.
+            max_batch_size: prompts at a time; the KV cache is made for that many, more wait.
             model_parallel_size: ranks that share the model; None: all that torchrun started.
             seed: of the random numbers that sampling draws.
+            mode: "reference" gives one prompt alone exactly Meta's numbers; "fast" may differ in
+                the last bits, and reuses what earlier prompts left in the cache.
             device: None: this rank's GPU, else MPS, else the CPU.
             dtype: of the weights and the cache; None: bfloat16 on a GPU (half where that is
                 missing), the checkpoint's own elsewhere, which for the package's small model
@@ -96,6 +94,8 @@ class Llama:
         Raises a LlamaError (a ValueError) that names what does not fit.
         """
         start = time.perf_counter()
+        if mode not in get_args(Mode):
+            raise ConfigError(f"mode is {mode!r}: {' or '.join(get_args(Mode))}")
         target = parallel.local_device(device)
         parallel.initialize(model_parallel_size, target)
         if ckpt_dir is None:
@@ -114,18 +114,28 @@ class Llama:
             doctor.require(setup, tokenizer)
         with parallel.failing_together(target):
             model = _load(setup)
-        llama = Llama(model, tokenizer, seed)
+        llama = Llama(model, tokenizer, seed, mode)
         llama._is_base = kind_of(opened.folder) == "base"
         if parallel.is_main_rank():
             log.info("Loaded %s in %.2f seconds", ckpt_dir, time.perf_counter() - start)
         return llama
 
-    def __init__(self, model: Transformer, tokenizer: Tokenizer, seed: int = 1) -> None:
+    def __init__(
+        self,
+        model: Transformer,
+        tokenizer: Tokenizer,
+        seed: int = 1,
+        mode: Mode = "reference",
+        max_batch_size: int | None = None,  # None: the model's
+    ) -> None:
         self.model = model
         self.tokenizer = tokenizer
+        self.mode = mode
         self._is_base = False  # and nobody was told that such a model cannot chat
-        self._device = next(model.parameters()).device
-        self._generator = torch.Generator(self._device).manual_seed(seed)
+        rows = model.params.max_batch_size if max_batch_size is None else max_batch_size
+        self.engine = Engine(model, rows, model.params.max_seq_len, tokenizer, seed)
+        self._generator = torch.Generator(model.device).manual_seed(seed)
+        self._inboxes: dict[Request, deque[Event]] = {}  # of the streams that are open
 
     @cached_property
     def formatter(self) -> ChatFormat | Llama2ChatFormat:
@@ -136,29 +146,52 @@ class Llama:
     def generate(
         self,
         prompt_tokens: Sequence[Sequence[int]],
-        max_gen_len: int,
+        max_gen_len: int | None,
         temperature: float = 0.6,
         top_p: float = 0.9,
         logprobs: bool = False,
         echo: bool = False,
+        **options: Any,
     ) -> tuple[list[list[int]], list[list[float]] | None]:
         """Continue each prompt until a stop token or `max_gen_len` tokens.
 
         Args:
-            prompt_tokens: the prompts' token ids; each row ends on its own.
-            max_gen_len: tokens generated at most; 0 with logprobs and echo scores the prompts.
+            prompt_tokens: the prompts' token ids; each row ends on its own, and those above
+                max_batch_size wait for their turn.
+            max_gen_len: tokens generated at most, None: as many as the cache has room for; 0 with
+                logprobs and echo scores the prompts.
             temperature: 0 takes the likeliest token; above, the logits are divided by it.
             top_p: share of the probability that sampling draws from.
             logprobs: also give the natural logarithm of each token's probability, 0.0 for the
                 very first of a prompt, which nothing predicts.
             echo: put the prompt before what was generated.
+            options: whatever else `SamplingParams` has: seed, stop, top_k, min_p, penalties, n …
 
-        Returns the tokens of each row, without the stop token, and their logprobs or None.
+        Returns the tokens of each row, without the stop token, and their logprobs or None; with n
+        above 1, a prompt's rows follow each other.
         Raises GenerationError where prompts or options are out of their limits.
         """
-        rows = self._generate(prompt_tokens, max_gen_len, temperature, top_p, logprobs, echo)
-        tokens = [row.tokens for row in rows]
-        return tokens, [row.logprobs for row in rows] if logprobs else None
+        options |= dict(temperature=temperature, top_p=top_p, max_gen_len=max_gen_len)
+        options |= dict(prompt_logprobs=True) if echo and logprobs else {}
+        params = SamplingParams.of(options)
+        requests = self.complete(prompt_tokens, params)
+        tokens = [_echoed(echo, r.prompt_tokens, r.tokens) for r in requests]
+        scores = [_echoed(echo, r.prompt_logprobs, r.logprobs) for r in requests]
+        return tokens, scores if logprobs else None
+
+    @overload
+    def text_completion(
+        self, prompts: Sequence[str], temperature: float = ..., top_p: float = ...,
+        max_gen_len: int | None = ..., logprobs: bool = ..., echo: bool = ...,
+        *, stream: Literal[False] = ..., **options: Any,
+    ) -> list[CompletionPrediction]: ...  # fmt: skip
+
+    @overload
+    def text_completion(
+        self, prompts: Sequence[str], temperature: float = ..., top_p: float = ...,
+        max_gen_len: int | None = ..., logprobs: bool = ..., echo: bool = ...,
+        *, stream: Literal[True], **options: Any,
+    ) -> Iterator[Event]: ...  # fmt: skip
 
     def text_completion(
         self,
@@ -168,19 +201,29 @@ class Llama:
         max_gen_len: int | None = None,
         logprobs: bool = False,
         echo: bool = False,
-    ) -> list[CompletionPrediction]:
+        *,
+        stream: bool = False,
+        **options: Any,
+    ) -> list[CompletionPrediction] | Iterator[Event]:
         """Continue each text. The arguments are those of `generate`; max_gen_len None: until a
-        stop token or the end of the cache."""
+        stop token or the end of the cache. stream: give what `stream` gives, of these prompts."""
         if isinstance(prompts, str):
             raise GenerationError("prompts is one string: give a list of strings")
-        prompt_tokens = [self.tokenizer.encode(text, bos=True, eos=False) for text in prompts]
-        rows = self._generate(prompt_tokens, max_gen_len, temperature, top_p, logprobs, echo)
+        prompt_tokens = [self.encode_prompt(text) for text in prompts]
+        options |= dict(temperature=temperature, top_p=top_p, max_gen_len=max_gen_len)
+        options |= dict(prompt_logprobs=True) if echo and logprobs else {}
+        params = SamplingParams.of(options)
+        if stream:
+            return self._stream(prompt_tokens, params)
         predictions: list[CompletionPrediction] = []
-        for row in rows:
-            prediction = CompletionPrediction(generation=self.tokenizer.decode(row.tokens))
+        for request in self.complete(prompt_tokens, params):
+            tokens = _echoed(echo, request.prompt_tokens, request.tokens)
+            text = self.tokenizer.decode(tokens)  # with an echo, one character may be of both
+            n_cut = len(self.tokenizer.decode(request.tokens)) - len(request.text)  # a stop string
+            prediction = CompletionPrediction(generation=text[: len(text) - n_cut])
             if logprobs:
-                prediction["tokens"] = self._token_texts(row.tokens)
-                prediction["logprobs"] = row.logprobs
+                prediction["tokens"] = self.token_texts(tokens)
+                prediction["logprobs"] = _echoed(echo, request.prompt_logprobs, request.logprobs)
             predictions.append(prediction)
         return predictions
 
@@ -191,25 +234,73 @@ class Llama:
         top_p: float = 0.9,
         max_gen_len: int | None = None,
         logprobs: bool = False,
+        **options: Any,
     ) -> list[ChatPrediction]:
-        """Answer each dialog, in the tokenizer's chat format, with the assistant's next message."""
+        """Answer each dialog, in the tokenizer's chat format, with the assistant's next message.
+        The arguments are those of `text_completion`."""
+        prompt_tokens = [self.encode_dialog(dialog) for dialog in dialogs]
+        options |= dict(temperature=temperature, top_p=top_p, max_gen_len=max_gen_len)
+        params = SamplingParams.of(options)
+        predictions: list[ChatPrediction] = []
+        for request in self.complete(prompt_tokens, params):
+            message = self.formatter.decode_message(request.tokens, request.stop_token)
+            message["content"] = request.text  # which a stop string may have cut
+            prediction = ChatPrediction(generation=message)
+            if logprobs:
+                prediction["tokens"] = self.token_texts(request.tokens)
+                prediction["logprobs"] = request.logprobs
+            predictions.append(prediction)
+        return predictions
+
+    def stream(
+        self,
+        prompts: str | Sequence[int] | Dialog | Sequence[str | Sequence[int] | Dialog],
+        *,
+        is_private: bool = False,
+        **options: Any,
+    ) -> Iterator[Event]:
+        """Continue a text, token ids or a dialog, or several of them, and give each token as it
+        comes: events with row, token, text, logprob, top_logprobs and finish_reason.
+
+        The texts of a row, joined, are what the calls without a stream return. A stream that is
+        closed early cancels its rows. Under torchrun the events come on the first rank of a model;
+        the others go through the loop without any.
+
+        Args:
+            is_private: leave nothing in the cache that another call could go on from.
+            options: those of `SamplingParams`.
+        """
+        several = prompts if _is_several(prompts) else [prompts]
+        prompt_tokens = [self.encode_prompt(prompt) for prompt in several]
+        return self._stream(prompt_tokens, SamplingParams.of(options), is_private)
+
+    def score(self, prompts: Sequence[str | Sequence[int]]) -> list[list[float]]:
+        """The natural logarithm of each prompt token's probability, 0.0 for a prompt's first.
+
+        Computed in chunks, so that memory does not grow with a prompt's length.
+        """
+        prompt_tokens = [self.encode_prompt(prompt) for prompt in prompts]
+        params = SamplingParams(max_gen_len=0, prompt_logprobs=True)
+        requests = self.complete(prompt_tokens, params, is_exact=False)
+        return [request.prompt_logprobs for request in requests]
+
+    def encode_prompt(self, prompt: Any) -> list[int]:
+        """Token ids of a text, after a <|begin_of_text|>, of a dialog, or as they are."""
+        if isinstance(prompt, str):
+            return self.tokenizer.encode(prompt, bos=True, eos=False)
+        if isinstance(prompt, Sequence) and prompt and isinstance(prompt[0], Mapping):
+            return self.encode_dialog(prompt)
+        return prompt
+
+    def encode_dialog(self, dialog: Dialog) -> list[int]:
+        """Token ids of a dialog and the header of the answer to come, in the chat format."""
         if self._is_base:
             self._is_base = False
             if parallel.is_main_rank():
                 log.warning(doctor.CHAT["base"])
-        prompt_tokens = [self.formatter.encode_dialog_prompt(dialog) for dialog in dialogs]
-        rows = self._generate(prompt_tokens, max_gen_len, temperature, top_p, logprobs, echo=False)
-        predictions: list[ChatPrediction] = []
-        for row in rows:
-            message = self.formatter.decode_message(row.tokens, row.stop_token)
-            prediction = ChatPrediction(generation=message)
-            if logprobs:
-                prediction["tokens"] = self._token_texts(row.tokens)
-                prediction["logprobs"] = row.logprobs
-            predictions.append(prediction)
-        return predictions
+        return self.formatter.encode_dialog_prompt(dialog)
 
-    def _token_texts(self, tokens: list[int]) -> list[str]:
+    def token_texts(self, tokens: list[int]) -> list[str]:
         """The text that each token completes; joined they are the whole text."""
         decoder = TextDecoder(self.tokenizer)
         texts = [decoder.push(token) for token in tokens]
@@ -217,95 +308,124 @@ class Llama:
             texts[-1] += decoder.flush()
         return texts
 
-    @torch.inference_mode()
-    def _generate(
+    # ---- the engine's callers -----------------------------------------------------------------
+
+    def _submit(
         self,
         prompts: Sequence[Sequence[int]],
-        max_gen_len: int | None,
-        temperature: float,
-        top_p: float,
-        logprobs: bool,
-        echo: bool,
-    ) -> list[_Row]:
-        """Meta's loop: the part that all prompts have goes through the model at once, then one
-        position at a time; a longer prompt's own tokens take the place of generated ones."""
-        max_seq_len = self.model.params.max_seq_len
-        if max_gen_len is None:
-            max_gen_len = max_seq_len - 1
-        self._check(prompts, max_gen_len)
-        sampling.check_sampling(temperature, top_p)
-
-        lengths = [len(prompt) for prompt in prompts]
-        total_len = min(max_seq_len, max(lengths) + max_gen_len)
-        tokens = torch.full((len(prompts), total_len), EMPTY, device=self._device)
-        for row, prompt in enumerate(prompts):
-            tokens[row, : len(prompt)] = torch.tensor(prompt, device=self._device)
-        is_prompt = tokens != EMPTY
-        scores = torch.zeros(tokens.shape, device=self._device)
-        stop_tokens = torch.tensor(list(self.tokenizer.stop_tokens), device=self._device)
-        row_ends = torch.tensor(lengths, device=self._device) + max_gen_len
-        done = torch.zeros(len(prompts), dtype=torch.bool, device=self._device)
-
-        prev_pos = 0
-        for cur_pos in range(min(lengths), total_len):
-            logits = self.model(tokens[:, prev_pos:cur_pos], prev_pos)
-            chosen = sampling.next_token(logits[:, -1], temperature, top_p, self._generator)
-            chosen = parallel.broadcast_from_first(chosen)
-            chosen = torch.where(is_prompt[:, cur_pos], tokens[:, cur_pos], chosen)
-            tokens[:, cur_pos] = chosen
-            if logprobs:
-                targets = slice(prev_pos + 1, cur_pos + 1)
-                scores[:, targets] = _logprobs(logits, tokens[:, targets])
-            done |= torch.isin(chosen, stop_tokens) & ~is_prompt[:, cur_pos]
-            done |= cur_pos + 1 >= row_ends
-            prev_pos = cur_pos
-            if done.all():
-                break
-        if logprobs and 1 < total_len == min(lengths):  # nothing to generate: score the prompts
-            scores[:, 1:] = _logprobs(self.model(tokens[:, :-1], 0), tokens[:, 1:])
-
-        rows = []
-        for ids, values, length in zip(tokens.tolist(), scores.tolist(), lengths, strict=True):
-            end = min(length + max_gen_len, total_len)
-            stop = next(
-                (i for i in range(length, end) if ids[i] in self.tokenizer.stop_tokens), None
-            )
-            kept = slice(0 if echo else length, end if stop is None else stop)
-            rows.append(_Row(ids[kept], values[kept], None if stop is None else ids[stop]))
-        return rows
-
-    def _check(self, prompts: Sequence[Sequence[int]], max_gen_len: int) -> None:
-        params = self.model.params
+        params: SamplingParams,
+        is_exact: bool,
+        is_private: bool = False,
+    ) -> list[Request]:
+        """A request for each row; one row alone draws from the generator that `build` seeded."""
         if not prompts:
             raise GenerationError("no prompts: give at least one")
-        if len(prompts) > params.max_batch_size:
-            raise GenerationError(
-                f"{len(prompts)} prompts, but max_batch_size is {params.max_batch_size}"
-            )
-        if not isinstance(max_gen_len, int) or max_gen_len < 0:
-            raise GenerationError(f"max_gen_len is {max_gen_len!r}: it must be 0 or above")
-        for row, prompt in enumerate(prompts):
-            if not isinstance(prompt, Sequence):
-                raise GenerationError(f"prompt {row} is {prompt!r}, not a list of token ids")
-            if not prompt:
-                raise GenerationError(f"prompt {row} is empty: it needs at least one token")
-            if len(prompt) > params.max_seq_len:
-                raise GenerationError(
-                    f"prompt {row} has {len(prompt)} tokens, but max_seq_len is "
-                    f"{params.max_seq_len}"
-                )
-            for token in prompt:
-                if not isinstance(token, SupportsIndex):
-                    raise GenerationError(f"prompt {row} has {token!r}, which is no token id")
-                if not 0 <= token < params.vocab_size:
-                    raise GenerationError(
-                        f"prompt {row} has token id {token}, but vocab_size is {params.vocab_size}"
+        is_alone = len(prompts) * params.n == 1
+        generator = self._generator if is_alone and params.seed is None else None
+        requests: list[Request] = []
+        try:
+            for prompt in prompts:
+                for one in params.samples():
+                    row = len(requests)
+                    requests.append(
+                        self.engine.submit(prompt, one, row, generator, is_private, is_exact)
                     )
+        except GenerationError:
+            for request in requests:
+                self.engine.cancel(request)
+            raise
+        return requests
+
+    def complete(
+        self,
+        prompts: Sequence[Sequence[int]],
+        params: SamplingParams,
+        is_exact: bool | None = None,
+    ) -> list[Request]:
+        """Run a request for each row to its end and return them, the same on every rank.
+
+        is_exact: see `Engine.submit`; None: as the mode says.
+        """
+        if is_exact is None:
+            is_exact = self._is_exact(prompts, params)
+        requests = self._submit(prompts, params, is_exact)
+        with self.lead(requests) as is_first:
+            while is_first and any(request.finish_reason is None for request in requests):
+                self._step()
+        for request in requests:
+            request.share(self.model.device)
+            if request.error is not None:
+                raise request.error
+        return requests
+
+    def _stream(
+        self, prompts: Sequence[Sequence[int]], params: SamplingParams, is_private: bool = False
+    ) -> Iterator[Event]:
+        for row, prompt in enumerate(prompts):
+            self.engine.check(prompt, params, row)  # now, not with the first event
+        return self._events(prompts, params, is_private)
+
+    def _events(
+        self, prompts: Sequence[Sequence[int]], params: SamplingParams, is_private: bool
+    ) -> Iterator[Event]:
+        """Submit when the first event is asked for, and cancel what is left at the end."""
+        requests = self._submit(prompts, params, self._is_exact(prompts, params), is_private)
+        inbox: deque[Event] = deque()
+        self._inboxes |= dict.fromkeys(requests, inbox)
+        try:
+            with self.lead(requests) as is_first:
+                open_rows = len(requests) if is_first else 0
+                while open_rows:
+                    if not inbox:
+                        self._step()
+                        continue
+                    event = inbox.popleft()
+                    if event.request.error is not None:
+                        raise event.request.error
+                    open_rows -= event.finish_reason is not None
+                    yield event
+        finally:
+            for request in requests:
+                del self._inboxes[request]
+
+    def _is_exact(self, prompts: Sequence[Sequence[int]], params: SamplingParams) -> bool:
+        """Whether Meta's own forwards are promised."""
+        return self.mode == "reference" and len(prompts) * params.n == 1
+
+    def _step(self) -> None:
+        for event in self.engine.step():
+            if event.request in self._inboxes:
+                self._inboxes[event.request].append(event)
+
+    @contextlib.contextmanager
+    def lead(self, requests: list[Request]) -> Iterator[bool]:
+        """True on the rank that steps; the others have followed it to its end, and it lets them go
+        whatever happens. What is not done then is cancelled."""
+        if parallel.mp_rank() > 0:
+            self.engine.follow()
+            yield False
+            return
+        failed = True
+        try:
+            yield True
+            failed = False
+        except GeneratorExit:  # a stream that is closed early is no failure
+            failed = False
+            raise
+        finally:
+            for request in requests:
+                self.engine.cancel(request)
+            self.engine.dismiss(failed)
 
 
-def _logprobs(logits: Tensor, targets: Tensor) -> Tensor:
-    """Log-probability of each target: logits (B, S, V), targets (B, S) -> (B, S); 0 for EMPTY."""
-    return -F.cross_entropy(logits.transpose(1, 2), targets, reduction="none", ignore_index=EMPTY)
+def _echoed(echo: bool, of_prompt: list[Any], generated: list[Any]) -> list[Any]:
+    return of_prompt + generated if echo else generated
+
+
+def _is_several(prompts: Any) -> bool:
+    """Whether it is a list of prompts: of texts, of lists of ids, or of dialogs."""
+    is_list = isinstance(prompts, Sequence) and not isinstance(prompts, str) and len(prompts) > 0
+    return is_list and isinstance(prompts[0], Sequence)
 
 
 def _open_tokenizer(path: str | Path | None, folder: Path, ckpt_dir: Path) -> Tokenizer:

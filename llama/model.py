@@ -90,11 +90,13 @@ def repeat_kv(x: Tensor, n_rep: int) -> Tensor:
     return x if n_rep == 1 else x.repeat_interleave(n_rep, dim=2)
 
 
-def causal_mask(start_pos: int, seqlen: int, like: Tensor) -> Tensor:
-    """Added to the scores, (S, T): a query sees keys whose position is not after its own."""
-    keys = torch.arange(start_pos + seqlen, device=like.device)
-    hidden = keys > keys[start_pos:, None]
-    return torch.zeros(hidden.shape, dtype=like.dtype, device=like.device).masked_fill_(
+def causal_mask(positions: Tensor, n_keys: int, dtype: torch.dtype) -> Tensor:
+    """Added to the scores: a query sees keys whose position is not after its own.
+
+    positions: (..., S) of the queries; the keys are at 0…T - 1 -> (..., S, T).
+    """
+    hidden = torch.arange(n_keys, device=positions.device) > positions.unsqueeze(-1)
+    return torch.zeros(hidden.shape, dtype=dtype, device=positions.device).masked_fill_(
         hidden, -math.inf
     )
 
@@ -148,7 +150,7 @@ class Attention(nn.Module):
     def forward(
         self,
         x: Tensor,
-        start_pos: int,
+        start_pos: int | Tensor | None,
         freqs_cis: Tensor,
         mask: Tensor | None,
         cache: KVCache | None,
@@ -160,21 +162,23 @@ class Attention(nn.Module):
         xv = self.wv(x).view(bsz, seqlen, self.n_local_kv_heads, self.head_dim)
         xq, xk = apply_rotary_emb(xq, xk, freqs_cis)
 
-        if cache is not None:
+        if cache is not None and start_pos is not None:
             xk, xv = cache.update(self.layer_id, start_pos, xk, xv)  # (B, T, K, hd)
-        # Without a cache and a mask, PyTorch's kernel groups the heads by itself.
-        n_rep = 1 if cache is None and mask is None else self.n_rep
+        is_metas = isinstance(start_pos, int)  # Meta's call: Meta's operations, to the bit
+        # Else PyTorch's kernel groups the heads by itself, but not for gradients under a mask.
+        is_grouped = not is_metas and (mask is None or cache is not None)
+        n_rep = 1 if is_grouped else self.n_rep
         keys = repeat_kv(xk, n_rep).transpose(1, 2)  # (B, H, T, hd)
         values = repeat_kv(xv, n_rep).transpose(1, 2)
 
-        if cache is None:  # the same sum without ever holding the scores, which training needs
+        if not is_metas:  # the same sum without ever holding the scores
             heads = F.scaled_dot_product_attention(
                 xq.transpose(1, 2),
                 keys,
                 values,
                 mask,
                 is_causal=mask is None,
-                enable_gqa=mask is None,
+                enable_gqa=is_grouped,
             )
         else:
             # The scores are the largest tensor there is: they are changed in place.
@@ -216,7 +220,7 @@ class TransformerBlock(nn.Module):
     def forward(
         self,
         x: Tensor,
-        start_pos: int,
+        start_pos: int | Tensor | None,
         freqs_cis: Tensor,
         mask: Tensor | None,
         cache: KVCache | None,
@@ -290,7 +294,7 @@ class Transformer(nn.Module):
     def forward(
         self,
         tokens: Tensor,
-        start_pos: int | None = None,
+        start_pos: int | Tensor | None = None,
         cache: KVCache | None = None,
         documents: Tensor | None = None,
     ) -> Tensor:
@@ -298,47 +302,74 @@ class Transformer(nn.Module):
 
         tokens: (B, S) ids. Without start_pos they are whole sequences, and gradients flow:
             training.
-        start_pos: position of the first token, the same in all rows; the keys and values of the
-            earlier ones are read from the cache, those of the new ones stored in it. No gradients.
+        start_pos: position of the first token; the keys and values of the earlier ones are read
+            from the cache, those of the new ones stored in it. No gradients. A number counts for
+            all rows, and the operations are Meta's own; a tensor (B,) says it for each row.
         cache: where they are kept; None: in the model's own, sized by `params.max_batch_size` and
             `max_seq_len`, which is Meta's call.
         documents: (B, S) the number of the document each token of a whole sequence belongs to;
             documents do not see each other and each begins at position 0. None: a row is one.
         Raises GenerationError where the tokens do not fit the cache or the RoPE table.
         """
+        if start_pos is not None:
+            with torch.no_grad():
+                return self.logits(self.features(tokens, start_pos, cache, documents))
+        return self.logits(self.features(tokens, start_pos, cache, documents))
+
+    def features(
+        self,
+        tokens: Tensor,
+        start_pos: int | Tensor | None = None,
+        cache: KVCache | None = None,
+        documents: Tensor | None = None,
+    ) -> Tensor:
+        """What `logits` is computed from, (B, S, D); the arguments are those of `forward`."""
         if start_pos is None:
             if cache is not None:
                 raise GenerationError("a cache needs a start_pos: the first new token's position")
             self._check_fits(tokens, 0, tokens.shape[0], self.params.max_seq_len)
-            return self._forward_whole(tokens, documents)
-        if documents is not None:
-            raise GenerationError("documents are for whole sequences: leave out start_pos")
-        cache = self._own_cache() if cache is None else cache
-        positions = min(cache.max_seq_len, self.params.max_seq_len)
-        self._check_fits(tokens, start_pos, cache.max_batch_size, positions)
-        with torch.no_grad():
-            return self._forward(tokens, start_pos, cache)
-
-    def _forward(self, tokens: Tensor, start_pos: int, cache: KVCache) -> Tensor:
-        seqlen = tokens.shape[1]
-        h = self.tok_embeddings(tokens)  # (B, S, D)
-        freqs_cis = self._rope_table(h.device)[start_pos : start_pos + seqlen]
-        # A single new token may see every key there is.
-        mask = causal_mask(start_pos, seqlen, like=h) if seqlen > 1 else None
-        for layer in self.layers:
-            h = layer(h, start_pos, freqs_cis, mask, cache)
-        return self.output(self.norm(h)).float()  # (B, S, V)
-
-    def _forward_whole(self, tokens: Tensor, documents: Tensor | None) -> Tensor:
-        h = self.tok_embeddings(tokens)  # (B, S, D)
-        freqs_cis = self._rope_table(h.device)
-        if documents is None:
-            freqs_cis, mask = freqs_cis[: tokens.shape[1]], None
         else:
-            freqs_cis, mask = freqs_cis[document_positions(documents)], document_mask(documents)
+            if documents is not None:
+                raise GenerationError("documents are for whole sequences: leave out start_pos")
+            cache = self._own_cache() if cache is None else cache
+            positions = min(cache.max_seq_len, self.params.max_seq_len)
+            # What a tensor holds is not looked at: a GPU would have to be waited for.
+            start = start_pos if isinstance(start_pos, int) else 0
+            self._check_fits(tokens, start, cache.max_batch_size, positions)
+        h = self.tok_embeddings(tokens)  # (B, S, D)
+        place, freqs_cis, mask = self._place(h, start_pos, cache, documents)
         for layer in self.layers:
-            h = layer(h, 0, freqs_cis, mask, cache=None)
-        return self.output(self.norm(h)).float()  # (B, S, V)
+            h = layer(h, place, freqs_cis, mask, cache)
+        return self.norm(h)
+
+    def logits(self, features: Tensor) -> Tensor:
+        """(…, D) -> float32 (…, V), those of all ranks."""
+        return self.output(features).float()
+
+    def _place(
+        self,
+        h: Tensor,
+        start_pos: int | Tensor | None,
+        cache: KVCache | None,
+        documents: Tensor | None,
+    ) -> tuple[int | Tensor | None, Tensor, Tensor | None]:
+        """Where the tokens stand: the place in the cache, the rotations, and who sees whom."""
+        seqlen = h.shape[1]
+        table = self._rope_table(h.device)
+        if start_pos is None:
+            if documents is None:
+                return None, table[:seqlen], None
+            return None, table[document_positions(documents)], document_mask(documents)
+        steps = torch.arange(seqlen, device=h.device)
+        if isinstance(start_pos, int):
+            end = start_pos + seqlen
+            # A single new token may see every key there is.
+            mask = causal_mask(start_pos + steps, end, h.dtype) if seqlen > 1 else None
+            return start_pos, table[start_pos:end], mask
+        assert cache is not None
+        positions = start_pos[:, None] + steps  # (B, S)
+        mask = causal_mask(positions, cache.max_seq_len, h.dtype)
+        return positions, table[positions], mask[:, None]
 
     def forward_loss(
         self,
@@ -409,7 +440,7 @@ class Transformer(nn.Module):
     def make_cache(self, max_batch_size: int, max_seq_len: int) -> KVCache:
         """A cache of this rank's heads, in the weights' dtype and on their device."""
         weight = next(self.parameters())
-        return KVCache(
+        return KVCache.zeros(
             self.n_layers,
             max_batch_size,
             max_seq_len,

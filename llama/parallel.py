@@ -134,6 +134,16 @@ def mp_rank() -> int:
     return fs_init.get_model_parallel_rank()
 
 
+def dp_size() -> int:
+    """Number of groups of ranks, each of which has the whole model."""
+    return fs_init.get_data_parallel_world_size()
+
+
+def dp_rank() -> int:
+    """This process's group among those that have the whole model."""
+    return fs_init.get_data_parallel_rank()
+
+
 def is_main_rank() -> bool:
     """True on the one rank that speaks: global rank 0, or the only process."""
     return not dist.is_initialized() or dist.get_rank() == 0
@@ -146,6 +156,18 @@ def broadcast_from_first(tensor: Tensor) -> Tensor:
             tensor, fs_init.get_model_parallel_src_rank(), fs_init.get_model_parallel_group()
         )
     return tensor
+
+
+def broadcast_numbers(
+    numbers: list[Any] | None, dtype: torch.dtype, device: torch.device
+) -> list[Any]:
+    """The first model-parallel rank's numbers, on all of them; the others pass None."""
+    length = torch.tensor([0 if numbers is None else len(numbers)], device=device)
+    n = int(broadcast_from_first(length).item())
+    if numbers is None:
+        return broadcast_from_first(torch.empty(n, dtype=dtype, device=device)).tolist()
+    broadcast_from_first(torch.tensor(numbers, dtype=dtype, device=device))
+    return numbers
 
 
 def raise_together(error: Exception | None, device: torch.device) -> None:
@@ -169,6 +191,25 @@ def failing_together(device: torch.device) -> Iterator[None]:
     except Exception as caught:  # of whatever kind: the other ranks must hear of it
         error = caught
     raise_together(error, device)
+
+
+def make_patient_group() -> dist.ProcessGroup | None:
+    """For `sum_patiently`; all ranks call it at the same time. None where there is one rank."""
+    if dist.get_world_size() == 1:
+        return None
+    return dist.new_group(backend="gloo", timeout=timedelta(days=365))
+
+
+def sum_patiently(number: int, group: dist.ProcessGroup | None) -> int:
+    """The sum of all ranks' numbers, as soon as the last one has come to say its own. The wait for
+    one that works on has no limit; one that dies is noticed."""
+    total = torch.tensor(number)
+    if group is not None:
+        try:
+            dist.all_reduce(total, group=group)
+        except RuntimeError as error:
+            raise ParallelError("another rank is gone: its own message says why") from error
+    return int(total.item())
 
 
 class _MetaDeviceMode(TorchDispatchMode):

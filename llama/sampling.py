@@ -1,37 +1,271 @@
 """From logits to tokens: pure functions of the logits, the parameters and a generator."""
 
 import math
+import reprlib
+import sys
+from collections import Counter
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from llama.errors import GenerationError
 
+# (tokens so far, logits (V,)) -> logits (V,)
+LogitsProcessor = Callable[[Sequence[int], Tensor], Tensor]
 
-def check_sampling(temperature: float, top_p: float) -> None:
-    """Raise GenerationError where a sampling parameter is out of its range."""
+MAX_STOP = 16
+_LARGEST = sys.float_info.max
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How one request is continued.
+
+    Bias, penalties and logits_processor change the logits first; then come temperature, top_k,
+    min_p and top_p, in this order.
+
+    Args:
+        temperature: 0 takes the likeliest token; above, the logits are divided by it.
+        top_p: draw from the smallest set of likeliest tokens whose probability exceeds it.
+        top_k: draw from that many of the likeliest tokens, more where the last ones tie; 0: all.
+        min_p: draw from tokens that have this share of the likeliest one's probability.
+        repetition_penalty: logits of the prompt's and the generated tokens are divided by it, or
+            multiplied where negative; Keskar et al. 2019, arxiv.org/abs/1909.05858.
+        presence_penalty: subtracted from the logit of each generated token.
+        frequency_penalty: subtracted as often as the token was generated.
+        logit_bias: added to the logits of these ids; -inf forbids a token.
+        seed: of the request's own random numbers.
+        max_gen_len: tokens generated at most; None: until a stop token or the end of the cache.
+        stop: strings that end the text and are not part of it.
+        stop_tokens: ids that end it; None: the tokenizer's.
+        ignore_eos: stop tokens do not stop.
+        logprobs: number of alternatives that are reported for each generated token.
+        prompt_logprobs: report the logprobs of the prompt too.
+        n: samples of one prompt.
+        logits_processor: any function of the tokens so far and the logits (V,), which gives (V,).
+
+    Raises GenerationError where a value is out of its range.
+    """
+
+    temperature: float = 0.6
+    top_p: float = 0.9
+    top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    seed: int | None = None
+    max_gen_len: int | None = None
+    stop: Sequence[str] = ()
+    stop_tokens: Collection[int] | None = None
+    ignore_eos: bool = False
+    logprobs: int | None = None
+    prompt_logprobs: bool = False
+    n: int = 1
+    logits_processor: LogitsProcessor | None = None
+
+    def __post_init__(self) -> None:
+        def require(name: str, valid: bool, limit: str) -> None:
+            if not valid:
+                shown = reprlib.repr(getattr(self, name))  # of a long list only the beginning
+                raise GenerationError(f"{name} is {shown}: it must be {limit}")
+
+        require("temperature", _number(self.temperature, 0), "0 (greedy) or above")
+        require("top_p", _number(self.top_p, 0, 1), "between 0 and 1")
+        require("top_k", _integer(self.top_k), "0 (all tokens) or above")
+        require("min_p", _number(self.min_p, 0, 1), "between 0 and 1")
+        repetition = self.repetition_penalty
+        require("repetition_penalty", _number(repetition, 0) and repetition > 0, "above 0")
+        require("presence_penalty", _number(self.presence_penalty), "a finite number")
+        require("frequency_penalty", _number(self.frequency_penalty), "a finite number")
+        require(
+            "logit_bias",
+            isinstance(self.logit_bias, Mapping)
+            and all(_integer(token) for token in self.logit_bias)
+            and all(_number(b) or b == -math.inf for b in self.logit_bias.values()),
+            "a mapping of token ids to finite numbers or -inf",
+        )
+        require("seed", self.seed is None or _integer(self.seed, 0, 2**63 - 1), "0 to 2**63 - 1")
+        require("max_gen_len", self.max_gen_len is None or _integer(self.max_gen_len), "0 or above")
+        if isinstance(self.stop, str):
+            shown = reprlib.repr(self.stop)
+            raise GenerationError(f"stop is one string, {shown}: give a list of strings")
+        require(
+            "stop",
+            isinstance(self.stop, Sequence)
+            and len(self.stop) <= MAX_STOP
+            and all(isinstance(text, str) and text for text in self.stop),
+            f"a list of at most {MAX_STOP} strings, none of them empty",
+        )
+        require(
+            "stop_tokens",
+            self.stop_tokens is None
+            or (isinstance(self.stop_tokens, Collection) and all(map(_integer, self.stop_tokens))),
+            "a collection of token ids",
+        )
+        require("ignore_eos", isinstance(self.ignore_eos, bool), "True or False")
+        require("logprobs", self.logprobs is None or _integer(self.logprobs), "0 or above")
+        require("prompt_logprobs", isinstance(self.prompt_logprobs, bool), "True or False")
+        require("n", _integer(self.n, 1), "1 or above")
+        processor = self.logits_processor
+        require("logits_processor", processor is None or callable(processor), "a function")
+
+    @classmethod
+    def of(cls, options: Mapping[str, Any]) -> "SamplingParams":
+        """From options by their names, as a caller or a file has them; GenerationError for a name
+        that is none."""
+        known = [field.name for field in fields(cls)]
+        if unknown := [name for name in options if name not in known]:
+            raise GenerationError(f"unknown option {unknown[0]}: one of {', '.join(known)}")
+        return cls(**options)
+
+    def samples(self) -> list["SamplingParams"]:
+        """The same for each of the n samples alone, with seeds that follow each other."""
+        seeds = [None if self.seed is None else self.seed + i for i in range(self.n)]
+        return [replace(self, n=1, seed=seed) for seed in seeds]
+
+    def check_vocabulary(self, vocab_size: int) -> None:
+        """Raise GenerationError where an id or the number of logprobs is not in the vocabulary."""
+        for name, ids in (("logit_bias", self.logit_bias), ("stop_tokens", self.stop_tokens or ())):
+            for token in ids:
+                if token >= vocab_size:
+                    raise GenerationError(
+                        f"{name} has token id {token}, but vocab_size is {vocab_size}"
+                    )
+        if self.logprobs is not None and self.logprobs > vocab_size:
+            raise GenerationError(f"logprobs is {self.logprobs}, but vocab_size is {vocab_size}")
+
+
+def _number(value: object, low: float = -_LARGEST, high: float = _LARGEST) -> bool:
     # Comparisons with NaN are false, so it is refused too.
-    if not isinstance(temperature, (int, float)) or not 0 <= temperature < math.inf:
-        raise GenerationError(f"temperature is {temperature!r}: it must be 0 (greedy) or above")
-    if not isinstance(top_p, (int, float)) or not 0 <= top_p <= 1:
-        raise GenerationError(f"top_p is {top_p!r}: it must be between 0 and 1")
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and low <= value <= high
 
 
-def next_token(
-    logits: Tensor, temperature: float, top_p: float, generator: torch.Generator | None = None
+def _integer(value: object, low: int = 0, high: float = math.inf) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and low <= value <= high
+
+
+def choose(
+    logits: Tensor,
+    params: SamplingParams,
+    prompt: Sequence[int],
+    generated: Sequence[int],
+    generator: torch.Generator | None = None,
 ) -> Tensor:
-    """Choose one token a row: logits (B, V) -> ids (B,). Temperature 0 takes the likeliest."""
-    if temperature == 0:
-        return torch.argmax(logits, dim=-1)
-    probs = torch.softmax(logits / temperature, dim=-1)
-    return sample_top_p(probs, top_p, generator).squeeze(-1)
+    """Choose the token that follows `prompt` and `generated`: logits (V,) -> id ().
+
+    Raises GenerationError where the logits hold NaN or only -inf.
+    """
+    logits = adjust_logits(logits.float(), params, prompt, generated)
+    if params.temperature > 0:
+        logits = truncate_logits(logits / params.temperature, params)
+    # One value tells: the largest is NaN where there is one, and -inf where nothing is above it.
+    if not math.isfinite(logits.max().item()):
+        raise GenerationError(
+            f"the logits of the next token are not finite at temperature {params.temperature}"
+        )
+    if params.temperature == 0:
+        return logits.argmax()
+    return _draw(torch.softmax(logits, dim=-1), params.top_p, generator)
+
+
+def adjust_logits(
+    logits: Tensor, params: SamplingParams, prompt: Sequence[int], generated: Sequence[int]
+) -> Tensor:
+    """Apply bias, penalties and the caller's function: logits (V,) float32 -> (V,)."""
+    device, dtype = logits.device, logits.dtype
+    if params.logit_bias:
+        ids = torch.tensor(list(params.logit_bias), device=device)
+        bias = torch.tensor(list(params.logit_bias.values()), device=device, dtype=dtype)
+        logits = logits.index_add(0, ids, bias)
+    if params.repetition_penalty != 1:
+        ids = torch.tensor(list({*prompt, *generated}), dtype=torch.long, device=device)
+        seen = logits[ids]
+        penalty = params.repetition_penalty
+        logits = logits.index_copy(0, ids, torch.where(seen < 0, seen * penalty, seen / penalty))
+    if generated and (params.presence_penalty or params.frequency_penalty):
+        counts = Counter(generated)
+        ids = torch.tensor(list(counts), device=device)
+        often = torch.tensor(list(counts.values()), device=device, dtype=dtype)
+        penalties = params.presence_penalty + params.frequency_penalty * often
+        logits = logits.index_add(0, ids, penalties, alpha=-1)
+    if params.logits_processor is not None:
+        # The caller's function may write into its logits: it gets its own.
+        processed = params.logits_processor([*prompt, *generated], logits.clone())
+        if not isinstance(processed, Tensor) or processed.shape != logits.shape:
+            is_tensor = isinstance(processed, Tensor)
+            what = list(processed.shape) if is_tensor else type(processed).__name__
+            raise GenerationError(
+                f"logits_processor returned {what}: it must be a tensor of {len(logits)} logits"
+            )
+        logits = processed.to(logits)
+    return logits
+
+
+def truncate_logits(logits: Tensor, params: SamplingParams) -> Tensor:
+    """Rule out by -inf what is not in top_k (Fan et al. 2018, arxiv.org/abs/1805.04833) or below
+    min_p (Nguyen et al. 2024, arxiv.org/abs/2407.01082): logits (V,) -> (V,)."""
+    if 0 < params.top_k < len(logits):
+        least = logits.topk(params.top_k).values[-1]
+        logits = logits.masked_fill(logits < least, -math.inf)
+    if params.min_p > 0:
+        # A ratio of probabilities is a difference of logits.
+        least = logits.max() + math.log(params.min_p)
+        logits = logits.masked_fill(logits < least, -math.inf)
+    return logits
 
 
 def sample_top_p(probs: Tensor, p: float, generator: torch.Generator | None = None) -> Tensor:
     """Nucleus sampling: draw from the smallest set of likeliest tokens whose probability exceeds p;
     Holtzman et al. 2019, arxiv.org/abs/1904.09751. probs (..., V) -> ids (..., 1)."""
     sorted_probs, ids = torch.sort(probs, dim=-1, descending=True)
-    before = torch.cumsum(sorted_probs, dim=-1) - sorted_probs  # mass of the likelier tokens
-    nucleus = sorted_probs.masked_fill(before > p, 0.0)
+    nucleus = _nucleus(sorted_probs, p)
     nucleus = nucleus / nucleus.sum(dim=-1, keepdim=True)
     return ids.gather(-1, torch.multinomial(nucleus, num_samples=1, generator=generator))
+
+
+def _nucleus(sorted_probs: Tensor, p: float) -> Tensor:
+    before = torch.cumsum(sorted_probs, dim=-1) - sorted_probs  # mass of the likelier tokens
+    return sorted_probs.masked_fill(before > p, 0.0)
+
+
+def _draw(probs: Tensor, p: float, generator: torch.Generator | None) -> Tensor:
+    """`sample_top_p` of one row, probs (V,) -> id (): the same token, mostly without its full sort.
+
+    Tokens of at most (1 - p) / V have no more than 1 - p together, so the others hold the nucleus,
+    and are few. On the CPU torch.multinomial gives every rank a random number of the exponential
+    distribution and takes the largest ratio of probability to number.
+    """
+    if probs.device.type != "cpu":
+        return sample_top_p(probs, p, generator).squeeze(-1)
+    cut = (1 - p) / len(probs)
+    candidates = probs[probs > cut]
+    # Rounding must not decide whether the nucleus is inside; without a cut, only zeros are outside.
+    inside = cut == 0 or candidates.sum() > p + 1e-5
+    if not inside or len(candidates) > len(probs) // 4:
+        return sample_top_p(probs, p, generator).squeeze(-1)
+    candidates = candidates.sort(descending=True).values
+    nucleus = torch.zeros_like(probs)  # as long as the row: its sum is rounded the same
+    nucleus[: len(candidates)] = _nucleus(candidates, p)
+    race = torch.empty_like(probs).exponential_(1, generator=generator)
+    rank = (nucleus / nucleus.sum() / race).argmax()
+    ids = (probs == candidates[rank]).nonzero().flatten()
+    # Of tokens that tie, the full sort knows which one has this rank.
+    return ids[0] if len(ids) == 1 else probs.argsort(descending=True)[rank]
+
+
+def logprob_of(logits: Tensor, tokens: Tensor | int) -> Tensor:
+    """Natural logarithm of each token's probability under the model's own distribution, before
+    temperature and the rest: logits (..., V), tokens (...) -> (...)."""
+    ids = torch.as_tensor(tokens, device=logits.device)
+    return logits.log_softmax(dim=-1).gather(-1, ids.unsqueeze(-1)).squeeze(-1)
+
+
+def top_logprobs(logits: Tensor, k: int) -> list[tuple[int, float]]:
+    """The k likeliest tokens and their logprobs, likeliest first: logits (V,)."""
+    values, ids = logits.log_softmax(dim=-1).topk(k)
+    return list(zip(ids.tolist(), values.tolist(), strict=True))

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from fairscale.nn.model_parallel import initialize as fs_init
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.nn.parallel import DistributedDataParallel
 
 from llama import training_checkpoint
@@ -83,6 +83,8 @@ def shard_model(model: Transformer) -> Transformer:
     for layer in model.layers:
         fully_shard(layer, mesh=mesh)
     fully_shard(model, mesh=mesh)
+    for method in ("features", "logits"):  # which generation calls, for samples on the way
+        register_fsdp_forward_method(model, method)
     return model
 
 

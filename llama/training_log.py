@@ -77,17 +77,10 @@ class TrainingLog:
     def samples(self, trainer: Trainer) -> list[str]:
         """Greedy continuations of the prompts; the cache they need is dropped again."""
         model = trainer.model
-        llama = Llama(model, self.tokenizer)
+        llama = Llama(model, self.tokenizer, max_batch_size=1)
         length = min(128, model.params.max_seq_len // 2)
-        texts = []
-        for prompt in self.prompts:
-            cache_rows, model.params.max_batch_size = model.params.max_batch_size, 1
-            try:
-                done = llama.text_completion([prompt], temperature=0, max_gen_len=length)
-            finally:
-                model.params.max_batch_size, model.cache = cache_rows, None
-            texts.append(done[0]["generation"])
-        return texts
+        done = llama.text_completion(self.prompts, temperature=0, max_gen_len=length)
+        return [prediction["generation"] for prediction in done]
 
     def close(self) -> None:
         if self.bar is not None:

@@ -96,8 +96,7 @@ def test_the_dtype_can_be_chosen(folder: Path, dtype: Any, meant: torch.dtype) -
     llama = Llama.build(folder, dtype=dtype)
     assert {weight.dtype for weight in llama.model.parameters()} == {meant}
     greedy(llama)
-    assert llama.model.cache is not None
-    assert llama.model.cache.k.dtype == meant
+    assert llama.engine.cache.k.dtype == meant
 
 
 def test_the_checkpoints_own_dtype_on_the_cpu(tmp_path: Path) -> None:

@@ -243,7 +243,9 @@ def test_over_long_dialogs_are_counted(folder: Path, run: Run) -> None:
     assert load_dialogs(folder / "dialogs.jsonl", formatter, 65).dropped == 1
 
 
-@pytest.mark.parametrize("command", ["train", "finetune", "perplexity", "tokenize", "vocab"])
+@pytest.mark.parametrize(
+    "command", ["batch", "train", "finetune", "perplexity", "evaluate", "tokenize", "vocab"]
+)
 def test_help_shows_an_example_or_every_argument(command: str) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "llama", command, "--help"], capture_output=True, text=True

@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from make_checkpoint import demo_pieces, write_tokenizer
+from make_checkpoint import demo_pieces, make_checkpoint, write_tokenizer
+from ranks import run_ranks
 
 from llama import ChatPrediction, CompletionPrediction, Llama, ModelArgs, Tokenizer, Transformer
 from llama.errors import GenerationError, LlamaError
@@ -16,6 +17,9 @@ from llama.errors import GenerationError, LlamaError
 SEED = 11
 N_RANKS = len(demo_pieces())
 VOCAB = N_RANKS + 256
+CHECKPOINT: dict[str, Any] = dict(
+    dim=64, n_layers=2, n_heads=4, n_kv_heads=2, vocab_size=VOCAB, multiple_of=32, norm_eps=1e-5
+)
 
 
 @pytest.fixture(scope="module")
@@ -159,16 +163,6 @@ def test_every_row_has_its_own_max_gen_len(llama: Llama) -> None:
     assert [len(row) for row in tokens] == [7, 7, 2]  # the cache ends at 96
 
 
-def test_rows_that_are_full_cost_no_more_steps(llama: Llama) -> None:
-    llama.tokenizer.stop_tokens = []
-    calls = []
-    handle = llama.model.register_forward_pre_hook(lambda *_: calls.append(1))
-    tokens, _ = llama.generate(random_prompts(3, 5), max_gen_len=1, temperature=0)
-    handle.remove()
-    assert [len(row) for row in tokens] == [1, 1]
-    assert len(calls) == 3  # positions 3, 4 and 5
-
-
 def test_kinds_of_ids_that_are_as_good(llama: Llama) -> None:
     (prompt,) = random_prompts(6)
     llama.tokenizer.stop_tokens = {1, 2}  # type: ignore[assignment]
@@ -221,7 +215,7 @@ def test_chat_completion(llama: Llama) -> None:
         assert message["role"] == "assistant"
         assert message["content"] == llama.tokenizer.decode(ids)
         assert "".join(result["tokens"]) == message["content"]
-        assert result["logprobs"] == values
+        assert result["logprobs"] == pytest.approx(values, abs=1e-5)  # the prompts are in the cache
 
 
 def test_a_message_that_ends_in_eom_says_so(llama: Llama) -> None:
@@ -250,7 +244,6 @@ def test_a_message_that_ends_in_eom_says_so(llama: Llama) -> None:
     [
         ([], {}, "no prompts"),
         ([[1], []], {}, "prompt 1 is empty"),
-        ([[1]] * 5, {}, "5 prompts, but max_batch_size is 4"),
         ([[1] * 97], {}, "prompt 0 has 97 tokens, but max_seq_len is 96"),
         ([[1, -1]], {}, "prompt 0 has token id -1"),
         ([[1], [VOCAB]], {}, f"prompt 1 has token id {VOCAB}, but vocab_size is {VOCAB}"),
@@ -280,3 +273,177 @@ def test_bad_texts_and_dialogs(llama: Llama) -> None:
         llama.chat_completion([[{"role": "king", "content": "hear me"}]])  # type: ignore[list-item]
     with pytest.raises(LlamaError, match="last"):
         llama.chat_completion([[{"role": "assistant", "content": "hello"}]])
+
+
+# ---- more than Meta's loop does ---------------------------------------------------------------
+
+
+def test_more_prompts_than_rows_of_the_cache_wait(llama: Llama) -> None:
+    prompts = random_prompts(5, 3, 8, 12, 2, 30, 7)
+    tokens, _ = llama.generate(prompts, max_gen_len=10, temperature=0)
+    alone = [llama.generate([prompt], max_gen_len=10, temperature=0)[0][0] for prompt in prompts]
+    assert tokens == alone
+
+
+EMOJI = (
+    "the \N{GRINNING FACE}\N{FAMILY}\N{ZERO WIDTH JOINER}e\N{COMBINING ACUTE ACCENT} \u4e16\u754c"
+)
+
+
+def saying(llama: Llama, text: str) -> dict[str, Any]:
+    """Options that make the model say a text, which a random one never would."""
+    ids = llama.tokenizer.encode(text, bos=False, eos=True)
+
+    def process(tokens: Any, logits: torch.Tensor) -> torch.Tensor:
+        said = len(tokens) - 3
+        wanted = ids[said] if said < len(ids) else llama.tokenizer.eos_id
+        return torch.full_like(logits, -math.inf).index_fill(0, torch.tensor([wanted]), 0.0)
+
+    return dict(logits_processor=process, max_gen_len=60)
+
+
+@pytest.mark.parametrize(
+    "stop", [[], ["\N{FAMILY}"], ["e\N{COMBINING ACUTE ACCENT} \u4e16"], ["zz"]]
+)
+def test_a_stream_joined_is_the_whole_text(llama: Llama, stop: list[str]) -> None:
+    options = saying(llama, EMOJI) | dict(stop=stop)
+    prompt = llama.tokenizer.encode("ab", bos=True, eos=False)
+    events = list(llama.stream(prompt, **options))
+    whole = llama.text_completion(["ab"], **options)[0]["generation"]
+    assert whole == (EMOJI.split(stop[0])[0] if stop else EMOJI)
+    assert "".join(event.text for event in events) == whole
+    assert not any("\ufffd" in event.text for event in events)
+    assert events[-1].finish_reason == "stop"
+
+
+def test_streams_of_text_ids_and_dialogs(llama: Llama) -> None:
+    dialog = [{"role": "user", "content": "word"}]
+    ids = random_prompts(6)[0]
+    options = dict(temperature=0, max_gen_len=8)
+    texts = {0: "", 1: "", 2: ""}
+    for event in llama.stream(["the", ids, dialog], logprobs=2, **options):
+        texts[event.row] += event.text
+        if event.token is not None:
+            assert event.top_logprobs is not None
+            assert event.top_logprobs[0][0] == event.token  # greedy takes the likeliest
+            assert event.logprob == pytest.approx(event.top_logprobs[0][1], abs=1e-6)
+    assert texts[0] == llama.text_completion(["the"], **options)[0]["generation"]
+    assert texts[1] == llama.tokenizer.decode(llama.generate([ids], **options)[0][0])
+    assert texts[2] == llama.chat_completion([dialog], **options)[0]["generation"]["content"]
+    streamed = llama.text_completion(["the"], stream=True, **options)
+    assert "".join(event.text for event in streamed) == texts[0]
+
+
+def test_streams_can_take_turns_and_a_closed_one_is_cancelled(llama: Llama) -> None:
+    options = dict(temperature=0, max_gen_len=20, ignore_eos=True)
+    one, two = llama.stream("the", **options), llama.stream("and", **options)
+    texts = ["", ""]
+    for a, b in zip(one, two, strict=True):
+        texts[0] += a.text
+        texts[1] += b.text
+    assert texts == [p["generation"] for p in llama.text_completion(["the", "and"], **options)]
+    left = llama.stream("the", **options)
+    next(left)
+    left.close()
+    assert not [slot for slot in llama.engine._slots if slot.request]
+    llama.generate(random_prompts(3), max_gen_len=2)
+    assert not llama._inboxes
+
+
+def test_several_samples_of_a_prompt(llama: Llama) -> None:
+    (prompt,) = random_prompts(5)
+    tokens, _ = llama.generate([prompt], max_gen_len=12, temperature=1.0, n=3, seed=8)
+    assert len({tuple(row) for row in tokens}) == 3
+    (second,), _ = llama.generate([prompt], max_gen_len=12, temperature=1.0, seed=9)
+    assert tokens[1] == second
+
+
+def test_what_a_row_samples_does_not_depend_on_its_neighbours(llama: Llama) -> None:
+    prompts = random_prompts(5, 9, 3)
+    options = dict(max_gen_len=12, temperature=1.0, seed=4)
+    together, _ = llama.generate(prompts, **options)
+    assert together == [llama.generate([prompt], **options)[0][0] for prompt in prompts]
+
+
+def test_a_stop_string_cuts_text_and_echo(llama: Llama) -> None:
+    options = saying(llama, "word for word")
+    plain = llama.text_completion(["ab"], stop=[" for"], **options)[0]
+    echoed = llama.text_completion(["ab"], stop=[" for"], echo=True, logprobs=True, **options)[0]
+    assert plain["generation"] == "word"
+    assert echoed["generation"] == "<|begin_of_text|>abword"
+
+
+def test_score(llama: Llama) -> None:
+    prompts = random_prompts(30, 1, 97, 8)  # what is only scored may be one longer than the cache
+    scores = llama.score(prompts)
+    for prompt, got in zip(prompts, scores, strict=True):
+        ids = torch.tensor(prompt)
+        logits = llama.model(ids[None, :96])[0].log_softmax(-1)
+        want = logits[: len(ids) - 1].gather(-1, ids[1:, None]).flatten()
+        assert got == pytest.approx([0.0, *want.tolist()], abs=1e-5)
+    text = "the word"
+    ids = llama.tokenizer.encode(text, bos=True, eos=False)
+    assert llama.score([text]) == [pytest.approx(llama.score([ids])[0], abs=1e-5)]
+
+
+def test_reference_mode_alone_is_exact_and_fast_mode_reuses(
+    model: Transformer, tokenizer_path: Path
+) -> None:
+    (prompt,) = random_prompts(40)
+    fed: dict[str, list[int]] = {"reference": [], "fast": []}
+    for mode, sizes in fed.items():
+        llama = Llama(model, Tokenizer(tokenizer_path), mode=mode)  # type: ignore[arg-type]
+        features = model.features
+        model.features = lambda tokens, *args, sizes=sizes, features=features: (  # type: ignore[method-assign]
+            sizes.append(tokens.shape[1]) or features(tokens, *args)
+        )
+        for _ in range(2):
+            llama.generate([prompt], max_gen_len=1, temperature=0)
+        del model.features
+    assert fed == {"reference": [40, 40], "fast": [40, 1]}
+
+
+def generate_on_rank(folder: Path) -> Any:
+    llama = Llama.build(folder, max_seq_len=64, max_batch_size=2)
+    prompts = random_prompts(5, 9, 20)
+    results: list[Any] = [
+        llama.generate(prompts, max_gen_len=8, temperature=0.9, seed=3, logprobs=True, echo=True),
+        llama.text_completion(["the word", "and"], temperature=0, max_gen_len=8, logprobs=True),
+        llama.generate([prompts[0]], max_gen_len=8, temperature=0.9),
+        llama.score(prompts),
+    ]
+    events = list(llama.stream("the word", temperature=0, max_gen_len=8))
+    stopped = llama.stream("the word", temperature=0, max_gen_len=8)
+    next(stopped, None)
+    stopped.close()
+    results.append(llama.generate(prompts, max_gen_len=4, temperature=0))
+
+    def fails(tokens: Any, logits: torch.Tensor) -> torch.Tensor:
+        raise KeyError("mine")
+
+    errors = []
+    for options in (dict(logits_processor=fails), dict(top_p=3)):
+        try:
+            llama.generate(prompts, max_gen_len=4, **options)
+        except Exception as error:
+            errors.append(f"{type(error).__name__}: {error}")
+    return results, "".join(event.text for event in events), errors
+
+
+def test_two_ranks_say_the_same(tmp_path: Path) -> None:
+    make_checkpoint(tmp_path / "model", CHECKPOINT, mp_size=2, dtype=torch.float32)
+    write_tokenizer(tmp_path / "model" / "tokenizer.model", demo_pieces())
+    one, text, errors = generate_on_rank(tmp_path / "model")
+    (first, streamed, raised), (second, nothing, followed) = run_ranks(
+        2, tmp_path, generate_on_rank, tmp_path / "model"
+    )
+    assert first == second
+    assert streamed == text
+    assert nothing == ""
+    assert first[0][0] == one[0][0]
+    assert first[2] == one[2]
+    for got, want in zip(first[0][1] + first[3], one[0][1] + one[3], strict=True):
+        assert got == pytest.approx(want, abs=1e-5)
+    assert raised == errors
+    assert followed[0].startswith("ParallelError: the first rank failed")
+    assert followed[1] == raised[1]

@@ -118,16 +118,20 @@ def groups_on_rank() -> list:
         group._get_backend(torch.device("cpu")).options._timeout
         for group in (fs_init.get_model_parallel_group(), fs_init.get_data_parallel_group())
     ]
-    return [parallel.mp_size(), parallel.mp_rank(), value.item(), parallel.is_main_rank(), waits]
+    models = [parallel.dp_size(), parallel.dp_rank()]
+    everyone = parallel.make_patient_group()
+    assert parallel.sum_patiently(dist.get_rank(), everyone) == 6
+    is_main = parallel.is_main_rank()
+    return [parallel.mp_size(), parallel.mp_rank(), *models, value.item(), is_main, waits]
 
 
 def test_two_models_of_two_ranks(tmp_path: Path) -> None:
     waits = [parallel.TIMEOUT] * 2
     assert run_ranks(4, tmp_path, groups_on_rank) == [
-        [2, 0, 0, True, waits],
-        [2, 1, 0, False, waits],
-        [2, 0, 2, False, waits],
-        [2, 1, 2, False, waits],
+        [2, 0, 2, 0, 0, True, waits],
+        [2, 1, 2, 0, 0, False, waits],
+        [2, 0, 2, 1, 2, False, waits],
+        [2, 1, 2, 1, 2, False, waits],
     ]
 
 

@@ -15,8 +15,10 @@ from ranks import run_ranks
 from torch import Tensor
 
 from llama import Llama, ModelArgs, Transformer, parallel, training_checkpoint
+from llama.engine import Engine
 from llama.errors import ConfigError, LlamaError, TrainingError
 from llama.optimizer import Muon, clip_grad_norm, learning_rate_factor, orthogonalize
+from llama.sampling import SamplingParams
 from llama.training import Trainer, TrainingOptions, document_numbers, shard_model
 
 BOS = 0
@@ -307,6 +309,12 @@ def run_on_rank(folder: Path, fsdp: bool) -> list[float]:
                 shutil.rmtree(training_checkpoint.checkpoints(folder)[-1])
             torch.distributed.barrier()
     assert runs[1] == runs[0][2:]
+    if fsdp:  # samples on the way: generation gathers what is sharded
+        engine = Engine(model, 1, 24)
+        request = engine.submit([1, 2, 3], SamplingParams(temperature=0, max_gen_len=4))
+        while engine.has_work:
+            engine.step()
+        assert len(request.tokens) == 4
     return runs[0]
 
 

@@ -1,0 +1,151 @@
+"""The engine beside Meta's loop: ragged batches, decoding in company, the second turn of a chat.
+
+python benchmarks/engine.py --shape 110m --dtype float32 --out benchmarks/results/engine_110m.json
+
+All figures of one run are of the same random weights, interleaved; medians count.
+"""
+
+import json
+import os
+import platform
+import random
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import fire
+import torch
+from make_checkpoint import DTYPES, SHAPES
+from tqdm import tqdm
+
+from llama import ModelArgs, Transformer
+from llama.engine import Engine
+from llama.request import Request
+from llama.sampling import SamplingParams
+
+ROWS = 8
+LENGTHS = [10, 66, 121, 177, 233, 289, 344, 400]
+NEW = 64
+MAX_SEQ_LEN = 2048
+TURN = 1500
+
+
+def numbers(n: int, seed: int = 0) -> list[int]:
+    return [random.Random(seed + i).randrange(1000) for i in range(n)]
+
+
+@torch.inference_mode()
+def metas_loop(model: Transformer, prompts: list[list[int]]) -> list[list[int]]:
+    """The batch as Meta's release runs it: what all prompts have goes in at once, then all rows
+    advance a position at a time, the longer prompts with their own tokens."""
+    total = max(map(len, prompts)) + NEW
+    tokens = torch.zeros(len(prompts), total, dtype=torch.long)
+    given = torch.zeros(tokens.shape, dtype=torch.bool)
+    for row, prompt in enumerate(prompts):
+        tokens[row, : len(prompt)] = torch.tensor(prompt)
+        given[row, : len(prompt)] = True
+    before = 0
+    for at in range(min(map(len, prompts)), total):
+        chosen = model(tokens[:, before:at], before)[:, -1].argmax(-1)
+        tokens[:, at] = torch.where(given[:, at], tokens[:, at], chosen)
+        before = at
+    return [row[len(p) : len(p) + NEW] for row, p in zip(tokens.tolist(), prompts, strict=True)]
+
+
+def run(engine: Engine, prompts: list[list[int]], n: int) -> list[Request]:
+    params = SamplingParams(temperature=0, max_gen_len=n)
+    requests = [engine.submit(prompt, params) for prompt in prompts]
+    while engine.has_work:
+        engine.step()
+    return requests
+
+
+def seconds_of_batch(model: Transformer) -> dict[str, float]:
+    prompts = [numbers(length, seed=length) for length in LENGTHS]
+    start = time.perf_counter()
+    theirs = metas_loop(model, prompts)
+    middle = time.perf_counter()
+    requests = run(Engine(model, ROWS, MAX_SEQ_LEN), prompts, NEW)
+    end = time.perf_counter()
+    same = sum(r.tokens == row for r, row in zip(requests, theirs, strict=True))
+    return {"metas_loop": middle - start, "engine": end - middle, "rows_alike": same}
+
+
+def decoding_rate(model: Transformer, rows: int) -> float:
+    """Tokens a second of all rows together, once their prompts are in."""
+    engine = Engine(model, rows, MAX_SEQ_LEN)
+    params = SamplingParams(temperature=0, max_gen_len=None)
+    for i in range(rows):
+        engine.submit(numbers(16, seed=i), params)
+    engine.step()
+    start = time.perf_counter()
+    for _ in range(NEW // 2):
+        engine.step()
+    return rows * (NEW // 2) / (time.perf_counter() - start)
+
+
+def first_token(engine: Engine, prompt: list[int]) -> tuple[float, list[int]]:
+    """Seconds to the first token, and the whole turn."""
+    params = SamplingParams(temperature=0, max_gen_len=16)
+    request = engine.submit(prompt, params)
+    start = time.perf_counter()
+    while not request.tokens:
+        engine.step()
+    seconds = time.perf_counter() - start
+    while engine.has_work:
+        engine.step()
+    return seconds, prompt + request.tokens
+
+
+def seconds_of_turns(model: Transformer) -> dict[str, float]:
+    engine = Engine(model, 1, MAX_SEQ_LEN)
+    first, said = first_token(engine, numbers(TURN))
+    second, _ = first_token(engine, said + numbers(24, seed=TURN))
+    return {"first_turn": first, "second_turn": second}
+
+
+def main(
+    shape: str = "110m", dtype: str = "float32", rounds: int = 3, out: str | None = None
+) -> None:
+    """Measure and print; medians over the rounds.
+
+    Args:
+        shape: 110m or 1.5b.
+        dtype: float32 or bfloat16.
+        rounds: of every measurement.
+        out: file for the figures as JSON.
+    """
+    torch.set_default_dtype(DTYPES[dtype])
+    params = SHAPES[shape] | {"max_batch_size": ROWS, "max_seq_len": MAX_SEQ_LEN}
+    model = Transformer(ModelArgs(**params))
+    torch.set_default_dtype(torch.float32)
+    rows: list[dict[str, float]] = []
+    for _ in tqdm(range(rounds), unit="round"):
+        figures = seconds_of_batch(model) | seconds_of_turns(model)
+        figures |= {f"decode_{n}": decoding_rate(model, n) for n in (1, ROWS)}
+        rows.append(figures)
+
+    def median(work: Any) -> float:
+        return statistics.median(work(row) for row in rows)
+
+    report = {name: median(lambda row, name=name: row[name]) for name in rows[0]}
+    ratios = {
+        "batch_over_metas_loop": median(lambda row: row["metas_loop"] / row["engine"]),
+        "decode_8_over_1": median(lambda row: row[f"decode_{ROWS}"] / row["decode_1"]),
+        "first_turn_over_second": median(lambda row: row["first_turn"] / row["second_turn"]),
+    }
+    for name, value in (report | ratios).items():
+        print(f"{name:24} {value:9.3f}")
+    if out is not None:
+        machine = {
+            "machine": f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}",
+            "cores": os.cpu_count(),
+            "torch": torch.__version__,
+        }
+        content = machine | {"shape": shape, "dtype": dtype, "medians": report, "ratios": ratios}
+        Path(out).write_text(json.dumps(content | {"rounds": rows}, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    fire.Fire(main)

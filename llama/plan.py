@@ -1,0 +1,69 @@
+"""What all ranks of a model do next, as numbers: the first rank sends it, the others receive it."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import Self
+
+import torch
+
+from llama import parallel
+
+
+class Action(IntEnum):
+    """What is to be done."""
+
+    NOTHING = 0
+    FORWARD = 1
+    COPY = 2  # the beginning of a row of the cache into another
+    DONE = 3
+    FAILED = 4
+
+
+class Wanted(IntEnum):
+    """The logits that a forward is for."""
+
+    NOTHING = 0
+    LAST = 1  # of each row's last token
+    ALL = 2
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One action. Its tensors are small: it names rows of the cache, and brings only token ids.
+
+    row: of the cache, the first that a forward uses or the one a copy goes to.
+    source: the row that a copy comes from.
+    n_keys: positions of the cache that take part.
+    is_exact: Meta's operations; then all rows start at the same position.
+    start_pos: of each row's first token. tokens: (B, S) ids.
+    """
+
+    action: Action
+    row: int = 0
+    source: int = 0
+    n_keys: int = 0
+    wanted: Wanted = Wanted.NOTHING
+    is_exact: bool = False
+    start_pos: Sequence[int] = ()
+    tokens: Sequence[Sequence[int]] = ()
+
+    def send(self, device: torch.device) -> None:
+        """Tell the other ranks, which call `receive`."""
+        if parallel.mp_size() == 1:
+            return
+        head = [self.action, self.row, self.source, self.n_keys, self.wanted, self.is_exact]
+        ids = [token for row in self.tokens for token in row]
+        numbers = [*head, len(self.start_pos), *self.start_pos, *ids]
+        parallel.broadcast_numbers(numbers, torch.int64, device)
+
+    @classmethod
+    def receive(cls, device: torch.device) -> Self:
+        numbers = parallel.broadcast_numbers(None, torch.int64, device)
+        action, row, source, n_keys, wanted, is_exact, n_rows, *rest = numbers
+        start_pos, ids = rest[:n_rows], rest[n_rows:]
+        seqlen = len(ids) // n_rows if n_rows else 0
+        tokens = [ids[i * seqlen : (i + 1) * seqlen] for i in range(n_rows)]
+        return cls(
+            Action(action), row, source, n_keys, Wanted(wanted), bool(is_exact), start_pos, tokens
+        )

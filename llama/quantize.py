@@ -62,7 +62,7 @@ def quantize_int8(w: Tensor) -> Int8Weight:
 def quantize_int4(w: Tensor) -> Int4Weight:
     """Round each group of 32 in the rows of w, (N, K), to sixteen steps.
 
-    A group's scale is the one, of a few near the largest weight's, that loses least in squares.
+    A group's scale is the one of two that loses less in squares.
     Raises ConfigError where w is not a matrix of finite numbers or K is not a multiple of 64.
     """
     _check(w, PAIR)
@@ -95,22 +95,16 @@ def _steps(groups: Tensor, scale: Tensor) -> Tensor:
 
 
 def _best_scale(groups: Tensor) -> Tensor:
-    """The scale of each group (..., 32), as stored.
-
-    The largest weight, whatever its sign, falls on -8, the side with a step more, or a little
-    beyond it: what it then loses is won by the 31 others.
-    """
+    """The better scale of each group (..., 32), as stored: the largest weight, whatever its sign,
+    falls on -8, the side with a step more, or on -7, with finer steps for the other 31."""
     largest = groups.gather(-1, groups.abs().argmax(-1, keepdim=True)).squeeze(-1)
     best, least = largest, torch.full_like(largest, torch.inf)
-    for steps in CANDIDATES:
+    for steps in (-8, -7):
         scale = (largest / steps).bfloat16()
         rounded = _steps(groups, scale) * scale.float()[..., None]
         loss = (rounded - groups).square_().sum(-1)
         best, least = torch.where(loss < least, scale, best), torch.minimum(loss, least)
     return best.bfloat16()
-
-
-CANDIDATES = (-8.0, -7.5, -7.0, -8.5, -9.0)
 
 
 def _blocks(w: Tensor) -> list[slice]:

@@ -78,17 +78,16 @@ def _run(x: Tensor, weights: tuple[Weight, ...], isa: str | None, swiglu: bool) 
     chunk = -(-total // (CHUNKS * pool.threads()))
     job = np.zeros(32, np.int64)
     job[: loops.FIRST] = (
-        counter.ctypes.data, n, k, x32.data_ptr(), 0, 0, out.data_ptr(), total, chunk, len(weights)
+        counter.ctypes.data, n, k, x32.data_ptr(), 0, out.data_ptr(), total, chunk, len(weights)
     )  # fmt: skip
     for i, weight in enumerate(weights):
         data, scales = weight if isinstance(weight, tuple) else (weight, weight)
         place = loops.FIRST + 3 * i
         job[place : place + 3] = rows[i], data.data_ptr(), scales.data_ptr()
     if quantized:
-        steps = torch.empty(2, n * k // GROUP)
+        steps = torch.empty(n, k // GROUP)
         values = torch.empty(n, k, dtype=torch.int8)
-        job[[loops.STEPS, loops.OFFSETS]] = steps[0].data_ptr(), steps[1].data_ptr()
-        job[loops.OUT] = values.data_ptr()
+        job[[loops.STEPS, loops.OUT]] = steps.data_ptr(), values.data_ptr()
         loops.to_bytes()(job.ctypes.data)
         job[[loops.X, loops.OUT]] = values.data_ptr(), out.data_ptr()
     isa = (isa or loops.instruction_set()) if quantized else "plain"

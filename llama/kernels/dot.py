@@ -6,6 +6,7 @@ group of 32. Numba turns Python loops into such code only by luck: integer produ
 wide there.
 """
 
+import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -80,29 +81,26 @@ def _multiply_add(b: Builder, a: Value, c: Value, total: Value) -> Value:
     b.store(_instruction(b, name, kind, a, c, b.load(total)), total)
 
 
-def dot_bytes(b: Builder, isa: str, w: Value, x: Value, signed: bool) -> Value:
-    """32 products of bytes, exact, added up in eight int32; w is unsigned, below 16, or signed.
+def dot_bytes(b: Builder, isa: str, w: Value, x: Value) -> Value:
+    """32 products of int8, exact, added up in eight int32; x is never -128.
 
-    The instructions take unsigned times signed bytes. Signed weights give their sign to x, which
-    is never -128. One pair of products is then at most 2 * 128 * 127 = 32512: pmaddubsw, which
-    adds pairs in 16 bits, cannot saturate.
+    The instructions take unsigned times signed bytes: the weights give their signs to x. A pair of
+    products is then at most 2 * 128 * 127 = 32512, and pmaddubsw, which adds pairs in 16 bits,
+    cannot saturate.
     """
     if isa == "plain":
-        wide = ir.VectorType(i32, 32)
-        products = b.mul(b.sext(w, wide) if signed else b.zext(w, wide), b.sext(x, wide))
+        wide = ir.VectorType(i32, GROUP)
+        products = b.mul(b.sext(w, wide), b.sext(x, wide))
         quarters = [
-            b.shuffle_vector(products, products, ir.Constant(ints8, [*range(first, first + 8)]))
-            for first in range(0, 32, 8)
+            b.shuffle_vector(products, products, ir.Constant(ints8, [*range(first, first + LANES)]))
+            for first in range(0, GROUP, LANES)
         ]
-        return b.add(b.add(quarters[0], quarters[1]), b.add(quarters[2], quarters[3]))
-    if signed:
-        x = _instruction(b, "llvm.x86.avx2.psign.b", bytes32, x, w)
-        negative = b.icmp_signed("<", w, _splat(bytes32, 0))
-        w = b.select(negative, b.sub(_splat(bytes32, 0), w), w)
+        return functools.reduce(b.add, quarters)
+    x = _instruction(b, "llvm.x86.avx2.psign.b", bytes32, x, w)
+    negated = b.sub(_splat(bytes32, 0), w)
+    w = b.select(b.icmp_signed("<", w, _splat(bytes32, 0)), negated, w)
     if isa == "vnni":
-        return _instruction(
-            b, "llvm.x86.avx512.vpdpbusd.256", ints8, _splat(ints8, 0), w, x
-        )
+        return _instruction(b, "llvm.x86.avx512.vpdpbusd.256", ints8, _splat(ints8, 0), w, x)
     pairs = _instruction(b, "llvm.x86.avx2.pmadd.ub.sw", shorts16, w, x)
     return _instruction(b, "llvm.x86.avx2.pmadd.wd", ints8, pairs, _splat(shorts16, 1))
 
@@ -111,11 +109,11 @@ class _Rows:
     """Code for `n` rows of activations at addresses that the job gives."""
 
     def __init__(self, b: Builder, isa: str, n: int, operands: list[Value]) -> None:
-        first, self.k, x, steps, offsets, w, scales, out, out_step = operands
+        first, self.k, x, steps, w, scales, out, out_step = operands
         pointer = i8.as_pointer()
         self.b, self.isa, self.n = b, isa, n
         self.w, self.scales = b.inttoptr(w, pointer), b.inttoptr(scales, pointer)
-        self.x, self.steps, self.offsets = (b.inttoptr(p, pointer) for p in (x, steps, offsets))
+        self.x, self.steps = b.inttoptr(x, pointer), b.inttoptr(steps, pointer)
         self.rows = [_plus(b, first, i) for i in range(n)]
         self.chains = [
             [cgutils.alloca_once_value(b, _splat(floats8, 0.0)) for _ in range(2)] for _ in range(n)
@@ -139,8 +137,7 @@ class _Rows:
                 return _load(b, kind, self.w, _times(b, i, 4))
             return _widen(b, _load(b, half, self.w, _times(b, i, 2)))
 
-        starts = [_times(b, _times(b, row, 4), 1) for row in self.rows]
-        starts = [b.mul(start, self.k) for start in starts]
+        starts = [b.mul(_times(b, row, 4), self.k) for row in self.rows]
         with self.loop(b.udiv(self.k, ir.Constant(i64, 2 * LANES))) as index:
             for chain in range(2):
                 i = _plus(b, _times(b, index, 2 * LANES), chain * LANES)
@@ -163,45 +160,36 @@ class _Rows:
         with self.loop(b.udiv(self.k, ir.Constant(i64, GROUP))) as group:
             w = _load(b, bytes32, self.w, _times(b, group, GROUP))
             for row in range(self.n):
-                x, step, _ = self._activations(row, group)
-                products = b.sitofp(dot_bytes(b, self.isa, w, x, signed=True), floats8)
+                x, step = self._activations(row, group)
+                products = b.sitofp(dot_bytes(b, self.isa, w, x), floats8)
                 _multiply_add(b, products, _fill(b, step), self.chains[row][0])
         self._store(_load(b, f32, self.scales, ir.Constant(i64, 0)))
 
     def int4(self) -> None:
-        """x in groups of int8; w two groups of 4 bits in 32 bytes with a scale each. K in 64s.
-
-        The nibbles are multiplied as they are, 0 to 15; what the eight too much adds up to, a
-        group's sum of x times eight, is taken off as one number.
-        """
+        """x in groups of int8; w two groups of 4 bits in 32 bytes, a scale each. K in 64s."""
         b = self.b
         with self.loop(b.udiv(self.k, ir.Constant(i64, 2 * GROUP))) as pair:
             packed = _load(b, bytes32, self.w, _times(b, pair, GROUP))
-            low = b.and_(packed, _splat(bytes32, 15))
-            high = b.lshr(packed, _splat(bytes32, 4))
-            scales = _load(b, i32, self.scales, _times(b, pair, 4))
-            upper = b.and_(scales, ir.Constant(i32, 0xFFFF0000))
-            lower = b.shl(scales, ir.Constant(i32, 16))
-            for chain, (nibbles, scale) in enumerate(((low, lower), (high, upper))):
+            scales = _load(b, i32, self.scales, _times(b, pair, 4))  # two bfloat16
+            low = b.and_(packed, _splat(bytes32, 15)), b.shl(scales, ir.Constant(i32, 16))
+            high = b.lshr(packed, _splat(bytes32, 4)), b.and_(scales, ir.Constant(i32, 0xFFFF0000))
+            for chain, (nibbles, scale) in enumerate((low, high)):
+                w = b.sub(nibbles, _splat(bytes32, 8))
                 group = _plus(b, _times(b, pair, 2), chain)
                 for row in range(self.n):
-                    x, step, offset = self._activations(row, group)
+                    x, step = self._activations(row, group)
                     factor = b.fmul(b.bitcast(scale, f32), step)
-                    products = b.sitofp(dot_bytes(b, self.isa, nibbles, x, False), floats8)
+                    products = b.sitofp(dot_bytes(b, self.isa, w, x), floats8)
                     _multiply_add(b, products, _fill(b, factor), self.chains[row][chain])
-                    _multiply_add(b, factor, offset, self.rest[row])
         self._store(None)
 
-    def _activations(self, row: int, group: Value) -> tuple[Value, Value, Value]:
-        """A group's 32 bytes, the size of their step, and their sum times -8."""
+    def _activations(self, row: int, group: Value) -> tuple[Value, Value]:
+        """A group's 32 bytes, and the size of their step."""
         b = self.b
         groups = b.udiv(self.k, ir.Constant(i64, GROUP))
         number = b.add(b.mul(self.rows[row], groups), group)
-        return (
-            _load(b, bytes32, self.x, _times(b, number, GROUP)),
-            _load(b, f32, self.steps, _times(b, number, 4)),
-            _load(b, f32, self.offsets, _times(b, number, 4)),
-        )
+        x = _load(b, bytes32, self.x, _times(b, number, GROUP))
+        return x, _load(b, f32, self.steps, _times(b, number, 4))
 
     def _store(self, scale: Value | None) -> None:
         b = self.b
@@ -215,15 +203,15 @@ class _Rows:
 
 @intrinsic(prefer_literal=True)
 def dot(
-    context: Any, kind: Any, isa: Any, n: Any, first: Any, k: Any, x: Any, steps: Any, offsets: Any,
-    w: Any, scales: Any, out: Any, out_step: Any,
+    context: Any, kind: Any, isa: Any, n: Any, first: Any, k: Any, x: Any, steps: Any, w: Any,
+    scales: Any, out: Any, out_step: Any,
 ) -> tuple[Any, Callable[..., Value]]:  # fmt: skip
     """out[r] = the row of weights times row r of x, for the n rows from `first` on.
 
     kind: "float32", "bfloat16", "int8" or "int4"; isa: see `instruction_set`; all others int64,
     mostly addresses. out_step: bytes from one row's result to the next's.
     """
-    numbers = (first, k, x, steps, offsets, w, scales, out, out_step)
+    numbers = (first, k, x, steps, w, scales, out, out_step)
     signature = types.void(kind, isa, n, *[types.int64] * len(numbers))
 
     def generate(context: Any, b: Builder, signature: Any, operands: list[Value]) -> Value:

@@ -18,8 +18,8 @@ from numba import carray, cfunc, types
 from llama.kernels import dot as dots
 from llama.kernels.dot import GROUP, dot, pointer, take
 
-NEXT, N, K, X, STEPS, OFFSETS, OUT, TOTAL, CHUNK, MATRICES = range(10)
-FIRST = 10  # then for each matrix: its rows, and the addresses of its weights and its scales
+NEXT, N, K, X, STEPS, OUT, TOTAL, CHUNK, MATRICES = range(9)
+FIRST = 9  # then for each matrix: its rows, and the addresses of its weights and its scales
 
 # Numba looks only at this file to see whether what it kept is still right.
 VERSION = hashlib.sha256(Path(dots.__file__).read_bytes()).hexdigest()
@@ -83,10 +83,10 @@ def product(kind: str, isa: str, swiglu: bool) -> Callable[[int], None]:
                     w, s, o = weights + row * width, scales + row * scale_width, out + 4 * row
                     first = 0
                     while first + 4 <= n:
-                        dot(kind, isa, 4, first, k, job[X], job[STEPS], job[OFFSETS], w, s, o, 4 * total)
+                        dot(kind, isa, 4, first, k, job[X], job[STEPS], w, s, o, 4 * total)
                         first += 4
                     while first < n:
-                        dot(kind, isa, 1, first, k, job[X], job[STEPS], job[OFFSETS], w, s, o, 4 * total)
+                        dot(kind, isa, 1, first, k, job[X], job[STEPS], w, s, o, 4 * total)
                         first += 1
                 if not swiglu:
                     before += rows
@@ -117,7 +117,6 @@ def to_bytes() -> Callable[[int], None]:
         bits = carray(pointer(job[X], np.int32), shape)
         quantized = carray(pointer(job[OUT], np.int8), shape)
         steps = carray(pointer(job[STEPS], np.float32), groups)
-        offsets = carray(pointer(job[OFFSETS], np.float32), groups)
         largest = np.empty(1, np.int32)
         for group in range(groups):
             most = np.int32(0)
@@ -128,12 +127,8 @@ def to_bytes() -> Callable[[int], None]:
             inverse = np.float32(0)
             if step > np.float32(1e-35):
                 inverse = np.float32(1) / step
-            total = np.int32(0)
             for i in range(GROUP):
-                rounded = np.int32(np.rint(x[group, i] * inverse))
-                quantized[group, i] = rounded
-                total += rounded
+                quantized[group, i] = np.int8(np.int32(np.rint(x[group, i] * inverse)))
             steps[group] = step
-            offsets[group] = np.float32(-8 * total)
 
     return _compile(task)

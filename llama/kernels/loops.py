@@ -1,0 +1,134 @@
+"""The compiled loops around the dot products: each a C function of one job, kept on disk.
+
+A job is a row of int64: numbers and addresses, in the order of the names below. The threads of a
+job take chunks of its rows of weights until none is left, so that a slow thread holds up no other.
+"""
+
+import ctypes
+import functools
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import llvmlite.binding
+import numpy as np
+from numba import carray, cfunc, types
+
+from llama.kernels import dot as dots
+from llama.kernels.dot import GROUP, dot, pointer, take
+
+NEXT, N, K, X, STEPS, OUT, TOTAL, CHUNK, MATRICES = range(9)
+FIRST = 9  # then for each matrix: its rows, and the addresses of its weights and its scales
+
+# Numba looks only at this file to see whether what it kept is still right.
+VERSION = hashlib.sha256(Path(dots.__file__).read_bytes()).hexdigest()
+
+
+@functools.cache
+def instruction_set() -> str:
+    """What multiplies bytes here: "vnni", "avx2", or "plain" code that runs anywhere."""
+    has = llvmlite.binding.get_host_cpu_features().get
+    if has("avx512vnni") and has("avx512vl") or has("avxvnni") and has("avx2"):
+        return "vnni"
+    return "avx2" if has("avx2") else "plain"
+
+
+def _compile(function: Callable[..., None]) -> Callable[[int], None]:
+    options: dict[str, Any] = dict(nopython=True, error_model="numpy", boundscheck=False)
+    decorate = functools.partial(cfunc, types.void(types.CPointer(types.int64)), **options)
+    try:
+        compiled = decorate(cache=True)(function)
+    except RuntimeError:  # neither beside this file nor in the user's own folder can one write
+        compiled = decorate()(function)
+    call = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(compiled.address)
+    call.compiled = compiled  # type: ignore[attr-defined]  # or its code would be freed
+    return call
+
+
+@functools.cache
+def product(kind: str, isa: str, swiglu: bool) -> Callable[[int], None]:
+    """x times each matrix, (n, all their rows); or, of two, silu(first) * second.
+
+    The second then needs a place of its own: out has 2 * n rows.
+    """
+    version = VERSION
+
+    def task(address):  # type: ignore[no-untyped-def]
+        version  # noqa: B018
+        job = carray(address, 32)
+        n, k, total, chunk = job[N], job[K], job[TOTAL], job[CHUNK]
+        while True:
+            begin = take(job[NEXT]) * chunk
+            end = min(begin + chunk, total)
+            if begin >= total:
+                break
+            before = 0  # rows of the matrices before this one
+            for matrix in range(job[MATRICES]):
+                place = FIRST + 3 * matrix
+                rows, weights, scales = job[place], job[place + 1], job[place + 2]
+                out = job[OUT] + 4 * before
+                if swiglu:
+                    out = job[OUT] + 4 * matrix * n * total
+                width = k
+                scale_width = 4
+                if kind == "float32":
+                    width = 4 * k
+                if kind == "bfloat16":
+                    width = 2 * k
+                if kind == "int4":
+                    width = k // 2
+                    scale_width = k // GROUP * 2
+                for row in range(max(begin - before, 0), min(end - before, rows)):
+                    w, s, o = weights + row * width, scales + row * scale_width, out + 4 * row
+                    first = 0
+                    while first + 4 <= n:
+                        dot(kind, isa, 4, first, k, job[X], job[STEPS], w, s, o, 4 * total)
+                        first += 4
+                    while first < n:
+                        dot(kind, isa, 1, first, k, job[X], job[STEPS], w, s, o, 4 * total)
+                        first += 1
+                if not swiglu:
+                    before += rows
+            if swiglu:
+                both = carray(pointer(job[OUT], np.float32), (2, n, total))
+                for r in range(n):
+                    for i in range(begin, end):
+                        gate = both[0, r, i]
+                        both[0, r, i] = gate / (np.float32(1) + np.exp(-gate)) * both[1, r, i]
+
+    return _compile(task)
+
+
+@functools.cache
+def to_bytes() -> Callable[[int], None]:
+    """Round each group of 32 activations to steps of its largest / 127.
+
+    NaN and infinity are larger than any number, also as bits: such a group's step is not finite.
+    """
+    version = VERSION
+
+    def task(address):  # type: ignore[no-untyped-def]
+        version  # noqa: B018
+        job = carray(address, 32)
+        groups = job[N] * job[K] // GROUP
+        shape = (groups, GROUP)
+        x = carray(pointer(job[X], np.float32), shape)
+        bits = carray(pointer(job[X], np.int32), shape)
+        quantized = carray(pointer(job[OUT], np.int8), shape)
+        steps = carray(pointer(job[STEPS], np.float32), groups)
+        largest = np.empty(1, np.int32)
+        for group in range(groups):
+            most = np.int32(0)
+            for i in range(GROUP):
+                most = max(most, np.int32(bits[group, i] & np.int32(0x7FFFFFFF)))
+            largest[0] = most
+            step = largest.view(np.float32)[0] / np.float32(127)
+            inverse = np.float32(0)
+            if step > np.float32(1e-35):
+                inverse = np.float32(1) / step
+            for i in range(GROUP):
+                quantized[group, i] = np.int8(np.int32(np.rint(x[group, i] * inverse)))
+            steps[group] = step
+
+    return _compile(task)

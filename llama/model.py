@@ -155,11 +155,26 @@ class Attention(nn.Module):
         mask: Tensor | None,
         cache: KVCache | None,
     ) -> Tensor:
-        bsz, seqlen, _ = x.shape
         # Column-parallel: each rank projects to its own heads and attends with them alone.
-        xq = self.wq(x).view(bsz, seqlen, self.n_local_heads, self.head_dim)  # (B, S, H, hd)
-        xk = self.wk(x).view(bsz, seqlen, self.n_local_kv_heads, self.head_dim)  # (B, S, K, hd)
-        xv = self.wv(x).view(bsz, seqlen, self.n_local_kv_heads, self.head_dim)
+        qkv = self.wq(x), self.wk(x), self.wv(x)
+        # Row-parallel: every rank adds its heads' share of the output, summed over the ranks.
+        return self.wo(self.attend(*qkv, start_pos, freqs_cis, mask, cache))  # (B, S, D)
+
+    def attend(
+        self,
+        xq: Tensor,
+        xk: Tensor,
+        xv: Tensor,
+        start_pos: int | Tensor | None,
+        freqs_cis: Tensor,
+        mask: Tensor | None,
+        cache: KVCache | None,
+    ) -> Tensor:
+        """What lies between the projections: (B, S, H * hd), twice (B, S, K * hd) -> heads."""
+        bsz, seqlen, _ = xq.shape
+        xq = xq.view(bsz, seqlen, self.n_local_heads, self.head_dim)  # (B, S, H, hd)
+        xk = xk.view(bsz, seqlen, self.n_local_kv_heads, self.head_dim)  # (B, S, K, hd)
+        xv = xv.view(bsz, seqlen, self.n_local_kv_heads, self.head_dim)
         xq, xk = apply_rotary_emb(xq, xk, freqs_cis)
 
         if cache is not None and start_pos is not None:
@@ -188,9 +203,7 @@ class Attention(nn.Module):
                 scores += mask
             weights = scores.float().softmax(-1).type_as(xq)
             heads = weights @ values  # (B, H, S, hd)
-        heads = heads.transpose(1, 2).flatten(2)  # (B, S, H * hd)
-        # Row-parallel: every rank adds its heads' share of the output, summed over the ranks.
-        return self.wo(heads)  # (B, S, D)
+        return heads.transpose(1, 2).flatten(2)  # (B, S, H * hd)
 
 
 class FeedForward(nn.Module):
@@ -337,7 +350,7 @@ class Transformer(nn.Module):
             start = start_pos if isinstance(start_pos, int) else 0
             self._check_fits(tokens, start, cache.max_batch_size, positions)
         h = self.tok_embeddings(tokens)  # (B, S, D)
-        place, freqs_cis, mask = self._place(h, start_pos, cache, documents)
+        place, freqs_cis, mask = self.place(h, start_pos, cache, documents)
         for layer in self.layers:
             h = layer(h, place, freqs_cis, mask, cache)
         return self.norm(h)
@@ -346,12 +359,12 @@ class Transformer(nn.Module):
         """(…, D) -> float32 (…, V), those of all ranks."""
         return self.output(features).float()
 
-    def _place(
+    def place(
         self,
         h: Tensor,
         start_pos: int | Tensor | None,
         cache: KVCache | None,
-        documents: Tensor | None,
+        documents: Tensor | None = None,
     ) -> tuple[int | Tensor | None, Tensor, Tensor | None]:
         """Where the tokens stand: the place in the cache, the rotations, and who sees whom."""
         seqlen = h.shape[1]
@@ -437,16 +450,18 @@ class Transformer(nn.Module):
             self.cache = cache
         return cache
 
-    def make_cache(self, max_batch_size: int, max_seq_len: int) -> KVCache:
-        """A cache of this rank's heads, in the weights' dtype and on their device."""
-        weight = next(self.parameters())
+    def make_cache(
+        self, max_batch_size: int, max_seq_len: int, dtype: torch.dtype | None = None
+    ) -> KVCache:
+        """A cache of this rank's heads on the weights' device; dtype None: theirs."""
+        weight = self.norm.weight
         return KVCache.zeros(
             self.n_layers,
             max_batch_size,
             max_seq_len,
             self.params.local_kv_heads(parallel.mp_size()),
             self.params.head_dim,
-            weight.dtype,
+            dtype or weight.dtype,
             weight.device,
         )
 

@@ -232,13 +232,12 @@ def dot(
 
 @intrinsic
 def take(context: Any, counter: Any) -> tuple[Any, Callable[..., Value]]:
-    """Count an int64 at an address up by one, safe between threads; what it was before."""
+    """Count the int64 that a pointer points to up by one, safe between threads; what it was before."""
 
     def generate(context: Any, b: Builder, signature: Any, operands: list[Value]) -> Value:
-        address = b.inttoptr(operands[0], i64.as_pointer())
-        return b.atomic_rmw("add", address, ir.Constant(i64, 1), "monotonic")
+        return b.atomic_rmw("add", operands[0], ir.Constant(i64, 1), "monotonic")
 
-    return types.int64(types.int64), generate
+    return types.int64(counter), generate
 
 
 @intrinsic

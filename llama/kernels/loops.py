@@ -18,8 +18,9 @@ from numba import carray, cfunc, types
 from llama.kernels import dot as dots
 from llama.kernels.dot import GROUP, dot, pointer, take
 
-NEXT, N, K, X, STEPS, OUT, TOTAL, CHUNK, MATRICES = range(9)
+TAKEN, N, K, X, STEPS, OUT, TOTAL, CHUNK, MATRICES = range(9)
 FIRST = 9  # then for each matrix: its rows, and the addresses of its weights and its scales
+LENGTH = FIRST + 3 * 3
 
 # Numba looks only at this file to see whether what it kept is still right.
 VERSION = hashlib.sha256(Path(dots.__file__).read_bytes()).hexdigest()
@@ -56,10 +57,10 @@ def product(kind: str, isa: str, swiglu: bool) -> Callable[[int], None]:
 
     def task(address):  # type: ignore[no-untyped-def]
         version  # noqa: B018
-        job = carray(address, 32)
+        job = carray(address, LENGTH)
         n, k, total, chunk = job[N], job[K], job[TOTAL], job[CHUNK]
         while True:
-            begin = take(job[NEXT]) * chunk
+            begin = take(address) * chunk
             end = min(begin + chunk, total)
             if begin >= total:
                 break
@@ -110,7 +111,7 @@ def to_bytes() -> Callable[[int], None]:
 
     def task(address):  # type: ignore[no-untyped-def]
         version  # noqa: B018
-        job = carray(address, 32)
+        job = carray(address, LENGTH)
         groups = job[N] * job[K] // GROUP
         shape = (groups, GROUP)
         x = carray(pointer(job[X], np.float32), shape)

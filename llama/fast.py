@@ -1,0 +1,147 @@
+"""The same network for speed on a CPU: products of few rows through kernels, quantized weights.
+
+Everything but the matrix products is the model's own code. Activations and cache are float32
+whatever the weights are: a CPU gains nothing from rounding them in between.
+"""
+
+from typing import Literal, get_args
+
+import torch
+import torch.nn.functional as F
+from fairscale.nn.model_parallel.mappings import (
+    gather_from_model_parallel_region,
+    reduce_from_model_parallel_region,
+)
+from torch import Tensor, nn
+
+from llama.cache import KVCache
+from llama.errors import ConfigError
+from llama.kernels import Product, Weight
+from llama.model import Transformer, TransformerBlock
+from llama.quantize import Int4Weight, Int8Weight, dequantize, quantize_int4, quantize_int8
+
+Width = Literal["int8", "int4"]
+QUANTIZERS = {"int8": quantize_int8, "int4": quantize_int4}
+
+FEW = 48  # rows: for more, widening the weights to float32 pays, whose products are fastest
+BLOCK = 1 << 22  # weights widened at a time
+
+
+class FastTransformer:
+    """A `Transformer` on the CPU with other products; for inference, the engine calls it alike.
+
+    quantize: round the matrices to eight or four bits; the model's own are given up.
+    Raises ConfigError where the kernels cannot take the weights, or numba is not installed.
+    """
+
+    def __init__(self, model: Transformer, quantize: Width | None = None) -> None:
+        if quantize not in (None, *get_args(Width)):
+            raise ConfigError(f"quantize is {quantize!r}: {' or '.join(get_args(Width))}")
+        self.model = model
+        self.vocab_size = model.vocab_size
+        self.device = model.device
+        self.layers = [_FastBlock(block, quantize) for block in model.layers]
+        self.output = _Projection([model.output], quantize, keep=model.params.tied)
+
+    def make_cache(self, max_batch_size: int, max_seq_len: int) -> KVCache:
+        return self.model.make_cache(max_batch_size, max_seq_len, torch.float32)
+
+    def features(self, tokens: Tensor, start_pos: int | Tensor, cache: KVCache) -> Tensor:
+        """Ids (B, S) -> float32 (B, S, D); see `Transformer.features`."""
+        h = self.model.tok_embeddings(tokens).float()
+        place = self.model.place(h, start_pos, cache)
+        for layer in self.layers:
+            h = layer(h, *place, cache)
+        return self.model.norm(h)
+
+    def logits(self, features: Tensor) -> Tensor:
+        """(…, D) -> float32 (…, V), those of all ranks."""
+        return gather_from_model_parallel_region(self.output(features))
+
+
+class _FastBlock:
+    """A TransformerBlock whose seven matrices are read in four passes."""
+
+    def __init__(self, block: TransformerBlock, quantize: Width | None) -> None:
+        attention, feed_forward = block.attention, block.feed_forward
+        self.attention_norm, self.ffn_norm = block.attention_norm, block.ffn_norm
+        self.attend = attention.attend
+        heads, kv_heads = attention.n_local_heads, attention.n_local_kv_heads
+        self.widths = [n * attention.head_dim for n in (heads, kv_heads, kv_heads)]
+        self.qkv = _Projection([attention.wq, attention.wk, attention.wv], quantize)
+        self.wo = _Projection([attention.wo], quantize)
+        self.gate_and_up = _Projection([feed_forward.w1, feed_forward.w3], quantize, swiglu=True)
+        self.down = _Projection([feed_forward.w2], quantize)
+
+    def __call__(
+        self,
+        x: Tensor,
+        start_pos: int | Tensor | None,
+        freqs_cis: Tensor,
+        mask: Tensor | None,
+        cache: KVCache,
+    ) -> Tensor:
+        qkv = self.qkv(self.attention_norm(x)).split(self.widths, dim=-1)
+        heads = self.attend(*qkv, start_pos, freqs_cis, mask, cache)
+        h = x + reduce_from_model_parallel_region(self.wo(heads))
+        products = self.gate_and_up(self.ffn_norm(h))
+        return h + reduce_from_model_parallel_region(self.down(products))
+
+
+class _Projection:
+    """The weights of one or several linear layers, times the same input.
+
+    keep: leave the layers their weights where they are quantized, for who else uses them.
+    """
+
+    def __init__(
+        self,
+        layers: list[nn.Module],
+        quantize: Width | None,
+        swiglu: bool = False,
+        keep: bool = False,
+    ) -> None:
+        self.weights: list[Weight] = []
+        for layer in layers:
+            weight = layer.weight.detach()
+            if quantize is None:
+                self.weights.append(weight)
+                continue
+            self.weights.append(QUANTIZERS[quantize](weight))
+            if not keep:
+                layer.weight = nn.Parameter(weight.to("meta"), requires_grad=False)
+        self.swiglu = swiglu
+        self.few = Product(*self.weights, swiglu=swiglu)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """float32 (B, S, K) -> (B, S, all matrices' N), or (B, S, N) with SwiGLU."""
+        rows = x.flatten(0, -2)
+        out = self.few(rows) if len(rows) <= FEW else self._many(rows)
+        return out.unflatten(0, x.shape[:-1])
+
+    def _many(self, x: Tensor) -> Tensor:
+        outputs = [_product(x, weight) for weight in self.weights]
+        if self.swiglu:
+            gate, up = outputs
+            return F.silu(gate) * up
+        return torch.cat(outputs, dim=-1)
+
+
+def _product(x: Tensor, weight: Weight) -> Tensor:
+    """x (n, K) times weight (N, K) transposed, in float32, a block of weights after the other."""
+    if isinstance(weight, Tensor) and weight.dtype == torch.float32:
+        return F.linear(x, weight)
+    rows, width = weight.shape
+    out = x.new_empty(len(x), rows)
+    for start in range(0, rows, BLOCK // width):
+        block = slice(start, start + BLOCK // width)
+        out[:, block] = F.linear(x, _widened(weight, block))
+    return out
+
+
+def _widened(weight: Weight, rows: slice) -> Tensor:
+    if isinstance(weight, Tensor):
+        return weight[rows].float()
+    if isinstance(weight, Int8Weight):
+        return dequantize(Int8Weight(weight.values[rows], weight.scale[rows]))
+    return dequantize(Int4Weight(weight.packed[rows], weight.scales[rows]))

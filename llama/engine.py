@@ -21,7 +21,7 @@ from torch import Tensor
 
 from llama import sampling
 from llama.cache import KVCache
-from llama.errors import GenerationError, ParallelError
+from llama.errors import GenerationError, ParallelError, TokenizerError
 from llama.model import Transformer
 from llama.plan import Action, Plan, Wanted
 from llama.request import Event, FinishReason, Request
@@ -317,13 +317,19 @@ class Engine:
     def _advance(self, slot: _Slot, token: int, logprob: float, logits: Tensor) -> Event:
         """Give the slot's request its next token, which may end it."""
         request = _request_of(slot)
-        if request.error is not None or token in request.stop_tokens:
+        if request.error is None and token in request.stop_tokens:
             self._release(slot)
-            if request.error is not None:
-                return self._end(request, "error")
             request.stop_token = token
             return self._end(request, "stop")
-        text = request.push(token, logprob)
+        text = ""
+        if request.error is None:
+            try:
+                text = request.push(token, logprob)
+            except TokenizerError as error:  # the model's vocabulary may be the larger one
+                request.error = error
+        if request.error is not None:
+            self._release(slot)
+            return self._end(request, "error")
         top = None
         if request.params.logprobs is not None:
             top = sampling.top_logprobs(logits, request.params.logprobs)

@@ -388,6 +388,21 @@ def test_ten_thousand_submits_and_cancels_leak_nothing(model: Transformer) -> No
     assert not engine.has_work
 
 
+def test_an_id_that_the_tokenizer_lacks_harms_no_other(tokenizer: Tokenizer) -> None:
+    torch.manual_seed(1)
+    args = SHAPE | {"vocab_size": VOCAB + 64}
+    engine = Engine(Transformer(ModelArgs(**args, max_seq_len=MAX_SEQ_LEN)), 2, 32, tokenizer)
+    options: dict[str, Any] = dict(temperature=0.0, max_gen_len=4, ignore_eos=True)
+    bad = engine.submit([1, 2], SamplingParams(logit_bias={VOCAB + 5: 1000.0}, **options))
+    good = engine.submit([3, 4], SamplingParams(logit_bias={5: 1000.0}, **options))
+    drain(engine)
+    assert bad.finish_reason == "error"
+    assert f"token id {VOCAB + 5} is out of range" in str(bad.error)
+    assert bad.tokens == bad.logprobs == []
+    assert good.finish_reason == "length"
+    assert good.tokens == [5] * 4
+
+
 def test_one_bad_processor_harms_no_other(model: Transformer) -> None:
     def raises(tokens: Any, logits: torch.Tensor) -> torch.Tensor:
         raise KeyError("mine")

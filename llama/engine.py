@@ -276,6 +276,9 @@ class Engine:
         first, last = decoding[0].index, decoding[-1].index
         rows = self._slots[first : last + 1]
         fed = {slot: _request_of(slot).tokens[-1] for slot in decoding}
+        for slot in decoding:  # a step that was interrupted may have stored that token already
+            request = _request_of(slot)
+            del slot.tokens[len(request.prompt_tokens) + len(request.tokens) - 1 :]
         start_pos = [len(slot.tokens) for slot in rows]
         logits = self._run(
             Plan(

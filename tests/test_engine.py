@@ -3,6 +3,7 @@
 import gc
 import random
 import weakref
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -401,6 +402,29 @@ def test_an_id_that_the_tokenizer_lacks_harms_no_other(tokenizer: Tokenizer) -> 
     assert bad.tokens == bad.logprobs == []
     assert good.finish_reason == "length"
     assert good.tokens == [5] * 4
+
+
+def test_an_interrupted_step_is_made_up_for(model: Transformer) -> None:
+    greedy = SamplingParams(temperature=0, max_gen_len=12)
+    first, second = random_prompts(2)
+    alone = run_alone(model, first, greedy)
+    calls = []
+
+    def interrupted(_: Sequence[int], logits: torch.Tensor) -> torch.Tensor:
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return logits
+
+    engine = Engine(model, 2, MAX_SEQ_LEN)
+    request = engine.submit(first, greedy)
+    other = engine.submit(second, SamplingParams(logits_processor=interrupted))
+    with pytest.raises(KeyboardInterrupt):
+        drain(engine)
+    engine.cancel(other)
+    drain(engine)
+    assert request.tokens == alone.tokens
+    assert request.logprobs == pytest.approx(alone.logprobs, abs=1e-5)
 
 
 def test_one_bad_processor_harms_no_other(model: Transformer) -> None:

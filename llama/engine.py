@@ -210,9 +210,10 @@ class Engine:
         """Give the request the free slot that saves it most, and what is there of its prompt."""
         prompt = request.prompt_tokens
         needs_all = request.is_exact or request.is_private or request.params.prompt_logprobs
+        needs_none = request.max_gen_len == 0
         slot = min(free, key=lambda slot: (slot.last_used, slot.index))
         source, reused = slot, 0
-        if not needs_all:
+        if not (needs_all or needs_none):
             # The last token is always computed: its logits are wanted. Free slots win a tie.
             shared = {s: _common_prefix(s.tokens, prompt[:-1]) for s in self._slots if _is_open(s)}
             best = max(shared, key=lambda s: (shared[s], s.request is None), default=slot)

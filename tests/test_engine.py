@@ -256,6 +256,19 @@ def test_the_row_with_most_in_common_is_taken_and_a_short_beginning_is_not_worth
     assert counts == [1, 3, 1]
 
 
+def test_what_takes_no_token_reuses_none(own_model: Transformer) -> None:
+    engine = Engine(own_model, 2, MAX_SEQ_LEN, prefill_chunk=8)
+    prompt = [5] * 60
+    engine.submit(prompt, SamplingParams(max_gen_len=1))
+    drain(engine)
+    counts = counting(engine)
+    nothing = engine.submit(prompt, SamplingParams(max_gen_len=0))
+    engine.submit([7] * 60, SamplingParams(max_gen_len=1))
+    engine.step()
+    assert nothing.finish_reason == "length"
+    assert counts == [8]  # a step's share of the other prompt
+
+
 def test_nothing_private_is_shared(own_model: Transformer) -> None:
     engine = Engine(own_model, 1, MAX_SEQ_LEN)
     counts = counting(engine)

@@ -49,11 +49,13 @@ class Engine:
     Args:
         model: the transformer, on its device.
         max_batch_size: slots; more requests than that wait for their turn.
-        max_seq_len: tokens of prompt and answer together.
+        max_seq_len: tokens of prompt and answer together, at most the model's own max_seq_len.
         tokenizer: gives events their text and requests their stop tokens; without it only those
             that the params name.
         seed: requests without a seed of their own draw from one made of this and their number.
         prefill_chunk: tokens of prompts taken in by one step.
+
+    Raises GenerationError where a number is out of its range.
     """
 
     def __init__(
@@ -67,6 +69,11 @@ class Engine:
     ) -> None:
         if prefill_chunk < 1:
             raise GenerationError(f"prefill_chunk is {prefill_chunk}: it must be 1 or above")
+        if max_batch_size < 1:
+            raise GenerationError(f"max_batch_size is {max_batch_size}: it must be 1 or above")
+        longest = model.params.max_seq_len  # of its RoPE table
+        if not 1 <= max_seq_len <= longest:
+            raise GenerationError(f"max_seq_len is {max_seq_len}: it must be 1 to {longest}")
         self.model = model
         self.tokenizer = tokenizer
         self.max_seq_len = max_seq_len

@@ -482,3 +482,18 @@ def test_what_does_not_fit_is_refused(
     with pytest.raises(GenerationError, match=message):
         engine.submit(prompt, SamplingParams(**options), row=7)
     assert not engine.has_work
+
+
+@pytest.mark.parametrize(
+    ("rows", "length", "message"),
+    [
+        (0, 8, "max_batch_size is 0: it must be 1 or above"),
+        (1, 0, f"max_seq_len is 0: it must be 1 to {MAX_SEQ_LEN}"),
+        (1, MAX_SEQ_LEN + 1, f"max_seq_len is {MAX_SEQ_LEN + 1}: it must be 1 to {MAX_SEQ_LEN}"),
+    ],
+)
+def test_an_engine_has_rows_and_fits_the_model(
+    model: Transformer, rows: int, length: int, message: str
+) -> None:
+    with pytest.raises(GenerationError, match=message):
+        Engine(model, rows, length)

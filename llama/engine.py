@@ -179,7 +179,7 @@ class Engine:
     def _generator(self, seed: int | None) -> torch.Generator:
         """Random numbers that depend on no other request."""
         if seed is None:
-            mixed = np.random.SeedSequence([self._seed, self._submitted])
+            mixed = np.random.SeedSequence([self._seed % 2**64, self._submitted])
             seed = int(mixed.generate_state(1, np.uint64)[0] >> np.uint64(1))
         return torch.Generator(self.model.device).manual_seed(seed)
 

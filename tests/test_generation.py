@@ -113,6 +113,14 @@ def test_a_seed_repeats_and_calls_go_on(model: Transformer, tokenizer_path: Path
     assert one.generate(prompts, max_gen_len=30, temperature=1.0) != first
 
 
+def test_a_seed_may_be_negative(model: Transformer, tokenizer_path: Path) -> None:
+    one, again, other = (
+        Llama(model, Tokenizer(tokenizer_path), seed).generate(random_prompts(5, 6), 8, 1.0)
+        for seed in (-1, -1, -2)
+    )
+    assert one == again != other
+
+
 def test_prompt_logprobs_are_those_of_a_plain_forward(llama: Llama) -> None:
     (prompt,) = random_prompts(25)
     tokens, logprobs = llama.generate(

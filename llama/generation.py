@@ -206,9 +206,12 @@ class Llama:
         **options: Any,
     ) -> list[CompletionPrediction] | Iterator[Event]:
         """Continue each text. The arguments are those of `generate`; max_gen_len None: until a
-        stop token or the end of the cache. stream: give what `stream` gives, of these prompts."""
+        stop token or the end of the cache. stream: give what `stream` gives, of these prompts,
+        without an echo."""
         if isinstance(prompts, str):
             raise GenerationError("prompts is one string: give a list of strings")
+        if stream and echo:
+            raise GenerationError("a stream has no echo: its events are of what is generated")
         prompt_tokens = [self.encode_prompt(text) for text in prompts]
         options |= dict(temperature=temperature, top_p=top_p, max_gen_len=max_gen_len)
         options |= dict(prompt_logprobs=True) if echo and logprobs else {}

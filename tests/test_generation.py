@@ -277,6 +277,8 @@ def test_bad_texts_and_dialogs(llama: Llama) -> None:
         llama.text_completion("one string")  # type: ignore[arg-type]
     with pytest.raises(GenerationError, match="no prompts"):
         llama.text_completion([])
+    with pytest.raises(GenerationError, match="a stream has no echo"):
+        llama.text_completion(["text"], echo=True, stream=True)
     with pytest.raises(LlamaError, match="role"):
         llama.chat_completion([[{"role": "king", "content": "hear me"}]])  # type: ignore[list-item]
     with pytest.raises(LlamaError, match="last"):

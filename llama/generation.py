@@ -282,6 +282,8 @@ class Llama:
 
         Computed in chunks, so that memory does not grow with a prompt's length.
         """
+        if isinstance(prompts, str):
+            raise GenerationError("prompts is one string: give a list of strings")
         prompt_tokens = [self.encode_prompt(prompt) for prompt in prompts]
         params = SamplingParams(max_gen_len=0, prompt_logprobs=True)
         requests = self.complete(prompt_tokens, params, is_exact=False)

@@ -275,6 +275,8 @@ def test_bad_prompts_and_options(
 def test_bad_texts_and_dialogs(llama: Llama) -> None:
     with pytest.raises(GenerationError, match="give a list"):
         llama.text_completion("one string")  # type: ignore[arg-type]
+    with pytest.raises(GenerationError, match="give a list"):
+        llama.score("one string")
     with pytest.raises(GenerationError, match="no prompts"):
         llama.text_completion([])
     with pytest.raises(GenerationError, match="a stream has no echo"):

@@ -267,7 +267,7 @@ class Llama:
 
         The texts of a row, joined, are what the calls without a stream return. A stream that is
         closed early cancels its rows. Under torchrun the events come on the first rank of a model;
-        the others go through the loop without any.
+        the others go through the loop without any, so no call without a stream can come in between.
 
         Args:
             is_private: leave nothing in the cache that another call could go on from.
@@ -353,6 +353,8 @@ class Llama:
         """
         if is_exact is None:
             is_exact = self._is_exact(prompts, params)
+        if self._inboxes and parallel.mp_size() > 1:  # the other ranks still follow the stream
+            raise GenerationError("a stream is open: with several ranks, end or close it first")
         requests = self._submit(prompts, params, is_exact)
         with self.lead(requests) as is_first:
             while is_first and any(request.finish_reason is None for request in requests):

@@ -459,3 +459,24 @@ def test_two_ranks_say_the_same(tmp_path: Path) -> None:
     assert raised == errors
     assert followed[0].startswith("ParallelError: the first rank failed")
     assert followed[1] == raised[1]
+
+
+def call_while_a_stream_is_open(ckpt_dir: Path) -> tuple[str, list[list[int]]]:
+    llama = Llama.build(ckpt_dir, max_seq_len=32, device="cpu")
+    events = llama.stream([1, 2, 3], max_gen_len=5, temperature=0)
+    refused = ""
+    if next(events, None):  # on the first rank
+        try:
+            llama.generate([[4, 5]], 3, temperature=0)
+        except GenerationError as error:
+            refused = str(error)
+        events.close()  # type: ignore[attr-defined]
+    return refused, llama.generate([[4, 5]], 3, temperature=0)[0]
+
+
+def test_two_ranks_end_a_stream_before_another_call(tmp_path: Path) -> None:
+    make_checkpoint(tmp_path / "model", CHECKPOINT, mp_size=2, dtype=torch.float32)
+    write_tokenizer(tmp_path / "model" / "tokenizer.model", demo_pieces())
+    first, second = run_ranks(2, tmp_path, call_while_a_stream_is_open, tmp_path / "model")
+    assert "a stream is open" in first[0]
+    assert first[1] == second[1]

@@ -2,8 +2,10 @@
 
 import logging
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -119,6 +121,7 @@ def finetune(config: str | None = None, **flags: Any) -> None:
     print(f"Saved in {run(FinetuneConfig.read(config, flags))}")
 
 
+@as_text
 def perplexity(
     file: str,
     ckpt_dir: str | None = None,
@@ -143,7 +146,7 @@ def perplexity(
     from llama.parallel import is_main_rank
 
     text = read_text(str(file))
-    max_seq_len = window if window is not None and window > WINDOW else None
+    max_seq_len = window if isinstance(window, int) and window > WINDOW else None
     llama = Llama.build(
         ckpt_dir, tokenizer_path, max_seq_len, max_batch_size=1, device=device, dtype=dtype
     )
@@ -155,6 +158,7 @@ def perplexity(
         print(f"bits a byte     {result.bits_per_byte:.4f}")
 
 
+@as_text
 def evaluate(
     tasks: str | Sequence[str],
     ckpt_dir: str | None = None,
@@ -365,6 +369,7 @@ def verify(folder: str, manifest: bool = True) -> None:
         sys.exit(1)
 
 
+@as_text
 def doctor(
     folder: str,
     mp: int = 1,
@@ -397,7 +402,7 @@ def doctor(
         sys.exit(1)
 
 
-COMMANDS = {
+COMMANDS: dict[str, Callable[..., None]] = {
     "complete": complete,
     "chat": chat,
     "doctor": doctor,
@@ -414,6 +419,22 @@ COMMANDS = {
 }
 
 
+def check_flags(command: Callable[..., None], words: Sequence[str]) -> None:
+    """Raise LlamaError for a flag the command lacks: fire would run it first and then complain."""
+    parameters = signature(command).parameters.values()
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
+        return
+    for word in words:
+        if flag := re.match(r"--?([A-Za-z][\w-]*)", word):
+            name = flag[1].replace("-", "_")
+            # fire also takes --noforce, and -f where no other name begins so
+            if not any(
+                name in (p.name, f"no{p.name}") or (len(name) == 1 and p.name.startswith(name))
+                for p in parameters
+            ):
+                raise LlamaError(f"unknown option(s): {name}")
+
+
 def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     arguments = sys.argv[1:]
@@ -422,6 +443,8 @@ def main() -> None:
         for command in COMMANDS.values():
             vars(command).pop("FIRE_METADATA", None)  # which help would show as a group of commands
     try:
+        if "--" not in arguments and arguments and arguments[0] in COMMANDS:
+            check_flags(COMMANDS[arguments[0]], arguments[1:])
         fire.Fire(COMMANDS, arguments, name="python -m llama")
     except LlamaError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -1,7 +1,6 @@
 """python -m llama COMMAND: complete and chat, checkpoints, batches, training, evaluation."""
 
 import logging
-import os
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -12,7 +11,7 @@ from typing import Any
 import fire
 from fire.decorators import SetParseFn
 
-from llama.errors import DataError, GenerationError, LlamaError
+from llama.errors import DataError, GenerationError, LlamaError, one_line
 
 # Flags that are texts, whatever they look like: fire takes 1.50 for a number.
 as_text: Callable[[Callable[..., None]], Callable[..., None]] = SetParseFn(
@@ -442,19 +441,10 @@ def main() -> None:
         arguments = [*arguments[:1], "--", "--help"] if arguments[0] in COMMANDS else ["--help"]
         for command in COMMANDS.values():
             vars(command).pop("FIRE_METADATA", None)  # which help would show as a group of commands
-    try:
+    with one_line():
         if "--" not in arguments and arguments and arguments[0] in COMMANDS:
             check_flags(COMMANDS[arguments[0]], arguments[1:])
         fire.Fire(COMMANDS, arguments, name="python -m llama")
-    except LlamaError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
-        sys.exit(130)
-    except BrokenPipeError:  # whoever read our output has enough, as `head` does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at the exit
-        sys.exit(141)
 
 
 if __name__ == "__main__":

@@ -5,12 +5,10 @@ python example_chat_completion.py --ckpt_dir Meta-Llama-3-8B-Instruct/original
 torchrun --nproc_per_node 2 example_chat_completion.py --ckpt_dir llama-2-13b-chat
 """
 
-import sys
-
 import fire
 
 from llama import Dialog, Llama
-from llama.errors import LlamaError
+from llama.errors import one_line
 from llama.terminal import in_turn
 
 DIALOGS: list[Dialog] = [
@@ -87,8 +85,5 @@ def main(
 
 
 if __name__ == "__main__":
-    try:
+    with one_line():
         fire.Fire(main)
-    except LlamaError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)

@@ -5,12 +5,10 @@ python example_text_completion.py --ckpt_dir Meta-Llama-3-8B/original
 torchrun --nproc_per_node 2 example_text_completion.py --ckpt_dir llama-2-13b
 """
 
-import sys
-
 import fire
 
 from llama import Llama
-from llama.errors import LlamaError
+from llama.errors import one_line
 from llama.terminal import in_turn
 
 # A pretrained model continues text. No prompt ends in a blank: the blank belongs to the next
@@ -78,8 +76,5 @@ def main(
 
 
 if __name__ == "__main__":
-    try:
+    with one_line():
         fire.Fire(main)
-    except LlamaError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)

@@ -1,16 +1,17 @@
 """python -m llama COMMAND: complete and chat, checkpoints, batches, training, evaluation."""
 
 import logging
-import os
+import re
 import sys
 from collections.abc import Callable, Sequence
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
 import fire
 from fire.decorators import SetParseFn
 
-from llama.errors import DataError, GenerationError, LlamaError
+from llama.errors import DataError, GenerationError, LlamaError, one_line
 
 # Flags that are texts, whatever they look like: fire takes 1.50 for a number.
 as_text: Callable[[Callable[..., None]], Callable[..., None]] = SetParseFn(
@@ -119,6 +120,7 @@ def finetune(config: str | None = None, **flags: Any) -> None:
     print(f"Saved in {run(FinetuneConfig.read(config, flags))}")
 
 
+@as_text
 def perplexity(
     file: str,
     ckpt_dir: str | None = None,
@@ -143,7 +145,7 @@ def perplexity(
     from llama.parallel import is_main_rank
 
     text = read_text(str(file))
-    max_seq_len = window if window is not None and window > WINDOW else None
+    max_seq_len = window if isinstance(window, int) and window > WINDOW else None
     llama = Llama.build(
         ckpt_dir, tokenizer_path, max_seq_len, max_batch_size=1, device=device, dtype=dtype
     )
@@ -155,6 +157,7 @@ def perplexity(
         print(f"bits a byte     {result.bits_per_byte:.4f}")
 
 
+@as_text
 def evaluate(
     tasks: str | Sequence[str],
     ckpt_dir: str | None = None,
@@ -365,6 +368,7 @@ def verify(folder: str, manifest: bool = True) -> None:
         sys.exit(1)
 
 
+@as_text
 def doctor(
     folder: str,
     mp: int = 1,
@@ -397,7 +401,7 @@ def doctor(
         sys.exit(1)
 
 
-COMMANDS = {
+COMMANDS: dict[str, Callable[..., None]] = {
     "complete": complete,
     "chat": chat,
     "doctor": doctor,
@@ -414,6 +418,22 @@ COMMANDS = {
 }
 
 
+def check_flags(command: Callable[..., None], words: Sequence[str]) -> None:
+    """Raise LlamaError for a flag the command lacks: fire would run it first and then complain."""
+    parameters = signature(command).parameters.values()
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
+        return
+    for word in words:
+        if flag := re.match(r"--?([A-Za-z][\w-]*)", word):
+            name = flag[1].replace("-", "_")
+            # fire also takes --noforce, and -f where no other name begins so
+            if not any(
+                name in (p.name, f"no{p.name}") or (len(name) == 1 and p.name.startswith(name))
+                for p in parameters
+            ):
+                raise LlamaError(f"unknown option(s): {name}")
+
+
 def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     arguments = sys.argv[1:]
@@ -421,17 +441,10 @@ def main() -> None:
         arguments = [*arguments[:1], "--", "--help"] if arguments[0] in COMMANDS else ["--help"]
         for command in COMMANDS.values():
             vars(command).pop("FIRE_METADATA", None)  # which help would show as a group of commands
-    try:
+    with one_line():
+        if "--" not in arguments and arguments and arguments[0] in COMMANDS:
+            check_flags(COMMANDS[arguments[0]], arguments[1:])
         fire.Fire(COMMANDS, arguments, name="python -m llama")
-    except LlamaError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
-        sys.exit(130)
-    except BrokenPipeError:  # whoever read our output has enough, as `head` does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at the exit
-        sys.exit(141)
 
 
 if __name__ == "__main__":

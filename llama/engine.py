@@ -21,7 +21,7 @@ from torch import Tensor
 
 from llama import sampling
 from llama.cache import KVCache
-from llama.errors import GenerationError, ParallelError
+from llama.errors import GenerationError, ParallelError, TokenizerError
 from llama.model import Transformer
 from llama.plan import Action, Plan, Wanted
 from llama.request import Event, FinishReason, Request
@@ -49,11 +49,13 @@ class Engine:
     Args:
         model: the transformer, on its device.
         max_batch_size: slots; more requests than that wait for their turn.
-        max_seq_len: tokens of prompt and answer together.
+        max_seq_len: tokens of prompt and answer together, at most the model's own max_seq_len.
         tokenizer: gives events their text and requests their stop tokens; without it only those
             that the params name.
         seed: requests without a seed of their own draw from one made of this and their number.
         prefill_chunk: tokens of prompts taken in by one step.
+
+    Raises GenerationError where a number is out of its range.
     """
 
     def __init__(
@@ -67,6 +69,11 @@ class Engine:
     ) -> None:
         if prefill_chunk < 1:
             raise GenerationError(f"prefill_chunk is {prefill_chunk}: it must be 1 or above")
+        if max_batch_size < 1:
+            raise GenerationError(f"max_batch_size is {max_batch_size}: it must be 1 or above")
+        longest = model.params.max_seq_len  # of its RoPE table
+        if not 1 <= max_seq_len <= longest:
+            raise GenerationError(f"max_seq_len is {max_seq_len}: it must be 1 to {longest}")
         self.model = model
         self.tokenizer = tokenizer
         self.max_seq_len = max_seq_len
@@ -172,7 +179,7 @@ class Engine:
     def _generator(self, seed: int | None) -> torch.Generator:
         """Random numbers that depend on no other request."""
         if seed is None:
-            mixed = np.random.SeedSequence([self._seed, self._submitted])
+            mixed = np.random.SeedSequence([self._seed % 2**64, self._submitted])
             seed = int(mixed.generate_state(1, np.uint64)[0] >> np.uint64(1))
         return torch.Generator(self.model.device).manual_seed(seed)
 
@@ -210,9 +217,10 @@ class Engine:
         """Give the request the free slot that saves it most, and what is there of its prompt."""
         prompt = request.prompt_tokens
         needs_all = request.is_exact or request.is_private or request.params.prompt_logprobs
+        needs_none = request.max_gen_len == 0
         slot = min(free, key=lambda slot: (slot.last_used, slot.index))
         source, reused = slot, 0
-        if not needs_all:
+        if not (needs_all or needs_none):
             # The last token is always computed: its logits are wanted. Free slots win a tie.
             shared = {s: _common_prefix(s.tokens, prompt[:-1]) for s in self._slots if _is_open(s)}
             best = max(shared, key=lambda s: (shared[s], s.request is None), default=slot)
@@ -276,6 +284,9 @@ class Engine:
         first, last = decoding[0].index, decoding[-1].index
         rows = self._slots[first : last + 1]
         fed = {slot: _request_of(slot).tokens[-1] for slot in decoding}
+        for slot in decoding:  # a step that was interrupted may have stored that token already
+            request = _request_of(slot)
+            del slot.tokens[len(request.prompt_tokens) + len(request.tokens) - 1 :]
         start_pos = [len(slot.tokens) for slot in rows]
         logits = self._run(
             Plan(
@@ -317,13 +328,19 @@ class Engine:
     def _advance(self, slot: _Slot, token: int, logprob: float, logits: Tensor) -> Event:
         """Give the slot's request its next token, which may end it."""
         request = _request_of(slot)
-        if request.error is not None or token in request.stop_tokens:
+        if request.error is None and token in request.stop_tokens:
             self._release(slot)
-            if request.error is not None:
-                return self._end(request, "error")
             request.stop_token = token
             return self._end(request, "stop")
-        text = request.push(token, logprob)
+        text = ""
+        if request.error is None:
+            try:
+                text = request.push(token, logprob)
+            except TokenizerError as error:  # the model's vocabulary may be the larger one
+                request.error = error
+        if request.error is not None:
+            self._release(slot)
+            return self._end(request, "error")
         top = None
         if request.params.logprobs is not None:
             top = sampling.top_logprobs(logits, request.params.logprobs)

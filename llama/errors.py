@@ -1,5 +1,10 @@
 """The errors a user can cause. Each message is one line that names the thing and the limit."""
 
+import contextlib
+import os
+import sys
+from collections.abc import Iterator
+
 LONGEST = 2000  # characters of a message
 
 
@@ -12,6 +17,22 @@ class LlamaError(ValueError):
         if not shown.isprintable():
             shown = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in shown)
         super().__init__(shown)
+
+
+@contextlib.contextmanager
+def one_line() -> Iterator[None]:
+    """Around a whole program: what the user did ends it with a line, not with a traceback."""
+    try:
+        yield
+    except LlamaError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        sys.exit(130)
+    except BrokenPipeError:  # whoever read our output has enough, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at the exit
+        sys.exit(141)
 
 
 class ConfigError(LlamaError):

@@ -45,8 +45,8 @@ def score(llama: Llama, texts: Iterable[str], window: int | None = None) -> Scor
     """
     longest = llama.model.params.max_seq_len
     window = min(WINDOW, longest) if window is None else window
-    if not 1 <= window <= longest:
-        raise GenerationError(f"a window of {window} tokens, but max_seq_len is {longest}")
+    if not isinstance(window, int) or not 1 <= window <= longest:
+        raise GenerationError(f"a window of {window!r} tokens, but max_seq_len is {longest}")
     n_bytes, windows = 0, []
     for text in texts:
         n_bytes += len(text.encode("utf-8", "replace"))

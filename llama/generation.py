@@ -206,9 +206,12 @@ class Llama:
         **options: Any,
     ) -> list[CompletionPrediction] | Iterator[Event]:
         """Continue each text. The arguments are those of `generate`; max_gen_len None: until a
-        stop token or the end of the cache. stream: give what `stream` gives, of these prompts."""
+        stop token or the end of the cache. stream: give what `stream` gives, of these prompts,
+        without an echo."""
         if isinstance(prompts, str):
             raise GenerationError("prompts is one string: give a list of strings")
+        if stream and echo:
+            raise GenerationError("a stream has no echo: its events are of what is generated")
         prompt_tokens = [self.encode_prompt(text) for text in prompts]
         options |= dict(temperature=temperature, top_p=top_p, max_gen_len=max_gen_len)
         options |= dict(prompt_logprobs=True) if echo and logprobs else {}
@@ -264,7 +267,7 @@ class Llama:
 
         The texts of a row, joined, are what the calls without a stream return. A stream that is
         closed early cancels its rows. Under torchrun the events come on the first rank of a model;
-        the others go through the loop without any.
+        the others go through the loop without any, so no call without a stream can come in between.
 
         Args:
             is_private: leave nothing in the cache that another call could go on from.
@@ -279,6 +282,8 @@ class Llama:
 
         Computed in chunks, so that memory does not grow with a prompt's length.
         """
+        if isinstance(prompts, str):
+            raise GenerationError("prompts is one string: give a list of strings")
         prompt_tokens = [self.encode_prompt(prompt) for prompt in prompts]
         params = SamplingParams(max_gen_len=0, prompt_logprobs=True)
         requests = self.complete(prompt_tokens, params, is_exact=False)
@@ -348,6 +353,8 @@ class Llama:
         """
         if is_exact is None:
             is_exact = self._is_exact(prompts, params)
+        if self._inboxes and parallel.mp_size() > 1:  # the other ranks still follow the stream
+            raise GenerationError("a stream is open: with several ranks, end or close it first")
         requests = self._submit(prompts, params, is_exact)
         with self.lead(requests) as is_first:
             while is_first and any(request.finish_reason is None for request in requests):

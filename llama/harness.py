@@ -195,6 +195,8 @@ def evaluate(
     for folder in (include_path, out and Path(out).parent):
         if folder is not None and not Path(folder).is_dir():
             raise DataError(f"no such folder: {folder}")
+    if out is not None and Path(out).is_dir():  # not only after hours
+        raise DataError(f"cannot write {out}: it is a folder")
     manager = _task_manager(tasks, include_path)
     for task in tasks:
         if not manager.match_tasks([task]):

@@ -26,10 +26,8 @@ def check_schedule(steps: int, warmup_steps: int, decay_steps: int | None, final
     """Raise TrainingError where the parts of a schedule do not fit into its steps."""
     parts = (warmup_steps, decay_steps or 0)
     if min(parts) < 0 or sum(parts) > steps:
-        raise TrainingError(
-            f"warmup_steps {warmup_steps} and decay_steps {decay_steps} do not fit into "
-            f"{steps} steps"
-        )
+        decay = "" if decay_steps is None else f" and decay_steps {decay_steps}"
+        raise TrainingError(f"warmup_steps {warmup_steps}{decay} do not fit into {steps} steps")
     if not 0 <= final_lr <= 1:
         raise TrainingError(f"final_lr is {final_lr}: a share of the learning rate, 0 to 1")
 

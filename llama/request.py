@@ -51,10 +51,13 @@ class Request:
     error: Exception | None = None
 
     def push(self, token: int, logprob: float) -> str:
-        """Add a generated token; returns the text that can be shown by now."""
+        """Add a generated token; returns the text that can be shown by now.
+
+        Raises TokenizerError, and adds nothing, where the id is not the tokenizer's.
+        """
+        text = self.stream.push(token) if self.stream else ""
         self.tokens.append(token)
         self.logprobs.append(logprob)
-        text = self.stream.push(token) if self.stream else ""
         self.text += text
         return text
 

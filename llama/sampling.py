@@ -17,6 +17,7 @@ from llama.errors import GenerationError
 LogitsProcessor = Callable[[Sequence[int], Tensor], Tensor]
 
 MAX_STOP = 16
+MAX_N = 1024
 _LARGEST = sys.float_info.max
 
 
@@ -110,7 +111,7 @@ class SamplingParams:
         require("ignore_eos", isinstance(self.ignore_eos, bool), "True or False")
         require("logprobs", self.logprobs is None or _integer(self.logprobs), "0 or above")
         require("prompt_logprobs", isinstance(self.prompt_logprobs, bool), "True or False")
-        require("n", _integer(self.n, 1), "1 or above")
+        require("n", _integer(self.n, 1, MAX_N), f"1 to {MAX_N}")
         processor = self.logits_processor
         require("logits_processor", processor is None or callable(processor), "a function")
 

@@ -74,7 +74,8 @@ class RunConfig:
                 if f.default is f.default_factory:  # both MISSING
                     raise ConfigError(f"{name} is missing: give it as a flag or in the TOML file")
                 continue
-            given[name] = _convert(name, given[name], str(f.type))
+            kind = f.type.__name__ if isinstance(f.type, type) else str(f.type)
+            given[name] = _convert(name, given[name], kind)
         return cls(**given)
 
     def options(self, device: torch.device) -> TrainingOptions:
@@ -207,13 +208,16 @@ def _run(
     device = model.device
     if _needs_fsdp(config, model, device):
         shard_model(model)
-    optimizer = model.configure_optimizers(
-        config.learning_rate,
-        config.weight_decay,
-        (config.beta1, config.beta2),
-        device.type,
-        config.train,
-    )
+    try:
+        optimizer = model.configure_optimizers(
+            config.learning_rate,
+            config.weight_decay,
+            (config.beta1, config.beta2),
+            device.type,
+            config.train,
+        )
+    except ValueError as error:  # a rate or a beta that is out of range
+        raise TrainingError(str(error)) from error
     replicas = fs_init.get_data_parallel_world_size()
     step_tokens = config.batch * config.seq_len * config.accumulation * replicas
     report = TrainingLog(

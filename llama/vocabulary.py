@@ -29,8 +29,8 @@ def train_vocabulary(texts: Iterable[str], n_ranks: int, path: str | Path) -> No
             "training a vocabulary needs the tokenizers library: pip install 'llama-reference"
             "[train]'"
         ) from error
-    if n_ranks < 257:
-        raise TokenizerError(f"a vocabulary of {n_ranks} ranks: 256 are the bytes, so ask for more")
+    if not isinstance(n_ranks, int) or n_ranks < 257:
+        raise TokenizerError(f"a vocabulary of {n_ranks!r} ranks: 256 are the bytes, ask for more")
 
     bpe = BytePairTokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.Sequence(

@@ -188,13 +188,17 @@ def test_mistakes_in_training(folder: Path, fail: Run) -> None:
     assert "out_dir is missing" in fail("train", *where)
     assert "no file matches" in fail("train", *where, *out)
     assert "unknown option(s): speed" in fail("train", *where, *out, "--speed=3")
-    assert "steps is 'many'" in fail("train", *where, *out, "--steps=many")
+    many = fail("train", *where, *out, "--steps=many")
+    assert many == "error: steps is 'many': it must be int"
+    small = ["--ckpt_dir", make_base(folder), "--data", folder / "dialogs.jsonl", *out]
+    assert "learning rate: -1" in fail("finetune", *small, "--learning_rate=-1")
+    assert "warmup_steps 10 do not fit into 2 steps" in fail("finetune", *small, "--steps=2")
     assert "preset is 'llama-9'" in fail("train", *where, *out, "--preset=llama-9")
     assert "cannot read nowhere.toml" in fail("train", "nowhere.toml")
     (folder / "bad.toml").write_text("steps = = 3")
     assert "bad.toml is not TOML" in fail("train", folder / "bad.toml")
     assert "fsdp" in fail("finetune", "--data", folder / "dialogs.jsonl", *out, "--fsdp",
-                          "--ckpt_dir", make_base(folder))  # fmt: skip
+                          "--ckpt_dir", folder / "base")  # fmt: skip
 
 
 def make_base(folder: Path) -> Path:
@@ -229,6 +233,19 @@ def test_mistakes_in_the_other_commands(folder: Path, fail: Run) -> None:
         "tokenize", folder / "a.txt", *tokenizer, "--out", folder / "{x}.bin"
     )
     assert "merges for" in fail("vocab", folder / "a.txt", "--ranks=9999", "--out", folder / "m")
+    assert "'many' ranks" in fail("vocab", folder / "a.txt", "--ranks=many", "--out", folder / "m")
+    assert "'wide' tokens" in fail("perplexity", folder / "a.txt", "--window=wide")
+    assert "no such checkpoint folder: 12" in fail("perplexity", folder / "a.txt", "--ckpt_dir=12")
+
+
+def test_an_unknown_flag_stops_a_command_before_it_runs(folder: Path, run: Run, fail: Run) -> None:
+    base = make_base(folder)
+    words = ["convert", base, folder / "new", "--to", "hf"]
+    assert fail(*words, "--froce") == "error: unknown option(s): froce"
+    assert not (folder / "new").exists()
+    run(*words, "--dtype=bfloat16", "--noforce")
+    assert (folder / "new").is_dir()
+    run(*words, "-f")  # fire's short form
 
 
 def test_over_long_dialogs_are_counted(folder: Path, run: Run) -> None:

@@ -3,6 +3,7 @@
 import gc
 import random
 import weakref
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -255,6 +256,19 @@ def test_the_row_with_most_in_common_is_taken_and_a_short_beginning_is_not_worth
     assert counts == [1, 3, 1]
 
 
+def test_what_takes_no_token_reuses_none(own_model: Transformer) -> None:
+    engine = Engine(own_model, 2, MAX_SEQ_LEN, prefill_chunk=8)
+    prompt = [5] * 60
+    engine.submit(prompt, SamplingParams(max_gen_len=1))
+    drain(engine)
+    counts = counting(engine)
+    nothing = engine.submit(prompt, SamplingParams(max_gen_len=0))
+    engine.submit([7] * 60, SamplingParams(max_gen_len=1))
+    engine.step()
+    assert nothing.finish_reason == "length"
+    assert counts == [8]  # a step's share of the other prompt
+
+
 def test_nothing_private_is_shared(own_model: Transformer) -> None:
     engine = Engine(own_model, 1, MAX_SEQ_LEN)
     counts = counting(engine)
@@ -388,6 +402,44 @@ def test_ten_thousand_submits_and_cancels_leak_nothing(model: Transformer) -> No
     assert not engine.has_work
 
 
+def test_an_id_that_the_tokenizer_lacks_harms_no_other(tokenizer: Tokenizer) -> None:
+    torch.manual_seed(1)
+    args = SHAPE | {"vocab_size": VOCAB + 64}
+    engine = Engine(Transformer(ModelArgs(**args, max_seq_len=MAX_SEQ_LEN)), 2, 32, tokenizer)
+    options: dict[str, Any] = dict(temperature=0.0, max_gen_len=4, ignore_eos=True)
+    bad = engine.submit([1, 2], SamplingParams(logit_bias={VOCAB + 5: 1000.0}, **options))
+    good = engine.submit([3, 4], SamplingParams(logit_bias={5: 1000.0}, **options))
+    drain(engine)
+    assert bad.finish_reason == "error"
+    assert f"token id {VOCAB + 5} is out of range" in str(bad.error)
+    assert bad.tokens == bad.logprobs == []
+    assert good.finish_reason == "length"
+    assert good.tokens == [5] * 4
+
+
+def test_an_interrupted_step_is_made_up_for(model: Transformer) -> None:
+    greedy = SamplingParams(temperature=0, max_gen_len=12)
+    first, second = random_prompts(2)
+    alone = run_alone(model, first, greedy)
+    calls = []
+
+    def interrupted(_: Sequence[int], logits: torch.Tensor) -> torch.Tensor:
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return logits
+
+    engine = Engine(model, 2, MAX_SEQ_LEN)
+    request = engine.submit(first, greedy)
+    other = engine.submit(second, SamplingParams(logits_processor=interrupted))
+    with pytest.raises(KeyboardInterrupt):
+        drain(engine)
+    engine.cancel(other)
+    drain(engine)
+    assert request.tokens == alone.tokens
+    assert request.logprobs == pytest.approx(alone.logprobs, abs=1e-5)
+
+
 def test_one_bad_processor_harms_no_other(model: Transformer) -> None:
     def raises(tokens: Any, logits: torch.Tensor) -> torch.Tensor:
         raise KeyError("mine")
@@ -430,3 +482,18 @@ def test_what_does_not_fit_is_refused(
     with pytest.raises(GenerationError, match=message):
         engine.submit(prompt, SamplingParams(**options), row=7)
     assert not engine.has_work
+
+
+@pytest.mark.parametrize(
+    ("rows", "length", "message"),
+    [
+        (0, 8, "max_batch_size is 0: it must be 1 or above"),
+        (1, 0, f"max_seq_len is 0: it must be 1 to {MAX_SEQ_LEN}"),
+        (1, MAX_SEQ_LEN + 1, f"max_seq_len is {MAX_SEQ_LEN + 1}: it must be 1 to {MAX_SEQ_LEN}"),
+    ],
+)
+def test_an_engine_has_rows_and_fits_the_model(
+    model: Transformer, rows: int, length: int, message: str
+) -> None:
+    with pytest.raises(GenerationError, match=message):
+        Engine(model, rows, length)

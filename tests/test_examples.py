@@ -55,6 +55,19 @@ def test_a_mistake_is_one_line_and_exit_code_2(script: str) -> None:
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
+def test_a_reader_that_has_enough_ends_it_without_a_word(script: str) -> None:
+    with subprocess.Popen(
+        [sys.executable, script], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as process:
+        assert process.stdout
+        assert process.stderr
+        process.stdout.read(5)
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == 141
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
 def test_help_names_every_flag(script: str) -> None:
     done = run(script, "--help")
     assert done.returncode == 0

@@ -113,6 +113,14 @@ def test_a_seed_repeats_and_calls_go_on(model: Transformer, tokenizer_path: Path
     assert one.generate(prompts, max_gen_len=30, temperature=1.0) != first
 
 
+def test_a_seed_may_be_negative(model: Transformer, tokenizer_path: Path) -> None:
+    one, again, other = (
+        Llama(model, Tokenizer(tokenizer_path), seed).generate(random_prompts(5, 6), 8, 1.0)
+        for seed in (-1, -1, -2)
+    )
+    assert one == again != other
+
+
 def test_prompt_logprobs_are_those_of_a_plain_forward(llama: Llama) -> None:
     (prompt,) = random_prompts(25)
     tokens, logprobs = llama.generate(
@@ -267,8 +275,12 @@ def test_bad_prompts_and_options(
 def test_bad_texts_and_dialogs(llama: Llama) -> None:
     with pytest.raises(GenerationError, match="give a list"):
         llama.text_completion("one string")  # type: ignore[arg-type]
+    with pytest.raises(GenerationError, match="give a list"):
+        llama.score("one string")
     with pytest.raises(GenerationError, match="no prompts"):
         llama.text_completion([])
+    with pytest.raises(GenerationError, match="a stream has no echo"):
+        llama.text_completion(["text"], echo=True, stream=True)
     with pytest.raises(LlamaError, match="role"):
         llama.chat_completion([[{"role": "king", "content": "hear me"}]])  # type: ignore[list-item]
     with pytest.raises(LlamaError, match="last"):
@@ -447,3 +459,24 @@ def test_two_ranks_say_the_same(tmp_path: Path) -> None:
     assert raised == errors
     assert followed[0].startswith("ParallelError: the first rank failed")
     assert followed[1] == raised[1]
+
+
+def call_while_a_stream_is_open(ckpt_dir: Path) -> tuple[str, list[list[int]]]:
+    llama = Llama.build(ckpt_dir, max_seq_len=32, device="cpu")
+    events = llama.stream([1, 2, 3], max_gen_len=5, temperature=0)
+    refused = ""
+    if next(events, None):  # on the first rank
+        try:
+            llama.generate([[4, 5]], 3, temperature=0)
+        except GenerationError as error:
+            refused = str(error)
+        events.close()  # type: ignore[attr-defined]
+    return refused, llama.generate([[4, 5]], 3, temperature=0)[0]
+
+
+def test_two_ranks_end_a_stream_before_another_call(tmp_path: Path) -> None:
+    make_checkpoint(tmp_path / "model", CHECKPOINT, mp_size=2, dtype=torch.float32)
+    write_tokenizer(tmp_path / "model" / "tokenizer.model", demo_pieces())
+    first, second = run_ranks(2, tmp_path, call_while_a_stream_is_open, tmp_path / "model")
+    assert "a stream is open" in first[0]
+    assert first[1] == second[1]

@@ -15,7 +15,7 @@ from llama.errors import DataError, GenerationError, LlamaError, one_line
 
 # Flags that are texts, whatever they look like: fire takes 1.50 for a number.
 as_text: Callable[[Callable[..., None]], Callable[..., None]] = SetParseFn(
-    str, "prompt", "stop", "ckpt_dir", "tokenizer_path", "device", "dtype", "mode"
+    str, "prompt", "stop", "ckpt_dir", "tokenizer_path", "device", "dtype", "mode", "quantize"
 )
 
 
@@ -29,6 +29,7 @@ def complete(prompt: str | None = None, *words: str, **flags: Any) -> None:
 
     Model:    --ckpt_dir FOLDER (or an id on the Hub; without it the bundled model)
               --tokenizer_path FILE --max_seq_len N --mode fast|reference
+              --quantize int8|int4 (round the weights: mode fast on a CPU, extra [fast])
               --device cpu|cuda|mps --dtype float32|bfloat16|float16 --rope_factor X
     Sampling: --temperature 0.6 (0: the likeliest) --top_p 0.9 --top_k 0 --min_p 0 --seed 1
               --repetition_penalty 1 --presence_penalty 0 --frequency_penalty 0
@@ -126,6 +127,8 @@ def perplexity(
     ckpt_dir: str | None = None,
     tokenizer_path: str | None = None,
     window: int | None = None,
+    mode: str = "reference",
+    quantize: str | None = None,
     device: str | None = None,
     dtype: str | None = None,
 ) -> None:
@@ -136,6 +139,8 @@ def perplexity(
         ckpt_dir: a checkpoint folder; without it the bundled model.
         tokenizer_path: tokenizer.model; by default the one in ckpt_dir.
         window: tokens seen at a time, each time after a <|begin_of_text|>; by default 512.
+        mode: reference, or fast (kernels on a CPU).
+        quantize: int8 or int4, with mode fast.
         device: cpu or cuda; by default the best there is.
         dtype: float32, bfloat16 or float16; by default the checkpoint's own on the CPU.
     """
@@ -147,8 +152,9 @@ def perplexity(
     text = read_text(str(file))
     max_seq_len = window if isinstance(window, int) and window > WINDOW else None
     llama = Llama.build(
-        ckpt_dir, tokenizer_path, max_seq_len, max_batch_size=1, device=device, dtype=dtype
-    )
+        ckpt_dir, tokenizer_path, max_seq_len, max_batch_size=1,
+        mode=mode, quantize=quantize, device=device, dtype=dtype,  # type: ignore[arg-type]
+    )  # fmt: skip
     result = score(llama, [text], window)
     if is_main_rank():
         print(f"tokens          {result.tokens:,} in {result.bytes:,} bytes")
@@ -257,6 +263,7 @@ def batch(
     model_parallel_size: int | None = None,
     seed: int = 1,
     mode: str = "fast",
+    quantize: str | None = None,
     device: str | None = None,
     dtype: str | None = None,
     force: bool = False,
@@ -285,6 +292,7 @@ def batch(
             group takes its share of the lines. By default all.
         seed: a line without a seed of its own has one made of this and its index.
         mode: fast or reference.
+        quantize: int8 or int4: round the weights (mode fast on a CPU, extra [fast]).
         device: cpu or cuda; by default the best there is.
         dtype: float32, bfloat16 or float16; by default as in Llama.build.
         force: start anew, whatever OUTPUT holds.
@@ -296,6 +304,7 @@ def batch(
         str(input), str(output), sampling, seed=seed, ckpt_dir=ckpt_dir and str(ckpt_dir),
         tokenizer_path=tokenizer_path and str(tokenizer_path), max_seq_len=max_seq_len,
         max_batch_size=max_batch_size, model_parallel_size=model_parallel_size, mode=mode,  # type: ignore[arg-type]
+        quantize=quantize,  # type: ignore[arg-type]
         device=device, dtype=dtype, force=force,
     )  # fmt: skip
     if is_main_rank():
@@ -375,6 +384,8 @@ def doctor(
     max_seq_len: int | None = None,
     max_batch_size: int = 4,
     tokenizer_path: str | None = None,
+    mode: str = "reference",
+    quantize: str | None = None,
     device: str | None = None,
     dtype: str | None = None,
 ) -> None:
@@ -390,12 +401,16 @@ def doctor(
         max_seq_len: tokens of a row of the KV cache; by default as in Llama.build.
         max_batch_size: rows of the KV cache.
         tokenizer_path: tokenizer.model; by default the one in the folder.
+        mode: reference or fast, quantize: int8 or int4; as in Llama.build.
         device: cuda, mps or cpu; by default the best there is.
         dtype: float32, bfloat16 or float16; by default as in Llama.build.
     """
     from llama.doctor import PROBLEM, examine, report
 
-    findings = examine(str(folder), tokenizer_path, max_seq_len, max_batch_size, mp, device, dtype)
+    findings = examine(
+        str(folder), tokenizer_path, max_seq_len, max_batch_size, mp, device, dtype,
+        mode, quantize,  # type: ignore[arg-type]
+    )  # fmt: skip
     print(report(findings))
     if any(found.level == PROBLEM for found in findings):
         sys.exit(1)

@@ -13,7 +13,8 @@ from tqdm import tqdm
 from llama import parallel
 from llama.batch_files import BatchFiles, Part
 from llama.errors import DataError, GenerationError
-from llama.generation import Llama, Mode
+from llama.fast import Mode, Width
+from llama.generation import Llama
 from llama.request import Request
 from llama.sampling import SamplingParams
 
@@ -34,6 +35,7 @@ def run_batch(
     max_batch_size: int = 16,
     model_parallel_size: int | None = None,
     mode: Mode = "fast",
+    quantize: Width | None = None,
     device: str | None = None,
     dtype: str | None = None,
     force: bool = False,
@@ -64,6 +66,7 @@ def run_batch(
     with parallel.failing_together(target):
         if parallel.is_main_rank():
             model = dict(ckpt_dir=ckpt_dir, tokenizer_path=tokenizer_path, dtype=dtype)
+            model |= dict(mode=mode, quantize=quantize)
             files.prepare(model | {"max_seq_len": max_seq_len, "seed": seed, **options}, force)
     with parallel.failing_together(target):
         part = files.open_part(group, n_groups) if parallel.mp_rank() == 0 else None
@@ -72,7 +75,7 @@ def run_batch(
     if not all(done):
         llama = Llama.build(
             ckpt_dir, tokenizer_path, max_seq_len, max_batch_size, model_parallel_size, seed,
-            mode=mode, device=device, dtype=dtype,
+            mode=mode, quantize=quantize, device=device, dtype=dtype,
         )  # fmt: skip
         todo = files.todo(done, group, n_groups)
         tasks = (Task(llama, index, line, options, seed) for index, line in todo)

@@ -12,10 +12,11 @@ from pathlib import Path
 
 import torch
 
-from llama import checkpoint, hub, parallel
+from llama import checkpoint, fast, hub, parallel
 from llama.checkpoint import Checkpoint
 from llama.config import PRESETS, ModelArgs
 from llama.errors import ConfigError, LlamaError
+from llama.fast import Mode, Width
 from llama.inspect import cache_bytes, size, weights_of
 from llama.memory import available_memory
 from llama.tokenizer import Tokenizer
@@ -44,6 +45,8 @@ class Setup:
     device: torch.device
     dtype: torch.dtype
     sharers: int  # ranks that draw on the same memory: on the CPU all of this machine's
+    is_fast: bool = False  # on the CPU with kernels, whose cache is float32
+    quantize: Width | None = None
 
     @staticmethod
     def make(
@@ -54,9 +57,11 @@ class Setup:
         max_batch_size: int,
         device: torch.device,
         dtype: str | torch.dtype | None,
+        mode: Mode = "reference",
+        quantize: Width | None = None,
     ) -> "Setup":
         """Settle what was left open. Raises a LlamaError where the tensors are not all there, or
-        where the ranks or the KV cache do not fit the model."""
+        where the ranks, the KV cache or the width do not fit the model."""
         opened.settle_vocabulary()
         checkpoint.check_complete(opened)
         opened.args.set_limits(max_seq_len, max_batch_size)
@@ -64,12 +69,14 @@ class Setup:
         asked = None if dtype is None else checkpoint.parse_dtype(dtype)
         settled = asked or checkpoint.default_dtype(device) or opened.dtype
         sharers = local_size if device.type == "cpu" else 1
-        return Setup(opened, mp_size, device, settled, sharers)
+        is_fast = fast.check_mode(mode, quantize, device, settled)
+        return Setup(opened, mp_size, device, settled, sharers, is_fast, quantize)
 
     @property
     def token_bytes(self) -> int:
         """Keys and values of one token on one rank."""
-        return cache_bytes(self.opened.args, self.mp_size, self.dtype)
+        dtype = torch.float32 if self.is_fast else self.dtype
+        return cache_bytes(self.opened.args, self.mp_size, dtype)
 
     @property
     def cache_bytes(self) -> int:
@@ -83,9 +90,12 @@ class Setup:
         system can drop and read again."""
         own = mapped = 0
         for weight in weights_of(self.opened.args, self.mp_size):
-            each = weight.per_rank(self.mp_size) // weight.count * self.dtype.itemsize
+            numbers = weight.per_rank(self.mp_size) // weight.count
+            each = numbers * self.dtype.itemsize
             for name in weight.names:
-                if self.device.type == "cpu" and self.opened.is_mapped(
+                if self.quantize and fast.is_quantized(name):
+                    own += int(numbers * fast.BYTES[self.quantize])
+                elif self.device.type == "cpu" and self.opened.is_mapped(
                     name, self.mp_size, self.dtype
                 ):
                     mapped += each
@@ -239,6 +249,8 @@ def examine(
     mp: int = 1,
     device: str | None = None,
     dtype: str | None = None,
+    mode: Mode = "reference",
+    quantize: Width | None = None,
 ) -> list[Finding]:
     """All findings about a folder on `mp` ranks of this machine, without starting them.
 
@@ -255,7 +267,9 @@ def examine(
     except LlamaError as error:
         findings.append(Finding("tokenizer", str(error), PROBLEM))
     try:
-        setup = Setup.make(opened, mp, mp, max_seq_len, max_batch_size, target, dtype)
+        setup = Setup.make(
+            opened, mp, mp, max_seq_len, max_batch_size, target, dtype, mode, quantize
+        )
     except LlamaError as error:
         return [*findings, Finding("set-up", str(error), PROBLEM)]
     available = available_memory(target)

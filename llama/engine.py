@@ -22,6 +22,7 @@ from torch import Tensor
 from llama import sampling
 from llama.cache import KVCache
 from llama.errors import GenerationError, ParallelError, TokenizerError
+from llama.fast import FastTransformer
 from llama.model import Transformer
 from llama.plan import Action, Plan, Wanted
 from llama.request import Event, FinishReason, Request
@@ -60,7 +61,7 @@ class Engine:
 
     def __init__(
         self,
-        model: Transformer,
+        model: Transformer | FastTransformer,
         max_batch_size: int,
         max_seq_len: int,
         tokenizer: Tokenizer | None = None,

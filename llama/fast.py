@@ -4,7 +4,8 @@ Everything but the matrix products is the model's own code. Activations and cach
 whatever the weights are: a CPU gains nothing from rounding them in between.
 """
 
-from typing import Literal, get_args
+from collections.abc import Callable
+from typing import Any, Literal, cast, get_args
 
 import torch
 import torch.nn.functional as F
@@ -16,15 +17,49 @@ from torch import Tensor, nn
 
 from llama.cache import KVCache
 from llama.errors import ConfigError
-from llama.kernels import Product, Weight
+from llama.kernels import FLOATS, Product, Weight, is_installed
 from llama.model import Transformer, TransformerBlock
-from llama.quantize import Int4Weight, Int8Weight, dequantize, quantize_int4, quantize_int8
+from llama.quantize import (
+    GROUP,
+    Int4Weight,
+    Int8Weight,
+    dequantize,
+    quantize_int4,
+    quantize_int8,
+)
 
+# "reference": one prompt alone gets exactly what Meta's code computes. "fast": the last bits may
+# differ, since prompts are cut into pieces, what the cache holds is reused, and on the CPU the
+# products are those of this file.
+Mode = Literal["reference", "fast"]
 Width = Literal["int8", "int4"]
-QUANTIZERS = {"int8": quantize_int8, "int4": quantize_int4}
+QUANTIZERS: dict[str, Callable[[Tensor], Weight]] = {"int8": quantize_int8, "int4": quantize_int4}
+BYTES = {"int8": 1.0, "int4": 0.5 + 2 / GROUP}  # of a weight, with its share of the scales
 
 FEW = 48  # rows: for more, widening the weights to float32 pays, whose products are fastest
 BLOCK = 1 << 22  # weights widened at a time
+
+
+def check_mode(
+    mode: Mode, quantize: Width | None, device: torch.device, dtype: torch.dtype
+) -> bool:
+    """Whether the mode means a `FastTransformer` here; else PyTorch's own products are as good as
+    there is. Raises ConfigError for an unknown mode or width, or where quantizing needs more."""
+    if mode not in get_args(Mode):
+        raise ConfigError(f"mode is {mode!r}: {' or '.join(get_args(Mode))}")
+    if quantize not in (None, *get_args(Width)):
+        raise ConfigError(f"quantize is {quantize!r}: {' or '.join(get_args(Width))}")
+    can = device.type == "cpu" and dtype in FLOATS and is_installed()
+    if quantize is not None and (mode != "fast" or device.type != "cpu"):
+        raise ConfigError("quantized weights are for mode fast on the CPU")
+    if quantize is not None and not is_installed():
+        raise ConfigError("quantized weights need numba: pip install 'llama-reference[fast]'")
+    return mode == "fast" and (can or quantize is not None)
+
+
+def is_quantized(name: str) -> bool:
+    """Whether a tensor of that state-dict name is a matrix that `quantize` rounds."""
+    return "norm" not in name and not name.startswith("tok_embeddings")
 
 
 class FastTransformer:
@@ -35,12 +70,11 @@ class FastTransformer:
     """
 
     def __init__(self, model: Transformer, quantize: Width | None = None) -> None:
-        if quantize not in (None, *get_args(Width)):
-            raise ConfigError(f"quantize is {quantize!r}: {' or '.join(get_args(Width))}")
         self.model = model
+        self.params = model.params
         self.vocab_size = model.vocab_size
         self.device = model.device
-        self.layers = [_FastBlock(block, quantize) for block in model.layers]
+        self.layers = [_FastBlock(cast(TransformerBlock, block), quantize) for block in model.layers]
         self.output = _Projection([model.output], quantize, keep=model.params.tied)
 
     def make_cache(self, max_batch_size: int, max_seq_len: int) -> KVCache:
@@ -96,7 +130,7 @@ class _Projection:
 
     def __init__(
         self,
-        layers: list[nn.Module],
+        layers: list[Any],  # fairscale's, which have no types
         quantize: Width | None,
         swiglu: bool = False,
         keep: bool = False,

@@ -8,14 +8,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, NotRequired, TypedDict, get_args, overload
+from typing import Any, Literal, NotRequired, TypedDict, overload
 
 import torch
 
 from llama import checkpoint, doctor, hub, hugging_face, parallel
 from llama.chat_format import ChatFormat, Dialog, Llama2ChatFormat, Message
 from llama.engine import Engine
-from llama.errors import ConfigError, GenerationError
+from llama.errors import GenerationError
+from llama.fast import FastTransformer, Mode, Width, check_mode
 from llama.model import Transformer
 from llama.request import Event, Request
 from llama.sampling import SamplingParams, sample_top_p
@@ -25,10 +26,6 @@ from llama.verify import kind_of
 __all__ = ["ChatPrediction", "CompletionPrediction", "Dialog", "Llama", "Message", "sample_top_p"]
 
 log = logging.getLogger("llama")
-
-# "reference": one prompt alone gets exactly what Meta's code computes. "fast": the engine may cut
-# prompts into pieces and go on from what its cache holds, which changes the last bits.
-Mode = Literal["reference", "fast"]
 
 
 class CompletionPrediction(TypedDict):
@@ -64,6 +61,7 @@ class Llama:
         seed: int = 1,
         *,
         mode: Mode = "reference",
+        quantize: Width | None = None,
         device: str | torch.device | None = None,
         dtype: str | torch.dtype | None = None,
         rope_factor: float | None = None,
@@ -83,7 +81,9 @@ class Llama:
             model_parallel_size: ranks that share the model; None: all that torchrun started.
             seed: of the random numbers that sampling draws.
             mode: "reference" gives one prompt alone exactly Meta's numbers; "fast" may differ in
-                the last bits, and reuses what earlier prompts left in the cache.
+                the last bits, reuses what earlier prompts left in the cache, and on a CPU
+                computes with kernels, which the extra `[fast]` brings.
+            quantize: "int8" or "int4": round the matrices while loading; mode fast on a CPU.
             device: None: this rank's GPU, else MPS, else the CPU.
             dtype: of the weights and the cache; None: bfloat16 on a GPU (half where that is
                 missing), the checkpoint's own elsewhere, which for the package's small model
@@ -94,8 +94,6 @@ class Llama:
         Raises a LlamaError (a ValueError) that names what does not fit.
         """
         start = time.perf_counter()
-        if mode not in get_args(Mode):
-            raise ConfigError(f"mode is {mode!r}: {' or '.join(get_args(Mode))}")
         target = parallel.local_device(device)
         parallel.initialize(model_parallel_size, target)
         if ckpt_dir is None:
@@ -109,12 +107,11 @@ class Llama:
             tokenizer = _open_tokenizer(tokenizer_path, opened.folder, folder)
             setup = doctor.Setup.make(
                 opened, parallel.mp_size(), parallel.local_size(), max_seq_len, max_batch_size,
-                target, dtype,
+                target, dtype, mode, quantize,
             )  # fmt: skip
             doctor.require(setup, tokenizer)
         with parallel.failing_together(target):
-            model = _load(setup)
-        llama = Llama(model, tokenizer, seed, mode)
+            llama = Llama(_load(setup), tokenizer, seed, mode, quantize=quantize)
         llama._is_base = kind_of(opened.folder) == "base"
         if parallel.is_main_rank():
             log.info("Loaded %s in %.2f seconds", ckpt_dir, time.perf_counter() - start)
@@ -127,13 +124,17 @@ class Llama:
         seed: int = 1,
         mode: Mode = "reference",
         max_batch_size: int | None = None,  # None: the model's
+        quantize: Width | None = None,
     ) -> None:
         self.model = model
         self.tokenizer = tokenizer
         self.mode = mode
         self._is_base = False  # and nobody was told that such a model cannot chat
         rows = model.params.max_batch_size if max_batch_size is None else max_batch_size
-        self.engine = Engine(model, rows, model.params.max_seq_len, tokenizer, seed)
+        weight = model.norm.weight
+        is_fast = check_mode(mode, quantize, weight.device, weight.dtype)
+        network = FastTransformer(model, quantize) if is_fast else model
+        self.engine = Engine(network, rows, model.params.max_seq_len, tokenizer, seed)
         self._generator = torch.Generator(model.device).manual_seed(seed)
         self._inboxes: dict[Request, deque[Event]] = {}  # of the streams that are open
 

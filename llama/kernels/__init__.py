@@ -18,6 +18,7 @@ from llama.quantize import GROUP, PAIR, Int4Weight, Int8Weight
 
 Weight = Tensor | Int8Weight | Int4Weight
 
+CPU = torch.device("cpu")
 FLOATS = (torch.float32, torch.bfloat16)
 MOST_MATRICES = 3
 CHUNKS = 8  # a thread's share in pieces: who is done early takes more
@@ -28,7 +29,7 @@ def _loops() -> ModuleType:
     try:
         from llama.kernels import loops
     except ModuleNotFoundError as error:
-        if error.name not in ("numba", "llvmlite"):
+        if (error.name or "").partition(".")[0] not in ("numba", "llvmlite"):
             raise
         raise ConfigError("the kernels need numba: pip install 'llama-reference[fast]'") from None
     return loops
@@ -40,7 +41,7 @@ class Product:
     weights: each (N, K), of one kind and one K: float32, bfloat16, int8 (K a multiple of 32) or
         int4 (of 64), contiguous, on the CPU. They are neither copied nor joined.
     swiglu: of two matrices w1 and w3, silu(x w1^T) * (x w3^T) instead.
-    isa: "vnni", "avx2" or "plain" in place of the best that the processor has.
+    isa: "vnni", "avx2" or "plain" in place of the best that the processor has, for bytes.
     Raises ConfigError where that does not hold, or numba is not installed.
     """
 
@@ -62,17 +63,19 @@ class Product:
             data, scales = weight if isinstance(weight, tuple) else (weight, weight)
             place = loops.FIRST + 3 * i
             self.job[place : place + 3] = rows[i], data.data_ptr(), scales.data_ptr()
-        isa = (isa or loops.instruction_set()) if self.is_quantized else "plain"
-        self.task = loops.product(self.kind, isa, swiglu)
+        available = loops.instruction_sets()
+        if isa is not None and isa not in available:
+            raise ConfigError(f"this processor has no {isa!r}, only {', '.join(available)}")
+        self.task = loops.product(self.kind, isa or available[0], swiglu)
         self.to_bytes = loops.to_bytes() if self.is_quantized else None
 
     def __call__(self, x: Tensor) -> Tensor:
-        """x (n, K), float32 or bfloat16 -> (n, all matrices' N), or (n, N) with swiglu, in x's dtype.
+        """x (n, K) -> (n, all matrices' N), or (n, N) with swiglu; float32 or bfloat16, as x is.
 
         Sums are in float32. For int8 and int4 weights, x is rounded to int8 in groups of 32. Row r
         of the result depends on row r of x alone, to the last bit.
         """
-        if x.dim() != 2 or x.shape[1] != self.features or x.dtype not in FLOATS or x.is_cuda:
+        if x.dim() != 2 or x.shape[1] != self.features or x.dtype not in FLOATS or x.device != CPU:
             raise ConfigError(
                 f"x must be float32 or bfloat16 (n, {self.features}) on the CPU, not {x.dtype} "
                 f"{tuple(x.shape)} on {x.device}"
@@ -92,7 +95,9 @@ class Product:
         job[loops.OUT] = out.data_ptr()
         job[loops.CHUNK] = -(-self.rows // (CHUNKS * pool.threads()))
         pool.run(self.task, ctypes.addressof(job))
-        return out[:n].to(x.dtype)
+        if self.swiglu:
+            out = out[:n]
+        return out if x.dtype == out.dtype else out.to(x.dtype)
 
 
 def linear(x: Tensor, weight: Weight, isa: str | None = None) -> Tensor:
@@ -104,10 +109,9 @@ def warm_up(kind: str) -> None:
     """Compile, or load from disk, what products with "float32", "bfloat16", "int8" or "int4"
     weights need; without it the first product of a kind does."""
     loops = _loops()
-    is_quantized = kind in ("int8", "int4")
     for swiglu in (False, True):
-        loops.product(kind, loops.instruction_set() if is_quantized else "plain", swiglu)
-    if is_quantized:
+        loops.product(kind, loops.instruction_sets()[0], swiglu)
+    if kind in ("int8", "int4"):
         loops.to_bytes()
 
 
@@ -124,7 +128,7 @@ def _check(weights: tuple[Weight, ...]) -> str:
         raise ConfigError(f"{widths[0]} features, but {kinds[0]} needs a multiple of {multiple}")
     for weight in weights:
         for tensor in weight if isinstance(weight, tuple) else (weight,):
-            if tensor.device.type != "cpu" or not tensor.is_contiguous():
+            if tensor.device != CPU or not tensor.is_contiguous():
                 raise ConfigError("the kernels read contiguous weights on the CPU")
     return kinds[0]
 
@@ -136,7 +140,6 @@ def _kind(weight: Weight) -> str:
         return "int4"
     if weight.dtype not in FLOATS or weight.dim() != 2:
         raise ConfigError(
-            f"a weight must be float32 or bfloat16 (N, K), not {weight.dtype} "
-            f"{tuple(weight.shape)}"
+            f"a weight must be float32 or bfloat16 (N, K), not {weight.dtype} {tuple(weight.shape)}"
         )
     return "float32" if weight.dtype == torch.float32 else "bfloat16"

@@ -116,7 +116,9 @@ def _check(w: Tensor, multiple: int) -> None:
     if w.dim() != 2 or not w.is_floating_point():
         raise ConfigError(f"a matrix of floats can be quantized, not {w.dtype} {tuple(w.shape)}")
     if w.shape[1] == 0 or w.shape[1] % multiple:
-        raise ConfigError(f"a row of {w.shape[1]} weights cannot be quantized: {multiple} go together")
+        raise ConfigError(
+            f"a row of {w.shape[1]} weights cannot be quantized: {multiple} go together"
+        )
 
 
 def _check_finite(scale: Tensor) -> None:

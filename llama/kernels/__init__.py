@@ -5,10 +5,10 @@ every weight once: these kernels do that, on all of PyTorch's threads, from floa
 or int4 weights. They need the extra `[fast]` and weights on the CPU.
 """
 
+import ctypes
 import functools
 from types import ModuleType
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -18,6 +18,8 @@ from llama.quantize import GROUP, PAIR, Int4Weight, Int8Weight
 
 Weight = Tensor | Int8Weight | Int4Weight
 
+CPU = torch.device("cpu")
+FLOATS = (torch.float32, torch.bfloat16)
 MOST_MATRICES = 3
 CHUNKS = 8  # a thread's share in pieces: who is done early takes more
 
@@ -27,96 +29,106 @@ def _loops() -> ModuleType:
     try:
         from llama.kernels import loops
     except ModuleNotFoundError as error:
-        if error.name not in ("numba", "llvmlite"):
+        if (error.name or "").partition(".")[0] not in ("numba", "llvmlite"):
             raise
         raise ConfigError("the kernels need numba: pip install 'llama-reference[fast]'") from None
     return loops
 
 
-def linear(x: Tensor, *weights: Weight, isa: str | None = None) -> list[Tensor]:
-    """x times each matrix transposed, in one pass: x (n, K), each weight (N, K) -> each (n, N).
+class Product:
+    """x times one to three matrices transposed, in one pass, made once for many x.
 
-    x is float32 or bfloat16, and so are the results; sums are in float32. Against int8 and int4
-    weights x is rounded to int8 in groups of 32. Row r of a result depends on row r of x alone.
-
-    weights: one to three, of one kind and one K: float32, bfloat16, int8 (K a multiple of 32) or
-        int4 (of 64), contiguous, on the CPU.
-    isa: "vnni", "avx2" or "plain" instead of the best that the processor has.
+    weights: each (N, K), of one kind and one K: float32, bfloat16, int8 (K a multiple of 32) or
+        int4 (of 64), contiguous, on the CPU. They are neither copied nor joined.
+    swiglu: of two matrices w1 and w3, silu(x w1^T) * (x w3^T) instead.
+    isa: "vnni", "avx2" or "plain" in place of the best that the processor has, for bytes.
     Raises ConfigError where that does not hold, or numba is not installed.
     """
-    out = _run(x, weights, isa, swiglu=False)
-    return list(out.split([weight.shape[0] for weight in weights], 1))
+
+    def __init__(self, *weights: Weight, swiglu: bool = False, isa: str | None = None) -> None:
+        loops = _loops()
+        self.kind = _check(weights)
+        self.is_quantized = self.kind in ("int8", "int4")
+        self.swiglu = swiglu
+        rows = [weight.shape[0] for weight in weights]
+        if swiglu and (len(weights) != 2 or rows[0] != rows[1]):
+            raise ConfigError(f"SwiGLU needs two matrices of one shape, not of {rows} rows")
+        self.features = weights[0].shape[1]
+        self.rows = rows[0] if swiglu else sum(rows)
+        self.weights = weights  # the job holds bare addresses
+        self.job = (ctypes.c_int64 * loops.LENGTH)()
+        self.job[loops.K], self.job[loops.TOTAL] = self.features, self.rows
+        self.job[loops.MATRICES] = len(weights)
+        for i, weight in enumerate(weights):
+            data, scales = weight if isinstance(weight, tuple) else (weight, weight)
+            place = loops.FIRST + 3 * i
+            self.job[place : place + 3] = rows[i], data.data_ptr(), scales.data_ptr()
+        available = loops.instruction_sets()
+        if isa is not None and isa not in available:
+            raise ConfigError(f"this processor has no {isa!r}, only {', '.join(available)}")
+        self.task = loops.product(self.kind, isa or available[0], swiglu)
+        self.to_bytes = loops.to_bytes() if self.is_quantized else None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """x (n, K) -> (n, all matrices' N), or (n, N) with swiglu; float32 or bfloat16, as x is.
+
+        Sums are in float32. For int8 and int4 weights, x is rounded to int8 in groups of 32. Row r
+        of the result depends on row r of x alone, to the last bit.
+        """
+        if x.dim() != 2 or x.shape[1] != self.features or x.dtype not in FLOATS or x.device != CPU:
+            raise ConfigError(
+                f"x must be float32 or bfloat16 (n, {self.features}) on the CPU, not {x.dtype} "
+                f"{tuple(x.shape)} on {x.device}"
+            )
+        loops = _loops()
+        n = x.shape[0]
+        x32 = x.float().contiguous()
+        out = torch.empty(2 * n if self.swiglu else n, self.rows)
+        job = type(self.job).from_buffer_copy(self.job)
+        job[loops.N], job[loops.X] = n, x32.data_ptr()
+        if self.to_bytes is not None:
+            values = torch.empty(n, self.features, dtype=torch.int8)
+            steps = torch.empty(n, self.features // GROUP)
+            job[loops.STEPS], job[loops.OUT] = steps.data_ptr(), values.data_ptr()
+            self.to_bytes(ctypes.addressof(job))
+            job[loops.X] = values.data_ptr()
+        job[loops.OUT] = out.data_ptr()
+        job[loops.CHUNK] = -(-self.rows // (CHUNKS * pool.threads()))
+        pool.run(self.task, ctypes.addressof(job))
+        return out[:n].to(x.dtype)
 
 
-def swiglu(x: Tensor, w1: Weight, w3: Weight, isa: str | None = None) -> Tensor:
-    """silu(x w1^T) * (x w3^T), in one pass: x (n, K), weights (F, K) -> (n, F); see `linear`."""
-    if w1.shape != w3.shape:
-        raise ConfigError(f"w1 is {tuple(w1.shape)}, but w3 {tuple(w3.shape)}")
-    return _run(x, (w1, w3), isa, swiglu=True)
+def linear(x: Tensor, weight: Weight, isa: str | None = None) -> Tensor:
+    """x (n, K) times weight (N, K) transposed -> (n, N); see `Product`."""
+    return Product(weight, isa=isa)(x)
 
 
-def warm_up(kind: str, isa: str | None = None) -> None:
+def warm_up(kind: str) -> None:
     """Compile, or load from disk, what products with "float32", "bfloat16", "int8" or "int4"
-    weights need; else the first one does it."""
+    weights need; without it the first product of a kind does."""
     loops = _loops()
-    isa = isa or loops.instruction_set()
-    for fused in (False, True):
-        loops.product(kind, isa if kind in ("int8", "int4") else "plain", fused)
+    for swiglu in (False, True):
+        loops.product(kind, loops.instruction_sets()[0], swiglu)
     if kind in ("int8", "int4"):
         loops.to_bytes()
 
 
-def _run(x: Tensor, weights: tuple[Weight, ...], isa: str | None, swiglu: bool) -> Tensor:
-    loops = _loops()
-    kind = _check(x, weights)
-    quantized = kind in ("int8", "int4")
-    (n, k), rows = x.shape, [weight.shape[0] for weight in weights]
-    total = rows[0] if swiglu else sum(rows)
-    x32 = x.float().contiguous()
-    out = torch.empty(2 * n if swiglu else n, total)
-    counter = np.zeros(1, np.int64)
-    chunk = -(-total // (CHUNKS * pool.threads()))
-    job = np.zeros(32, np.int64)
-    job[: loops.FIRST] = (
-        counter.ctypes.data, n, k, x32.data_ptr(), 0, out.data_ptr(), total, chunk, len(weights)
-    )  # fmt: skip
-    for i, weight in enumerate(weights):
-        data, scales = weight if isinstance(weight, tuple) else (weight, weight)
-        place = loops.FIRST + 3 * i
-        job[place : place + 3] = rows[i], data.data_ptr(), scales.data_ptr()
-    if quantized:
-        steps = torch.empty(n, k // GROUP)
-        values = torch.empty(n, k, dtype=torch.int8)
-        job[[loops.STEPS, loops.OUT]] = steps.data_ptr(), values.data_ptr()
-        loops.to_bytes()(job.ctypes.data)
-        job[[loops.X, loops.OUT]] = values.data_ptr(), out.data_ptr()
-    isa = (isa or loops.instruction_set()) if quantized else "plain"
-    pool.run(loops.product(kind, isa, swiglu), job.ctypes.data)
-    return out[:n].to(x.dtype)
-
-
-def _check(x: Tensor, weights: tuple[Weight, ...]) -> str:
-    """The kind of the weights, where they and x can be multiplied."""
+def _check(weights: tuple[Weight, ...]) -> str:
+    """The kind of the weights, where they can be read in one pass."""
     if not 1 <= len(weights) <= MOST_MATRICES:
         raise ConfigError(f"{len(weights)} matrices at once, but the limit is {MOST_MATRICES}")
-    kinds = {_kind(weight) for weight in weights}
-    if len(kinds) > 1:
-        raise ConfigError(f"matrices of several kinds at once: {', '.join(sorted(kinds))}")
-    (kind,) = kinds
-    if x.dim() != 2 or x.dtype not in (torch.float32, torch.bfloat16):
-        raise ConfigError(f"x must be float32 or bfloat16 (n, K), not {x.dtype} {tuple(x.shape)}")
+    kinds = sorted({_kind(weight) for weight in weights})
+    widths = sorted({weight.shape[1] for weight in weights})
+    if len(kinds) > 1 or len(widths) > 1:
+        raise ConfigError(f"matrices at once must be alike, not {kinds} with {widths} features")
+    multiple = {"int8": GROUP, "int4": PAIR}.get(kinds[0], 1)
+    if widths[0] % multiple:
+        raise ConfigError(f"{widths[0]} features, but {kinds[0]} needs a multiple of {multiple}")
     for weight in weights:
-        if weight.shape[1] != x.shape[1]:
-            raise ConfigError(f"x has {x.shape[1]} features, but the weights {weight.shape[1]}")
-    multiple = {"int8": GROUP, "int4": PAIR}.get(kind, 1)
-    if x.shape[1] % multiple:
-        raise ConfigError(f"{x.shape[1]} features, but {kind} weights need a multiple of {multiple}")
-    tensors = [x, *(t for w in weights for t in (w if isinstance(w, tuple) else (w,)))]
-    if any(tensor.device.type != "cpu" for tensor in tensors):
-        raise ConfigError("the kernels run on the CPU, but a tensor is elsewhere")
-    if not all(tensor.is_contiguous() for tensor in tensors[1:]):
-        raise ConfigError("the kernels read weights row by row: they must be contiguous")
-    return kind
+        for tensor in weight if isinstance(weight, tuple) else (weight,):
+            if tensor.device != CPU or not tensor.is_contiguous():
+                raise ConfigError("the kernels read contiguous weights on the CPU")
+    return kinds[0]
 
 
 def _kind(weight: Weight) -> str:
@@ -124,9 +136,8 @@ def _kind(weight: Weight) -> str:
         return "int8"
     if isinstance(weight, Int4Weight):
         return "int4"
-    if weight.dtype not in (torch.float32, torch.bfloat16) or weight.dim() != 2:
+    if weight.dtype not in FLOATS or weight.dim() != 2:
         raise ConfigError(
-            f"a float weight must be float32 or bfloat16 (N, K), not {weight.dtype} "
-            f"{tuple(weight.shape)}"
+            f"a weight must be float32 or bfloat16 (N, K), not {weight.dtype} {tuple(weight.shape)}"
         )
     return "float32" if weight.dtype == torch.float32 else "bfloat16"

@@ -12,6 +12,8 @@ from contextlib import contextmanager
 from typing import Any
 
 from llvmlite import ir
+from llvmlite.ir import IRBuilder as Builder
+from llvmlite.ir import Value
 from numba.core import cgutils, types
 from numba.extending import intrinsic
 
@@ -22,9 +24,6 @@ i8, i32, i64, f32 = ir.IntType(8), ir.IntType(32), ir.IntType(64), ir.FloatType(
 bytes32 = ir.VectorType(i8, 32)
 shorts16 = ir.VectorType(ir.IntType(16), 16)
 ints8, floats8 = ir.VectorType(i32, LANES), ir.VectorType(f32, LANES)
-
-Builder = ir.IRBuilder
-Value = ir.Value
 
 
 def _splat(vector: ir.VectorType, value: float) -> ir.Constant:
@@ -208,7 +207,7 @@ def dot(
 ) -> tuple[Any, Callable[..., Value]]:  # fmt: skip
     """out[r] = the row of weights times row r of x, for the n rows from `first` on.
 
-    kind: "float32", "bfloat16", "int8" or "int4"; isa: see `instruction_set`; all others int64,
+    kind: "float32", "bfloat16", "int8" or "int4"; isa: see `instruction_sets`; all others int64,
     mostly addresses. out_step: bytes from one row's result to the next's.
     """
     numbers = (first, k, x, steps, w, scales, out, out_step)
@@ -232,13 +231,12 @@ def dot(
 
 @intrinsic
 def take(context: Any, counter: Any) -> tuple[Any, Callable[..., Value]]:
-    """Count an int64 at an address up by one, safe between threads; what it was before."""
+    """What an int64 behind a pointer was; it is now one more, also between threads."""
 
     def generate(context: Any, b: Builder, signature: Any, operands: list[Value]) -> Value:
-        address = b.inttoptr(operands[0], i64.as_pointer())
-        return b.atomic_rmw("add", address, ir.Constant(i64, 1), "monotonic")
+        return b.atomic_rmw("add", operands[0], ir.Constant(i64, 1), "monotonic")
 
-    return types.int64(types.int64), generate
+    return types.int64(counter), generate
 
 
 @intrinsic

@@ -9,7 +9,6 @@ import functools
 import hashlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import llvmlite.binding
 import numpy as np
@@ -18,29 +17,33 @@ from numba import carray, cfunc, types
 from llama.kernels import dot as dots
 from llama.kernels.dot import GROUP, dot, pointer, take
 
-NEXT, N, K, X, STEPS, OUT, TOTAL, CHUNK, MATRICES = range(9)
+TAKEN, N, K, X, STEPS, OUT, TOTAL, CHUNK, MATRICES = range(9)
 FIRST = 9  # then for each matrix: its rows, and the addresses of its weights and its scales
+LENGTH = FIRST + 3 * 3
 
 # Numba looks only at this file to see whether what it kept is still right.
 VERSION = hashlib.sha256(Path(dots.__file__).read_bytes()).hexdigest()
 
 
 @functools.cache
-def instruction_set() -> str:
-    """What multiplies bytes here: "vnni", "avx2", or "plain" code that runs anywhere."""
+def instruction_sets() -> list[str]:
+    """What can multiply bytes here, the best first; "plain" code runs anywhere."""
     has = llvmlite.binding.get_host_cpu_features().get
-    if has("avx512vnni") and has("avx512vl") or has("avxvnni") and has("avx2"):
-        return "vnni"
-    return "avx2" if has("avx2") else "plain"
+    vnni = has("avxvnni") or (has("avx512vnni") and has("avx512vl"))
+    found = {"vnni": has("avx2") and vnni, "avx2": has("avx2"), "plain": True}
+    return [name for name, is_there in found.items() if is_there]
 
 
 def _compile(function: Callable[..., None]) -> Callable[[int], None]:
-    options: dict[str, Any] = dict(nopython=True, error_model="numpy", boundscheck=False)
-    decorate = functools.partial(cfunc, types.void(types.CPointer(types.int64)), **options)
+    """As a C function, read from numba's cache: in NUMBA_CACHE_DIR, else beside this file, else,
+    where that is read-only, in the user's own cache folder."""
+    compile_cached = functools.partial(
+        cfunc, types.void(types.CPointer(types.int64)), error_model="numpy", boundscheck=False
+    )
     try:
-        compiled = decorate(cache=True)(function)
-    except RuntimeError:  # neither beside this file nor in the user's own folder can one write
-        compiled = decorate()(function)
+        compiled = compile_cached(cache=True)(function)
+    except RuntimeError:  # none of them can be written
+        compiled = compile_cached()(function)
     call = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(compiled.address)
     call.compiled = compiled  # type: ignore[attr-defined]  # or its code would be freed
     return call
@@ -53,13 +56,16 @@ def product(kind: str, isa: str, swiglu: bool) -> Callable[[int], None]:
     The second then needs a place of its own: out has 2 * n rows.
     """
     version = VERSION
+    bits = {"float32": 32, "bfloat16": 16, "int8": 8, "int4": 4}[kind]
 
     def task(address):  # type: ignore[no-untyped-def]
         version  # noqa: B018
-        job = carray(address, 32)
+        job = carray(address, LENGTH)
         n, k, total, chunk = job[N], job[K], job[TOTAL], job[CHUNK]
+        width = k * bits // 8  # bytes of a row of weights, and of its scales
+        scale_width = 2 * k // GROUP if kind == "int4" else 4
         while True:
-            begin = take(job[NEXT]) * chunk
+            begin = take(address) * chunk
             end = min(begin + chunk, total)
             if begin >= total:
                 break
@@ -70,24 +76,12 @@ def product(kind: str, isa: str, swiglu: bool) -> Callable[[int], None]:
                 out = job[OUT] + 4 * before
                 if swiglu:
                     out = job[OUT] + 4 * matrix * n * total
-                width = k
-                scale_width = 4
-                if kind == "float32":
-                    width = 4 * k
-                if kind == "bfloat16":
-                    width = 2 * k
-                if kind == "int4":
-                    width = k // 2
-                    scale_width = k // GROUP * 2
                 for row in range(max(begin - before, 0), min(end - before, rows)):
                     w, s, o = weights + row * width, scales + row * scale_width, out + 4 * row
-                    first = 0
-                    while first + 4 <= n:
+                    for first in range(0, n - 3, 4):
                         dot(kind, isa, 4, first, k, job[X], job[STEPS], w, s, o, 4 * total)
-                        first += 4
-                    while first < n:
+                    for first in range(n // 4 * 4, n):
                         dot(kind, isa, 1, first, k, job[X], job[STEPS], w, s, o, 4 * total)
-                        first += 1
                 if not swiglu:
                     before += rows
             if swiglu:
@@ -110,7 +104,7 @@ def to_bytes() -> Callable[[int], None]:
 
     def task(address):  # type: ignore[no-untyped-def]
         version  # noqa: B018
-        job = carray(address, 32)
+        job = carray(address, LENGTH)
         groups = job[N] * job[K] // GROUP
         shape = (groups, GROUP)
         x = carray(pointer(job[X], np.float32), shape)

@@ -95,7 +95,9 @@ class Product:
         job[loops.OUT] = out.data_ptr()
         job[loops.CHUNK] = -(-self.rows // (CHUNKS * pool.threads()))
         pool.run(self.task, ctypes.addressof(job))
-        return out[:n].to(x.dtype)
+        if self.swiglu:
+            out = out[:n]
+        return out if x.dtype == out.dtype else out.to(x.dtype)
 
 
 def linear(x: Tensor, weight: Weight, isa: str | None = None) -> Tensor:

@@ -19,6 +19,7 @@ from numba.extending import intrinsic
 
 LANES = 8
 GROUP = 32
+AHEAD = 2048  # bytes
 
 i8, i32, i64, f32 = ir.IntType(8), ir.IntType(32), ir.IntType(64), ir.FloatType()
 bytes32 = ir.VectorType(i8, 32)
@@ -42,6 +43,13 @@ def _load(b: Builder, kind: ir.Type, base: Value, offset: Value) -> Value:
     return b.load(address, align=1)
 
 
+def _prefetch(b: Builder, base: Value, offset: Value) -> None:
+    """Ask for memory early: the processor by itself looks ahead to the end of a page at most."""
+    address = b.gep(base, [offset])
+    read, keep, data = (ir.Constant(i32, number) for number in (0, 3, 1))
+    _instruction(b, "llvm.prefetch.p0", ir.VoidType(), address, read, keep, data)
+
+
 def _times(b: Builder, number: Value, factor: int) -> Value:
     return b.mul(number, ir.Constant(i64, factor))
 
@@ -52,7 +60,8 @@ def _plus(b: Builder, number: Value, term: int) -> Value:
 
 def _fill(b: Builder, scalar: Value) -> Value:
     """Eight lanes of one number."""
-    one = b.insert_element(ir.Constant(floats8, ir.Undefined), scalar, ir.Constant(i32, 0))
+    lanes = ir.Constant(ir.VectorType(scalar.type, LANES), ir.Undefined)
+    one = b.insert_element(lanes, scalar, ir.Constant(i32, 0))
     return b.shuffle_vector(one, one, _splat(ints8, 0))
 
 
@@ -96,8 +105,7 @@ def dot_bytes(b: Builder, isa: str, w: Value, x: Value) -> Value:
         ]
         return functools.reduce(b.add, quarters)
     x = _instruction(b, "llvm.x86.avx2.psign.b", bytes32, x, w)
-    negated = b.sub(_splat(bytes32, 0), w)
-    w = b.select(b.icmp_signed("<", w, _splat(bytes32, 0)), negated, w)
+    w = _instruction(b, "llvm.x86.avx2.psign.b", bytes32, w, w)
     if isa == "vnni":
         return _instruction(b, "llvm.x86.avx512.vpdpbusd.256", ints8, _splat(ints8, 0), w, x)
     pairs = _instruction(b, "llvm.x86.avx2.pmadd.ub.sw", shorts16, w, x)
@@ -138,6 +146,7 @@ class _Rows:
 
         starts = [b.mul(_times(b, row, 4), self.k) for row in self.rows]
         with self.loop(b.udiv(self.k, ir.Constant(i64, 2 * LANES))) as index:
+            _prefetch(b, self.w, _plus(b, _times(b, index, 2 * LANES * width), AHEAD))
             for chain in range(2):
                 i = _plus(b, _times(b, index, 2 * LANES), chain * LANES)
                 w = weights(floats8, half, i)
@@ -157,6 +166,7 @@ class _Rows:
         """x in groups of int8; w int8 with a scale a row. K in 32s."""
         b = self.b
         with self.loop(b.udiv(self.k, ir.Constant(i64, GROUP))) as group:
+            _prefetch(b, self.w, _plus(b, _times(b, group, GROUP), AHEAD))
             w = _load(b, bytes32, self.w, _times(b, group, GROUP))
             for row in range(self.n):
                 x, step = self._activations(row, group)
@@ -168,18 +178,19 @@ class _Rows:
         """x in groups of int8; w two groups of 4 bits in 32 bytes, a scale each. K in 64s."""
         b = self.b
         with self.loop(b.udiv(self.k, ir.Constant(i64, 2 * GROUP))) as pair:
+            _prefetch(b, self.w, _plus(b, _times(b, pair, GROUP), AHEAD))
             packed = _load(b, bytes32, self.w, _times(b, pair, GROUP))
-            scales = _load(b, i32, self.scales, _times(b, pair, 4))  # two bfloat16
-            low = b.and_(packed, _splat(bytes32, 15)), b.shl(scales, ir.Constant(i32, 16))
-            high = b.lshr(packed, _splat(bytes32, 4)), b.and_(scales, ir.Constant(i32, 0xFFFF0000))
+            scales = _fill(b, _load(b, i32, self.scales, _times(b, pair, 4)))  # two bfloat16
+            low = b.and_(packed, _splat(bytes32, 15)), b.shl(scales, _splat(ints8, 16))
+            high = b.lshr(packed, _splat(bytes32, 4)), b.and_(scales, _splat(ints8, 0xFFFF0000))
             for chain, (nibbles, scale) in enumerate((low, high)):
                 w = b.sub(nibbles, _splat(bytes32, 8))
                 group = _plus(b, _times(b, pair, 2), chain)
                 for row in range(self.n):
                     x, step = self._activations(row, group)
-                    factor = b.fmul(b.bitcast(scale, f32), step)
+                    factor = b.fmul(b.bitcast(scale, floats8), _fill(b, step))
                     products = b.sitofp(dot_bytes(b, self.isa, w, x), floats8)
-                    _multiply_add(b, products, _fill(b, factor), self.chains[row][chain])
+                    _multiply_add(b, products, factor, self.chains[row][chain])
         self._store(None)
 
     def _activations(self, row: int, group: Value) -> tuple[Value, Value]:

@@ -80,8 +80,10 @@ def product(kind: str, isa: str, swiglu: bool) -> Callable[[int], None]:
                     w, s, o = weights + row * width, scales + row * scale_width, out + 4 * row
                     for first in range(0, n - 3, 4):
                         dot(kind, isa, 4, first, k, job[X], job[STEPS], w, s, o, 4 * total)
-                    for first in range(n // 4 * 4, n):
-                        dot(kind, isa, 1, first, k, job[X], job[STEPS], w, s, o, 4 * total)
+                    if n & 2:
+                        dot(kind, isa, 2, n & ~3, k, job[X], job[STEPS], w, s, o, 4 * total)
+                    if n & 1:
+                        dot(kind, isa, 1, n - 1, k, job[X], job[STEPS], w, s, o, 4 * total)
                 if not swiglu:
                     before += rows
             if swiglu:

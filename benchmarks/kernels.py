@@ -1,0 +1,136 @@
+"""The kernels beside F.linear and the speed at which memory can be read, on a model's matrices.
+
+python benchmarks/kernels.py --shape 1.5b --out benchmarks/results/kernels_1.5b.json
+
+One pass reads every matrix of several layers, more than the caches hold, as a decode step does.
+All are interleaved in one run; medians count. Tokens a second are what the whole model would have
+if nothing but its matrices cost time.
+"""
+
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import fire
+import torch
+import torch.nn.functional as F
+from make_checkpoint import SHAPES
+from torch import Tensor
+from tqdm import tqdm
+
+from llama import ModelArgs
+from llama.kernels import Product, Weight, loops
+from llama.quantize import quantize_int4, quantize_int8
+
+ROWS = (1, 2, 4, 8)
+FORMATS: dict[str, Callable[[Tensor], Weight]] = {
+    "float32": lambda w: w,
+    "bfloat16": lambda w: w.bfloat16(),
+    "int8": quantize_int8,
+    "int4": quantize_int4,
+}
+READ = 256 << 20  # bytes of the loop that only reads
+AT_LEAST = 200 << 20  # bytes of bfloat16 a pass reads
+
+
+def size(weight: Weight) -> int:
+    tensors = weight if isinstance(weight, tuple) else (weight,)
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+class Matrices:
+    """Some of a model's layers in one format: q, k and v at once, then o, w1 and w3, then w2."""
+
+    def __init__(self, params: ModelArgs, layers: int, make: Callable[[Tensor], Weight]) -> None:
+        d, f, kv = params.dim, params.ffn_dim, params.local_kv_heads(1) * params.head_dim
+        groups = [([d, kv, kv], d), ([d], d), ([f, f], d), ([d], f)] * layers
+        self.groups = [[make(torch.randn(n, k) * 0.02) for n in rows] for rows, k in groups]
+        self.products = [Product(*g, swiglu=i % 4 == 2) for i, g in enumerate(self.groups)]
+        self.bytes = sum(size(weight) for group in self.groups for weight in group)
+
+    def kernels(self, n: int) -> None:
+        for product in self.products:
+            product(torch.ones(n, product.features))
+
+    def linear(self, n: int) -> None:
+        """The same by PyTorch, in the weights' dtype."""
+        for group in self.groups:
+            for weight in group:
+                assert isinstance(weight, Tensor)
+                F.linear(torch.ones(n, weight.shape[1], dtype=weight.dtype), weight)
+
+
+def seconds(work: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
+@torch.inference_mode()
+def main(
+    shape: str = "110m", rounds: int = 5, threads: int | None = None, out: str | None = None
+) -> None:
+    """Measure and print.
+
+    Args:
+        shape: 110m or 1.5b.
+        rounds: of every measurement.
+        threads: how many; PyTorch's own choice if not said.
+        out: file for the figures as JSON.
+    """
+    if threads is not None:
+        torch.set_num_threads(threads)
+    params = ModelArgs(**SHAPES[shape])
+    d, f, kv = params.dim, params.ffn_dim, params.local_kv_heads(1) * params.head_dim
+    layer = 2 * d * d + 2 * kv * d + 3 * d * f
+    layers = -(-AT_LEAST // (2 * layer))
+    whole = (params.n_layers * layer + params.vocab_size * d) / (layers * layer)  # in passes
+    read = torch.ones(READ // 4)
+    models = {name: Matrices(params, layers, make) for name, make in FORMATS.items()}
+
+    works: dict[str, Callable[[], object]] = {"read": read.sum}
+    for name, model in models.items():
+        for n in ROWS:
+            works[f"{name} {n}"] = partial(model.kernels, n)
+            if name in ("float32", "bfloat16"):
+                works[f"{name} {n} F.linear"] = partial(model.linear, n)
+    for work in works.values():
+        work()
+    times: dict[str, list[float]] = {name: [] for name in works}
+    for _ in tqdm(range(rounds), unit="round"):
+        for name, work in works.items():
+            times[name].append(seconds(work))
+
+    speed = READ / statistics.median(times["read"]) / 1e9
+    print(f"\n{shape}, {torch.get_num_threads()} threads, {loops.instruction_sets()[0]}")
+    print(f"{'':26}{'GB/s':>8}{'of read':>9}{'tok/s':>9}   read: {speed:.1f} GB/s")
+    figures: dict[str, dict[str, float]] = {}
+    for name, taken in times.items():
+        if name == "read":
+            continue
+        kind, rows = name.split()[:2]
+        median = statistics.median(taken)
+        rate = models[kind].bytes / median / 1e9
+        tokens = int(rows) / (median * whole)
+        figures[name] = {"gb_per_s": rate, "of_read": rate / speed, "tokens_per_s": tokens}
+        print(f"{name:26}{rate:8.1f}{rate / speed:9.0%}{tokens:9.1f}")
+    if out is not None:
+        content = {
+            "machine": f"{platform.machine()}, {', '.join(loops.instruction_sets())}",
+            "cores": os.cpu_count(),
+            "threads": torch.get_num_threads(),
+            "torch": torch.__version__,
+            "shape": shape,
+            "read_gb_per_s": speed,
+            "medians": figures,
+        }
+        Path(out).write_text(json.dumps(content, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    fire.Fire(main)

@@ -74,7 +74,9 @@ class FastTransformer:
         self.params = model.params
         self.vocab_size = model.vocab_size
         self.device = model.device
-        self.layers = [_FastBlock(cast(TransformerBlock, block), quantize) for block in model.layers]
+        self.layers = [
+            _FastBlock(cast(TransformerBlock, block), quantize) for block in model.layers
+        ]
         self.output = _Projection([model.output], quantize, keep=model.params.tied)
 
     def make_cache(self, max_batch_size: int, max_seq_len: int) -> KVCache:
@@ -115,8 +117,8 @@ class _FastBlock:
         mask: Tensor | None,
         cache: KVCache,
     ) -> Tensor:
-        qkv = self.qkv(self.attention_norm(x)).split(self.widths, dim=-1)
-        heads = self.attend(*qkv, start_pos, freqs_cis, mask, cache)
+        xq, xk, xv = self.qkv(self.attention_norm(x)).split(self.widths, dim=-1)
+        heads = self.attend(xq, xk, xv, start_pos, freqs_cis, mask, cache)
         h = x + reduce_from_model_parallel_region(self.wo(heads))
         products = self.gate_and_up(self.ffn_norm(h))
         return h + reduce_from_model_parallel_region(self.down(products))
@@ -150,8 +152,9 @@ class _Projection:
     def __call__(self, x: Tensor) -> Tensor:
         """float32 (B, S, K) -> (B, S, all matrices' N), or (B, S, N) with SwiGLU."""
         rows = x.flatten(0, -2)
-        out = self.few(rows) if len(rows) <= FEW else self._many(rows)
-        return out.unflatten(0, x.shape[:-1])
+        # One row of float32 is PyTorch's own best case.
+        is_few = len(rows) <= FEW and (len(rows) > 1 or self.few.kind != "float32")
+        return (self.few(rows) if is_few else self._many(rows)).unflatten(0, x.shape[:-1])
 
     def _many(self, x: Tensor) -> Tensor:
         outputs = [_product(x, weight) for weight in self.weights]

@@ -7,6 +7,7 @@ or int4 weights. They need the extra `[fast]` and weights on the CPU.
 
 import ctypes
 import functools
+import importlib.util
 from types import ModuleType
 
 import torch
@@ -22,6 +23,11 @@ CPU = torch.device("cpu")
 FLOATS = (torch.float32, torch.bfloat16)
 MOST_MATRICES = 3
 CHUNKS = 8  # a thread's share in pieces: who is done early takes more
+
+
+def is_installed() -> bool:
+    """Whether numba is there to compile them."""
+    return importlib.util.find_spec("numba") is not None
 
 
 @functools.cache

@@ -1,10 +1,12 @@
 """The engine beside Meta's loop: ragged batches, decoding in company, the second turn of a chat.
 
 python benchmarks/engine.py --shape 110m --dtype float32 --out benchmarks/results/engine_110m.json
+python benchmarks/engine.py --dtype bfloat16 --mode fast --quantize int8
 
 All figures of one run are of the same random weights, interleaved; medians count.
 """
 
+import copy
 import json
 import os
 import platform
@@ -21,6 +23,7 @@ from tqdm import tqdm
 
 from llama import ModelArgs, Transformer
 from llama.engine import Engine
+from llama.fast import FastTransformer, Mode, Width
 from llama.request import Request
 from llama.sampling import SamplingParams
 
@@ -29,6 +32,8 @@ LENGTHS = [10, 66, 121, 177, 233, 289, 344, 400]
 NEW = 64
 MAX_SEQ_LEN = 2048
 TURN = 1500
+
+Network = Transformer | FastTransformer
 
 
 def numbers(n: int, seed: int = 0) -> list[int]:
@@ -61,20 +66,20 @@ def run(engine: Engine, prompts: list[list[int]], n: int) -> list[Request]:
     return requests
 
 
-def seconds_of_batch(model: Transformer) -> dict[str, float]:
+def seconds_of_batch(model: Transformer, network: Network) -> dict[str, float]:
     prompts = [numbers(length, seed=length) for length in LENGTHS]
     start = time.perf_counter()
     theirs = metas_loop(model, prompts)
     middle = time.perf_counter()
-    requests = run(Engine(model, ROWS, MAX_SEQ_LEN), prompts, NEW)
+    requests = run(Engine(network, ROWS, MAX_SEQ_LEN), prompts, NEW)
     end = time.perf_counter()
     same = sum(r.tokens == row for r, row in zip(requests, theirs, strict=True))
     return {"metas_loop": middle - start, "engine": end - middle, "rows_alike": same}
 
 
-def decoding_rate(model: Transformer, rows: int) -> float:
+def decoding_rate(network: Network, rows: int) -> float:
     """Tokens a second of all rows together, once their prompts are in."""
-    engine = Engine(model, rows, MAX_SEQ_LEN)
+    engine = Engine(network, rows, MAX_SEQ_LEN)
     params = SamplingParams(temperature=0, max_gen_len=None)
     for i in range(rows):
         engine.submit(numbers(16, seed=i), params)
@@ -98,21 +103,28 @@ def first_token(engine: Engine, prompt: list[int]) -> tuple[float, list[int]]:
     return seconds, prompt + request.tokens
 
 
-def seconds_of_turns(model: Transformer) -> dict[str, float]:
-    engine = Engine(model, 1, MAX_SEQ_LEN)
+def seconds_of_turns(network: Network) -> dict[str, float]:
+    engine = Engine(network, 1, MAX_SEQ_LEN)
     first, said = first_token(engine, numbers(TURN))
     second, _ = first_token(engine, said + numbers(24, seed=TURN))
     return {"first_turn": first, "second_turn": second}
 
 
 def main(
-    shape: str = "110m", dtype: str = "float32", rounds: int = 3, out: str | None = None
+    shape: str = "110m",
+    dtype: str = "float32",
+    mode: Mode = "reference",
+    quantize: Width | None = None,
+    rounds: int = 3,
+    out: str | None = None,
 ) -> None:
     """Measure and print; medians over the rounds.
 
     Args:
         shape: 110m or 1.5b.
         dtype: float32 or bfloat16.
+        mode: reference or fast, of the engine's model.
+        quantize: int8 or int4, with mode fast.
         rounds: of every measurement.
         out: file for the figures as JSON.
     """
@@ -120,10 +132,13 @@ def main(
     params = SHAPES[shape] | {"max_batch_size": ROWS, "max_seq_len": MAX_SEQ_LEN}
     model = Transformer(ModelArgs(**params))
     torch.set_default_dtype(torch.float32)
+    network: Network = model
+    if mode == "fast":  # Meta's loop keeps the weights as they are
+        network = FastTransformer(copy.deepcopy(model) if quantize else model, quantize)
     rows: list[dict[str, float]] = []
     for _ in tqdm(range(rounds), unit="round"):
-        figures = seconds_of_batch(model) | seconds_of_turns(model)
-        figures |= {f"decode_{n}": decoding_rate(model, n) for n in (1, ROWS)}
+        figures = seconds_of_batch(model, network) | seconds_of_turns(network)
+        figures |= {f"decode_{n}": decoding_rate(network, n) for n in (1, ROWS)}
         rows.append(figures)
 
     def median(work: Any) -> float:
@@ -143,7 +158,14 @@ def main(
             "cores": os.cpu_count(),
             "torch": torch.__version__,
         }
-        content = machine | {"shape": shape, "dtype": dtype, "medians": report, "ratios": ratios}
+        content = machine | {
+            "shape": shape,
+            "dtype": dtype,
+            "mode": mode,
+            "quantize": quantize,
+            "medians": report,
+            "ratios": ratios,
+        }
         Path(out).write_text(json.dumps(content | {"rounds": rows}, indent=2) + "\n")
 
 

@@ -406,12 +406,14 @@ def doctor(
         dtype: float32, bfloat16 or float16; by default as in Llama.build.
     """
     from llama.doctor import PROBLEM, examine, report
+    from llama.parallel import is_main_rank
 
     findings = examine(
         str(folder), tokenizer_path, max_seq_len, max_batch_size, mp, device, dtype,
         mode, quantize,  # type: ignore[arg-type]
     )  # fmt: skip
-    print(report(findings))
+    if is_main_rank():
+        print(report(findings))
     if any(found.level == PROBLEM for found in findings):
         sys.exit(1)
 

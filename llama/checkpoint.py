@@ -18,6 +18,7 @@ from llama import config, hugging_face, parallel
 from llama.config import ModelArgs
 from llama.errors import CheckpointError, ConfigError
 from llama.files import atomic_file, why_unreadable, write_json
+from llama.memory import with_huge_pages
 from llama.model import Transformer
 
 BUNDLED = Path(__file__).parent / "bundled"  # the trained model that comes with the package
@@ -167,11 +168,13 @@ class Checkpoint:
         pieces = self._pieces(name, n_parts, index)
         if self.is_hugging_face and name.endswith(ROTATED):
             return hugging_face.to_pairs(pieces[0], self.args.head_dim)
-        if len(pieces) == 1:
-            return pieces[0].contiguous()
+        if len(pieces) == 1 and pieces[0].is_contiguous():
+            return pieces[0]
         dim = parallel.shard_dim(name, self.args.embedding_shard_dim)
         assert dim is not None
-        return torch.cat(pieces, dim)
+        shape = list(pieces[0].shape)
+        shape[dim] = sum(piece.shape[dim] for piece in pieces)
+        return torch.cat(pieces, dim, out=with_huge_pages(pieces[0].new_empty(shape)))
 
     def _pieces(self, name: str, n_parts: int, index: int) -> list[Tensor]:
         """What the shards hold of a part, in their order, as views."""

@@ -146,7 +146,7 @@ def dp_rank() -> int:
 
 def is_main_rank() -> bool:
     """True on the one rank that speaks: global rank 0, or the only process."""
-    return not dist.is_initialized() or dist.get_rank() == 0
+    return (dist.get_rank() if dist.is_initialized() else _environment("RANK", 0)) == 0
 
 
 def broadcast_from_first(tensor: Tensor) -> Tensor:

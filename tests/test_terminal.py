@@ -150,7 +150,7 @@ def test_whoever_has_enough_of_it_ends_it() -> None:
     ("arguments", "message"),
     [
         ("complete hi --temperature=-1", "temperature is -1: it must be 0 (greedy) or above"),
-        ("complete hi --n=0", "n is 0: it must be 1 or above"),
+        ("complete hi --n=0", "n is 0: it must be 1 to 1024"),
         ("complete hi --seed=x", "seed is 'x': it must be 0 to 2**63 - 1"),
         ("complete hi --tempreature=1", "unknown option(s): tempreature"),
         ("complete hi --ckpt_dir=nowhere", "no such checkpoint folder: nowhere"),

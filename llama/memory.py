@@ -35,8 +35,8 @@ def available_memory(device: torch.device, root: Path = Path("/")) -> float:
 
 
 def with_huge_pages(tensor: Tensor) -> Tensor:
-    """The same tensor, its memory asked of Linux in pages of 2 MiB. Before it is filled: fresh pages
-    are made one by one at the first touch, and of small ones that is most of the time."""
+    """The same tensor, its memory asked of Linux in pages of 2 MiB. Before it is filled: pages are
+    made one by one at the first touch, which for small ones is most of the time."""
     if hasattr(mmap, "MADV_HUGEPAGE"):
         start = -(-tensor.data_ptr() // HUGE_PAGE) * HUGE_PAGE
         length = (tensor.data_ptr() + tensor.nbytes - start) // HUGE_PAGE * HUGE_PAGE

@@ -405,13 +405,14 @@ def test_reference_mode_alone_is_exact_and_fast_mode_reuses(
     fed: dict[str, list[int]] = {"reference": [], "fast": []}
     for mode, sizes in fed.items():
         llama = Llama(model, Tokenizer(tokenizer_path), mode=mode)  # type: ignore[arg-type]
-        features = model.features
-        model.features = lambda tokens, *args, sizes=sizes, features=features: (  # type: ignore[method-assign]
+        network = llama.engine.model
+        features = network.features
+        network.features = lambda tokens, *args, sizes=sizes, features=features: (  # type: ignore[method-assign]
             sizes.append(tokens.shape[1]) or features(tokens, *args)
         )
         for _ in range(2):
             llama.generate([prompt], max_gen_len=1, temperature=0)
-        del model.features
+        del network.features
     assert fed == {"reference": [40, 40], "fast": [40, 1]}
 
 

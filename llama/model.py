@@ -324,10 +324,8 @@ class Transformer(nn.Module):
             documents do not see each other and each begins at position 0. None: a row is one.
         Raises GenerationError where the tokens do not fit the cache or the RoPE table.
         """
-        if start_pos is not None:
-            with torch.no_grad():
-                return self.logits(self.features(tokens, start_pos, cache, documents))
-        return self.logits(self.features(tokens, start_pos, cache, documents))
+        with torch.set_grad_enabled(start_pos is None and torch.is_grad_enabled()):
+            return self.logits(self.features(tokens, start_pos, cache, documents))
 
     def features(
         self,

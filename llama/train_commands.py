@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 import torch
-from fairscale.nn.model_parallel import initialize as fs_init
 
 from llama import parallel
 from llama.chat_data import DialogLoader, load_dialogs
@@ -150,7 +149,7 @@ def pretrain(config: PretrainConfig) -> Path:
     args.vocab_size = tokenizer.n_words
     args.max_seq_len = config.seq_len
     args.check()
-    rank, ranks = fs_init.get_data_parallel_rank(), fs_init.get_data_parallel_world_size()
+    rank, ranks = parallel.dp_rank(), parallel.dp_size()
     loader = DistributedShardedDataLoader(config.data, config.batch, config.seq_len, rank, ranks)
     eval_loader = None
     if config.eval_data is not None:
@@ -184,7 +183,7 @@ def finetune(config: FinetuneConfig) -> Path:
                 f"{path}: {data.cut} dialogs cut at a turn and {data.dropped} left out, to fit "
                 f"into {config.seq_len} tokens"
             )
-        rank, ranks = fs_init.get_data_parallel_rank(), fs_init.get_data_parallel_world_size()
+        rank, ranks = parallel.dp_rank(), parallel.dp_size()
         sizes = (config.batch, config.seq_len, rank, ranks)
         return DialogLoader(data.examples, pad, *sizes, seed=config.seed)
 
@@ -218,7 +217,7 @@ def _run(
         )
     except ValueError as error:  # a rate or a beta that is out of range
         raise TrainingError(str(error)) from error
-    replicas = fs_init.get_data_parallel_world_size()
+    replicas = parallel.dp_size()
     step_tokens = config.batch * config.seq_len * config.accumulation * replicas
     report = TrainingLog(
         tokenizer, step_tokens, config.log_dir, config.sample_every, [config.sample_prompt]
@@ -245,7 +244,7 @@ def _run(
 
 def _needs_fsdp(config: RunConfig, model: Transformer, device: torch.device) -> bool:
     """As asked; else where weights, gradients and AdamW's two moments fill the GPU."""
-    if fs_init.get_data_parallel_world_size() == 1:
+    if parallel.dp_size() == 1:
         if config.fsdp:
             raise TrainingError("fsdp splits a model over replicas, and there is one: use torchrun")
         return False

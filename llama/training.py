@@ -21,7 +21,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.nn.parallel import DistributedDataParallel
 
-from llama import training_checkpoint
+from llama import parallel, training_checkpoint
 from llama.errors import DataError, TrainingError
 from llama.model import Transformer, next_token_loss
 from llama.optimizer import check_schedule, clip_grad_norm, learning_rate_factor
@@ -122,7 +122,7 @@ class Trainer:
         self.device = model.device
         self.step = 0  # that were made
         self.peak_rates = [[g["lr"] for g in o.param_groups] for o in self.optimizers]
-        self.dp_size = fs_init.get_data_parallel_world_size()
+        self.dp_size = parallel.dp_size()
         self.replica: nn.Module = model  # what computes logits
         if self.dp_size > 1 and not isinstance(model, FSDPModule):
             self.replica = DistributedDataParallel(

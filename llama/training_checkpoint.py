@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
-from fairscale.nn.model_parallel import initialize as fs_init
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -64,7 +63,7 @@ def save(trainer: "Trainer") -> Path:
 
 
 def _write(trainer: "Trainer", folder: Path, weights: dict[str, Tensor]) -> None:
-    is_first_replica = fs_init.get_data_parallel_rank() == 0
+    is_first_replica = parallel.dp_rank() == 0
     if is_first_replica:
         checkpoint.write_shard(folder / checkpoint.shard_name(parallel.mp_rank()), weights)
     if parallel.is_main_rank():

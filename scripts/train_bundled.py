@@ -18,7 +18,6 @@ from typing import Any
 import fire
 import torch
 from bundled_dialogs import DialogSource
-from fairscale.nn.model_parallel import initialize as fs_init
 from torch import Tensor
 
 from llama import Llama, checkpoint, parallel
@@ -155,7 +154,7 @@ def train(
     """
     parallel.TIMEOUT = timedelta(hours=2)  # a run in the background may be stopped for a while
     parallel.initialize(1)
-    ranks, rank = fs_init.get_data_parallel_world_size(), fs_init.get_data_parallel_rank()
+    ranks, rank = parallel.dp_size(), parallel.dp_rank()
     tokenizer_path = Path(out_dir, "tokenizer.model")
     texts, _ = read_tales(corpus)
     if parallel.is_main_rank() and not tokenizer_path.exists():

@@ -1,6 +1,6 @@
 """The kernels beside F.linear and the speed at which memory can be read, on a model's matrices.
 
-python benchmarks/kernels.py --shape 1.5b --out benchmarks/results/kernels_1.5b.json
+python benchmarks/kernel_speed.py --shape 1.5b --out benchmarks/results/kernels_1.5b.json
 
 One pass reads every matrix of several layers, more than the caches hold, as a decode step does.
 All are interleaved in one run; medians count. Tokens a second are what the whole model would have

@@ -1,4 +1,4 @@
-"""The same network for speed on a CPU: products of few rows through kernels, quantized weights.
+"""The same network for speed on a CPU: products through kernels, quantized weights.
 
 Everything but the matrix products is the model's own code. Activations and cache are float32
 whatever the weights are: a CPU gains nothing from rounding them in between.
@@ -8,7 +8,6 @@ from collections.abc import Callable
 from typing import Any, Literal, cast, get_args
 
 import torch
-import torch.nn.functional as F
 from fairscale.nn.model_parallel.mappings import (
     gather_from_model_parallel_region,
     reduce_from_model_parallel_region,
@@ -19,14 +18,7 @@ from llama.cache import KVCache
 from llama.errors import ConfigError
 from llama.kernels import FLOATS, Product, Weight, is_installed
 from llama.model import Transformer, TransformerBlock
-from llama.quantize import (
-    GROUP,
-    Int4Weight,
-    Int8Weight,
-    dequantize,
-    quantize_int4,
-    quantize_int8,
-)
+from llama.quantize import GROUP, quantize_int4, quantize_int8
 
 # "reference": one prompt alone gets exactly what Meta's code computes. "fast": the last bits may
 # differ, since prompts are cut into pieces, what the cache holds is reused, and on the CPU the
@@ -35,9 +27,6 @@ Mode = Literal["reference", "fast"]
 Width = Literal["int8", "int4"]
 QUANTIZERS: dict[str, Callable[[Tensor], Weight]] = {"int8": quantize_int8, "int4": quantize_int4}
 BYTES = {"int8": 1.0, "int4": 0.5 + 2 / GROUP}  # of a weight, with its share of the scales
-
-FEW = 48  # rows: for more, widening the weights to float32 pays, whose products are fastest
-BLOCK = 1 << 22  # weights widened at a time
 
 
 def check_mode(
@@ -146,39 +135,10 @@ class _Projection:
             self.weights.append(QUANTIZERS[quantize](weight))
             if not keep:
                 layer.weight = nn.Parameter(weight.to("meta"), requires_grad=False)
-        self.swiglu = swiglu
-        self.few = Product(*self.weights, swiglu=swiglu)
+        self.product = Product(*self.weights, swiglu=swiglu)
+        # Quantized rows are filled up to eights: only the vocabulary may be no multiple of eight.
+        self.features = layers[0].weight.shape[0] if len(layers) == 1 else self.product.rows
 
     def __call__(self, x: Tensor) -> Tensor:
         """float32 (B, S, K) -> (B, S, all matrices' N), or (B, S, N) with SwiGLU."""
-        rows = x.flatten(0, -2)
-        # One row of float32 is PyTorch's own best case.
-        is_few = len(rows) <= FEW and (len(rows) > 1 or self.few.kind != "float32")
-        return (self.few(rows) if is_few else self._many(rows)).unflatten(0, x.shape[:-1])
-
-    def _many(self, x: Tensor) -> Tensor:
-        outputs = [_product(x, weight) for weight in self.weights]
-        if self.swiglu:
-            gate, up = outputs
-            return F.silu(gate) * up
-        return torch.cat(outputs, dim=-1)
-
-
-def _product(x: Tensor, weight: Weight) -> Tensor:
-    """x (n, K) times weight (N, K) transposed, in float32, a block of weights after the other."""
-    if isinstance(weight, Tensor) and weight.dtype == torch.float32:
-        return F.linear(x, weight)
-    rows, width = weight.shape
-    out = x.new_empty(len(x), rows)
-    for start in range(0, rows, BLOCK // width):
-        block = slice(start, start + BLOCK // width)
-        out[:, block] = F.linear(x, _widened(weight, block))
-    return out
-
-
-def _widened(weight: Weight, rows: slice) -> Tensor:
-    if isinstance(weight, Tensor):
-        return weight[rows].float()
-    if isinstance(weight, Int8Weight):
-        return dequantize(Int8Weight(weight.values[rows], weight.scale[rows]))
-    return dequantize(Int4Weight(weight.packed[rows], weight.scales[rows]))
+        return self.product(x.flatten(0, -2))[:, : self.features].unflatten(0, x.shape[:-1])

@@ -1,46 +1,52 @@
 """Weights in eight and four bits: the formats, how they are made, and what they stand for.
 
-Only matrices (N, K) are quantized; a product reads each row whole, so the K weights of a row lie
-together. Dettmers & Zettlemoyer 2023, arxiv.org/abs/2212.09720, compare widths and group sizes.
+Only matrices (N, K) are quantized. A product reads eight rows at once, so that its sums lie in the
+eight lanes of a vector: the rows are stored interleaved by eights, and N is rounded up to one with
+rows of zeros. Dettmers & Zettlemoyer 2023, arxiv.org/abs/2212.09720, compare widths and groups.
 """
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from llama.errors import ConfigError
 
-GROUP = 32  # four-bit weights that share a scale
-PAIR = 2 * GROUP  # weights of two groups share their bytes
+LANES = 8  # rows that are interleaved
+QUAD = 4  # neighbours of a row that stay together: 32 bytes are eight rows' quads
+GROUP = 32  # weights of a row that share a scale of four-bit weights
+OFFSET = 8  # four bits are stored as 0 to 15 and mean -8 to 7
 BLOCK = 1 << 22  # weights quantized at once: the copies made on the way stay small
 
 
 class Int8Weight(NamedTuple):
-    """Row i of the matrix is values[i] * scale[i]."""
+    """Row 8 * i + r of the matrix is values[i, :, r] * scale[8 * i + r]."""
 
-    values: Tensor  # int8 (N, K), -127 to 127
+    values: Tensor  # int8 (N / 8, K / 4, 8, 4), -127 to 127
     scale: Tensor  # float32 (N,)
 
     @property
     def shape(self) -> torch.Size:
-        return self.values.shape
+        eights, quads, *_ = self.values.shape
+        return torch.Size((eights * LANES, quads * QUAD))
 
 
 class Int4Weight(NamedTuple):
-    """Weight j of group g in row i is (nibble - 8) * scales[i, g].
+    """Weight 32 * g + j of row 8 * i + r is (its four bits - 8) * scales[i, g, r].
 
-    Two neighbouring groups share 32 bytes: the low nibbles are the first group, the high ones the
-    second, so that a vector of bytes is two groups after one shift.
+    Of the four bits, the low ones of a byte are the first half of a group: those of j < 16 are in
+    byte 32 * (j // 4) + 4 * r + j % 4, and those of j + 16 in its high half.
     """
 
-    packed: Tensor  # uint8 (N, K / 2)
-    scales: Tensor  # bfloat16 (N, K / 32)
+    packed: Tensor  # uint8 (N / 8, K / 32, 128)
+    scales: Tensor  # bfloat16 (N / 8, K / 32, 8)
 
     @property
     def shape(self) -> torch.Size:
-        rows, half = self.packed.shape
-        return torch.Size((rows, 2 * half))
+        eights, groups, _ = self.packed.shape
+        return torch.Size((eights * LANES, groups * GROUP))
 
 
 def quantize_int8(w: Tensor) -> Int8Weight:
@@ -48,33 +54,36 @@ def quantize_int8(w: Tensor) -> Int8Weight:
 
     Raises ConfigError where w is not a matrix of finite numbers or K is not a multiple of 32.
     """
-    _check(w, GROUP)
-    values = torch.empty(w.shape, dtype=torch.int8, device=w.device)
-    scale = torch.empty(len(w), device=w.device)
-    for block in _blocks(w):
-        rows = w[block].float()
-        scale[block] = rows.abs().amax(1).clamp(min=torch.finfo(torch.float32).tiny) / 127
-        values[block] = (rows / scale[block, None]).round_().clamp_(-127, 127)
+    eights = _check(w)
+    values = torch.empty(eights, w.shape[1] // QUAD, LANES, QUAD, dtype=torch.int8, device=w.device)
+    scale = torch.empty(eights, LANES, device=w.device)
+    for block, rows in _blocks(w):  # (n, 8, K)
+        largest = rows.abs().amax(-1)
+        scale[block] = largest.clamp(min=torch.finfo(torch.float32).tiny) / 127
+        steps = (rows / scale[block, :, None]).round_().clamp_(-127, 127)
+        values[block] = steps.unflatten(-1, (-1, QUAD)).transpose(1, 2)
     _check_finite(scale)
-    return Int8Weight(values, scale)
+    return Int8Weight(values, scale.flatten())
 
 
 def quantize_int4(w: Tensor) -> Int4Weight:
     """Round each group of 32 in the rows of w, (N, K), to sixteen steps.
 
     A group's scale is the one of two that loses less in squares.
-    Raises ConfigError where w is not a matrix of finite numbers or K is not a multiple of 64.
+    Raises ConfigError where w is not a matrix of finite numbers or K is not a multiple of 32.
     """
-    _check(w, PAIR)
-    n, k = w.shape
-    packed = torch.empty(n, k // 2, dtype=torch.uint8, device=w.device)
-    scales = torch.empty(n, k // GROUP, dtype=torch.bfloat16, device=w.device)
-    for block in _blocks(w):
-        groups = w[block].float().unflatten(1, (-1, GROUP))
-        scale = _best_scale(groups)
-        nibbles = (_steps(groups, scale) + 8).to(torch.uint8).unflatten(1, (-1, 2))
-        packed[block] = (nibbles[:, :, 0] | nibbles[:, :, 1] << 4).flatten(1)
-        scales[block] = scale
+    eights = _check(w)
+    groups = w.shape[1] // GROUP
+    packed = torch.empty(eights, groups, LANES * GROUP // 2, dtype=torch.uint8, device=w.device)
+    scales = torch.empty(eights, groups, LANES, dtype=torch.bfloat16, device=w.device)
+    for block, rows in _blocks(w):  # (n, 8, K)
+        split = rows.unflatten(-1, (groups, GROUP))
+        scale = _best_scale(split)
+        bits = (_steps(split, scale) + OFFSET).to(torch.uint8)
+        # (n, r, g, half, quad, 4) -> (half, n, g, quad, r, 4)
+        low, high = bits.unflatten(-1, (2, -1, QUAD)).permute(3, 0, 2, 4, 1, 5)
+        packed[block] = (low | high << 4).flatten(2)
+        scales[block] = scale.transpose(1, 2)
     _check_finite(scales)
     return Int4Weight(packed, scales)
 
@@ -82,10 +91,11 @@ def quantize_int4(w: Tensor) -> Int4Weight:
 def dequantize(weight: Int8Weight | Int4Weight) -> Tensor:
     """The matrix that is stood for: float32 (N, K)."""
     if isinstance(weight, Int8Weight):
-        return weight.values * weight.scale[:, None]
-    pairs = weight.packed.unflatten(1, (-1, GROUP))
-    steps = torch.stack((pairs & 15, pairs >> 4), 2).flatten(1, 2) - 8.0  # (N, K / 32, 32)
-    return (steps * weight.scales.float()[..., None]).flatten(1)
+        return weight.values.transpose(1, 2).flatten(2).flatten(0, 1) * weight.scale[:, None]
+    quads = weight.packed.unflatten(2, (-1, LANES, QUAD))  # (N / 8, K / 32, quad, r, 4)
+    bits = torch.stack((quads & 15, quads >> 4), 2)  # (…, K / 32, half, quad, r, 4)
+    steps = bits.permute(0, 4, 1, 2, 3, 5).flatten(3) - float(OFFSET)  # (N / 8, r, K / 32, 32)
+    return (steps * weight.scales.transpose(1, 2).float()[..., None]).flatten(2).flatten(0, 1)
 
 
 def _steps(groups: Tensor, scale: Tensor) -> Tensor:
@@ -107,18 +117,22 @@ def _best_scale(groups: Tensor) -> Tensor:
     return best.bfloat16()
 
 
-def _blocks(w: Tensor) -> list[slice]:
-    size = max(1, BLOCK // w.shape[1])
-    return [slice(start, start + size) for start in range(0, len(w), size)]
+def _blocks(w: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """Some eights of rows after the other: which, and their weights, float32 (n, 8, K)."""
+    size = max(1, BLOCK // (LANES * w.shape[1]))
+    for start in range(0, -(-len(w) // LANES), size):
+        rows = w[start * LANES : (start + size) * LANES].float()
+        rows = F.pad(rows, (0, 0, 0, -len(rows) % LANES))
+        yield slice(start, start + size), rows.unflatten(0, (-1, LANES))
 
 
-def _check(w: Tensor, multiple: int) -> None:
+def _check(w: Tensor) -> int:
+    """How many eights of rows the matrix fills."""
     if w.dim() != 2 or not w.is_floating_point():
         raise ConfigError(f"a matrix of floats can be quantized, not {w.dtype} {tuple(w.shape)}")
-    if w.shape[1] == 0 or w.shape[1] % multiple:
-        raise ConfigError(
-            f"a row of {w.shape[1]} weights cannot be quantized: {multiple} go together"
-        )
+    if w.shape[1] == 0 or w.shape[1] % GROUP:
+        raise ConfigError(f"a row of {w.shape[1]} weights cannot be quantized: {GROUP} go together")
+    return -(-len(w) // LANES)
 
 
 def _check_finite(scale: Tensor) -> None:

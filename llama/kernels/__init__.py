@@ -15,13 +15,14 @@ from torch import Tensor
 
 from llama.errors import ConfigError
 from llama.kernels import pool
-from llama.quantize import GROUP, PAIR, Int4Weight, Int8Weight
+from llama.quantize import GROUP, LANES, Int4Weight, Int8Weight
 
 Weight = Tensor | Int8Weight | Int4Weight
 
 CPU = torch.device("cpu")
 FLOATS = (torch.float32, torch.bfloat16)
 MOST_MATRICES = 3
+MOST_AT_ONCE = 64  # rows of weights: they stay in the cache while activations pass by
 CHUNKS = 8  # a thread's share in pieces: who is done early takes more
 
 
@@ -44,8 +45,8 @@ def _loops() -> ModuleType:
 class Product:
     """x times one to three matrices transposed, in one pass, made once for many x.
 
-    weights: each (N, K), of one kind and one K: float32, bfloat16, int8 (K a multiple of 32) or
-        int4 (of 64), contiguous, on the CPU. They are neither copied nor joined.
+    weights: each (N, K), of one kind and one K: float32, bfloat16, int8 or
+        int4, contiguous, on the CPU. They are neither copied nor joined.
     swiglu: of two matrices w1 and w3, silu(x w1^T) * (x w3^T) instead.
     isa: "vnni", "avx2" or "plain" in place of the best that the processor has, for bytes.
     Raises ConfigError where that does not hold, or numba is not installed.
@@ -94,12 +95,13 @@ class Product:
         job[loops.N], job[loops.X] = n, x32.data_ptr()
         if self.to_bytes is not None:
             values = torch.empty(n, self.features, dtype=torch.int8)
-            steps = torch.empty(n, self.features // GROUP)
+            steps = torch.empty(n, self.features // GROUP, 2)
             job[loops.STEPS], job[loops.OUT] = steps.data_ptr(), values.data_ptr()
             self.to_bytes(ctypes.addressof(job))
             job[loops.X] = values.data_ptr()
         job[loops.OUT] = out.data_ptr()
-        job[loops.CHUNK] = -(-self.rows // (CHUNKS * pool.threads()))
+        share = -(-self.rows // (CHUNKS * pool.threads()))
+        job[loops.CHUNK] = min(-(-share // LANES) * LANES, MOST_AT_ONCE)
         pool.run(self.task, ctypes.addressof(job))
         if self.swiglu:
             out = out[:n]
@@ -129,9 +131,6 @@ def _check(weights: tuple[Weight, ...]) -> str:
     widths = sorted({weight.shape[1] for weight in weights})
     if len(kinds) > 1 or len(widths) > 1:
         raise ConfigError(f"matrices at once must be alike, not {kinds} with {widths} features")
-    multiple = {"int8": GROUP, "int4": PAIR}.get(kinds[0], 1)
-    if widths[0] % multiple:
-        raise ConfigError(f"{widths[0]} features, but {kinds[0]} needs a multiple of {multiple}")
     for weight in weights:
         for tensor in weight if isinstance(weight, tuple) else (weight,):
             if tensor.device != CPU or not tensor.is_contiguous():

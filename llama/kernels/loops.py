@@ -1,4 +1,4 @@
-"""The compiled loops around the dot products: each a C function of one job, kept on disk.
+"""The compiled loops around the tiles: each a C function of one job, kept on disk.
 
 A job is a row of int64: numbers and addresses, in the order of the names below. The threads of a
 job take chunks of its rows of weights until none is left, so that a slow thread holds up no other.
@@ -14,15 +14,18 @@ import llvmlite.binding
 import numpy as np
 from numba import carray, cfunc, types
 
-from llama.kernels import dot as dots
-from llama.kernels.dot import GROUP, dot, pointer, take
+from llama.kernels import tile as tiles
+from llama.kernels.tile import pointer, take, tile
+from llama.quantize import GROUP, LANES, OFFSET
 
 TAKEN, N, K, X, STEPS, OUT, TOTAL, CHUNK, MATRICES = range(9)
 FIRST = 9  # then for each matrix: its rows, and the addresses of its weights and its scales
 LENGTH = FIRST + 3 * 3
 
+IN_CACHE = 1 << 16  # activations that stay in a core's cache while weights pass by
+
 # Numba looks only at this file to see whether what it kept is still right.
-VERSION = hashlib.sha256(Path(dots.__file__).read_bytes()).hexdigest()
+VERSION = hashlib.sha256(Path(tiles.__file__).read_bytes()).hexdigest()
 
 
 @functools.cache
@@ -57,11 +60,14 @@ def product(kind: str, isa: str, swiglu: bool) -> Callable[[int], None]:
     """
     version = VERSION
     bits = {"float32": 32, "bfloat16": 16, "int8": 8, "int4": 4}[kind]
+    high = LANES if bits <= 8 else 2  # rows of weights in a tile
 
     def task(address):  # type: ignore[no-untyped-def]
         version  # noqa: B018
         job = carray(address, LENGTH)
         n, k, total, chunk = job[N], job[K], job[TOTAL], job[CHUNK]
+        x, steps, out_step = job[X], job[STEPS], 4 * total
+        block = max(4, IN_CACHE // k & ~3)  # rows of x
         width = k * bits // 8  # bytes of a row of weights, and of its scales
         scale_width = 2 * k // GROUP if kind == "int4" else 4
         while True:
@@ -76,14 +82,26 @@ def product(kind: str, isa: str, swiglu: bool) -> Callable[[int], None]:
                 out = job[OUT] + 4 * before
                 if swiglu:
                     out = job[OUT] + 4 * matrix * n * total
-                for row in range(max(begin - before, 0), min(end - before, rows)):
-                    w, s, o = weights + row * width, scales + row * scale_width, out + 4 * row
-                    for first in range(0, n - 3, 4):
-                        dot(kind, isa, 4, first, k, job[X], job[STEPS], w, s, o, 4 * total)
-                    if n & 2:
-                        dot(kind, isa, 2, n & ~3, k, job[X], job[STEPS], w, s, o, 4 * total)
-                    if n & 1:
-                        dot(kind, isa, 1, n - 1, k, job[X], job[STEPS], w, s, o, 4 * total)
+                first_row, stop = max(begin - before, 0), min(end - before, rows)
+                for first in range(0, n, block):
+                    last = min(first + block, n)
+                    row = first_row
+                    while row < stop:
+                        w, s, o = weights + row * width, scales + row * scale_width, out + 4 * row
+                        i = first
+                        if row + high > stop:  # a last odd row of floats
+                            while i < last:
+                                tile(kind, isa, 1, 1, i, k, x, steps, w, s, o, out_step)
+                                i += 1
+                        while i + 4 <= last:
+                            tile(kind, isa, high, 4, i, k, x, steps, w, s, o, out_step)
+                            i += 4
+                        if i + 2 <= last:
+                            tile(kind, isa, high, 2, i, k, x, steps, w, s, o, out_step)
+                            i += 2
+                        if i < last:
+                            tile(kind, isa, high, 1, i, k, x, steps, w, s, o, out_step)
+                        row += high
                 if not swiglu:
                     before += rows
             if swiglu:
@@ -100,6 +118,7 @@ def product(kind: str, isa: str, swiglu: bool) -> Callable[[int], None]:
 def to_bytes() -> Callable[[int], None]:
     """Round each group of 32 activations to steps of its largest / 127.
 
+    Beside each step goes what a stored offset of the weights adds to a product with them.
     NaN and infinity are larger than any number, also as bits: such a group's step is not finite.
     """
     version = VERSION
@@ -112,7 +131,8 @@ def to_bytes() -> Callable[[int], None]:
         x = carray(pointer(job[X], np.float32), shape)
         bits = carray(pointer(job[X], np.int32), shape)
         quantized = carray(pointer(job[OUT], np.int8), shape)
-        steps = carray(pointer(job[STEPS], np.float32), groups)
+        steps = carray(pointer(job[STEPS], np.float32), (groups, 2))
+        offsets = carray(pointer(job[STEPS], np.int32), (groups, 2))
         largest = np.empty(1, np.int32)
         for group in range(groups):
             most = np.int32(0)
@@ -123,8 +143,12 @@ def to_bytes() -> Callable[[int], None]:
             inverse = np.float32(0)
             if step > np.float32(1e-35):
                 inverse = np.float32(1) / step
+            total = np.int32(0)
             for i in range(GROUP):
-                quantized[group, i] = np.int8(np.int32(np.rint(x[group, i] * inverse)))
-            steps[group] = step
+                rounded = np.int32(np.rint(x[group, i] * inverse))
+                quantized[group, i] = np.int8(rounded)
+                total += np.int32(quantized[group, i])
+            steps[group, 0] = step
+            offsets[group, 1] = np.int32(OFFSET) * total
 
     return _compile(task)

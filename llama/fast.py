@@ -1,7 +1,8 @@
-"""The same network for speed on a CPU: products of few rows through kernels, quantized weights.
+"""The same network for speed on a CPU: few tokens through kernels, quantized weights.
 
-Everything but the matrix products is the model's own code. Activations and cache are float32
-whatever the weights are: a CPU gains nothing from rounding them in between.
+Few tokens are one call of compiled code. For many, everything but the matrix products is the
+model's own code. Activations and cache are float32 whatever the weights are: a CPU gains nothing
+from rounding them in between.
 """
 
 from collections.abc import Callable
@@ -78,12 +79,21 @@ class FastTransformer:
             _FastBlock(cast(TransformerBlock, block), quantize) for block in model.layers
         ]
         self.output = _Projection([model.output], quantize, keep=model.params.tied)
+        from llama.step import LayerProducts, Step  # needs numba, which is there now
+
+        products = [
+            LayerProducts(layer.qkv.few, layer.wo.few, layer.gate_and_up.few, layer.down.few)
+            for layer in self.layers
+        ]
+        self.step = Step(model, products, FEW)
 
     def make_cache(self, max_batch_size: int, max_seq_len: int) -> KVCache:
         return self.model.make_cache(max_batch_size, max_seq_len, torch.float32)
 
     def features(self, tokens: Tensor, start_pos: int | Tensor, cache: KVCache) -> Tensor:
         """Ids (B, S) -> float32 (B, S, D); see `Transformer.features`."""
+        if tokens.numel() <= FEW:
+            return self.step(tokens, start_pos, cache)
         h = self.model.tok_embeddings(tokens).float()
         place = self.model.place(h, start_pos, cache)
         for layer in self.layers:

@@ -96,14 +96,18 @@ class Product:
             values = torch.empty(n, self.features, dtype=torch.int8)
             steps = torch.empty(n, self.features // GROUP)
             job[loops.STEPS], job[loops.OUT] = steps.data_ptr(), values.data_ptr()
-            self.to_bytes(ctypes.addressof(job))
-            job[loops.X] = values.data_ptr()
+            pool.run(self.to_bytes, ctypes.addressof(job))
+            job[loops.TAKEN], job[loops.X] = 0, values.data_ptr()
         job[loops.OUT] = out.data_ptr()
-        job[loops.CHUNK] = -(-self.rows // (CHUNKS * pool.threads()))
+        job[loops.CHUNK] = self.chunk()
         pool.run(self.task, ctypes.addressof(job))
         if self.swiglu:
             out = out[:n]
         return out if x.dtype == out.dtype else out.to(x.dtype)
+
+    def chunk(self) -> int:
+        """Rows of weights that a thread takes at a time."""
+        return -(-self.rows // (CHUNKS * pool.threads()))
 
 
 def linear(x: Tensor, weight: Weight, isa: str | None = None) -> Tensor:

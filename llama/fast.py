@@ -1,23 +1,20 @@
-"""The same network for speed on a CPU: products through kernels, quantized weights.
+"""The same network for speed on a CPU, in compiled code, with the weights as they are or quantized.
 
-Everything but the matrix products is the model's own code. Activations and cache are float32
-whatever the weights are: a CPU gains nothing from rounding them in between.
+Activations and cache are float32 whatever the weights are: a CPU gains nothing from rounding them
+in between.
 """
 
 from collections.abc import Callable
-from typing import Any, Literal, cast, get_args
+from typing import Any, Literal, get_args
 
 import torch
-from fairscale.nn.model_parallel.mappings import (
-    gather_from_model_parallel_region,
-    reduce_from_model_parallel_region,
-)
+from fairscale.nn.model_parallel.mappings import gather_from_model_parallel_region
 from torch import Tensor, nn
 
 from llama.cache import KVCache
 from llama.errors import ConfigError
 from llama.kernels import FLOATS, Product, Weight, is_installed
-from llama.model import Transformer, TransformerBlock
+from llama.model import Transformer
 from llama.quantize import GROUP, quantize_int4, quantize_int8
 
 # "reference": one prompt alone gets exactly what Meta's code computes. "fast": the last bits may
@@ -26,6 +23,7 @@ from llama.quantize import GROUP, quantize_int4, quantize_int8
 Mode = Literal["reference", "fast"]
 Width = Literal["int8", "int4"]
 QUANTIZERS: dict[str, Callable[[Tensor], Weight]] = {"int8": quantize_int8, "int4": quantize_int4}
+MOST = 512  # tokens computed at once
 BYTES = {"int8": 1.0, "int4": 0.5 + 2 / GROUP}  # of a weight, with its share of the scales
 
 
@@ -59,86 +57,68 @@ class FastTransformer:
     """
 
     def __init__(self, model: Transformer, quantize: Width | None = None) -> None:
+        from llama.step import Step  # which needs numba
+
         self.model = model
         self.params = model.params
         self.vocab_size = model.vocab_size
         self.device = model.device
-        self.layers = [
-            _FastBlock(cast(TransformerBlock, block), quantize) for block in model.layers
-        ]
-        self.output = _Projection([model.output], quantize, keep=model.params.tied)
+        self.output = _product([model.output], quantize, keep=model.params.tied)
+        self.step = Step(model, [_products(block, quantize) for block in model.layers], MOST)
 
     def make_cache(self, max_batch_size: int, max_seq_len: int) -> KVCache:
         return self.model.make_cache(max_batch_size, max_seq_len, torch.float32)
 
     def features(self, tokens: Tensor, start_pos: int | Tensor, cache: KVCache) -> Tensor:
-        """Ids (B, S) -> float32 (B, S, D); see `Transformer.features`."""
-        h = self.model.tok_embeddings(tokens).float()
-        place = self.model.place(h, start_pos, cache)
-        for layer in self.layers:
-            h = layer(h, *place, cache)
-        return self.model.norm(h)
+        """Ids (B, S) -> float32 (B, S, D); see `Transformer.features`. The features of a token do
+        not depend, to the last bit, on which tokens are computed beside it."""
+        bsz, seqlen = tokens.shape
+        out = torch.empty(bsz, seqlen, self.params.dim)
+        starts = torch.as_tensor(start_pos).expand(bsz)
+        for row in range(0, bsz, MOST):
+            rows = slice(row, min(row + MOST, bsz))
+            part = cache.part(row, rows.stop - row, cache.max_seq_len)
+            width = max(1, MOST // part.max_batch_size)
+            for column in range(0, seqlen, width):
+                columns = slice(column, column + width)
+                out[rows, columns] = self.step(tokens[rows, columns], starts[rows] + column, part)
+        return out
 
     def logits(self, features: Tensor) -> Tensor:
         """(…, D) -> float32 (…, V), those of all ranks."""
-        return gather_from_model_parallel_region(self.output(features))
+        rows = self.output(features.flatten(0, -2))
+        rows = rows[:, : self.model.output.weight.shape[0]]  # what fills up eights is no token
+        return gather_from_model_parallel_region(rows.unflatten(0, features.shape[:-1]))
 
 
-class _FastBlock:
-    """A TransformerBlock whose seven matrices are read in four passes."""
-
-    def __init__(self, block: TransformerBlock, quantize: Width | None) -> None:
-        attention, feed_forward = block.attention, block.feed_forward
-        self.attention_norm, self.ffn_norm = block.attention_norm, block.ffn_norm
-        self.attend = attention.attend
-        heads, kv_heads = attention.n_local_heads, attention.n_local_kv_heads
-        self.widths = [n * attention.head_dim for n in (heads, kv_heads, kv_heads)]
-        self.qkv = _Projection([attention.wq, attention.wk, attention.wv], quantize)
-        self.wo = _Projection([attention.wo], quantize)
-        self.gate_and_up = _Projection([feed_forward.w1, feed_forward.w3], quantize, swiglu=True)
-        self.down = _Projection([feed_forward.w2], quantize)
-
-    def __call__(
-        self,
-        x: Tensor,
-        start_pos: int | Tensor | None,
-        freqs_cis: Tensor,
-        mask: Tensor | None,
-        cache: KVCache,
-    ) -> Tensor:
-        xq, xk, xv = self.qkv(self.attention_norm(x)).split(self.widths, dim=-1)
-        heads = self.attend(xq, xk, xv, start_pos, freqs_cis, mask, cache)
-        h = x + reduce_from_model_parallel_region(self.wo(heads))
-        products = self.gate_and_up(self.ffn_norm(h))
-        return h + reduce_from_model_parallel_region(self.down(products))
+def _products(block: Any, quantize: Width | None) -> list[Product]:
+    """A TransformerBlock's seven matrices, to be read in four passes."""
+    attention, feed_forward = block.attention, block.feed_forward
+    return [
+        _product([attention.wq, attention.wk, attention.wv], quantize),
+        _product([attention.wo], quantize),
+        _product([feed_forward.w1, feed_forward.w3], quantize, swiglu=True),
+        _product([feed_forward.w2], quantize),
+    ]
 
 
-class _Projection:
-    """The weights of one or several linear layers, times the same input.
+def _product(
+    layers: list[Any],  # fairscale's, which have no types
+    quantize: Width | None,
+    swiglu: bool = False,
+    keep: bool = False,
+) -> Product:
+    """Of the weights of one or several linear layers with the same input.
 
     keep: leave the layers their weights where they are quantized, for who else uses them.
     """
-
-    def __init__(
-        self,
-        layers: list[Any],  # fairscale's, which have no types
-        quantize: Width | None,
-        swiglu: bool = False,
-        keep: bool = False,
-    ) -> None:
-        self.weights: list[Weight] = []
-        for layer in layers:
-            weight = layer.weight.detach()
-            if quantize is None:
-                self.weights.append(weight)
-                continue
-            self.weights.append(QUANTIZERS[quantize](weight))
-            if not keep:
-                layer.weight = nn.Parameter(weight.to("meta"), requires_grad=False)
-        self.product = Product(*self.weights, swiglu=swiglu)
-        # Quantized rows are filled up to eights: only the vocabulary may be no multiple of eight.
-        self.features = layers[0].weight.shape[0] if len(layers) == 1 else self.product.rows
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """float32 (B, S, K) -> (B, S, all matrices' N), or (B, S, N) with SwiGLU."""
-        return self.product(x.flatten(0, -2))[:, : self.features].unflatten(0, x.shape[:-1])
+    weights: list[Weight] = []
+    for layer in layers:
+        weight = layer.weight.detach()
+        if quantize is None:
+            weights.append(weight)
+            continue
+        weights.append(QUANTIZERS[quantize](weight))
+        if not keep:
+            layer.weight = nn.Parameter(weight.to("meta"), requires_grad=False)
+    return Product(*weights, swiglu=swiglu)

@@ -366,7 +366,7 @@ class Transformer(nn.Module):
     ) -> tuple[int | Tensor | None, Tensor, Tensor | None]:
         """Where the tokens stand: the place in the cache, the rotations, and who sees whom."""
         seqlen = h.shape[1]
-        table = self._rope_table(h.device)
+        table = self.rope_table(h.device)
         if start_pos is None:
             if documents is None:
                 return None, table[:seqlen], None
@@ -431,7 +431,8 @@ class Transformer(nn.Module):
         fused = device_type == "cuda"
         return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=fused)
 
-    def _rope_table(self, device: torch.device) -> Tensor:
+    def rope_table(self, device: torch.device) -> Tensor:
+        """The rotations of all positions; see `precompute_freqs_cis`."""
         if self.freqs_cis is None or self.freqs_cis.device != device:
             args = self.params
             # Training may use a table that generation made: it must not be an inference tensor.

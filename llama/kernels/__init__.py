@@ -97,15 +97,19 @@ class Product:
             values = torch.empty(n, self.features, dtype=torch.int8)
             steps = torch.empty(n, self.features // GROUP, 2)
             job[loops.STEPS], job[loops.OUT] = steps.data_ptr(), values.data_ptr()
-            self.to_bytes(ctypes.addressof(job))
-            job[loops.X] = values.data_ptr()
+            pool.run(self.to_bytes, ctypes.addressof(job))
+            job[loops.TAKEN], job[loops.X] = 0, values.data_ptr()
         job[loops.OUT] = out.data_ptr()
-        share = -(-self.rows // (CHUNKS * pool.threads()))
-        job[loops.CHUNK] = min(-(-share // LANES) * LANES, MOST_AT_ONCE)
+        job[loops.CHUNK] = self.chunk()
         pool.run(self.task, ctypes.addressof(job))
         if self.swiglu:
             out = out[:n]
         return out if x.dtype == out.dtype else out.to(x.dtype)
+
+    def chunk(self) -> int:
+        """Rows of weights that a thread takes at a time."""
+        share = -(-self.rows // (CHUNKS * pool.threads()))
+        return min(-(-share // LANES) * LANES, MOST_AT_ONCE)
 
 
 def linear(x: Tensor, weight: Weight, isa: str | None = None) -> Tensor:

@@ -14,18 +14,24 @@ import llvmlite.binding
 import numpy as np
 from numba import carray, cfunc, types
 
+from llama.kernels import exponential
 from llama.kernels import tile as tiles
+from llama.kernels.exponential import exp
 from llama.kernels.tile import pointer, take, tile
 from llama.quantize import GROUP, LANES, OFFSET
 
 TAKEN, N, K, X, STEPS, OUT, TOTAL, CHUNK, MATRICES = range(9)
 FIRST = 9  # then for each matrix: its rows, and the addresses of its weights and its scales
 LENGTH = FIRST + 3 * 3
+GROUPS = 64  # of activations, rounded at a time
+
 
 IN_CACHE = 1 << 16  # activations that stay in a core's cache while weights pass by
 
-# Numba looks only at this file to see whether what it kept is still right.
-VERSION = hashlib.sha256(Path(tiles.__file__).read_bytes()).hexdigest()
+# Numba looks only at a task's own file to see whether what it kept is still right.
+VERSION = hashlib.sha256(
+    b"".join(Path(module.__file__).read_bytes() for module in (tiles, exponential))
+).hexdigest()
 
 
 @functools.cache
@@ -37,11 +43,17 @@ def instruction_sets() -> list[str]:
     return [name for name, is_there in found.items() if is_there]
 
 
-def _compile(function: Callable[..., None]) -> Callable[[int], None]:
+def compile_task(
+    function: Callable[..., None], fastmath: frozenset[str] = frozenset()
+) -> Callable[[int], None]:
     """As a C function, read from numba's cache: in NUMBA_CACHE_DIR, else beside this file, else,
     where that is read-only, in the user's own cache folder."""
     compile_cached = functools.partial(
-        cfunc, types.void(types.CPointer(types.int64)), error_model="numpy", boundscheck=False
+        cfunc,
+        types.void(types.CPointer(types.int64)),
+        error_model="numpy",
+        boundscheck=False,
+        fastmath=set(fastmath),
     )
     try:
         compiled = compile_cached(cache=True)(function)
@@ -109,9 +121,9 @@ def product(kind: str, isa: str, swiglu: bool) -> Callable[[int], None]:
                 for r in range(n):
                     for i in range(begin, end):
                         gate = both[0, r, i]
-                        both[0, r, i] = gate / (np.float32(1) + np.exp(-gate)) * both[1, r, i]
+                        both[0, r, i] = gate / (np.float32(1) + exp(-gate)) * both[1, r, i]
 
-    return _compile(task)
+    return compile_task(task)
 
 
 @functools.cache
@@ -133,22 +145,25 @@ def to_bytes() -> Callable[[int], None]:
         quantized = carray(pointer(job[OUT], np.int8), shape)
         steps = carray(pointer(job[STEPS], np.float32), (groups, 2))
         offsets = carray(pointer(job[STEPS], np.int32), (groups, 2))
-        largest = np.empty(1, np.int32)
-        for group in range(groups):
-            most = np.int32(0)
-            for i in range(GROUP):
-                most = max(most, np.int32(bits[group, i] & np.int32(0x7FFFFFFF)))
-            largest[0] = most
-            step = largest.view(np.float32)[0] / np.float32(127)
-            inverse = np.float32(0)
-            if step > np.float32(1e-35):
-                inverse = np.float32(1) / step
-            total = np.int32(0)
-            for i in range(GROUP):
-                rounded = np.int32(np.rint(x[group, i] * inverse))
-                quantized[group, i] = np.int8(rounded)
-                total += np.int32(quantized[group, i])
-            steps[group, 0] = step
-            offsets[group, 1] = np.int32(OFFSET) * total
+        while True:
+            begin = take(address) * GROUPS
+            if begin >= groups:
+                break
+            for group in range(begin, min(begin + GROUPS, groups)):
+                most = np.int32(0)
+                for i in range(GROUP):
+                    most = max(most, np.int32(bits[group, i] & np.int32(0x7FFFFFFF)))
+                largest = np.int32(most)  # numba views only what is assigned once
+                step = largest.view(np.float32) / np.float32(127)
+                inverse = np.float32(0)
+                if step > np.float32(1e-35):
+                    inverse = np.float32(1) / step
+                total = np.int32(0)
+                for i in range(GROUP):
+                    rounded = np.int32(np.rint(x[group, i] * inverse))
+                    quantized[group, i] = np.int8(rounded)
+                    total += np.int32(quantized[group, i])
+                steps[group, 0] = step
+                offsets[group, 1] = np.int32(OFFSET) * total
 
-    return _compile(task)
+    return compile_task(task)

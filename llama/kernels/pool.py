@@ -28,6 +28,14 @@ def threads() -> int:
     return torch.get_num_threads() if _parallel() else 1
 
 
+@functools.cache
+def yield_address() -> int:
+    """Of the C function that gives the processor to another thread; 0 where there is no pool."""
+    if _parallel() is None:
+        return 0
+    return ctypes.cast(ctypes.CDLL(None).sched_yield, ctypes.c_void_p).value or 0
+
+
 def run(task: Callable[[int], None], job: int) -> None:
     """Call a C function, `void task(void *job)`, on every thread at once, and wait for all."""
     parallel, n_threads = _parallel(), threads()

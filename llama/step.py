@@ -1,0 +1,179 @@
+"""All layers of a model for a few tokens as one list of compiled tasks: a decode step on a CPU."""
+
+import threading
+from collections.abc import Sequence
+from typing import cast
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from fairscale.nn.model_parallel.mappings import reduce_from_model_parallel_region
+from torch import Tensor
+
+from llama import parallel
+from llama.cache import KVCache
+from llama.errors import GenerationError
+from llama.kernels import Product, between, loops, pool
+from llama.kernels.sequence import Task, TaskList
+from llama.model import RMSNorm, Transformer, TransformerBlock
+from llama.quantize import GROUP
+
+
+class Step:
+    """What lies between the embedding and the output matrix, for up to `most` tokens at a time.
+
+    Made once for a model; it holds the weights' addresses, the results on the way and the list.
+
+    layers: each one's products: queries, keys and values, wo, gate and up with SwiGLU, and down.
+    """
+
+    def __init__(self, model: Transformer, layers: Sequence[Sequence[Product]], most: int) -> None:
+        blocks = [cast(TransformerBlock, block) for block in model.layers]
+        attention = blocks[0].attention
+        self.model = model
+        self.most = most
+        self._is_alone = parallel.mp_size() == 1
+        self._kv_heads, self._head_dim = attention.n_local_kv_heads, attention.head_dim
+        heads, dim = attention.n_local_heads, model.params.dim
+        products = [product for layer in layers for product in layer]
+        widest = max(product.features for product in products)
+
+        self._h = torch.empty(most, dim)
+        self._normed = torch.empty(most, dim)
+        self._rounded = torch.empty(most, widest, dtype=torch.int8)
+        self._steps = torch.empty(most, widest // GROUP, 2)
+        self._qkv = torch.empty(most, layers[0][0].rows)
+        self._scores = torch.empty(most, heads, between.BLOCK + between.STATS)
+        self._heads = torch.empty(most, heads * self._head_dim)
+        self._hidden = torch.empty(2 * most, layers[0][-1].features)
+        self._delta = torch.empty(most, dim)
+        self._rotations = torch.view_as_real(model.rope_table(model.device))
+        self._weights: list[Tensor] = []  # of the norms
+        self._starts = np.zeros(most, np.int64)
+        self._cache = np.zeros(between.CACHE_LENGTH, np.int64)
+        self._cache[between.STARTS] = self._starts.ctypes.data
+
+        self._tasks: list[Task] = []
+        self._jobs: list[list[int]] = []
+        self._products: dict[int, Product] = {}  # by their places in the list
+        cuts = []  # where the ranks add up what each has
+        for number, (block, layer) in enumerate(zip(blocks, layers, strict=True)):
+            qkv, wo, gate_and_up, down = layer
+            self._add_norm(block.attention_norm, is_first=number == 0)
+            self._add_product(qkv, self._normed, self._qkv)
+            self._add_attention(number)
+            self._add_product(wo, self._heads, self._delta)
+            cuts.append(len(self._tasks))
+            self._add_norm(block.ffn_norm)
+            self._add_product(gate_and_up, self._normed, self._hidden)
+            self._add_product(down, self._hidden, self._delta)
+            cuts.append(len(self._tasks))
+        self._add_norm(model.norm)
+        self._list = TaskList(self._tasks, self._jobs)
+        self._cuts = [] if self._is_alone else cuts
+        self._n_threads = pool.threads()
+        self._lock = threading.Lock()  # there is one place for the results
+
+    def _add(self, task: Task, fields: dict[int, int]) -> None:
+        self._tasks.append(task)
+        self._jobs.append([fields.get(i, 0) for i in range(max(fields) + 1)])
+
+    def _add_norm(self, norm: RMSNorm, is_first: bool = False) -> None:
+        weight = norm.weight.detach().float()
+        self._weights.append(weight)
+        fields = {
+            between.DIM: weight.numel(),
+            between.H: self._h.data_ptr(),
+            between.DELTA: 0 if is_first else self._delta.data_ptr(),
+            between.WEIGHT: weight.data_ptr(),
+            between.EPS: int(np.float32(norm.eps).view(np.int32)),
+            between.OUT: self._normed.data_ptr(),
+        }
+        self._add(between.add_and_norm(), fields)
+
+    def _add_product(self, product: Product, x: Tensor, out: Tensor) -> None:
+        fields = dict(enumerate(product.job)) | {loops.X: x.data_ptr()}
+        if product.to_bytes is not None:
+            rounded = {loops.STEPS: self._steps.data_ptr(), loops.OUT: self._rounded.data_ptr()}
+            self._add(product.to_bytes, fields | rounded)
+            fields |= {loops.STEPS: self._steps.data_ptr(), loops.X: self._rounded.data_ptr()}
+        fields |= {loops.CHUNK: product.chunk(), loops.OUT: out.data_ptr()}
+        self._products[len(self._tasks)] = product
+        self._add(product.task, fields)
+
+    def _add_attention(self, layer: int) -> None:
+        fields = {
+            between.LAYER: layer,
+            between.KV_HEADS: self._kv_heads,
+            between.QKV: self._qkv.data_ptr(),
+            between.ROTATIONS: self._rotations.data_ptr(),
+            between.CACHE: self._cache.ctypes.data,
+            between.SCORES: self._scores.data_ptr(),
+            between.HEADS: self._heads.data_ptr(),
+        }
+        group = self._scores.shape[1] // self._kv_heads
+        self._add(between.store(self._head_dim, group), fields)
+        self._add(between.attend(self._head_dim, group), fields)
+
+    def __call__(self, tokens: Tensor, start_pos: int | Tensor, cache: KVCache) -> Tensor:
+        """Ids (B, S), at most `most` -> float32 (B, S, D); see `Transformer.features`.
+
+        Row r of the cache takes the keys and values of row r. Raises GenerationError for what is
+        not in the vocabulary or does not fit the cache.
+        """
+        n, (bsz, seqlen) = tokens.numel(), tokens.shape
+        starts = [start_pos] * bsz if isinstance(start_pos, int) else start_pos.tolist()
+        self._check(tokens.flatten().tolist(), starts, seqlen, cache)
+        out = torch.empty(bsz, seqlen, self._h.shape[1])
+        with self._lock:
+            self._starts[:bsz] = starts
+            self._point_to(cache, seqlen)
+            if self._is_alone:
+                embedded = F.embedding(tokens, self.model.tok_embeddings.weight)
+            else:
+                embedded = self.model.tok_embeddings(tokens)
+            self._h[:n] = embedded.view(n, -1)
+            jobs = self._list.jobs
+            jobs[:, between.N] = n
+            jobs[-1, between.OUT] = out.data_ptr()
+            if self._n_threads != pool.threads():
+                self._n_threads = pool.threads()
+                for place, product in self._products.items():
+                    jobs[place, loops.CHUNK] = product.chunk()
+            first = 0
+            for cut in self._cuts:
+                self._list.run(first, cut)
+                reduce_from_model_parallel_region(self._delta[:n])  # in place
+                first = cut
+            self._list.run(first, len(jobs))
+        return out
+
+    def _point_to(self, cache: KVCache, seqlen: int) -> None:
+        size = cache.k.element_size()
+        layer, row, position = cache.k.stride()[:3]
+        self._cache[between.SEQLEN] = seqlen
+        self._cache[between.KEYS :] = (
+            cache.k.data_ptr(),
+            cache.v.data_ptr(),
+            layer * size,
+            row * size,
+            position * size,
+        )
+
+    def _check(self, ids: list[int], starts: list[int], seqlen: int, cache: KVCache) -> None:
+        """The tasks look at no limits: they would write anywhere."""
+        vocab_size = self.model.vocab_size
+        if len(starts) > cache.max_batch_size:
+            raise GenerationError(
+                f"a batch of {len(starts)} rows, but the KV cache has {cache.max_batch_size}"
+            )
+        if min(ids) < 0 or max(ids) >= vocab_size:
+            raise GenerationError(
+                f"token ids from {min(ids)} to {max(ids)}, but vocab_size is {vocab_size}"
+            )
+        positions = min(cache.max_seq_len, len(self._rotations))
+        if min(starts) < 0 or max(starts) + seqlen > positions:
+            raise GenerationError(
+                f"tokens at positions {min(starts)} to {max(starts) + seqlen - 1}, but the limit "
+                f"is {positions}"
+            )

@@ -64,7 +64,8 @@ class FastTransformer:
         self.vocab_size = model.vocab_size
         self.device = model.device
         self.output = _product([model.output], quantize, keep=model.params.tied)
-        self.step = Step(model, [_products(block, quantize) for block in model.layers], MOST)
+        self.products = [_products(block, quantize) for block in model.layers]
+        self.step = Step(model, self.products, MOST)
 
     def make_cache(self, max_batch_size: int, max_seq_len: int) -> KVCache:
         return self.model.make_cache(max_batch_size, max_seq_len, torch.float32)

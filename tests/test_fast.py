@@ -70,11 +70,10 @@ def test_greedy_tokens_are_reference_modes() -> None:
 
 def test_weights_are_not_copied() -> None:
     model = make_model(torch.bfloat16)
-    fast = FastTransformer(model)
     addresses = {weight.data_ptr() for weight in model.parameters()}
-    for layer in fast.layers:
-        for projection in (layer.qkv, layer.wo, layer.gate_and_up, layer.down):
-            assert {weight.data_ptr() for weight in projection.weights} <= addresses
+    products = [product for layer in FastTransformer(model).products for product in layer]
+    for product in products:
+        assert {weight.data_ptr() for weight in product.weights} <= addresses
 
 
 TALE = (
@@ -95,13 +94,23 @@ def test_quantized_weights_say_nearly_the_same(quantize: Any, limit: float) -> N
     assert len(text[0]["generation"]) > 20
 
 
-@pytest.mark.parametrize("quantize", [None, "int8"])
-def test_few_rows_and_many_agree(quantize: Any) -> None:
-    """Kernels round activations for quantized weights, the products of many rows do not."""
+@pytest.mark.parametrize("quantize", [None, "int8", "int4"])
+def test_a_token_does_not_depend_on_its_company(quantize: Any) -> None:
+    """In any pieces, with or without other rows: the same to the last bit."""
     network = FastTransformer(make_model(tied=True), quantize)
-    tokens = torch.randint(0, VOCAB, (1, 64))
-    many, few = (logits_of(network, tokens, pieces) for pieces in ([64], [1] * 64))
-    assert (many - few).std() / many.std() < (1e-5 if quantize is None else 0.05)
+    tokens = torch.randint(0, VOCAB, (3, 64))
+    whole = logits_of(network, tokens, [64])
+    for pieces in ([1] * 64, [3, 50, 1, 10]):
+        assert torch.equal(logits_of(network, tokens, pieces), whole)
+        assert torch.equal(logits_of(network, tokens[1:2], pieces), whole[1:2])
+
+
+def test_more_tokens_than_are_computed_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    tokens = torch.randint(0, VOCAB, (5, 9))
+    want = logits_of(FastTransformer(make_model()), tokens, [9])
+    for most in (1, 3, 11, 44):
+        monkeypatch.setattr("llama.fast.MOST", most)
+        assert torch.equal(logits_of(FastTransformer(make_model()), tokens, [9]), want)
 
 
 def generate_on_rank(folder: Path, quantize: Any) -> Any:

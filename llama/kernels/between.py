@@ -10,9 +10,9 @@ from collections.abc import Callable
 import numpy as np
 from numba import carray, njit
 
-from llama.kernels.tile import pointer, take
 from llama.kernels.exponential import exp
 from llama.kernels.loops import VERSION, compile_task
+from llama.kernels.tile import pointer, take
 
 TAKEN, N = 0, 1
 # of add_and_norm
@@ -149,8 +149,7 @@ def attend(head_dim: int, group: int) -> Task:
             first_head = token * heads + head * group
             queries = carray(
                 pointer(
-                    job[QKV]
-                    + 4 * head_dim * (token * (heads + 2 * kv_heads) + head * group),
+                    job[QKV] + 4 * head_dim * (token * (heads + 2 * kv_heads) + head * group),
                     np.float32,
                 ),
                 (group, head_dim),

@@ -30,7 +30,7 @@ IN_CACHE = 1 << 16  # activations that stay in a core's cache while weights pass
 
 # Numba looks only at a task's own file to see whether what it kept is still right.
 VERSION = hashlib.sha256(
-    b"".join(Path(module.__file__).read_bytes() for module in (tiles, exponential))
+    b"".join(Path(str(module.__file__)).read_bytes() for module in (tiles, exponential))
 ).hexdigest()
 
 

@@ -14,8 +14,8 @@ from numba.core import types
 from numba.extending import intrinsic
 
 from llama.kernels import pool
-from llama.kernels.tile import pointer
 from llama.kernels.loops import VERSION, compile_task
+from llama.kernels.tile import pointer
 
 Task = Callable[[int], None]
 

@@ -26,7 +26,8 @@ LENGTH = FIRST + 3 * 3
 GROUPS = 64  # of activations, rounded at a time
 
 
-IN_CACHE = 1 << 16  # activations that stay in a core's cache while weights pass by
+IN_CACHE = 1 << 15  # activations
+DEPTH = 1024  # of a row's floats
 
 # Numba looks only at a task's own file to see whether what it kept is still right.
 VERSION = hashlib.sha256(
@@ -79,7 +80,12 @@ def product(kind: str, isa: str, swiglu: bool) -> Callable[[int], None]:
         job = carray(address, LENGTH)
         n, k, total, chunk = job[N], job[K], job[TOTAL], job[CHUNK]
         x, steps, out_step = job[X], job[STEPS], 4 * total
-        block = max(4, IN_CACHE // k & ~3)  # rows of x
+        # The few rows of a decode step pass by with all of each row of weights; of many rows, and
+        # of the floats in them, as much at a time as stays in a core's caches.
+        depth = k if bits <= 8 or n <= 8 else min(k, DEPTH)
+        block = max(4, IN_CACHE // depth & ~3)
+        sums = np.empty(chunk * block * LANES if depth < k else 0, np.float32)
+        partial = sums.ctypes.data
         width = k * bits // 8  # bytes of a row of weights, and of its scales
         scale_width = 2 * k // GROUP if kind == "int4" else 4
         while True:
@@ -94,26 +100,95 @@ def product(kind: str, isa: str, swiglu: bool) -> Callable[[int], None]:
                 out = job[OUT] + 4 * before
                 if swiglu:
                     out = job[OUT] + 4 * matrix * n * total
-                first_row, stop = max(begin - before, 0), min(end - before, rows)
+                start, stop = max(begin - before, 0), min(end - before, rows)
                 for first in range(0, n, block):
                     last = min(first + block, n)
-                    row = first_row
-                    while row < stop:
-                        w, s, o = weights + row * width, scales + row * scale_width, out + 4 * row
-                        i = first
-                        if row + high > stop:  # a last odd row of floats
+                    for deep in range(0, k, depth):
+                        deepest = min(deep + depth, k)
+                        for eight in range(start, stop, LANES):
+                            i = first
                             while i < last:
-                                tile(kind, isa, 1, 1, i, k, x, steps, w, s, o, out_step)
-                                i += 1
-                        while i + 4 <= last:
-                            tile(kind, isa, high, 4, i, k, x, steps, w, s, o, out_step)
-                            i += 4
-                        if i + 2 <= last:
-                            tile(kind, isa, high, 2, i, k, x, steps, w, s, o, out_step)
-                            i += 2
-                        if i < last:
-                            tile(kind, isa, high, 1, i, k, x, steps, w, s, o, out_step)
-                        row += high
+                                count = 4 if i + 4 <= last else 2 if i + 2 <= last else 1
+                                for row in range(eight, min(eight + LANES, stop), high):
+                                    w, o = weights + row * width, out + 4 * row
+                                    s = scales + row * scale_width
+                                    p = partial + 32 * (row - start) * (last - first)
+                                    if row + high > stop:  # a last odd row of floats
+                                        for j in range(i, i + count):
+                                            tile(
+                                                kind,
+                                                isa,
+                                                1,
+                                                1,
+                                                j,
+                                                k,
+                                                deep,
+                                                deepest,
+                                                x,
+                                                steps,
+                                                w,
+                                                s,
+                                                o,
+                                                out_step,
+                                                p + 32 * (j - first),
+                                            )
+                                        continue
+                                    p += 32 * high * (i - first)
+                                    if count == 4:
+                                        tile(
+                                            kind,
+                                            isa,
+                                            high,
+                                            4,
+                                            i,
+                                            k,
+                                            deep,
+                                            deepest,
+                                            x,
+                                            steps,
+                                            w,
+                                            s,
+                                            o,
+                                            out_step,
+                                            p,
+                                        )
+                                    elif count == 2:
+                                        tile(
+                                            kind,
+                                            isa,
+                                            high,
+                                            2,
+                                            i,
+                                            k,
+                                            deep,
+                                            deepest,
+                                            x,
+                                            steps,
+                                            w,
+                                            s,
+                                            o,
+                                            out_step,
+                                            p,
+                                        )
+                                    else:
+                                        tile(
+                                            kind,
+                                            isa,
+                                            high,
+                                            1,
+                                            i,
+                                            k,
+                                            deep,
+                                            deepest,
+                                            x,
+                                            steps,
+                                            w,
+                                            s,
+                                            o,
+                                            out_step,
+                                            p,
+                                        )
+                                i += count
                 if not swiglu:
                     before += rows
             if swiglu:

@@ -8,6 +8,7 @@ integer products become 64 bits wide there.
 
 import functools
 from collections.abc import Callable
+from itertools import chain
 from typing import Any
 
 from llvmlite import ir
@@ -141,12 +142,14 @@ class _Tile:
     """Code for `rows` rows of weights and `n` of activations at addresses that the job gives."""
 
     def __init__(self, b: Builder, isa: str, rows: int, n: int, operands: list[Value]) -> None:
-        first, self.k, x, steps, w, scales, out, self.out_step = operands
+        first, self.k, self.begin, self.end, x, steps, w, scales, out, self.out_step, partial = (
+            operands
+        )
         pointer = i8.as_pointer()
         self.b, self.isa, self.n = b, isa, n
         self.w, self.scales = b.inttoptr(w, pointer), b.inttoptr(scales, pointer)
         self.x, self.steps = b.inttoptr(x, pointer), b.inttoptr(steps, pointer)
-        self.out = b.inttoptr(out, pointer)
+        self.out, self.partial = b.inttoptr(out, pointer), b.inttoptr(partial, pointer)
         self.inputs = [_plus(b, first, i) for i in range(n)]
         self.rows = [ir.Constant(i64, row) for row in range(rows)]
 
@@ -173,26 +176,43 @@ class _Tile:
                 for x, total in zip(inputs, row, strict=True):
                     _multiply_add(b, weights, x, total)
 
+        places = [
+            (total, b.gep(self.partial, [ir.Constant(i64, 32 * number)]))
+            for number, total in enumerate(chain.from_iterable(sums))
+        ]
+        with b.if_then(b.icmp_signed("!=", self.begin, ir.Constant(i64, 0))):
+            for total, place in places:
+                b.store(_load(b, floats8, place, ir.Constant(i64, 0)), total)
+
         line = 64 // width  # weights
-        whole = b.udiv(self.k, ir.Constant(i64, line))
-        size = _times(b, self.k, width)
-        others = _times(b, size, len(self.rows) - 1)
-        with cgutils.for_range(b, whole) as loop:
-            i = _times(b, loop.index, line)
+        length = b.sub(self.end, self.begin)
+        lines = b.udiv(length, ir.Constant(i64, line))
+        # After the end of this part of the rows, the same part of the next rows is read.
+        last = _times(b, self.end, width)
+        to_next = b.sub(
+            _times(b, _times(b, self.k, width), len(self.rows)), _times(b, length, width)
+        )
+        with cgutils.for_range(b, lines) as loop:
+            i = b.add(self.begin, _times(b, loop.index, line))
             ahead = _plus(b, _times(b, i, width), AHEAD)
-            # What comes after these rows are the next rows, not this tile's others.
-            skip = b.select(b.icmp_unsigned("<", ahead, size), ir.Constant(i64, 0), others)
+            skip = b.select(b.icmp_unsigned("<", ahead, last), ir.Constant(i64, 0), to_next)
             for start in w_starts:
                 _prefetch(b, self.w, b.add(b.add(start, ahead), skip))
             for j in range(0, line, LANES):
                 multiply(_plus(b, i, j), floats8, half, sums)
-        done = _times(b, whole, line)
-        with cgutils.for_range(b, b.sub(self.k, done)) as loop:
-            multiply(b.add(done, loop.index), f32, i16, rest)
-        for row, (lanes, scalars) in enumerate(zip(sums, rest, strict=True)):
-            for i, (vector, scalar) in enumerate(zip(lanes, scalars, strict=True)):
-                total = b.fadd(_sum(b, b.load(vector)), b.load(scalar))
-                self._store(total, i, 4 * row)
+        done = b.add(self.begin, _times(b, lines, line))
+
+        with b.if_else(b.icmp_signed("==", self.end, self.k)) as (is_all, is_part):
+            with is_all:
+                with cgutils.for_range(b, b.sub(self.k, done)) as loop:
+                    multiply(b.add(done, loop.index), f32, i16, rest)
+                for row, (lanes, scalars) in enumerate(zip(sums, rest, strict=True)):
+                    for i, (vector, scalar) in enumerate(zip(lanes, scalars, strict=True)):
+                        total = b.fadd(_sum(b, b.load(vector)), b.load(scalar))
+                        self._store(total, i, 4 * row)
+            with is_part:
+                for total, place in places:
+                    b.store(b.load(total), b.bitcast(place, floats8.as_pointer()), align=4)
 
     def int8(self) -> None:
         """x in groups of int8; w int8, a scale a row."""
@@ -284,8 +304,8 @@ class _Tile:
 
 @intrinsic(prefer_literal=True)
 def tile(
-    context: Any, kind: Any, isa: Any, rows: Any, n: Any, first: Any, k: Any, x: Any, steps: Any,
-    w: Any, scales: Any, out: Any, out_step: Any,
+    context: Any, kind: Any, isa: Any, rows: Any, n: Any, first: Any, k: Any, begin: Any, end: Any,
+    x: Any, steps: Any, w: Any, scales: Any, out: Any, out_step: Any, partial: Any,
 ) -> tuple[Any, Callable[..., Value]]:  # fmt: skip
     """out[i, r] = row r of the weights times row i of x, for the n rows of x from `first` on.
 
@@ -293,7 +313,7 @@ def tile(
     see `instruction_sets`; k: a row's length; all others int64, mostly addresses. out_step: bytes
     from one row of results to the next.
     """
-    numbers = (first, k, x, steps, w, scales, out, out_step)
+    numbers = (first, k, begin, end, x, steps, w, scales, out, out_step, partial)
     signature = types.void(kind, isa, rows, n, *[types.int64] * len(numbers))
 
     def generate(context: Any, b: Builder, signature: Any, operands: list[Value]) -> Value:

@@ -162,9 +162,8 @@ class _Projection:
     def __call__(self, x: Tensor) -> Tensor:
         """float32 (B, S, K) -> (B, S, all matrices' N), or (B, S, N) with SwiGLU."""
         rows = x.flatten(0, -2)
-        # One row of float32 is PyTorch's own best case.
-        is_few = len(rows) <= FEW and (len(rows) > 1 or self.few.kind != "float32")
-        return (self.few(rows) if is_few else self._many(rows)).unflatten(0, x.shape[:-1])
+        out = self.few(rows) if len(rows) <= FEW else self._many(rows)
+        return out.unflatten(0, x.shape[:-1])
 
     def _many(self, x: Tensor) -> Tensor:
         outputs = [_product(x, weight) for weight in self.weights]

@@ -110,16 +110,17 @@ class Step:
     def _add_attention(self, layer: int) -> None:
         fields = {
             between.LAYER: layer,
+            between.GROUP: self._scores.shape[1] // self._kv_heads,
             between.KV_HEADS: self._kv_heads,
+            between.HEAD_DIM: self._head_dim,
             between.QKV: self._qkv.data_ptr(),
             between.ROTATIONS: self._rotations.data_ptr(),
             between.CACHE: self._cache.ctypes.data,
             between.SCORES: self._scores.data_ptr(),
             between.HEADS: self._heads.data_ptr(),
         }
-        group = self._scores.shape[1] // self._kv_heads
-        self._add(between.store(self._head_dim, group), fields)
-        self._add(between.attend(self._head_dim, group), fields)
+        self._add(between.store(), fields)
+        self._add(between.attend(self._head_dim), fields)
 
     def __call__(self, tokens: Tensor, start_pos: int | Tensor, cache: KVCache) -> Tensor:
         """Ids (B, S), at most `most` -> float32 (B, S, D); see `Transformer.features`.

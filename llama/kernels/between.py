@@ -10,6 +10,7 @@ from collections.abc import Callable
 import numpy as np
 from numba import carray, njit
 
+from llama.kernels.attention import mix, score
 from llama.kernels.dot import pointer, take
 from llama.kernels.exponential import exp
 from llama.kernels.loops import VERSION, compile_task
@@ -18,8 +19,8 @@ TAKEN, N = 0, 1
 # of add_and_norm
 DIM, H, DELTA, WEIGHT, EPS, OUT = range(2, 8)
 # of store and of attend
-LAYER, KV_HEADS, QKV, ROTATIONS, CACHE, SCORES, HEADS = range(2, 9)
-LENGTH = 9
+LAYER, GROUP, KV_HEADS, HEAD_DIM, QKV, ROTATIONS, CACHE, SCORES, HEADS = range(2, 11)
+LENGTH = 11
 
 # What the layers share: tokens a row of the cache, the address of each row's first position, the
 # addresses of keys and values, and the bytes from one layer, row and position to the next.
@@ -81,18 +82,18 @@ def place(job, token):  # type: ignore[no-untyped-def]
 
 
 @functools.cache
-def store(head_dim: int, group: int) -> Task:
+def store() -> Task:
     """Turn queries and keys of qkv (n, H + 2 K, hd) by their positions' angles, the queries in
     place, and put keys and values into the cache.
 
-    rotations: (positions, hd / 2, 2), cosines and sines. group: query heads of a key head.
+    rotations: (positions, hd / 2, 2), cosines and sines.
     """
     version = VERSION
 
     def task(address):  # type: ignore[no-untyped-def]
         version  # noqa: B018
         job = carray(address, LENGTH)
-        n, kv_heads = job[N], job[KV_HEADS]
+        n, group, kv_heads, head_dim = job[N], job[GROUP], job[KV_HEADS], job[HEAD_DIM]
         heads = group * kv_heads
         cache = carray(pointer(job[CACHE], np.int64), CACHE_LENGTH)
         qkv = carray(pointer(job[QKV], np.float32), (n, heads + 2 * kv_heads, head_dim))
@@ -122,7 +123,7 @@ def store(head_dim: int, group: int) -> Task:
 
 
 @functools.cache
-def attend(head_dim: int, group: int) -> Task:
+def attend(head_dim: int) -> Task:
     """Attention of each token's heads over its row of the cache up to its own position.
 
     scores: room for (n, H, BLOCK + STATS). heads: the result (n, H, hd). The keys are read in
@@ -134,10 +135,10 @@ def attend(head_dim: int, group: int) -> Task:
     def task(address):  # type: ignore[no-untyped-def]
         version  # noqa: B018
         job = carray(address, LENGTH)
-        n, kv_heads = job[N], job[KV_HEADS]
-        heads = group * kv_heads
+        n, group, kv_heads = job[N], job[GROUP], job[KV_HEADS]
         cache = carray(pointer(job[CACHE], np.int64), CACHE_LENGTH)
         step = cache[POSITION_BYTES]
+        width, scores_width = 4 * head_dim, 4 * (BLOCK + STATS)
         scale = np.float32(1 / np.sqrt(head_dim))
         while True:
             chunk = take(address)
@@ -145,44 +146,31 @@ def attend(head_dim: int, group: int) -> Task:
                 break
             token, head = chunk % n, chunk // n  # neighbours may read the same keys
             position, at = place(job, token)
-            at += 4 * head * head_dim
-            first_head = token * heads + head * group
-            queries = carray(
-                pointer(
-                    job[QKV]
-                    + 4 * head_dim * (token * (heads + 2 * kv_heads) + head * group),
-                    np.float32,
-                ),
-                (group, head_dim),
+            keys, values = cache[KEYS] + at + head * width, cache[VALUES] + at + head * width
+            queries = job[QKV] + width * (token * (group + 2) * kv_heads + head * group)
+            first = (token * kv_heads + head) * group
+            out_address, scores_address = (
+                job[HEADS] + first * width,
+                job[SCORES] + first * scores_width,
             )
-            shape = (group, BLOCK + STATS)
-            scores = carray(
-                pointer(job[SCORES] + 4 * first_head * (BLOCK + STATS), np.float32), shape
-            )
-            out = carray(
-                pointer(job[HEADS] + 4 * first_head * head_dim, np.float32), (group, head_dim)
-            )
+            out = carray(pointer(out_address, np.float32), (group, head_dim))
+            scores = carray(pointer(scores_address, np.float32), (group, BLOCK + STATS))
             for h in range(group):
                 scores[h, BLOCK], scores[h, BLOCK + 1] = LEAST, np.float32(0)
                 for d in range(head_dim):
                     out[h, d] = np.float32(0)
-            for first in range(0, position + 1, BLOCK):
-                count = min(BLOCK, position + 1 - first)
-                keys, values = (
-                    cache[KEYS] + at + first * step,
-                    cache[VALUES] + at + first * step,
-                )
-                for i in range(count):
-                    key = carray(pointer(keys + i * step, np.float32), head_dim)
-                    for h in range(group):
-                        product = np.float32(0)
-                        for d in range(head_dim):
-                            product += queries[h, d] * key[d]
-                        scores[h, i] = product * scale
+            for begin in range(0, position + 1, BLOCK):
+                count = min(BLOCK, position + 1 - begin)
+                block_keys, block_values = keys + begin * step, values + begin * step
+                score(
+                    "float32", head_dim, group, queries, count, block_keys, step,
+                    scores_address, scores_width,
+                )  # fmt: skip
                 for h in range(group):
                     before = scores[h, BLOCK]
                     most = before
                     for i in range(count):
+                        scores[h, i] *= scale
                         most = max(most, scores[h, i])
                     total = np.float32(0)
                     for i in range(count):
@@ -194,11 +182,10 @@ def attend(head_dim: int, group: int) -> Task:
                     scores[h, BLOCK + 1] = scores[h, BLOCK + 1] * shrink + total
                     for d in range(head_dim):
                         out[h, d] *= shrink
-                for i in range(count):
-                    value = carray(pointer(values + i * step, np.float32), head_dim)
-                    for h in range(group):
-                        for d in range(head_dim):
-                            out[h, d] += scores[h, i] * value[d]
+                    mix(
+                        "float32", head_dim, scores_address + h * scores_width, count,
+                        block_values, step, out_address + h * width,
+                    )  # fmt: skip
             for h in range(group):
                 inverse = np.float32(1) / scores[h, BLOCK + 1]
                 for d in range(head_dim):

@@ -156,16 +156,9 @@ class Step:
         return out
 
     def _point_to(self, cache: KVCache, seqlen: int) -> None:
-        size = cache.k.element_size()
-        layer, row, position = cache.k.stride()[:3]
         self._cache[between.SEQLEN] = seqlen
-        self._cache[between.KEYS :] = (
-            cache.k.data_ptr(),
-            cache.v.data_ptr(),
-            layer * size,
-            row * size,
-            position * size,
-        )
+        self._cache[between.TO_LAYER : between.KEYS] = cache.k.stride()[:3]
+        self._cache[between.KEYS : between.KEY_SCALES] = cache.k.data_ptr(), cache.v.data_ptr()
 
     def _check(self, ids: list[int], starts: list[int], seqlen: int, cache: KVCache) -> None:
         """The tasks look at no limits: they would write anywhere."""

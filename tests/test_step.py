@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from llama import ModelArgs, Transformer
@@ -244,3 +245,49 @@ def test_exp() -> None:
     assert (got / x.double().exp() - 1).abs().max() < 3 * 2**-23
     assert np.isnan(exp(np.float32("nan")))
     assert exp(np.float32(-1000)) < 2e-38
+
+
+def rounded(x: Tensor) -> tuple[Tensor, Tensor]:
+    scale = x.abs().amax(-1) / 127
+    return (x / scale[..., None]).nan_to_num(0).round().to(torch.int8), scale
+
+
+@pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(4, 4, 64), (6, 2, 32), (3, 1, 20)])
+def test_int8_cache(heads: int, kv_heads: int, head_dim: int) -> None:
+    """What is stored is rounded exactly, what is read is exactly what the numbers stand for."""
+    starts, layers, positions = [150, 3], 2, 160
+    n, rows, layer, width = 4, 2, 1, heads + 2 * kv_heads
+    generator = torch.Generator().manual_seed(0)
+    shape = (layers, rows + 1, positions, kv_heads, head_dim)
+    both = [rounded(torch.randn(shape, generator=generator)) for _ in range(2)]
+    (k, k_scale), (v, v_scale) = [[t[:, 1:] for t in pair] for pair in both]  # with strides
+    qkv = torch.randn(n, width, head_dim, generator=generator)
+    qkv[1, heads:] = 0
+    x = qkv.clone()
+    still = torch.tensor([1.0, 0.0]).repeat(positions, head_dim // 2)  # rotations by nothing
+    scores = torch.empty(n, heads, between.BLOCK + between.STATS)
+    out = torch.empty(n, heads, head_dim)
+    first = np.array(starts)
+    cache = np.zeros(between.CACHE_LENGTH, np.int64)
+    cache[:5] = 2, first.ctypes.data, *k.stride()[:3]
+    cache[5:] = [t.data_ptr() for t in (k, v, k_scale, v_scale)]
+    job = [0, n, layer, heads // kv_heads, kv_heads, head_dim]
+    job += [qkv.data_ptr(), still.data_ptr(), cache.ctypes.data, scores.data_ptr(), out.data_ptr()]
+    TaskList([between.store(), between.attend(head_dim)], [job, job]).run(0, 2)
+    for token in range(n):
+        row, position = token // 2, starts[token // 2] + token % 2
+        for held, scale, place in ((k, k_scale, heads), (v, v_scale, heads + kv_heads)):
+            numbers, steps = rounded(x[token, place : place + kv_heads])
+            assert torch.equal(held[layer, row, position], numbers)
+            assert torch.equal(scale[layer, row, position], steps)
+        keys, values = (
+            (held[layer, row, : position + 1] * scale[layer, row, : position + 1, :, None])
+            .transpose(0, 1)
+            .double()
+            for held, scale in ((k, k_scale), (v, v_scale))
+        )
+        query = x[token, :heads, None].double()
+        want = F.scaled_dot_product_attention(
+            query[None], keys[None], values[None], enable_gqa=True
+        )
+        torch.testing.assert_close(out[token].double(), want[0, :, 0], rtol=1e-5, atol=1e-5)

@@ -92,7 +92,7 @@ class FastTransformer:
 
     def features(self, tokens: Tensor, start_pos: int | Tensor, cache: KVCache) -> Tensor:
         """Ids (B, S) -> float32 (B, S, D); see `Transformer.features`."""
-        if tokens.numel() <= FEW:
+        if 0 < tokens.numel() <= FEW and cache.k.dtype == torch.float32:
             return self.step(tokens, start_pos, cache)
         h = self.model.tok_embeddings(tokens).float()
         place = self.model.place(h, start_pos, cache)

@@ -104,16 +104,17 @@ class Step:
     def _add_attention(self, layer: int) -> None:
         fields = {
             between.LAYER: layer,
+            between.GROUP: self._scores.shape[1] // self._kv_heads,
             between.KV_HEADS: self._kv_heads,
+            between.HEAD_DIM: self._head_dim,
             between.QKV: self._qkv.data_ptr(),
             between.ROTATIONS: self._rotations.data_ptr(),
             between.CACHE: self._cache.ctypes.data,
             between.SCORES: self._scores.data_ptr(),
             between.HEADS: self._heads.data_ptr(),
         }
-        group = self._scores.shape[1] // self._kv_heads
-        self._add(between.store(self._head_dim, group), fields)
-        self._add(between.attend(self._head_dim, group), fields)
+        self._add(between.store(), fields)
+        self._add(between.attend(self._head_dim), fields)
 
     def __call__(self, tokens: Tensor, start_pos: int | Tensor, cache: KVCache) -> Tensor:
         """Ids (B, S), at most `most` -> float32 (B, S, D); see `Transformer.features`.
@@ -149,16 +150,9 @@ class Step:
         return out
 
     def _point_to(self, cache: KVCache, seqlen: int) -> None:
-        size = cache.k.element_size()
-        layer, row, position = cache.k.stride()[:3]
         self._cache[between.SEQLEN] = seqlen
-        self._cache[between.KEYS :] = (
-            cache.k.data_ptr(),
-            cache.v.data_ptr(),
-            layer * size,
-            row * size,
-            position * size,
-        )
+        self._cache[between.TO_LAYER : between.KEYS] = cache.k.stride()[:3]
+        self._cache[between.KEYS : between.KEY_SCALES] = cache.k.data_ptr(), cache.v.data_ptr()
 
     def _check(self, ids: list[int], starts: list[int], seqlen: int, cache: KVCache) -> None:
         """The tasks look at no limits: they would write anywhere."""

@@ -33,7 +33,12 @@ def yield_address() -> int:
     """Of the C function that gives the processor to another thread; 0 where there is no pool."""
     if _parallel() is None:
         return 0
-    return ctypes.cast(ctypes.CDLL(None).sched_yield, ctypes.c_void_p).value or 0
+    return address(ctypes.CDLL(None).sched_yield)
+
+
+def address(function: Callable[..., object]) -> int:
+    """Of a C function's code."""
+    return ctypes.cast(function, ctypes.c_void_p).value  # type: ignore
 
 
 def run(task: Callable[[int], None], job: int) -> None:
@@ -42,4 +47,4 @@ def run(task: Callable[[int], None], job: int) -> None:
     if parallel is None or n_threads == 1:
         task(job)
     else:
-        parallel(ctypes.cast(task, ctypes.c_void_p).value, job, n_threads, 0)  # type: ignore
+        parallel(address(task), job, n_threads, 0)

@@ -107,7 +107,7 @@ class TaskList:
         rows = self._memory.numpy()
         self.jobs = rows[:, JOB:]
         for row, task, job in zip(rows, tasks, jobs, strict=True):
-            row[TASK] = ctypes.cast(task, ctypes.c_void_p).value
+            row[TASK] = pool.address(task)
             row[JOB : JOB + len(job)] = job
         self._call = (ctypes.c_int64 * (YIELD + 1))()
         self._call[ROWS], self._call[ROW_BYTES] = rows.ctypes.data, rows.strides[0]

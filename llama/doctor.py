@@ -16,7 +16,7 @@ from llama import checkpoint, fast, hub, parallel
 from llama.checkpoint import Checkpoint
 from llama.config import PRESETS, ModelArgs
 from llama.errors import ConfigError, LlamaError
-from llama.fast import Mode, Width
+from llama.fast import CacheWidth, Mode, Width
 from llama.inspect import cache_bytes, size, weights_of
 from llama.memory import available_memory
 from llama.tokenizer import Tokenizer
@@ -47,6 +47,7 @@ class Setup:
     sharers: int  # ranks that draw on the same memory: on the CPU all of this machine's
     is_fast: bool = False  # on the CPU with kernels, whose cache is float32
     quantize: Width | None = None
+    kv_cache: CacheWidth | None = None
 
     @staticmethod
     def make(
@@ -59,6 +60,7 @@ class Setup:
         dtype: str | torch.dtype | None,
         mode: Mode = "reference",
         quantize: Width | None = None,
+        kv_cache: CacheWidth | None = None,
     ) -> "Setup":
         """Settle what was left open. Raises a LlamaError where the tensors are not all there, or
         where the ranks, the KV cache or the width do not fit the model."""
@@ -70,12 +72,15 @@ class Setup:
         settled = asked or checkpoint.default_dtype(device) or opened.dtype
         sharers = local_size if device.type == "cpu" else 1
         is_fast = fast.check_mode(mode, quantize, device, settled)
-        return Setup(opened, mp_size, device, settled, sharers, is_fast, quantize)
+        fast.cache_dtype(mode, kv_cache)
+        return Setup(opened, mp_size, device, settled, sharers, is_fast, quantize, kv_cache)
 
     @property
     def token_bytes(self) -> int:
         """Keys and values of one token on one rank."""
         dtype = torch.float32 if self.is_fast else self.dtype
+        if self.kv_cache is not None:
+            dtype = torch.int8
         return cache_bytes(self.opened.args, self.mp_size, dtype)
 
     @property
@@ -251,6 +256,7 @@ def examine(
     dtype: str | None = None,
     mode: Mode = "reference",
     quantize: Width | None = None,
+    kv_cache: CacheWidth | None = None,
 ) -> list[Finding]:
     """All findings about a folder on `mp` ranks of this machine, without starting them.
 
@@ -268,7 +274,7 @@ def examine(
         findings.append(Finding("tokenizer", str(error), PROBLEM))
     try:
         setup = Setup.make(
-            opened, mp, mp, max_seq_len, max_batch_size, target, dtype, mode, quantize
+            opened, mp, mp, max_seq_len, max_batch_size, target, dtype, mode, quantize, kv_cache
         )
     except LlamaError as error:
         return [*findings, Finding("set-up", str(error), PROBLEM)]

@@ -33,6 +33,7 @@ from llama.quantize import (
 # products are those of this file.
 Mode = Literal["reference", "fast"]
 Width = Literal["int8", "int4"]
+CacheWidth = Literal["int8"]
 QUANTIZERS: dict[str, Callable[[Tensor], Weight]] = {"int8": quantize_int8, "int4": quantize_int4}
 BYTES = {"int8": 1.0, "int4": 0.5 + 2 / GROUP}  # of a weight, with its share of the scales
 
@@ -57,6 +58,15 @@ def check_mode(
     return mode == "fast" and (can or quantize is not None)
 
 
+def cache_dtype(mode: Mode, kv_cache: CacheWidth | None) -> torch.dtype | None:
+    """The cache's where one is asked for. Raises ConfigError where it cannot be had."""
+    if kv_cache not in (None, *get_args(CacheWidth)):
+        raise ConfigError(f"kv_cache is {kv_cache!r}: {' or '.join(get_args(CacheWidth))}")
+    if kv_cache is not None and mode != "fast":
+        raise ConfigError(f"a KV cache in {kv_cache} is for mode fast")
+    return None if kv_cache is None else torch.int8
+
+
 def is_quantized(name: str) -> bool:
     """Whether a tensor of that state-dict name is a matrix that `quantize` rounds."""
     return "norm" not in name and not name.startswith("tok_embeddings")
@@ -79,8 +89,10 @@ class FastTransformer:
         ]
         self.output = _Projection([model.output], quantize, keep=model.params.tied)
 
-    def make_cache(self, max_batch_size: int, max_seq_len: int) -> KVCache:
-        return self.model.make_cache(max_batch_size, max_seq_len, torch.float32)
+    def make_cache(
+        self, max_batch_size: int, max_seq_len: int, dtype: torch.dtype | None = None
+    ) -> KVCache:
+        return self.model.make_cache(max_batch_size, max_seq_len, dtype or torch.float32)
 
     def features(self, tokens: Tensor, start_pos: int | Tensor, cache: KVCache) -> Tensor:
         """Ids (B, S) -> float32 (B, S, D); see `Transformer.features`."""

@@ -57,9 +57,10 @@ def weights_of(args: ModelArgs, mp_size: int) -> list[Weight]:
 
 
 def cache_bytes(args: ModelArgs, mp_size: int, dtype: torch.dtype) -> int:
-    """Keys and values of one token in all layers, on one rank."""
+    """Keys and values of one token in all layers, on one rank; in int8 with their scales."""
     heads = max(1, args.local_kv_heads(mp_size))
-    return 2 * args.n_layers * heads * args.head_dim * dtype.itemsize
+    scale = torch.float32.itemsize if dtype == torch.int8 else 0
+    return 2 * args.n_layers * heads * (args.head_dim * dtype.itemsize + scale)
 
 
 def flops_per_token(args: ModelArgs, context: int) -> int:

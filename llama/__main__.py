@@ -344,10 +344,17 @@ def inspect(
     print(describe(str(model), mp, max_seq_len, max_batch_size, dtype))
 
 
+@as_text
 def convert(
-    src: str, dst: str, to: str, mp: int = 1, dtype: str | None = None, force: bool = False
+    src: str,
+    dst: str,
+    to: str = "meta",
+    mp: int = 1,
+    dtype: str | None = None,
+    force: bool = False,
+    quantize: str | None = None,
 ) -> None:
-    """Write a checkpoint anew, in Meta's or Hugging Face's layout.
+    """Write a checkpoint anew, in Meta's or Hugging Face's layout, or quantized.
 
     Example: python -m llama convert Llama-2-70b Llama-2-70b-hf --to hf
 
@@ -358,10 +365,13 @@ def convert(
         mp: number of shards of a Meta folder.
         dtype: float32, bfloat16 or float16; by default the weights stay as they are.
         force: replace dst where it exists.
+        quantize: int8 or int4: round the matrices once and for all, for mode fast on a CPU; to meta
+            alone, as params.json and consolidated.NN.safetensors.
     """
     from llama.convert import convert as run
 
-    print(f"Written to {run(str(src), str(dst), to, mp, dtype, force)}")
+    written = run(str(src), str(dst), to, mp, dtype, force, quantize)  # type: ignore[arg-type]
+    print(f"Written to {written}")
 
 
 def verify(folder: str, manifest: bool = True) -> None:

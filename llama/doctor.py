@@ -17,7 +17,7 @@ from llama.checkpoint import Checkpoint
 from llama.config import PRESETS, ModelArgs
 from llama.errors import ConfigError, LlamaError
 from llama.fast import CacheWidth, Mode, Width
-from llama.inspect import cache_bytes, size, weights_of
+from llama.inspect import bytes_of, cache_bytes, size, weights_of
 from llama.memory import available_memory
 from llama.tokenizer import Tokenizer
 from llama.verify import UNKNOWN, kind_of, title_of
@@ -64,6 +64,17 @@ class Setup:
     ) -> "Setup":
         """Settle what was left open. Raises a LlamaError where the tensors are not all there, or
         where the ranks, the KV cache or the width do not fit the model."""
+        if opened.quantization is not None:
+            if quantize not in (None, opened.quantization):
+                raise ConfigError(
+                    f"{opened.folder} is saved in {opened.quantization}: it cannot be had in "
+                    f"{quantize}"
+                )
+            if mode == "reference":
+                raise ConfigError(
+                    f"{opened.folder} is saved in {opened.quantization}, which is for mode fast"
+                )
+            quantize = opened.quantization
         opened.settle_vocabulary()
         checkpoint.check_complete(opened)
         opened.args.set_limits(max_seq_len, max_batch_size)
@@ -94,14 +105,19 @@ class Setup:
         """A rank's weights in memory of its own, and those that are the file's pages, which the
         system can drop and read again."""
         own = mapped = 0
-        for weight in weights_of(self.opened.args, self.mp_size):
+        args = self.opened.args
+        if self.quantize is not None:  # then the output matrix is not the embedding
+            args = replace(args, tied=False)
+        for weight in weights_of(args, self.mp_size):
             numbers = weight.per_rank(self.mp_size) // weight.count
-            each = numbers * self.dtype.itemsize
             for name in weight.names:
-                if self.quantize and fast.is_quantized(name):
-                    own += int(numbers * fast.BYTES[self.quantize])
-                elif self.device.type == "cpu" and self.opened.is_mapped(
-                    name, self.mp_size, self.dtype
+                is_rounded = self.quantize is not None and fast.is_quantized(name)
+                each = int(numbers * bytes_of(name, self.dtype, self.quantize))
+                is_new = is_rounded and self.opened.quantization is None
+                if (
+                    self.device.type == "cpu"
+                    and not is_new
+                    and self.opened.is_mapped(name, self.mp_size, self.dtype)
                 ):
                     mapped += each
                 else:

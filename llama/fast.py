@@ -23,6 +23,7 @@ from llama.quantize import (
     GROUP,
     Int4Weight,
     Int8Weight,
+    Quantized,
     dequantize,
     quantize_int4,
     quantize_int8,
@@ -34,7 +35,11 @@ from llama.quantize import (
 Mode = Literal["reference", "fast"]
 Width = Literal["int8", "int4"]
 CacheWidth = Literal["int8"]
-QUANTIZERS: dict[str, Callable[[Tensor], Weight]] = {"int8": quantize_int8, "int4": quantize_int4}
+QUANTIZERS: dict[str, Callable[[Tensor], Quantized]] = {
+    "int8": quantize_int8,
+    "int4": quantize_int4,
+}
+KINDS: dict[str, type[Quantized]] = {"int8": Int8Weight, "int4": Int4Weight}
 BYTES = {"int8": 1.0, "int4": 0.5 + 2 / GROUP}  # of a weight, with its share of the scales
 
 FEW = 48  # rows: for more, widening the weights to float32 pays, whose products are fastest
@@ -72,10 +77,16 @@ def is_quantized(name: str) -> bool:
     return "norm" not in name and not name.startswith("tok_embeddings")
 
 
+def set_quantized(layer: nn.Module, weight: Quantized) -> None:
+    """Give a linear layer this in place of the parameter `weight`, for a FastTransformer."""
+    del layer.weight
+    layer.weight = weight  # type: ignore[assignment]
+
+
 class FastTransformer:
     """A `Transformer` on the CPU with other products; for inference, the engine calls it alike.
 
-    quantize: round the matrices to eight or four bits; the model's own are given up.
+    quantize: round to eight or four bits what matrices `checkpoint.load` has not rounded.
     Raises ConfigError where the kernels cannot take the weights, or numba is not installed.
     """
 
@@ -87,7 +98,7 @@ class FastTransformer:
         self.layers = [
             _FastBlock(cast(TransformerBlock, block), quantize) for block in model.layers
         ]
-        self.output = _Projection([model.output], quantize, keep=model.params.tied)
+        self.output = _Projection([model.output], quantize)
 
     def make_cache(
         self, max_batch_size: int, max_seq_len: int, dtype: torch.dtype | None = None
@@ -137,27 +148,21 @@ class _FastBlock:
 
 
 class _Projection:
-    """The weights of one or several linear layers, times the same input.
-
-    keep: leave the layers their weights where they are quantized, for who else uses them.
-    """
+    """The weights of one or several linear layers, times the same input."""
 
     def __init__(
         self,
         layers: list[Any],  # fairscale's, which have no types
         quantize: Width | None,
         swiglu: bool = False,
-        keep: bool = False,
     ) -> None:
-        self.weights: list[Weight] = []
         for layer in layers:
-            weight = layer.weight.detach()
-            if quantize is None:
-                self.weights.append(weight)
-                continue
-            self.weights.append(QUANTIZERS[quantize](weight))
-            if not keep:
-                layer.weight = nn.Parameter(weight.to("meta"), requires_grad=False)
+            if quantize is not None and isinstance(layer.weight, Tensor):
+                set_quantized(layer, QUANTIZERS[quantize](layer.weight.detach()))
+        self.weights: list[Weight] = [
+            layer.weight.detach() if isinstance(layer.weight, Tensor) else layer.weight
+            for layer in layers
+        ]
         self.swiglu = swiglu
         self.few = Product(*self.weights, swiglu=swiglu)
 

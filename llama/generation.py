@@ -85,6 +85,7 @@ class Llama:
                 the last bits, reuses what earlier prompts left in the cache, and on a CPU
                 computes with kernels, which the extra `[fast]` brings.
             quantize: "int8" or "int4": round the matrices while loading; mode fast on a CPU.
+                None: not, or as a folder that `convert` has quantized.
             kv_cache: "int8": keep keys and values in a quarter of float32's memory; mode fast.
             device: None: this rank's GPU, else MPS, else the CPU.
             dtype: of the weights and the cache; None: bfloat16 on a GPU (half where that is
@@ -114,7 +115,7 @@ class Llama:
             doctor.require(setup, tokenizer)
         with parallel.failing_together(target):
             model = _load(setup)
-            llama = Llama(model, tokenizer, seed, mode, quantize=quantize, kv_cache=kv_cache)
+            llama = Llama(model, tokenizer, seed, mode, quantize=setup.quantize, kv_cache=kv_cache)
         llama._is_base = kind_of(opened.folder) == "base"
         if parallel.is_main_rank():
             log.info("Loaded %s in %.2f seconds", ckpt_dir, time.perf_counter() - start)
@@ -457,5 +458,5 @@ def _load(setup: doctor.Setup) -> Transformer:
     n_kv_heads = max(args.local_kv_heads(1), setup.mp_size)
     with torch.device("meta"):
         model = Transformer(replace(args, n_kv_heads=n_kv_heads))
-    checkpoint.load(model, setup.opened, setup.device, setup.dtype)
+    checkpoint.load(model, setup.opened, setup.device, setup.dtype, setup.quantize)
     return model

@@ -4,7 +4,8 @@ Only matrices (N, K) are quantized; a product reads each row whole, so the K wei
 together. Dettmers & Zettlemoyer 2023, arxiv.org/abs/2212.09720, compare widths and group sizes.
 """
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -13,6 +14,8 @@ from llama.errors import ConfigError
 
 GROUP = 32  # four-bit weights that share a scale
 PAIR = 2 * GROUP  # weights of two groups share their bytes
+LAYOUT = 1  # of the tensors below, in files too: another one gets another number
+CUT = (1, PAIR)  # rows and columns that stay together where a weight is cut
 BLOCK = 1 << 22  # weights quantized at once: the copies made on the way stay small
 
 
@@ -21,6 +24,12 @@ class Int8Weight(NamedTuple):
 
     values: Tensor  # int8 (N, K), -127 to 127
     scale: Tensor  # float32 (N,)
+
+    @classmethod
+    def empty(cls, shape: Sequence[int], device: torch.device) -> Self:
+        n, k = shape
+        values = torch.empty(n, k, dtype=torch.int8, device=device)
+        return cls(values, torch.empty(n, device=device))
 
     @property
     def shape(self) -> torch.Size:
@@ -37,26 +46,36 @@ class Int4Weight(NamedTuple):
     packed: Tensor  # uint8 (N, K / 2)
     scales: Tensor  # bfloat16 (N, K / 32)
 
+    @classmethod
+    def empty(cls, shape: Sequence[int], device: torch.device) -> Self:
+        n, k = shape
+        packed = torch.empty(n, k // 2, dtype=torch.uint8, device=device)
+        return cls(packed, torch.empty(n, k // GROUP, dtype=torch.bfloat16, device=device))
+
     @property
     def shape(self) -> torch.Size:
         rows, half = self.packed.shape
         return torch.Size((rows, 2 * half))
 
 
-def quantize_int8(w: Tensor) -> Int8Weight:
+Quantized = Int8Weight | Int4Weight
+
+
+def quantize_int8(w: Tensor, largest: Tensor | None = None) -> Int8Weight:
     """Round each row of w, (N, K), to 255 steps; the row's largest weight is ±127.
 
+    largest: (N,) the absolute value of each row's largest, where w is some of its columns.
     Raises ConfigError where w is not a matrix of finite numbers or K is not a multiple of 32.
     """
     _check(w, GROUP)
-    values = torch.empty(w.shape, dtype=torch.int8, device=w.device)
-    scale = torch.empty(len(w), device=w.device)
+    values, scale = weight = Int8Weight.empty(w.shape, w.device)
     for block in _blocks(w):
         rows = w[block].float()
-        scale[block] = rows.abs().amax(1).clamp(min=torch.finfo(torch.float32).tiny) / 127
+        most = rows.abs().amax(1) if largest is None else largest[block].float()
+        scale[block] = most.clamp(min=torch.finfo(torch.float32).tiny) / 127
         values[block] = (rows / scale[block, None]).round_().clamp_(-127, 127)
     _check_finite(scale)
-    return Int8Weight(values, scale)
+    return weight
 
 
 def quantize_int4(w: Tensor) -> Int4Weight:
@@ -66,9 +85,7 @@ def quantize_int4(w: Tensor) -> Int4Weight:
     Raises ConfigError where w is not a matrix of finite numbers or K is not a multiple of 64.
     """
     _check(w, PAIR)
-    n, k = w.shape
-    packed = torch.empty(n, k // 2, dtype=torch.uint8, device=w.device)
-    scales = torch.empty(n, k // GROUP, dtype=torch.bfloat16, device=w.device)
+    packed, scales = weight = Int4Weight.empty(w.shape, w.device)
     for block in _blocks(w):
         groups = w[block].float().unflatten(1, (-1, GROUP))
         scale = _best_scale(groups)
@@ -76,10 +93,10 @@ def quantize_int4(w: Tensor) -> Int4Weight:
         packed[block] = (nibbles[:, :, 0] | nibbles[:, :, 1] << 4).flatten(1)
         scales[block] = scale
     _check_finite(scales)
-    return Int4Weight(packed, scales)
+    return weight
 
 
-def dequantize(weight: Int8Weight | Int4Weight) -> Tensor:
+def dequantize(weight: Quantized) -> Tensor:
     """The matrix that is stood for: float32 (N, K)."""
     if isinstance(weight, Int8Weight):
         return weight.values * weight.scale[:, None]
@@ -124,3 +141,40 @@ def _check(w: Tensor, multiple: int) -> None:
 def _check_finite(scale: Tensor) -> None:
     if not scale.isfinite().all():
         raise ConfigError("a matrix with weights that are not finite cannot be quantized")
+
+
+# ---- parts ------------------------------------------------------------------------------------
+# The first dimension of every tensor goes along the rows, the second, where there is one, along
+# the columns.
+
+
+def narrow(weight: Quantized, dim: int, start: int, length: int) -> Quantized:
+    """Some rows (dim 0) or columns (1), as views; `Tensor.narrow`.
+
+    Raises ConfigError where that would cut through what is stored together.
+    """
+    if start % CUT[dim] or length % CUT[dim]:
+        what = ("rows", "columns")[dim]
+        raise ConfigError(
+            f"quantized, {length} {what} from {start} on cannot be cut out: {CUT[dim]} go together"
+        )
+
+    def part(tensor: Tensor) -> Tensor:
+        if dim >= tensor.dim():
+            return tensor
+        step = weight.shape[dim] // tensor.shape[dim]
+        return tensor.narrow(dim, start // step, length // step)
+
+    return type(weight)(*map(part, weight))
+
+
+def join(parts: Sequence[Quantized], dim: int) -> Quantized:
+    """One weight of parts along its rows (dim 0) or columns (1), contiguous; a single part that
+    is so stays where it is. What parts of columns have in common, a row's scale, is the first's."""
+
+    def joined(tensors: tuple[Tensor, ...]) -> Tensor:
+        if len(tensors) == 1 or dim >= tensors[0].dim():
+            return tensors[0].contiguous()
+        return torch.cat(tensors, dim)
+
+    return type(parts[0])(*map(joined, zip(*parts, strict=True)))

@@ -16,7 +16,7 @@ GROUP = 32  # four-bit weights that share a scale
 PAIR = 2 * GROUP  # weights of two groups share their bytes
 LAYOUT = 1  # of the tensors below, in files too: another one gets another number
 CUT = (1, PAIR)  # rows and columns that stay together where a weight is cut
-BLOCK = 1 << 22  # weights quantized at once: the copies made on the way stay small
+BLOCK = 1 << 18  # weights quantized at once: the copies made on the way stay in the CPU's cache
 
 
 class Int8Weight(NamedTuple):
@@ -107,21 +107,21 @@ def dequantize(weight: Quantized) -> Tensor:
 
 def _steps(groups: Tensor, scale: Tensor) -> Tensor:
     """Whole steps of the scale, -8 to 7; where the scale is 0, so is the group."""
-    scale = scale.float()[..., None]
-    return torch.where(scale == 0, 0, groups / scale).round_().clamp_(-8, 7)
+    scale = torch.where(scale == 0, 1, scale.float())[..., None]
+    return (groups / scale).round_().clamp_(-8, 7)
 
 
 def _best_scale(groups: Tensor) -> Tensor:
     """The better scale of each group (..., 32), as stored: the largest weight, whatever its sign,
     falls on -8, the side with a step more, or on -7, with finer steps for the other 31."""
-    largest = groups.gather(-1, groups.abs().argmax(-1, keepdim=True)).squeeze(-1)
-    best, least = largest, torch.full_like(largest, torch.inf)
-    for steps in (-8, -7):
-        scale = (largest / steps).bfloat16()
-        rounded = _steps(groups, scale) * scale.float()[..., None]
-        loss = (rounded - groups).square_().sum(-1)
-        best, least = torch.where(loss < least, scale, best), torch.minimum(loss, least)
-    return best.bfloat16()
+    least, most = groups.amin(-1), groups.amax(-1)
+    largest = torch.where(-least > most, least, most)
+    scales = [(largest / steps).bfloat16() for steps in (-8, -7)]
+    losses = []
+    for scale in scales:
+        rounded = _steps(groups, scale).mul_(scale.float()[..., None])
+        losses.append(rounded.sub_(groups).square_().sum(-1))
+    return torch.where(losses[1] < losses[0], scales[1], scales[0])
 
 
 def _blocks(w: Tensor) -> list[slice]:

@@ -16,7 +16,7 @@ GROUP = 32  # four-bit weights that share a scale
 PAIR = 2 * GROUP  # weights of two groups share their bytes
 LAYOUT = 1  # of the tensors below, in files too: another one gets another number
 CUT = (1, PAIR)  # rows and columns that stay together where a weight is cut
-BLOCK = 1 << 18  # weights quantized at once: the copies made on the way stay in the CPU's cache
+BLOCK = 1 << 20  # weights quantized at once: the copies made on the way stay small, and in caches
 
 
 class Int8Weight(NamedTuple):

@@ -122,7 +122,7 @@ def test_a_row_in_company_is_the_row_alone(
     for prompt, together, scores in zip(PROMPTS, tokens, logprobs, strict=True):
         (alone,), (alone_scores,) = generate(folder, [prompt], max_batch_size=1)
         assert together == alone
-        assert scores == pytest.approx(alone_scores, abs=1e-3)
+        assert scores == pytest.approx(alone_scores, abs=5e-3)
     exact = generate(folder, PROMPTS, kv_cache=None)[1]
     assert logprobs != exact
     for got, want in zip(logprobs, exact, strict=True):

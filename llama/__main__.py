@@ -15,8 +15,9 @@ from llama.errors import DataError, GenerationError, LlamaError, one_line
 
 # Flags that are texts, whatever they look like: fire takes 1.50 for a number.
 as_text: Callable[[Callable[..., None]], Callable[..., None]] = SetParseFn(
-    str, "prompt", "stop", "ckpt_dir", "tokenizer_path", "device", "dtype", "mode", "quantize"
-)
+    str, "prompt", "stop", "ckpt_dir", "tokenizer_path", "device", "dtype", "mode", "quantize",
+    "kv_cache",
+)  # fmt: skip
 
 
 @as_text
@@ -30,6 +31,7 @@ def complete(prompt: str | None = None, *words: str, **flags: Any) -> None:
     Model:    --ckpt_dir FOLDER (or an id on the Hub; without it the bundled model)
               --tokenizer_path FILE --max_seq_len N --mode fast|reference
               --quantize int8|int4 (round the weights: mode fast on a CPU, extra [fast])
+              --kv_cache int8 (keys and values in less memory: mode fast)
               --device cpu|cuda|mps --dtype float32|bfloat16|float16 --rope_factor X
     Sampling: --temperature 0.6 (0: the likeliest) --top_p 0.9 --top_k 0 --min_p 0 --seed 1
               --repetition_penalty 1 --presence_penalty 0 --frequency_penalty 0
@@ -129,6 +131,7 @@ def perplexity(
     window: int | None = None,
     mode: str = "reference",
     quantize: str | None = None,
+    kv_cache: str | None = None,
     device: str | None = None,
     dtype: str | None = None,
 ) -> None:
@@ -141,6 +144,7 @@ def perplexity(
         window: tokens seen at a time, each time after a <|begin_of_text|>; by default 512.
         mode: reference, or fast (kernels on a CPU).
         quantize: int8 or int4, with mode fast.
+        kv_cache: int8, with mode fast.
         device: cpu or cuda; by default the best there is.
         dtype: float32, bfloat16 or float16; by default the checkpoint's own on the CPU.
     """
@@ -153,7 +157,8 @@ def perplexity(
     max_seq_len = window if isinstance(window, int) and window > WINDOW else None
     llama = Llama.build(
         ckpt_dir, tokenizer_path, max_seq_len, max_batch_size=1,
-        mode=mode, quantize=quantize, device=device, dtype=dtype,  # type: ignore[arg-type]
+        mode=mode, quantize=quantize, kv_cache=kv_cache,  # type: ignore[arg-type]
+        device=device, dtype=dtype,
     )  # fmt: skip
     result = score(llama, [text], window)
     if is_main_rank():
@@ -264,6 +269,7 @@ def batch(
     seed: int = 1,
     mode: str = "fast",
     quantize: str | None = None,
+    kv_cache: str | None = None,
     device: str | None = None,
     dtype: str | None = None,
     force: bool = False,
@@ -293,6 +299,7 @@ def batch(
         seed: a line without a seed of its own has one made of this and its index.
         mode: fast or reference.
         quantize: int8 or int4: round the weights (mode fast on a CPU, extra [fast]).
+        kv_cache: int8: keys and values in less memory (mode fast).
         device: cpu or cuda; by default the best there is.
         dtype: float32, bfloat16 or float16; by default as in Llama.build.
         force: start anew, whatever OUTPUT holds.
@@ -304,7 +311,7 @@ def batch(
         str(input), str(output), sampling, seed=seed, ckpt_dir=ckpt_dir and str(ckpt_dir),
         tokenizer_path=tokenizer_path and str(tokenizer_path), max_seq_len=max_seq_len,
         max_batch_size=max_batch_size, model_parallel_size=model_parallel_size, mode=mode,  # type: ignore[arg-type]
-        quantize=quantize,  # type: ignore[arg-type]
+        quantize=quantize, kv_cache=kv_cache,  # type: ignore[arg-type]
         device=device, dtype=dtype, force=force,
     )  # fmt: skip
     if is_main_rank():
@@ -337,10 +344,17 @@ def inspect(
     print(describe(str(model), mp, max_seq_len, max_batch_size, dtype))
 
 
+@as_text
 def convert(
-    src: str, dst: str, to: str, mp: int = 1, dtype: str | None = None, force: bool = False
+    src: str,
+    dst: str,
+    to: str = "meta",
+    mp: int = 1,
+    dtype: str | None = None,
+    force: bool = False,
+    quantize: str | None = None,
 ) -> None:
-    """Write a checkpoint anew, in Meta's or Hugging Face's layout.
+    """Write a checkpoint anew, in Meta's or Hugging Face's layout, or quantized.
 
     Example: python -m llama convert Llama-2-70b Llama-2-70b-hf --to hf
 
@@ -351,10 +365,13 @@ def convert(
         mp: number of shards of a Meta folder.
         dtype: float32, bfloat16 or float16; by default the weights stay as they are.
         force: replace dst where it exists.
+        quantize: int8 or int4: round the matrices once and for all, for mode fast on a CPU; to meta
+            alone, as params.json and consolidated.NN.safetensors.
     """
     from llama.convert import convert as run
 
-    print(f"Written to {run(str(src), str(dst), to, mp, dtype, force)}")
+    written = run(str(src), str(dst), to, mp, dtype, force, quantize)  # type: ignore[arg-type]
+    print(f"Written to {written}")
 
 
 def verify(folder: str, manifest: bool = True) -> None:
@@ -386,6 +403,7 @@ def doctor(
     tokenizer_path: str | None = None,
     mode: str = "reference",
     quantize: str | None = None,
+    kv_cache: str | None = None,
     device: str | None = None,
     dtype: str | None = None,
 ) -> None:
@@ -401,7 +419,7 @@ def doctor(
         max_seq_len: tokens of a row of the KV cache; by default as in Llama.build.
         max_batch_size: rows of the KV cache.
         tokenizer_path: tokenizer.model; by default the one in the folder.
-        mode: reference or fast, quantize: int8 or int4; as in Llama.build.
+        mode: reference or fast, quantize: int8 or int4, kv_cache: int8; as in Llama.build.
         device: cuda, mps or cpu; by default the best there is.
         dtype: float32, bfloat16 or float16; by default as in Llama.build.
     """
@@ -410,7 +428,7 @@ def doctor(
 
     findings = examine(
         str(folder), tokenizer_path, max_seq_len, max_batch_size, mp, device, dtype,
-        mode, quantize,  # type: ignore[arg-type]
+        mode, quantize, kv_cache,  # type: ignore[arg-type]
     )  # fmt: skip
     if is_main_rank():
         print(report(findings))

@@ -13,7 +13,7 @@ from tqdm import tqdm
 from llama import parallel
 from llama.batch_files import BatchFiles, Part
 from llama.errors import DataError, GenerationError
-from llama.fast import Mode, Width
+from llama.fast import CacheWidth, Mode, Width
 from llama.generation import Llama
 from llama.request import Request
 from llama.sampling import SamplingParams
@@ -36,6 +36,7 @@ def run_batch(
     model_parallel_size: int | None = None,
     mode: Mode = "fast",
     quantize: Width | None = None,
+    kv_cache: CacheWidth | None = None,
     device: str | None = None,
     dtype: str | None = None,
     force: bool = False,
@@ -66,7 +67,7 @@ def run_batch(
     with parallel.failing_together(target):
         if parallel.is_main_rank():
             model = dict(ckpt_dir=ckpt_dir, tokenizer_path=tokenizer_path, dtype=dtype)
-            model |= dict(mode=mode, quantize=quantize)
+            model |= dict(mode=mode, quantize=quantize, kv_cache=kv_cache)
             files.prepare(model | {"max_seq_len": max_seq_len, "seed": seed, **options}, force)
     with parallel.failing_together(target):
         part = files.open_part(group, n_groups) if parallel.mp_rank() == 0 else None
@@ -75,7 +76,7 @@ def run_batch(
     if not all(done):
         llama = Llama.build(
             ckpt_dir, tokenizer_path, max_seq_len, max_batch_size, model_parallel_size, seed,
-            mode=mode, quantize=quantize, device=device, dtype=dtype,
+            mode=mode, quantize=quantize, kv_cache=kv_cache, device=device, dtype=dtype,
         )  # fmt: skip
         todo = files.todo(done, group, n_groups)
         tasks = (Task(llama, index, line, options, seed) for index, line in todo)

@@ -235,6 +235,7 @@ KNOWN_KEYS = frozenset(REQUIRED_KEYS) | {
     "hidden_dim",  # from here on: keys that Meta's files have not
     "context_length",
     "rope_scaling",
+    "quantization",
 }
 # What Meta's files hold for models that are more, or less, than a plain text model.
 OTHER_MODELS = {
@@ -280,6 +281,7 @@ def read_params(path: str | Path, rope_factor: float | None = None) -> ModelArgs
         raise ConfigError(f"{path} lacks the keys: {', '.join(missing)}")
 
     known = {key: params[key] for key in params.keys() & KNOWN_KEYS}
+    known.pop("quantization", None)  # of the files, not the model: `checkpoint.read_quantization`
     scaling = known.pop("rope_scaling", None)
     # Llama 2's files predate the key: there its value is RoPE's first one, not the class default.
     known.setdefault("rope_theta", LLAMA_2_THETA)

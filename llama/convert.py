@@ -19,6 +19,7 @@ from tqdm import tqdm
 from llama import checkpoint, hugging_face
 from llama.checkpoint import Checkpoint
 from llama.errors import CheckpointError, ConfigError
+from llama.fast import QUANTIZERS, Width, is_quantized
 from llama.files import write_json
 
 HF_FILE_BYTES = 5 * 10**9  # of weights in one `.safetensors`, at most, as Hugging Face cuts
@@ -36,27 +37,38 @@ COMPANIONS = (
 def convert(
     src: str | Path,
     dst: str | Path,
-    to: str,
+    to: str = "meta",
     mp: int = 1,
     dtype: str | None = None,
     force: bool = False,
+    quantize: Width | None = None,
 ) -> Path:
     """Write the checkpoint `src` anew as folder `dst`.
 
     to: "meta" for `params.json` and `mp` shards, "hf" for `config.json` and `.safetensors`.
     dtype: of all weights; None: each as it is.
     force: replace `dst` where it exists.
+    quantize: "int8" or "int4": round the matrices of products, for fast mode; to "meta" alone,
+        whose shards then are `.safetensors`.
     Raises CheckpointError or ConfigError; `dst` is then as it was.
     """
     if to not in ("meta", "hf"):
         raise ConfigError(f"to is {to!r}: meta or hf")
     if to == "hf" and mp != 1:
         raise ConfigError(f"Hugging Face's folders are not split over ranks: mp is {mp}")
+    if quantize is not None and quantize not in QUANTIZERS:
+        raise ConfigError(f"quantize is {quantize!r}: {' or '.join(QUANTIZERS)}")
+    if quantize is not None and to != "meta":
+        raise ConfigError("Hugging Face's folders are not quantized here: to must be meta")
     kind = None if dtype is None else checkpoint.parse_dtype(dtype)
     destination = Path(dst)
     if os.path.lexists(destination) and not force:
         raise CheckpointError(f"{dst} exists: it is replaced only with --force")
     source = checkpoint.open_checkpoint(src)
+    if source.quantization is not None:
+        raise CheckpointError(
+            f"{src} is quantized to {source.quantization}: convert what it was made of"
+        )
     source.settle_vocabulary()
     checkpoint.check_complete(source)  # before anything is written
     try:
@@ -66,7 +78,7 @@ def convert(
         raise CheckpointError(f"cannot write {dst}: {error.strerror}") from error
     try:
         if to == "meta":
-            _write_meta(source, partial, mp, kind)
+            _write_meta(source, partial, mp, kind, quantize)
         else:
             _write_hugging_face(source, partial, kind)
         _copy_companions(source.folder, Path(src), partial)
@@ -87,22 +99,34 @@ def _cast(weight: Tensor, dtype: torch.dtype | None) -> Tensor:
     return cast.clone(memory_format=torch.contiguous_format) if is_view else cast
 
 
-def _write_meta(source: Checkpoint, folder: Path, mp: int, dtype: torch.dtype | None) -> None:
-    source.args.check_split(mp)
-    names = list(source.args.parameter_shapes())
+def _write_meta(
+    source: Checkpoint, folder: Path, mp: int, dtype: torch.dtype | None, quantize: Width | None
+) -> None:
+    args = source.args
+    args.check_split(mp)
+    names = list(args.parameter_shapes() if quantize is None else args.whole_shapes())
     progress = tqdm(total=mp * len(names), desc="Converting", unit="tensor", delay=2)
     for i in range(mp):
-        shard = {}
+        shard: dict[str, Tensor] = {}
         for name in names:
-            shard[name] = _cast(source.part(name, mp, i), dtype)
+            if quantize is not None and is_quantized(name):
+                weight = source.quantized_part(name, mp, i, quantize)
+                shard |= {f"{name}.{field}": t for field, t in weight._asdict().items()}
+            else:
+                shard[name] = _cast(source.part(name, mp, i), dtype)
             progress.update()
-        if source.args.tied:
+        path = folder / checkpoint.shard_name(i, quantize)
+        if quantize is not None:
+            save_file(shard, path)
+            _sync(path)
+            continue
+        if args.tied:
             shard["output.weight"] = shard["tok_embeddings.weight"]
-        checkpoint.write_shard(folder / checkpoint.shard_name(i), shard)
+        checkpoint.write_shard(path, shard)
     progress.close()
     # More shards than key/value heads hold each head more than once, and say so.
-    n_kv_heads = max(source.args.local_kv_heads(1), mp)
-    checkpoint.write_params(folder / "params.json", replace(source.args, n_kv_heads=n_kv_heads))
+    n_kv_heads = max(args.local_kv_heads(1), mp)
+    checkpoint.write_params(folder / "params.json", replace(args, n_kv_heads=n_kv_heads), quantize)
 
 
 def _write_hugging_face(source: Checkpoint, folder: Path, dtype: torch.dtype | None) -> None:

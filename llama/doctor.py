@@ -16,8 +16,8 @@ from llama import checkpoint, fast, hub, parallel
 from llama.checkpoint import Checkpoint
 from llama.config import PRESETS, ModelArgs
 from llama.errors import ConfigError, LlamaError
-from llama.fast import Mode, Width
-from llama.inspect import cache_bytes, size, weights_of
+from llama.fast import CacheWidth, Mode, Width
+from llama.inspect import bytes_of, cache_bytes, size, weights_of
 from llama.memory import available_memory
 from llama.tokenizer import Tokenizer
 from llama.verify import UNKNOWN, kind_of, title_of
@@ -47,6 +47,7 @@ class Setup:
     sharers: int  # ranks that draw on the same memory: on the CPU all of this machine's
     is_fast: bool = False  # on the CPU with kernels, whose cache is float32
     quantize: Width | None = None
+    kv_cache: CacheWidth | None = None
 
     @staticmethod
     def make(
@@ -59,9 +60,21 @@ class Setup:
         dtype: str | torch.dtype | None,
         mode: Mode = "reference",
         quantize: Width | None = None,
+        kv_cache: CacheWidth | None = None,
     ) -> "Setup":
         """Settle what was left open. Raises a LlamaError where the tensors are not all there, or
         where the ranks, the KV cache or the width do not fit the model."""
+        if opened.quantization is not None:
+            if quantize not in (None, opened.quantization):
+                raise ConfigError(
+                    f"{opened.folder} is saved in {opened.quantization}: it cannot be had in "
+                    f"{quantize}"
+                )
+            if mode == "reference":
+                raise ConfigError(
+                    f"{opened.folder} is saved in {opened.quantization}, which is for mode fast"
+                )
+            quantize = opened.quantization
         opened.settle_vocabulary()
         checkpoint.check_complete(opened)
         opened.args.set_limits(max_seq_len, max_batch_size)
@@ -70,12 +83,15 @@ class Setup:
         settled = asked or checkpoint.default_dtype(device) or opened.dtype
         sharers = local_size if device.type == "cpu" else 1
         is_fast = fast.check_mode(mode, quantize, device, settled)
-        return Setup(opened, mp_size, device, settled, sharers, is_fast, quantize)
+        fast.cache_dtype(mode, kv_cache)
+        return Setup(opened, mp_size, device, settled, sharers, is_fast, quantize, kv_cache)
 
     @property
     def token_bytes(self) -> int:
         """Keys and values of one token on one rank."""
         dtype = torch.float32 if self.is_fast else self.dtype
+        if self.kv_cache is not None:
+            dtype = torch.int8
         return cache_bytes(self.opened.args, self.mp_size, dtype)
 
     @property
@@ -89,14 +105,19 @@ class Setup:
         """A rank's weights in memory of its own, and those that are the file's pages, which the
         system can drop and read again."""
         own = mapped = 0
-        for weight in weights_of(self.opened.args, self.mp_size):
+        args = self.opened.args
+        if self.quantize is not None:  # then the output matrix is not the embedding
+            args = replace(args, tied=False)
+        for weight in weights_of(args, self.mp_size):
             numbers = weight.per_rank(self.mp_size) // weight.count
-            each = numbers * self.dtype.itemsize
             for name in weight.names:
-                if self.quantize and fast.is_quantized(name):
-                    own += int(numbers * fast.BYTES[self.quantize])
-                elif self.device.type == "cpu" and self.opened.is_mapped(
-                    name, self.mp_size, self.dtype
+                is_rounded = self.quantize is not None and fast.is_quantized(name)
+                each = int(numbers * bytes_of(name, self.dtype, self.quantize))
+                is_new = is_rounded and self.opened.quantization is None
+                if (
+                    self.device.type == "cpu"
+                    and not is_new
+                    and self.opened.is_mapped(name, self.mp_size, self.dtype)
                 ):
                     mapped += each
                 else:
@@ -251,6 +272,7 @@ def examine(
     dtype: str | None = None,
     mode: Mode = "reference",
     quantize: Width | None = None,
+    kv_cache: CacheWidth | None = None,
 ) -> list[Finding]:
     """All findings about a folder on `mp` ranks of this machine, without starting them.
 
@@ -268,7 +290,7 @@ def examine(
         findings.append(Finding("tokenizer", str(error), PROBLEM))
     try:
         setup = Setup.make(
-            opened, mp, mp, max_seq_len, max_batch_size, target, dtype, mode, quantize
+            opened, mp, mp, max_seq_len, max_batch_size, target, dtype, mode, quantize, kv_cache
         )
     except LlamaError as error:
         return [*findings, Finding("set-up", str(error), PROBLEM)]

@@ -55,6 +55,7 @@ class Engine:
             that the params name.
         seed: requests without a seed of their own draw from one made of this and their number.
         prefill_chunk: tokens of prompts taken in by one step.
+        cache_dtype: of the keys and values, int8 too; None: as the model computes.
 
     Raises GenerationError where a number is out of its range.
     """
@@ -67,6 +68,7 @@ class Engine:
         tokenizer: Tokenizer | None = None,
         seed: int = 1,
         prefill_chunk: int = PREFILL_CHUNK,
+        cache_dtype: torch.dtype | None = None,
     ) -> None:
         if prefill_chunk < 1:
             raise GenerationError(f"prefill_chunk is {prefill_chunk}: it must be 1 or above")
@@ -79,7 +81,7 @@ class Engine:
         self.tokenizer = tokenizer
         self.max_seq_len = max_seq_len
         self.prefill_chunk = prefill_chunk
-        self.cache: KVCache = model.make_cache(max_batch_size, max_seq_len)
+        self.cache: KVCache = model.make_cache(max_batch_size, max_seq_len, cache_dtype)
         self._seed = seed
         self._slots = [_Slot(i) for i in range(max_batch_size)]
         self._waiting: deque[Request] = deque()

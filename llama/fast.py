@@ -11,18 +11,24 @@ import torch
 from fairscale.nn.model_parallel.mappings import gather_from_model_parallel_region
 from torch import Tensor, nn
 
+from llama import parallel
 from llama.cache import KVCache
 from llama.errors import ConfigError
 from llama.kernels import FLOATS, Product, Weight, is_installed
 from llama.model import Transformer
-from llama.quantize import GROUP, quantize_int4, quantize_int8
+from llama.quantize import GROUP, Int4Weight, Int8Weight, Quantized, quantize_int4, quantize_int8
 
 # "reference": one prompt alone gets exactly what Meta's code computes. "fast": the last bits may
 # differ, since prompts are cut into pieces, what the cache holds is reused, and on the CPU the
 # products are those of this file.
 Mode = Literal["reference", "fast"]
 Width = Literal["int8", "int4"]
-QUANTIZERS: dict[str, Callable[[Tensor], Weight]] = {"int8": quantize_int8, "int4": quantize_int4}
+CacheWidth = Literal["int8"]
+QUANTIZERS: dict[str, Callable[[Tensor], Quantized]] = {
+    "int8": quantize_int8,
+    "int4": quantize_int4,
+}
+KINDS: dict[str, type[Quantized]] = {"int8": Int8Weight, "int4": Int4Weight}
 MOST = 512  # tokens computed at once
 BYTES = {"int8": 1.0, "int4": 0.5 + 2 / GROUP}  # of a weight, with its share of the scales
 
@@ -44,15 +50,30 @@ def check_mode(
     return mode == "fast" and (can or quantize is not None)
 
 
+def cache_dtype(mode: Mode, kv_cache: CacheWidth | None) -> torch.dtype | None:
+    """The cache's where one is asked for. Raises ConfigError where it cannot be had."""
+    if kv_cache not in (None, *get_args(CacheWidth)):
+        raise ConfigError(f"kv_cache is {kv_cache!r}: {' or '.join(get_args(CacheWidth))}")
+    if kv_cache is not None and mode != "fast":
+        raise ConfigError(f"a KV cache in {kv_cache} is for mode fast")
+    return None if kv_cache is None else torch.int8
+
+
 def is_quantized(name: str) -> bool:
     """Whether a tensor of that state-dict name is a matrix that `quantize` rounds."""
     return "norm" not in name and not name.startswith("tok_embeddings")
 
 
+def set_quantized(layer: nn.Module, weight: Quantized) -> None:
+    """Give a linear layer this in place of the parameter `weight`, for a FastTransformer."""
+    del layer.weight
+    layer.weight = weight  # type: ignore[assignment]
+
+
 class FastTransformer:
     """A `Transformer` on the CPU with other products; for inference, the engine calls it alike.
 
-    quantize: round the matrices to eight or four bits; the model's own are given up.
+    quantize: round to eight or four bits what matrices `checkpoint.load` has not rounded.
     Raises ConfigError where the kernels cannot take the weights, or numba is not installed.
     """
 
@@ -63,12 +84,14 @@ class FastTransformer:
         self.params = model.params
         self.vocab_size = model.vocab_size
         self.device = model.device
-        self.output = _product([model.output], quantize, keep=model.params.tied)
+        self.output = _product([model.output], quantize)
         self.products = [_products(block, quantize) for block in model.layers]
         self.step = Step(model, self.products, MOST)
 
-    def make_cache(self, max_batch_size: int, max_seq_len: int) -> KVCache:
-        return self.model.make_cache(max_batch_size, max_seq_len, torch.float32)
+    def make_cache(
+        self, max_batch_size: int, max_seq_len: int, dtype: torch.dtype | None = None
+    ) -> KVCache:
+        return self.model.make_cache(max_batch_size, max_seq_len, dtype or torch.float32)
 
     def features(self, tokens: Tensor, start_pos: int | Tensor, cache: KVCache) -> Tensor:
         """Ids (B, S) -> float32 (B, S, D); see `Transformer.features`. The features of a token do
@@ -88,7 +111,8 @@ class FastTransformer:
     def logits(self, features: Tensor) -> Tensor:
         """(…, D) -> float32 (…, V), those of all ranks."""
         rows = self.output(features.flatten(0, -2))
-        rows = rows[:, : self.model.output.weight.shape[0]]  # what fills up eights is no token
+        size = self.vocab_size // parallel.mp_size()
+        rows = rows[:, :size]  # what fills up eights is no token
         return gather_from_model_parallel_region(rows.unflatten(0, features.shape[:-1]))
 
 
@@ -107,19 +131,13 @@ def _product(
     layers: list[Any],  # fairscale's, which have no types
     quantize: Width | None,
     swiglu: bool = False,
-    keep: bool = False,
 ) -> Product:
-    """Of the weights of one or several linear layers with the same input.
-
-    keep: leave the layers their weights where they are quantized, for who else uses them.
-    """
-    weights: list[Weight] = []
+    """Of the weights of one or several linear layers with the same input."""
     for layer in layers:
-        weight = layer.weight.detach()
-        if quantize is None:
-            weights.append(weight)
-            continue
-        weights.append(QUANTIZERS[quantize](weight))
-        if not keep:
-            layer.weight = nn.Parameter(weight.to("meta"), requires_grad=False)
+        if quantize is not None and isinstance(layer.weight, Tensor):
+            set_quantized(layer, QUANTIZERS[quantize](layer.weight.detach()))
+    weights: list[Weight] = [
+        layer.weight.detach() if isinstance(layer.weight, Tensor) else layer.weight
+        for layer in layers
+    ]
     return Product(*weights, swiglu=swiglu)

@@ -16,7 +16,7 @@ from llama import checkpoint, doctor, hub, hugging_face, parallel
 from llama.chat_format import ChatFormat, Dialog, Llama2ChatFormat, Message
 from llama.engine import Engine
 from llama.errors import GenerationError
-from llama.fast import FastTransformer, Mode, Width, check_mode
+from llama.fast import CacheWidth, FastTransformer, Mode, Width, cache_dtype, check_mode
 from llama.model import Transformer
 from llama.request import Event, Request
 from llama.sampling import SamplingParams, sample_top_p
@@ -62,6 +62,7 @@ class Llama:
         *,
         mode: Mode = "reference",
         quantize: Width | None = None,
+        kv_cache: CacheWidth | None = None,
         device: str | torch.device | None = None,
         dtype: str | torch.dtype | None = None,
         rope_factor: float | None = None,
@@ -84,6 +85,8 @@ class Llama:
                 the last bits, reuses what earlier prompts left in the cache, and on a CPU
                 computes with kernels, which the extra `[fast]` brings.
             quantize: "int8" or "int4": round the matrices while loading; mode fast on a CPU.
+                None: not, or as a folder that `convert` has quantized.
+            kv_cache: "int8": keep keys and values in a quarter of float32's memory; mode fast.
             device: None: this rank's GPU, else MPS, else the CPU.
             dtype: of the weights and the cache; None: bfloat16 on a GPU (half where that is
                 missing), the checkpoint's own elsewhere, which for the package's small model
@@ -107,11 +110,12 @@ class Llama:
             tokenizer = _open_tokenizer(tokenizer_path, opened.folder, folder)
             setup = doctor.Setup.make(
                 opened, parallel.mp_size(), parallel.local_size(), max_seq_len, max_batch_size,
-                target, dtype, mode, quantize,
+                target, dtype, mode, quantize, kv_cache,
             )  # fmt: skip
             doctor.require(setup, tokenizer)
         with parallel.failing_together(target):
-            llama = Llama(_load(setup), tokenizer, seed, mode, quantize=quantize)
+            model = _load(setup)
+            llama = Llama(model, tokenizer, seed, mode, quantize=setup.quantize, kv_cache=kv_cache)
         llama._is_base = kind_of(opened.folder) == "base"
         if parallel.is_main_rank():
             log.info("Loaded %s in %.2f seconds", ckpt_dir, time.perf_counter() - start)
@@ -125,6 +129,7 @@ class Llama:
         mode: Mode = "reference",
         max_batch_size: int | None = None,  # None: the model's
         quantize: Width | None = None,
+        kv_cache: CacheWidth | None = None,
     ) -> None:
         self.model = model
         self.tokenizer = tokenizer
@@ -134,7 +139,10 @@ class Llama:
         weight = model.norm.weight
         is_fast = check_mode(mode, quantize, weight.device, weight.dtype)
         network = FastTransformer(model, quantize) if is_fast else model
-        self.engine = Engine(network, rows, model.params.max_seq_len, tokenizer, seed)
+        self.engine = Engine(
+            network, rows, model.params.max_seq_len, tokenizer, seed,
+            cache_dtype=cache_dtype(mode, kv_cache),
+        )  # fmt: skip
         self._generator = torch.Generator(model.device).manual_seed(seed)
         self._inboxes: dict[Request, deque[Event]] = {}  # of the streams that are open
 
@@ -450,5 +458,5 @@ def _load(setup: doctor.Setup) -> Transformer:
     n_kv_heads = max(args.local_kv_heads(1), setup.mp_size)
     with torch.device("meta"):
         model = Transformer(replace(args, n_kv_heads=n_kv_heads))
-    checkpoint.load(model, setup.opened, setup.device, setup.dtype)
+    checkpoint.load(model, setup.opened, setup.device, setup.dtype, setup.quantize)
     return model

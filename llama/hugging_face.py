@@ -213,7 +213,7 @@ def map_tensors(folder: Path) -> dict[str, Tensor]:
         weight_map, files = None, ["model.safetensors"]
     tensors: dict[str, Tensor] = {}
     for file in files:
-        found = _map_file(folder / file)
+        found = map_file(folder / file)
         wanted = found if weight_map is None else [n for n in weight_map if weight_map[n] == file]
         for name in wanted:
             if name not in found:
@@ -228,7 +228,8 @@ def map_tensors(folder: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def _map_file(path: Path) -> dict[str, Tensor]:
+def map_file(path: Path) -> dict[str, Tensor]:
+    """The tensors of one `.safetensors` file by the names it gives them, mapped, not read."""
     if reason := why_unreadable(path):
         raise CheckpointError(f"cannot read {path}: {reason}")
     try:

@@ -2,12 +2,14 @@
 
 import os
 from dataclasses import dataclass, replace
+from operator import mul
 
 import torch
 
 from llama import checkpoint, parallel
 from llama.config import PRESETS, ModelArgs
 from llama.errors import ConfigError
+from llama.fast import BYTES, Width, is_quantized
 
 SPLITS = {0: "rows (dim 0)", 1: "columns (dim 1)", None: "copied"}
 UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
@@ -57,9 +59,17 @@ def weights_of(args: ModelArgs, mp_size: int) -> list[Weight]:
 
 
 def cache_bytes(args: ModelArgs, mp_size: int, dtype: torch.dtype) -> int:
-    """Keys and values of one token in all layers, on one rank."""
+    """Keys and values of one token in all layers, on one rank; in int8 with their scales."""
     heads = max(1, args.local_kv_heads(mp_size))
-    return 2 * args.n_layers * heads * args.head_dim * dtype.itemsize
+    scale = torch.float32.itemsize if dtype == torch.int8 else 0
+    return 2 * args.n_layers * heads * (args.head_dim * dtype.itemsize + scale)
+
+
+def bytes_of(name: str, dtype: torch.dtype, quantization: Width | None) -> float:
+    """Of one number of a weight, with its share of the scales."""
+    if quantization is not None and is_quantized(name):
+        return BYTES[quantization]
+    return dtype.itemsize
 
 
 def flops_per_token(args: ModelArgs, context: int) -> int:
@@ -70,15 +80,17 @@ def flops_per_token(args: ModelArgs, context: int) -> int:
     return 2 * (matrices - embedding) + 4 * args.n_layers * args.dim * context
 
 
-def resolve(name: str) -> tuple[str, ModelArgs]:
-    """A preset by its name, or a checkpoint folder; with the name to show."""
+def resolve(name: str) -> tuple[str, ModelArgs, Width | None]:
+    """A preset by its name, or a checkpoint folder; with the name to show, and what the folder's
+    matrices are quantized to."""
     if name in PRESETS:
-        return name, PRESETS[name]
+        return name, PRESETS[name], None
     if os.path.isdir(name):
-        args = checkpoint.read_args(checkpoint.find_folder(name))
+        folder = checkpoint.find_folder(name)
+        args = checkpoint.read_args(folder)
         if args.vocab_size == -1:  # Llama 2's files leave it to the tokenizer
             args.vocab_size = PRESETS["llama-2-7b"].vocab_size
-        return next(iter(args.published()), name), args
+        return next(iter(args.published()), name), args, checkpoint.read_quantization(folder)
     raise ConfigError(f"{name} is no folder and no preset: {', '.join(PRESETS)}")
 
 
@@ -90,7 +102,7 @@ def describe(
     dtype: str = "bfloat16",
 ) -> str:
     """The whole report, as `python -m llama inspect` prints it."""
-    title, args = resolve(name)
+    title, args, quantization = resolve(name)
     args.check_split(mp)
     kind = checkpoint.parse_dtype(dtype)
     context = args.context if max_seq_len is None else max_seq_len
@@ -100,6 +112,12 @@ def describe(
     total = sum(w.parameters for w in weights)
     mine = sum(w.per_rank(mp) for w in weights)
     token = cache_bytes(args, mp, kind)
+    of_each = [bytes_of(w.name, kind, quantization) for w in weights]
+    whole, share = (
+        sum(map(mul, of_each, numbers))
+        for numbers in ([w.parameters for w in weights], [w.per_rank(mp) for w in weights])
+    )
+    saved_in = dtype if quantization is None else f"{quantization}, embedding and norms in {dtype}"
 
     lines = [f"{title}: {total:,} parameters, {args.n_layers} layers, context {args.context:,}", ""]
     header: tuple[str, ...] = (
@@ -133,8 +151,7 @@ def describe(
     lines += [
         "",
         f"ranks            {mp} (can be {', '.join(map(str, args.workable_sizes()))})",
-        f"weights          {size(total * kind.itemsize)} in {dtype}, "
-        f"{size(mine * kind.itemsize)} a rank",
+        f"weights          {size(whole)} in {saved_in}, {size(share)} a rank",
         f"KV cache         {size(token)} a token and rank; {max_batch_size} rows of {context:,}: "
         f"{size(token * context * max_batch_size)} a rank",
         f"FLOPs a token    {flops_per_token(args, 0) / 1e9:,.2f} billion, and "

@@ -5,8 +5,8 @@ eight lanes of a vector: the rows are stored interleaved by eights, and N is rou
 rows of zeros. Dettmers & Zettlemoyer 2023, arxiv.org/abs/2212.09720, compare widths and groups.
 """
 
-from collections.abc import Iterator
-from typing import NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple, Self
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +18,9 @@ LANES = 8  # rows that are interleaved
 QUAD = 4  # neighbours of a row that stay together: 32 bytes are eight rows' quads
 GROUP = 32  # weights of a row that share a scale of four-bit weights
 OFFSET = 8  # four bits are stored as 0 to 15 and mean -8 to 7
-BLOCK = 1 << 22  # weights quantized at once: the copies made on the way stay small
+LAYOUT = 1  # of the tensors below, in files too: another one gets another number
+CUT = (LANES, GROUP)  # rows and columns that stay together where a weight is cut
+BLOCK = 1 << 20  # weights quantized at once: the copies made on the way stay small, and in caches
 
 
 class Int8Weight(NamedTuple):
@@ -26,6 +28,12 @@ class Int8Weight(NamedTuple):
 
     values: Tensor  # int8 (N / 8, K / 4, 8, 4), -127 to 127
     scale: Tensor  # float32 (N,)
+
+    @classmethod
+    def empty(cls, shape: Sequence[int], device: torch.device) -> Self:
+        eights, quads = -(-shape[0] // LANES), shape[1] // QUAD
+        values = torch.empty(eights, quads, LANES, QUAD, dtype=torch.int8, device=device)
+        return cls(values, torch.empty(eights * LANES, device=device))
 
     @property
     def shape(self) -> torch.Size:
@@ -43,27 +51,39 @@ class Int4Weight(NamedTuple):
     packed: Tensor  # uint8 (N / 8, K / 32, 128)
     scales: Tensor  # bfloat16 (N / 8, K / 32, 8)
 
+    @classmethod
+    def empty(cls, shape: Sequence[int], device: torch.device) -> Self:
+        size = -(-shape[0] // LANES), shape[1] // GROUP
+        packed = torch.empty(*size, LANES * GROUP // 2, dtype=torch.uint8, device=device)
+        return cls(packed, torch.empty(*size, LANES, dtype=torch.bfloat16, device=device))
+
     @property
     def shape(self) -> torch.Size:
         eights, groups, _ = self.packed.shape
         return torch.Size((eights * LANES, groups * GROUP))
 
 
-def quantize_int8(w: Tensor) -> Int8Weight:
+Quantized = Int8Weight | Int4Weight
+
+
+def quantize_int8(w: Tensor, largest: Tensor | None = None) -> Int8Weight:
     """Round each row of w, (N, K), to 255 steps; the row's largest weight is ±127.
 
+    largest: (N,) the absolute value of each row's largest, where w is some of its columns.
     Raises ConfigError where w is not a matrix of finite numbers or K is not a multiple of 32.
     """
-    eights = _check(w)
-    values = torch.empty(eights, w.shape[1] // QUAD, LANES, QUAD, dtype=torch.int8, device=w.device)
-    scale = torch.empty(eights, LANES, device=w.device)
+    _check(w)
+    values, flat = weight = Int8Weight.empty(w.shape, w.device)
+    scale = flat.view(-1, LANES)
+    if largest is not None:
+        largest = F.pad(largest.float(), (0, -len(w) % LANES)).view_as(scale)
     for block, rows in _blocks(w):  # (n, 8, K)
-        largest = rows.abs().amax(-1)
-        scale[block] = largest.clamp(min=torch.finfo(torch.float32).tiny) / 127
+        most = rows.abs().amax(-1) if largest is None else largest[block]
+        scale[block] = most.clamp(min=torch.finfo(torch.float32).tiny) / 127
         steps = (rows / scale[block, :, None]).round_().clamp_(-127, 127)
         values[block] = steps.unflatten(-1, (-1, QUAD)).transpose(1, 2)
     _check_finite(scale)
-    return Int8Weight(values, scale.flatten())
+    return weight
 
 
 def quantize_int4(w: Tensor) -> Int4Weight:
@@ -72,12 +92,10 @@ def quantize_int4(w: Tensor) -> Int4Weight:
     A group's scale is the one of two that loses less in squares.
     Raises ConfigError where w is not a matrix of finite numbers or K is not a multiple of 32.
     """
-    eights = _check(w)
-    groups = w.shape[1] // GROUP
-    packed = torch.empty(eights, groups, LANES * GROUP // 2, dtype=torch.uint8, device=w.device)
-    scales = torch.empty(eights, groups, LANES, dtype=torch.bfloat16, device=w.device)
+    _check(w)
+    packed, scales = weight = Int4Weight.empty(w.shape, w.device)
     for block, rows in _blocks(w):  # (n, 8, K)
-        split = rows.unflatten(-1, (groups, GROUP))
+        split = rows.unflatten(-1, (-1, GROUP))
         scale = _best_scale(split)
         bits = (_steps(split, scale) + OFFSET).to(torch.uint8)
         # (n, r, g, half, quad, 4) -> (half, n, g, quad, r, 4)
@@ -85,10 +103,10 @@ def quantize_int4(w: Tensor) -> Int4Weight:
         packed[block] = (low | high << 4).flatten(2)
         scales[block] = scale.transpose(1, 2)
     _check_finite(scales)
-    return Int4Weight(packed, scales)
+    return weight
 
 
-def dequantize(weight: Int8Weight | Int4Weight) -> Tensor:
+def dequantize(weight: Quantized) -> Tensor:
     """The matrix that is stood for: float32 (N, K)."""
     if isinstance(weight, Int8Weight):
         return weight.values.transpose(1, 2).flatten(2).flatten(0, 1) * weight.scale[:, None]
@@ -100,21 +118,21 @@ def dequantize(weight: Int8Weight | Int4Weight) -> Tensor:
 
 def _steps(groups: Tensor, scale: Tensor) -> Tensor:
     """Whole steps of the scale, -8 to 7; where the scale is 0, so is the group."""
-    scale = scale.float()[..., None]
-    return torch.where(scale == 0, 0, groups / scale).round_().clamp_(-8, 7)
+    scale = torch.where(scale == 0, 1, scale.float())[..., None]
+    return (groups / scale).round_().clamp_(-8, 7)
 
 
 def _best_scale(groups: Tensor) -> Tensor:
     """The better scale of each group (..., 32), as stored: the largest weight, whatever its sign,
     falls on -8, the side with a step more, or on -7, with finer steps for the other 31."""
-    largest = groups.gather(-1, groups.abs().argmax(-1, keepdim=True)).squeeze(-1)
-    best, least = largest, torch.full_like(largest, torch.inf)
-    for steps in (-8, -7):
-        scale = (largest / steps).bfloat16()
-        rounded = _steps(groups, scale) * scale.float()[..., None]
-        loss = (rounded - groups).square_().sum(-1)
-        best, least = torch.where(loss < least, scale, best), torch.minimum(loss, least)
-    return best.bfloat16()
+    least, most = groups.amin(-1), groups.amax(-1)
+    largest = torch.where(-least > most, least, most)
+    scales = [(largest / steps).bfloat16() for steps in (-8, -7)]
+    losses = []
+    for scale in scales:
+        rounded = _steps(groups, scale).mul_(scale.float()[..., None])
+        losses.append(rounded.sub_(groups).square_().sum(-1))
+    return torch.where(losses[1] < losses[0], scales[1], scales[0])
 
 
 def _blocks(w: Tensor) -> Iterator[tuple[slice, Tensor]]:
@@ -126,15 +144,50 @@ def _blocks(w: Tensor) -> Iterator[tuple[slice, Tensor]]:
         yield slice(start, start + size), rows.unflatten(0, (-1, LANES))
 
 
-def _check(w: Tensor) -> int:
-    """How many eights of rows the matrix fills."""
+def _check(w: Tensor) -> None:
     if w.dim() != 2 or not w.is_floating_point():
         raise ConfigError(f"a matrix of floats can be quantized, not {w.dtype} {tuple(w.shape)}")
     if w.shape[1] == 0 or w.shape[1] % GROUP:
         raise ConfigError(f"a row of {w.shape[1]} weights cannot be quantized: {GROUP} go together")
-    return -(-len(w) // LANES)
 
 
 def _check_finite(scale: Tensor) -> None:
     if not scale.isfinite().all():
         raise ConfigError("a matrix with weights that are not finite cannot be quantized")
+
+
+# ---- parts ------------------------------------------------------------------------------------
+# The first dimension of every tensor goes along the rows, the second, where there is one, along
+# the columns.
+
+
+def narrow(weight: Quantized, dim: int, start: int, length: int) -> Quantized:
+    """Some rows (dim 0) or columns (1), as views; `Tensor.narrow`.
+
+    Raises ConfigError where that would cut through what is stored together.
+    """
+    if start % CUT[dim] or length % CUT[dim]:
+        what = ("rows", "columns")[dim]
+        raise ConfigError(
+            f"quantized, {length} {what} from {start} on cannot be cut out: {CUT[dim]} go together"
+        )
+
+    def part(tensor: Tensor) -> Tensor:
+        if dim >= tensor.dim():
+            return tensor
+        step = weight.shape[dim] // tensor.shape[dim]
+        return tensor.narrow(dim, start // step, length // step)
+
+    return type(weight)(*map(part, weight))
+
+
+def join(parts: Sequence[Quantized], dim: int) -> Quantized:
+    """One weight of parts along its rows (dim 0) or columns (1), contiguous; a single part that
+    is so stays where it is. What parts of columns have in common, a row's scale, is the first's."""
+
+    def joined(tensors: tuple[Tensor, ...]) -> Tensor:
+        if len(tensors) == 1 or dim >= tensors[0].dim():
+            return tensors[0].contiguous()
+        return torch.cat(tensors, dim)
+
+    return type(parts[0])(*map(joined, zip(*parts, strict=True)))

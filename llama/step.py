@@ -152,7 +152,8 @@ class Step:
     def _point_to(self, cache: KVCache, seqlen: int) -> None:
         self._cache[between.SEQLEN] = seqlen
         self._cache[between.TO_LAYER : between.KEYS] = cache.k.stride()[:3]
-        self._cache[between.KEYS : between.KEY_SCALES] = cache.k.data_ptr(), cache.v.data_ptr()
+        held = (cache.k, cache.v, cache.k_scale, cache.v_scale)
+        self._cache[between.KEYS :] = [0 if t is None else t.data_ptr() for t in held]
 
     def _check(self, ids: list[int], starts: list[int], seqlen: int, cache: KVCache) -> None:
         """The tasks look at no limits: they would write anywhere."""

@@ -23,8 +23,8 @@ from llama.sampling import SamplingParams
 # Flags that `Llama.build` gets. The seed is one of them: then the same command says the same, and
 # an answer that is asked for again is another.
 BUILD_FLAGS = (
-    "ckpt_dir", "tokenizer_path", "max_seq_len", "seed", "mode", "quantize", "device", "dtype",
-    "rope_factor",
+    "ckpt_dir", "tokenizer_path", "max_seq_len", "seed", "mode", "quantize", "kv_cache", "device",
+    "dtype", "rope_factor",
 )  # fmt: skip
 SIGN_OF_LIFE = parallel.TIMEOUT.total_seconds() / 5
 

@@ -52,29 +52,33 @@ def verify(folder: str | Path, write_manifest: bool = True) -> tuple[str, list[s
 def _wrong_numbers(opened: Checkpoint) -> Iterator[str]:
     """Tensors that are not finite, copies that are not equal, tensors of another dtype."""
     dtype = opened.dtype
-    bar = tqdm(opened.args.parameter_shapes(), "Tensors", unit="tensor", delay=2)
-    for name in bar:
-        called = opened.called(name)
-        is_copied = parallel.shard_dim(name, opened.args.embedding_shard_dim) is None
-        first = opened.shards[0][name]
-        for i, shard in enumerate(opened.shards):
-            where = f"{opened.file_of(i)}: {called}"
-            tensor = shard[name]
-            if not _is_finite(tensor):
-                yield f"{where} has numbers that are not finite"
-            if tensor.dtype != dtype:
-                yield f"{where} is {tensor.dtype}, the output matrix {dtype}"
-            if is_copied and i > 0 and not torch.equal(tensor, first):
-                yield f"{where} should be equal in all shards, but is not that of the first"
+    whose = "the output matrix" if opened.quantization is None else "the embedding"
+    for weight, shape in tqdm(opened.args.parameter_shapes().items(), "Tensors", delay=2):
+        dim = parallel.shard_dim(weight, opened.args.embedding_shard_dim)
+        for name, (_, fixed) in opened.stored(weight, shape).items():
+            first = opened.shards[0][name]
+            is_copied = dim is None or dim >= first.dim()  # such as the scale of whole rows
+            for i, shard in enumerate(opened.shards):
+                where = f"{opened.file_of(i)}: {opened.called(name)}"
+                tensor = shard[name]
+                if not _is_finite(tensor):
+                    yield f"{where} has numbers that are not finite"
+                if fixed is None and tensor.dtype != dtype:
+                    yield f"{where} is {tensor.dtype}, {whose} {dtype}"
+                if is_copied and i > 0 and not torch.equal(tensor, first):
+                    yield f"{where} should be equal in all shards, but is not that of the first"
 
 
 def _copied_shards(opened: Checkpoint) -> Iterator[str]:
     """Shards that hold the same part of the model: no two parts of a trained matrix are equal."""
-    parts = [shard[PART] for shard in opened.shards]
+    parts = [
+        next(tensor for name, tensor in shard.items() if name.startswith(PART))
+        for shard in opened.shards
+    ]
     for i, part in enumerate(parts):
         for j in range(i):
             if torch.equal(part, parts[j]):
-                yield f"{opened.file_of(i)} is a copy of {checkpoint.shard_name(j)}"
+                yield f"{opened.file_of(i)} is a copy of {opened.file_of(j).name}"
                 break
 
 
@@ -149,12 +153,12 @@ def title_of(opened: Checkpoint) -> str:
         total = sum(weight.parameters for weight in weights_of(opened.args, 1))
         model = f"a Llama of {total:,} parameters"
     size = sum(path.stat().st_size for path in _files(opened.folder)) / 1e9
-    first = next(iter(opened.shards[0].values()))
     if opened.is_hugging_face:
         layout = "Hugging Face's layout"
     else:
         layout = f"{len(opened.shards)} shard{'s' if len(opened.shards) > 1 else ''}"
-    dtype = str(first.dtype).removeprefix("torch.")
+    first = next(iter(opened.shards[0].values()))
+    dtype = opened.quantization or str(first.dtype).removeprefix("torch.")
     return f"{model}, {kind_of(opened.folder)}, {layout}, {dtype}, {size:.2f} GB"
 
 

@@ -1,5 +1,7 @@
 """Conversion loses no bit and leaves no half of anything; inspect adds up."""
 
+import json
+import math
 import os
 import signal
 import subprocess
@@ -11,7 +13,10 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from ranks import run_ranks
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from test_doctor import make_setup
 from test_resharding import MODELS, TOKENS, logits_of, make_model, write_meta
 
 from llama import Llama, Transformer, checkpoint
@@ -20,6 +25,8 @@ from llama.config import PRESETS, ModelArgs, read_params
 from llama.convert import convert
 from llama.errors import CheckpointError, ConfigError
 from llama.inspect import cache_bytes, describe, flops_per_token, weights_of
+from llama.quantize import Int4Weight, Int8Weight
+from llama.verify import verify
 
 
 def tensors_of(folder: Path) -> list[dict[str, torch.Tensor]]:
@@ -110,6 +117,9 @@ def test_a_dtype_can_be_asked_for(sources: dict[str, Path], tmp_path: Path) -> N
     }
 
 
+# ---- what may go wrong ------------------------------------------------------------------------
+
+
 def test_nothing_is_replaced_unless_told(sources: dict[str, Path], tmp_path: Path) -> None:
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "file").write_text("precious")
@@ -128,6 +138,9 @@ def test_nothing_is_replaced_unless_told(sources: dict[str, Path], tmp_path: Pat
         (dict(to="hf", mp=2), "mp is 2"),
         (dict(to="meta", mp=3), "cannot be split over 3 ranks, it can over 1, 2, 4, 8, 16"),
         (dict(to="meta", dtype="int4"), "dtype is int4"),
+        (dict(quantize="int3"), "quantize is 'int3': int8 or int4"),
+        (dict(to="hf", quantize="int8"), "are not quantized here: to must be meta"),
+        (dict(quantize="int4", mp=8), "wo.weight: a row of 16 weights cannot be quantized"),
     ],
 )
 def test_what_cannot_be_converted(
@@ -197,6 +210,141 @@ def test_a_kill_leaves_no_folder_and_the_next_try_succeeds(
     assert not (tmp_path / "out").exists()
     convert(sources["mha"], tmp_path / "out", "meta", mp=2)
     assert_same(tmp_path / "out", sources["mha"])
+
+
+# ---- quantized --------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def floats(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of a width that four ranks can share, and that eight and four bits can hold."""
+    return write_meta(tmp_path_factory.mktemp("floats") / "1", make_model(**WIDE), 1)
+
+
+WIDE = dict(dim=256, hidden_dim=512, n_kv_heads=4)
+
+
+def rounded(folder: Path, **options: Any) -> tuple[dict[str, torch.Tensor], Any]:
+    """What fast mode computes with, and says."""
+    llama = Llama.build(folder, mode="fast", max_seq_len=64, **options)
+    tensors = dict(llama.model.state_dict())
+    for name, module in llama.model.named_modules():
+        if isinstance(weight := getattr(module, "weight", None), Int8Weight | Int4Weight):
+            tensors |= {f"{name}.{field}": t for field, t in weight._asdict().items()}
+    generated = llama.generate([[1, 2, 3], [4] * 20], max_gen_len=8, temperature=0, logprobs=True)
+    return tensors, generated
+
+
+def assert_equal(one: Any, two: Any) -> None:
+    assert one[0].keys() == two[0].keys()
+    assert all(torch.equal(tensor, two[0][name]) for name, tensor in one[0].items())
+    assert one[1] == two[1]
+
+
+@pytest.mark.parametrize("width", ["int8", "int4"])
+def test_saved_is_quantized_at_load(floats: Path, tmp_path: Path, width: Any) -> None:
+    """To the bit, from any number of shards at any number of ranks."""
+    saved = [convert(floats, tmp_path / f"saved{mp}", mp=mp, quantize=width) for mp in (1, 2, 4)]
+    at_load = rounded(floats, quantize=width)
+    assert any(
+        name.endswith("wo.values" if width == "int8" else "wo.packed") for name in at_load[0]
+    )
+    for folder in saved:
+        assert_equal(rounded(folder), at_load)
+        assert_equal(rounded(folder, quantize=width), at_load)
+
+
+def compare_on_rank(trials: list[tuple[Path, list[Path], Any]]) -> None:
+    for source, saved, width in trials:
+        at_load = rounded(source, quantize=width)
+        for folder in saved:
+            assert_equal(rounded(folder), at_load)
+
+
+def test_saved_is_quantized_at_load_on_two_ranks(floats: Path, tmp_path: Path) -> None:
+    """Also where both have the same key/value head."""
+    one_head = write_meta(tmp_path / "1", make_model(**WIDE | dict(n_kv_heads=1)), 1)
+    trials = [
+        (
+            source,
+            [convert(source, tmp_path / f"{i}-{mp}", mp=mp, quantize=width) for mp in sizes],
+            width,
+        )
+        for i, (source, sizes, width) in enumerate(
+            [(floats, (1, 2, 4), "int8"), (floats, (1, 4), "int4"), (one_head, (1, 2), "int8")]
+        )
+    ]
+    run_ranks(2, tmp_path, compare_on_rank, trials)
+
+
+@pytest.mark.parametrize("name", ["tied", "llama-2"])
+def test_families_are_saved_quantized(name: str, tmp_path: Path) -> None:
+    """Where the embedding is the output matrix, that is saved beside it."""
+    source = write_meta(tmp_path / "1", make_model(**MODELS[name] | dict(hidden_dim=512)), 1)
+    at_load = rounded(source, quantize="int8")
+    assert "output.values" in at_load[0]
+    for mp in (1, 2):
+        saved = convert(source, tmp_path / f"saved{mp}", quantize="int8", mp=mp)
+        assert_equal(rounded(saved), at_load)
+
+
+def test_saved_weights_are_mapped(floats: Path, tmp_path: Path) -> None:
+    saved = convert(floats, tmp_path / "saved", quantize="int4")
+    opened = checkpoint.open_checkpoint(saved)
+    addresses = {tensor.data_ptr() for tensor in opened.shards[0].values()}
+    model = Transformer(opened.args)
+    checkpoint.load(model, opened, torch.device("cpu"), None, "int4")
+    for module in model.modules():
+        weight = getattr(module, "weight", ())
+        tensors = weight if isinstance(weight, tuple) else (weight,)
+        assert {tensor.data_ptr() for tensor in tensors} <= addresses
+    setup = make_setup(saved, mode="fast")
+    assert setup.weight_bytes() == (0, sum(t.nbytes for t in opened.shards[0].values()))
+    assert make_setup(floats, mode="fast", quantize="int4").weight_bytes()[0] > 0
+
+
+def test_what_is_said_of_a_quantized_folder(floats: Path, tmp_path: Path) -> None:
+    saved = convert(floats, tmp_path / "saved", quantize="int8", mp=2)
+    title, problems = verify(saved)
+    assert problems == []
+    assert ", 2 shards, int8, " in title
+    assert "in int8, embedding and norms in bfloat16" in describe(str(saved))
+    with safe_open(saved / "consolidated.01.safetensors", "pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    tensors["layers.0.attention.wo.weight.scale"][3] *= 2
+    tensors["layers.0.attention.wq.weight.scale"][3] = math.nan
+    save_file(tensors, saved / "consolidated.01.safetensors")
+    (saved / "SHA256SUMS").unlink()
+    one, two = verify(saved)[1]
+    assert "wq.weight.scale has numbers that are not finite" in one
+    assert "wo.weight.scale should be equal in all shards" in two
+
+
+def test_what_a_quantized_folder_is_not_for(floats: Path, tmp_path: Path) -> None:
+    saved = convert(floats, tmp_path / "saved", quantize="int8")
+    for options, message in (
+        (dict(), "saved is saved in int8, which is for mode fast"),
+        (dict(mode="fast", quantize="int4"), "saved in int8: it cannot be had in int4"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            Llama.build(saved, **options)
+    with pytest.raises(CheckpointError, match="is quantized to int8: convert what it was made of"):
+        convert(saved, tmp_path / "hf", "hf")
+    params = json.loads((saved / "params.json").read_text())
+    params["quantization"]["layout"] += 1
+    (saved / "params.json").write_text(json.dumps(params))
+    with pytest.raises(CheckpointError, match=": convert the model again"):
+        Llama.build(saved, mode="fast")
+
+
+def test_parts_that_cannot_be_cut(tmp_path: Path) -> None:
+    """The columns of `w2` over four ranks: 80 each."""
+    source = write_meta(tmp_path / "1", make_model(**WIDE | dict(hidden_dim=320)), 1)
+    saved = convert(source, tmp_path / "saved", quantize="int4")
+    opened = checkpoint.open_checkpoint(saved)
+    name = "layers.0.feed_forward.w2.weight"
+    with pytest.raises(ConfigError, match=f"{name}: quantized, 80 columns from 80 on cannot be"):
+        opened.quantized_part(name, 4, 1, "int4")
 
 
 # ---- inspect ------------------------------------------------------------------------------

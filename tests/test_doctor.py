@@ -28,8 +28,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_meta(tmp_path_factory.mktemp("doctor") / "Tiny", make_model(n_kv_heads=4), 2)
 
 
-def make_setup(folder: Path, mp: int = 1, dtype: str | None = None, rows: int = 4) -> Setup:
-    return Setup.make(checkpoint.open_checkpoint(folder), mp, mp, 128, rows, CPU, dtype)
+def make_setup(
+    folder: Path, mp: int = 1, dtype: str | None = None, rows: int = 4, **options: Any
+) -> Setup:
+    opened = checkpoint.open_checkpoint(folder)
+    return Setup.make(opened, mp, mp, 128, rows, CPU, dtype, **options)
 
 
 # ---- memory -----------------------------------------------------------------------------------

@@ -104,17 +104,22 @@ def build(folder: Path) -> tuple[str, dict[str, Any]]:
 
 
 def build_with(folder: Path, file: str, content: bytes) -> Callable[[], object]:
-    """Build with another content of one file, which is put back after."""
+    """Build with another content of one file."""
+    return with_content(folder / file, content, partial(build, folder))
 
-    def call() -> object:
-        original = (folder / file).read_bytes()
-        (folder / file).write_bytes(content)
+
+def with_content(path: Path, content: bytes, call: Callable[[], object]) -> Callable[[], object]:
+    """The call with another content of a file, which is put back after."""
+
+    def changed() -> object:
+        original = path.read_bytes()
+        path.write_bytes(content)
         try:
-            return build(folder)
+            return call()
         finally:
-            (folder / file).write_bytes(original)
+            path.write_bytes(original)
 
-    return call
+    return changed
 
 
 def test_what_ends_a_child_is_named() -> None:
@@ -286,6 +291,57 @@ def test_mutations_of_a_pickle_do_no_harm(folders: Path) -> None:
         cases[f"seed {seed}"] = build_with(folders / "meta", file, content)
     kinds = {outcome[0] for outcome in isolated(cases).values()}
     assert kinds == {"ok", "error"}
+
+
+# ---- quantized folders --------------------------------------------------------------------------
+
+QUANTIZED = "consolidated.00.safetensors"
+
+
+@pytest.fixture(scope="module", params=["int8", "int4"])
+def quantized(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("quantized")
+    make_checkpoint(root / "floats", PARAMS | dict(dim=64, multiple_of=64), dtype=torch.bfloat16)
+    write_tokenizer(root / "floats" / "tokenizer.model", demo_pieces())
+    return convert(root / "floats", root / request.param, quantize=request.param)
+
+
+def build_quantized(folder: Path) -> str:
+    model = Llama.build(folder, mode="fast", device="cpu").model
+    digest = hashlib.sha256()
+    for module in model.modules():
+        weight = getattr(module, "weight", ())
+        for tensor in weight if isinstance(weight, tuple) else (weight,):
+            digest.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
+            digest.update(tensor.detach().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def test_a_quantized_file_cut_anywhere(quantized: Path) -> None:
+    whole = (quantized / QUANTIZED).read_bytes()
+    build = partial(build_quantized, quantized)
+    ends = [len(whole) * i // 16 for i in range(16)]
+    cases = {str(end): with_content(quantized / QUANTIZED, whole[:end], build) for end in ends}
+    for kind, _, message in isolated(cases).values():
+        assert kind == "error"
+        assert QUANTIZED in message
+
+
+@pytest.mark.parametrize("file", ["params.json", QUANTIZED])
+def test_mutations_of_a_quantized_folder(quantized: Path, file: str) -> None:
+    digest = build_quantized(quantized)
+    data = (quantized / file).read_bytes()
+    cases: Cases = {}
+    for seed in range(300):
+        draw = random.Random(seed)
+        spoil = spoil_header if file == QUANTIZED else draw.choice((spoil_bytes, spoil_json))
+        content = spoil(draw, data)
+        build = partial(build_quantized, quantized)
+        if b'"F16"' not in content:
+            case = f"seed {seed}: {content[:2000]!r}"
+            cases[case] = with_content(quantized / file, content, build)
+    for name, (kind, *found) in isolated(cases).items():
+        assert kind == "error" or found[0] == digest, name
 
 
 # ---- sizes that no machine has ------------------------------------------------------------------

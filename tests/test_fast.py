@@ -89,7 +89,6 @@ def test_quantized_weights_say_nearly_the_same(quantize: Any, limit: float) -> N
     plain = score(Llama.build(mode="fast"), [TALE]).nats_per_token
     llama = Llama.build(mode="fast", quantize=quantize)
     assert abs(score(llama, [TALE]).nats_per_token - plain) < limit
-    assert llama.model.layers[0].attention.wq.weight.is_meta  # given up
     text = llama.text_completion(["Once upon a time"], temperature=0, max_gen_len=20)
     assert len(text[0]["generation"]) > 20
 

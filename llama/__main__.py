@@ -15,7 +15,16 @@ from llama.errors import DataError, GenerationError, LlamaError, one_line
 
 # Flags that are texts, whatever they look like: fire takes 1.50 for a number.
 as_text: Callable[[Callable[..., None]], Callable[..., None]] = SetParseFn(
-    str, "prompt", "stop", "ckpt_dir", "tokenizer_path", "device", "dtype", "mode", "quantize"
+    str,
+    "prompt",
+    "stop",
+    "ckpt_dir",
+    "tokenizer_path",
+    "device",
+    "dtype",
+    "mode",
+    "quantize",
+    "draft",
 )
 
 
@@ -31,6 +40,8 @@ def complete(prompt: str | None = None, *words: str, **flags: Any) -> None:
               --tokenizer_path FILE --max_seq_len N --mode fast|reference
               --quantize int8|int4 (round the weights: mode fast on a CPU, extra [fast])
               --device cpu|cuda|mps --dtype float32|bfloat16|float16 --rope_factor X
+    Faster:   --draft FOLDER (a smaller model proposes tokens) or --lookup (they are looked up in
+              the text so far); the texts stay the same
     Sampling: --temperature 0.6 (0: the likeliest) --top_p 0.9 --top_k 0 --min_p 0 --seed 1
               --repetition_penalty 1 --presence_penalty 0 --frequency_penalty 0
     End:      --max_gen_len N --stop TEXT --ignore_eos
@@ -266,6 +277,8 @@ def batch(
     quantize: str | None = None,
     device: str | None = None,
     dtype: str | None = None,
+    draft: str | None = None,
+    lookup: bool = False,
     force: bool = False,
     **sampling: Any,
 ) -> None:
@@ -295,6 +308,8 @@ def batch(
         quantize: int8 or int4: round the weights (mode fast on a CPU, extra [fast]).
         device: cpu or cuda; by default the best there is.
         dtype: float32, bfloat16 or float16; by default as in Llama.build.
+        draft: folder of a smaller model that proposes tokens; the texts stay the same.
+        lookup: look up in the text so far what may come; the texts stay the same.
         force: start anew, whatever OUTPUT holds.
     """
     from llama.batch import run_batch
@@ -305,7 +320,7 @@ def batch(
         tokenizer_path=tokenizer_path and str(tokenizer_path), max_seq_len=max_seq_len,
         max_batch_size=max_batch_size, model_parallel_size=model_parallel_size, mode=mode,  # type: ignore[arg-type]
         quantize=quantize,  # type: ignore[arg-type]
-        device=device, dtype=dtype, force=force,
+        device=device, dtype=dtype, draft=draft, lookup=lookup, force=force,
     )  # fmt: skip
     if is_main_rank():
         print(f"{n_lines:,} lines in {output}, {n_failed:,} of them failed")

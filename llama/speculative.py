@@ -1,0 +1,186 @@
+"""Speculative decoding: tokens are proposed cheaply, and one forward of the model checks them all.
+
+Leviathan et al. 2023, arxiv.org/abs/2211.17192; Chen et al. 2023, arxiv.org/abs/2302.01318. A
+forward of a few tokens costs hardly more than one of a single token, as both read all weights, and
+gives the logits after each of them. Of the proposals those count which are what the model's own
+sampling draws at their place, up to the first that is not. So every token is drawn from the model's
+own distribution, by the same random numbers as without proposals, which only decide how many
+tokens a step brings.
+
+Here is what is proposed and how much of it pays; the engine does the forwards.
+"""
+
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from itertools import takewhile
+from operator import eq
+
+import torch
+from torch import Tensor
+
+from llama import sampling
+from llama.config import ModelArgs
+from llama.errors import ConfigError, GenerationError
+from llama.request import Request
+
+MOST = 15  # proposals for a row in one step
+NGRAM = 3  # tokens that must stand in the text already for a look-up
+GAIN = 1.05  # speed over plain decoding from which proposals are worth it
+
+ROW_COST = 0.17  # of a forward's first token, what each further one costs: until that is measured
+PRIOR = 0.6  # share of proposals that are right: until that is known, or forgotten
+MEMORY = 0.97  # of what is known about a share from one step to the next
+
+
+def check_draft(draft: ModelArgs, vocab_size: int, max_seq_len: int) -> None:
+    """Raise ConfigError where a model of this shape cannot draft for one with that vocabulary, in
+    texts of up to that length."""
+    if draft.vocab_size != vocab_size:
+        raise ConfigError(
+            f"the draft model's vocab_size is {draft.vocab_size}, the model's {vocab_size}: they "
+            "must have the same vocabulary"
+        )
+    if draft.max_seq_len < max_seq_len:
+        raise ConfigError(
+            f"the draft model's max_seq_len is {draft.max_seq_len}: it must be {max_seq_len}, the "
+            "model's, or above"
+        )
+
+
+class Lookup:
+    """Prompt look-up (Saxena 2023, github.com/apoorvumang/prompt-lookup-decoding): proposes what
+    followed the last NGRAM tokens where they stood before, in the prompt or the answer."""
+
+    def __init__(self) -> None:
+        self._text: list[int] = []
+        self._next: dict[tuple[int, ...], int] = {}  # place of the token after an n-gram
+
+    def extend(self, tokens: Sequence[int]) -> None:
+        """Add tokens to the text."""
+        for token in tokens:
+            if len(self._text) >= NGRAM:
+                self._next[tuple(self._text[-NGRAM:])] = len(self._text)
+            self._text.append(token)
+
+    def propose(self, most: int) -> list[int]:
+        """The tokens that may follow: `most`, or none where the last NGRAM are new."""
+        start = self._next.get(tuple(self._text[-NGRAM:]))
+        if start is None:
+            return []
+        # A text that repeats itself up to its end is thought to go on so.
+        period = len(self._text) - start
+        return [self._text[start + i % period] for i in range(most)]
+
+
+def guess(
+    logits: Tensor, request: Request, proposed: Sequence[int], generator: torch.Generator
+) -> int:
+    """What a draft model proposes after the request's tokens and `proposed`, from its logits (V,):
+    what would be sampled from them.
+
+    generator: a copy of the request's. The same random numbers draw the same token from the model's
+    own logits where these are alike: the rule by which Leviathan accepts a token of any draw is not
+    needed, and the text is the same whatever is proposed; Daliri et al. 2024,
+    arxiv.org/abs/2408.07978.
+    """
+    params = request.params
+    if params.logits_processor is not None:  # the caller's, who wants it called once a token
+        params = replace(params, logits_processor=None)
+    generated = [*request.tokens, *proposed]
+    try:
+        return int(sampling.choose(logits, params, request.prompt_tokens, generated, generator))
+    except GenerationError:  # logits that are not finite; any token will do, as it is checked
+        return 0
+
+
+class Guesses:
+    """What is proposed to follow a request's tokens, and how that fares.
+
+    Attributes: `proposed`, the latest, of which a step may check only a part; `rate`, about the
+    probability that a proposal is right where those before it are.
+    """
+
+    def __init__(self) -> None:
+        self.proposed: list[int] = []
+        self._n_seen = 0
+        self._right = PRIOR
+        self._tried = 1.0
+
+    @property
+    def rate(self) -> float:
+        return self._right / self._tried
+
+    def review(self, tokens: Sequence[int]) -> Sequence[int]:
+        """Compare what was proposed, checked or not, with the request's tokens that came since;
+        returns these, and proposes nothing any more.
+
+        All that is known fades: after proposals have failed, they come to be tried again.
+        """
+        came = tokens[self._n_seen :]
+        right = n_alike(self.proposed, came)
+        has_failed = right < min(len(self.proposed), len(came))
+        self._right = MEMORY * self._right + (1 - MEMORY) * PRIOR + right
+        self._tried = MEMORY * self._tried + (1 - MEMORY) + right + has_failed
+        self.proposed, self._n_seen = [], len(tokens)
+        return came
+
+
+class StepTimes:
+    """Seconds that forwards of so many tokens take, from those that were timed.
+
+    first: what a token is thought to take until any was timed.
+    """
+
+    LAST = 8  # times of a number that count
+    FEW = 3  # as long as there are fewer, the expected time counts too: the first may be slow
+    AGE = 256  # after as many to twice as many forwards a time is forgotten
+
+    def __init__(self, first: float) -> None:
+        self._first = first
+        self._times: dict[int, deque[float]] = {}
+        self._older: dict[int, deque[float]] = {}
+        self._count = 0
+
+    def add(self, n_tokens: int, seconds: float) -> None:
+        self._count += 1
+        if self._count % self.AGE == 0:
+            self._older, self._times = self._times, {}
+        self._times.setdefault(n_tokens, deque(maxlen=self.LAST)).append(seconds)
+
+    def seconds(self, n_tokens: int) -> float:
+        """The least of the last times, as whatever disturbs makes them longer; where there are few
+        or none, what ROW_COST makes of the time of the next smaller number."""
+        known = self._older | self._times
+        times = known.get(n_tokens, ())
+        if len(times) >= self.FEW:
+            return min(times)
+        nearest = max((n for n in known if n < n_tokens), default=0)
+        expected = self.seconds(nearest) if nearest else self._first
+        expected *= (1 + ROW_COST * (n_tokens - 1)) / (1 + ROW_COST * max(nearest - 1, 0))
+        return min([*times, expected])
+
+
+def best_length(
+    rates: Sequence[float], limits: Sequence[int], seconds: Callable[[int], float]
+) -> int:
+    """How many tokens to propose for each row, so that the most tokens come in a second.
+
+    rates, limits: of each row, the probability that a proposal is right and how many there can be.
+    seconds: a step's, by its number of proposals for each row; rows with fewer are filled up.
+    Returns 0 where proposals gain less than GAIN.
+    """
+    plain = len(rates) / seconds(0)
+    best, most = 0, GAIN * plain
+    expected = [1.0] * len(rates)  # tokens
+    for length in range(1, max(limits, default=0) + 1):
+        for row, (rate, limit) in enumerate(zip(rates, limits, strict=True)):
+            expected[row] += rate**length if length <= limit else 0.0
+        if (speed := sum(expected) / seconds(length)) > most:
+            best, most = length, speed
+    return best
+
+
+def n_alike(a: Sequence[int], b: Sequence[int]) -> int:
+    """Length of the common beginning."""
+    return sum(1 for _ in takewhile(bool, map(eq, a, b)))

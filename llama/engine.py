@@ -33,7 +33,8 @@ from llama.speculative import (
     StepTimes,
     best_length,
     check_draft,
-    guess,
+    choose,
+    draft_token,
     n_alike,
 )
 from llama.text_stream import TextStream
@@ -347,7 +348,8 @@ class Engine:
         for at in range(seqlen):
             for slot in decoding:
                 slot.tokens.append(fed[slot][at])
-            events += self._next_tokens(decoding, logits[[s.index - first for s in decoding], at])
+            of_slots = logits[[slot.index - first for slot in decoding], at]
+            events += self._next_tokens(decoding, of_slots, at)
             # The next logits count where they were computed after the token that came.
             decoding = [slot for slot in decoding if _goes_on(slot, fed[slot][at + 1 : at + 2])]
             if not decoding:
@@ -355,16 +357,14 @@ class Engine:
         self._times.add(len(rows) * seqlen, time.perf_counter() - start)
         return events
 
-    def _next_tokens(self, slots: list[_Slot], logits: Tensor) -> list[Event]:
-        """Choose a token for each slot from its logits (B, V). A request whose own options fail
-        ends with the error; the others go on."""
+    def _next_tokens(self, slots: list[_Slot], logits: Tensor, at: int = 0) -> list[Event]:
+        """Choose a token for each slot from its logits (B, V), in the place of the proposal with
+        the number `at`. A request whose own options fail ends with the error; the others go on."""
         chosen: list[Tensor] = []
         for slot, row in zip(slots, logits, strict=True):
             request = _request_of(slot)
             try:
-                token = sampling.choose(
-                    row, request.params, request.prompt_tokens, request.tokens, request.generator
-                )
+                token = choose(row, request, slot.guesses, at)
             except Exception as error:  # a logits_processor may raise anything
                 request.error = error
                 token = torch.zeros((), dtype=torch.long, device=logits.device)
@@ -457,7 +457,6 @@ class Engine:
         if not drafting:
             return
         start = time.perf_counter()
-        generators = {slot: _copy(_request_of(slot).generator) for slot in drafting}
         # The last two tokens first: it lacks both, if all that it proposed was right.
         fed = {slot: [slot.tokens[-1], _request_of(slot).tokens[-1]] for slot in drafting}
         positions = {slot: len(slot.tokens) - 1 for slot in drafting}
@@ -478,8 +477,10 @@ class Engine:
             assert logits is not None
             for slot in drafting:
                 row, proposed = logits[slot.index - rows[0].index, -1], slot.guesses.proposed
-                proposed.append(guess(row, _request_of(slot), proposed, generators[slot]))
-                fed[slot] = proposed[-1:]
+                token, q = draft_token(row, _request_of(slot), proposed)
+                proposed.append(token)
+                slot.guesses.drawn_from.append(q)
+                fed[slot] = [token]
                 positions[slot] += seqlen
             seqlen = 1
         for slot in drafting:
@@ -555,10 +556,6 @@ def _goes_on(slot: _Slot, proposal: list[int]) -> bool:
 
 def _filled_up(tokens: list[int], length: int) -> list[int]:
     return tokens + [0] * (length - len(tokens))
-
-
-def _copy(generator: torch.Generator) -> torch.Generator:
-    return torch.Generator(generator.device).set_state(generator.get_state())
 
 
 def _request_of(slot: _Slot) -> Request:

@@ -2,10 +2,12 @@
 
 Leviathan et al. 2023, arxiv.org/abs/2211.17192; Chen et al. 2023, arxiv.org/abs/2302.01318. A
 forward of a few tokens costs hardly more than one of a single token, as both read all weights, and
-gives the logits after each of them. Of the proposals those count which are what the model's own
-sampling draws at their place, up to the first that is not. So every token is drawn from the model's
-own distribution, by the same random numbers as without proposals, which only decide how many
-tokens a step brings.
+gives the logits after each of them. Tokens are drawn from these one after the other, for as long as
+what is drawn is what was proposed. So all come from the model's own distribution.
+
+Greedy tokens and proposals that are looked up need nothing else: the draws are those of plain
+decoding, by the same random numbers. A draft model's proposals are draws too, of which `choose`
+keeps more, at the price that a seed then gives another text of the same distribution.
 
 Here is what is proposed and how much of it pays; the engine does the forwards.
 """
@@ -73,36 +75,35 @@ class Lookup:
         return [self._text[start + i % period] for i in range(most)]
 
 
-def guess(
-    logits: Tensor, request: Request, proposed: Sequence[int], generator: torch.Generator
-) -> int:
-    """What a draft model proposes after the request's tokens and `proposed`, from its logits (V,):
-    what would be sampled from them.
-
-    generator: a copy of the request's. The same random numbers draw the same token from the model's
-    own logits where these are alike: the rule by which Leviathan accepts a token of any draw is not
-    needed, and the text is the same whatever is proposed; Daliri et al. 2024,
-    arxiv.org/abs/2408.07978.
-    """
+def draft_token(
+    logits: Tensor, request: Request, proposed: Sequence[int]
+) -> tuple[int, Tensor | None]:
+    """What a draft model proposes after the request's tokens and `proposed`, from its logits (V,);
+    at a temperature above 0 drawn from q (V,), which is returned too."""
     params = request.params
     if params.logits_processor is not None:  # the caller's, who wants it called once a token
         params = replace(params, logits_processor=None)
-    generated = [*request.tokens, *proposed]
+    text = (params, request.prompt_tokens, [*request.tokens, *proposed])
     try:
-        return int(sampling.choose(logits, params, request.prompt_tokens, generated, generator))
-    except GenerationError:  # logits that are not finite; any token will do, as it is checked
-        return 0
+        if params.temperature == 0:
+            return int(sampling.choose(logits, *text)), None
+        q = sampling.distribution(logits, *text)
+    except GenerationError:  # not finite: any token will do
+        return 0, None
+    return int(torch.multinomial(q, 1, generator=request.generator)), q
 
 
 class Guesses:
     """What is proposed to follow a request's tokens, and how that fares.
 
-    Attributes: `proposed`, the latest, of which a step may check only a part; `rate`, about the
-    probability that a proposal is right where those before it are.
+    Attributes: `proposed`, the latest, of which a step may check only a part; `drawn_from`, the
+    distribution (V,) of each, where a draft model drew them; `rate`, about the probability that a
+    proposal is right where those before it are.
     """
 
     def __init__(self) -> None:
         self.proposed: list[int] = []
+        self.drawn_from: list[Tensor | None] = []
         self._n_seen = 0
         self._right = PRIOR
         self._tried = 1.0
@@ -122,8 +123,28 @@ class Guesses:
         has_failed = right < min(len(self.proposed), len(came))
         self._right = MEMORY * self._right + (1 - MEMORY) * PRIOR + right
         self._tried = MEMORY * self._tried + (1 - MEMORY) + right + has_failed
-        self.proposed, self._n_seen = [], len(tokens)
+        self.proposed, self.drawn_from, self._n_seen = [], [], len(tokens)
         return came
+
+
+def choose(logits: Tensor, request: Request, guesses: Guesses, at: int = 0) -> Tensor:
+    """The request's next token, an id (), from the model's logits (V,).
+
+    at: the number of the proposal in whose place it comes. One that a draft model drew from q is
+    kept with probability min(1, p / q), where p is what `sampling.choose` draws from; else the
+    token is drawn from max(p - q, 0), rescaled.
+    """
+    text = (request.params, request.prompt_tokens, request.tokens)
+    q = guesses.drawn_from[at] if at < len(guesses.drawn_from) else None
+    if q is None:
+        return sampling.choose(logits, *text, request.generator)
+    p, token = sampling.distribution(logits, *text), guesses.proposed[at]
+    number = torch.rand((), generator=request.generator, device=p.device)
+    if number.item() * q[token].item() < p[token].item():
+        return torch.tensor(token, device=p.device)
+    rest = (p - q).clamp(min=0)
+    rest = rest if rest.any() else p  # p and q are the same up to rounding
+    return torch.multinomial(rest, 1, generator=request.generator).squeeze(0)
 
 
 class StepTimes:

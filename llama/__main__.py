@@ -40,8 +40,8 @@ def complete(prompt: str | None = None, *words: str, **flags: Any) -> None:
               --tokenizer_path FILE --max_seq_len N --mode fast|reference
               --quantize int8|int4 (round the weights: mode fast on a CPU, extra [fast])
               --device cpu|cuda|mps --dtype float32|bfloat16|float16 --rope_factor X
-    Faster:   --draft FOLDER (a smaller model proposes tokens) or --lookup (they are looked up in
-              the text so far); the texts stay the same
+    Faster:   --lookup (propose what followed in the text so far) or --draft FOLDER (a smaller
+              model proposes): one forward checks several tokens
     Sampling: --temperature 0.6 (0: the likeliest) --top_p 0.9 --top_k 0 --min_p 0 --seed 1
               --repetition_penalty 1 --presence_penalty 0 --frequency_penalty 0
     End:      --max_gen_len N --stop TEXT --ignore_eos
@@ -308,8 +308,8 @@ def batch(
         quantize: int8 or int4: round the weights (mode fast on a CPU, extra [fast]).
         device: cpu or cuda; by default the best there is.
         dtype: float32, bfloat16 or float16; by default as in Llama.build.
-        draft: folder of a smaller model that proposes tokens; the texts stay the same.
-        lookup: look up in the text so far what may come; the texts stay the same.
+        draft: folder of a smaller model that proposes tokens; a seed then gives other samples.
+        lookup: propose what followed in the text so far; the results stay the same.
         force: start anew, whatever OUTPUT holds.
     """
     from llama.batch import run_batch

@@ -93,11 +93,11 @@ class Llama:
                 counts as float32, because every CPU is fast in it.
             rope_factor: of scaled RoPE; None: as published, 32 for Llama 3.2 and 8 for the others.
                 Meta's own code computes with 8 always.
-            draft: folder or id of a smaller model with the same vocabulary: it proposes tokens,
-                which this one checks several at a time; mode fast. The texts stay the same, and
-                as far as proposals are right they come faster.
-            lookup: propose what followed the last tokens where they stood before, without a draft
-                model; mode fast. For texts that repeat the prompt or themselves.
+            draft: folder or id of a smaller model with the same vocabulary, which proposes tokens
+                that this one checks several at a time; mode fast. Greedy texts stay the same, the
+                samples of a seed are others of the same distribution.
+            lookup: without a draft model, propose what followed the last tokens where they stood
+                before; mode fast. No text changes; those that repeat themselves come sooner.
 
         Raises a LlamaError (a ValueError) that names what does not fit.
         """

@@ -96,7 +96,7 @@ def many(n: int, sampled: bool) -> tuple[list[list[int]], list[dict[str, Any]]]:
     return prompts, options
 
 
-def run_many(proposer: str | None, sampled: bool, n: int = 60) -> list[Any]:
+def run_many(proposer: str | None, sampled: bool, n: int = 40) -> list[Any]:
     """The results of requests that join at random steps, some of which are cancelled."""
     engine = make_engine(proposer, n_slots=5, prefill_chunk=24)
     numbers = random.Random(3)

@@ -65,6 +65,8 @@ def compare(
     plain: Engine, other: Engine, jobs: list[tuple[list[int], SamplingParams]], rounds: int
 ) -> dict[str, float]:
     """Of all jobs: how much faster the other engine is, and how many of its proposals are right."""
+    for engine in (plain, other):  # warm
+        seconds_of(engine, *jobs[0])
     ratios, rates = [], []
     proposed = accepted = 0
     for _ in range(rounds):

@@ -493,17 +493,18 @@ class Engine:
         start = slot.n_drafted
         tokens = slot.tokens[start:-1][:budget]
         if tokens:
-            slot.n_drafted += len(tokens)
+            end = start + len(tokens)
             self._run(
                 Plan(
                     Action.FORWARD,
                     row=slot.index,
-                    n_keys=slot.n_drafted,
+                    n_keys=end,
                     is_draft=True,
                     start_pos=[start],
                     tokens=[tokens],
                 )
             )
+            slot.n_drafted = end
         return len(tokens)
 
     # ---- ranks --------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from llama.errors import DataError, GenerationError, LlamaError, one_line
 # Flags that are texts, whatever they look like: fire takes 1.50 for a number.
 as_text: Callable[[Callable[..., None]], Callable[..., None]] = SetParseFn(
     str, "prompt", "stop", "ckpt_dir", "tokenizer_path", "device", "dtype", "mode", "quantize",
-    "kv_cache",
+    "kv_cache", "draft",
 )  # fmt: skip
 
 
@@ -33,6 +33,8 @@ def complete(prompt: str | None = None, *words: str, **flags: Any) -> None:
               --quantize int8|int4 (round the weights: mode fast on a CPU, extra [fast])
               --kv_cache int8 (keys and values in less memory: mode fast)
               --device cpu|cuda|mps --dtype float32|bfloat16|float16 --rope_factor X
+    Faster:   --lookup (propose what followed in the text so far) or --draft FOLDER (a smaller
+              model proposes): one forward checks several tokens
     Sampling: --temperature 0.6 (0: the likeliest) --top_p 0.9 --top_k 0 --min_p 0 --seed 1
               --repetition_penalty 1 --presence_penalty 0 --frequency_penalty 0
     End:      --max_gen_len N --stop TEXT --ignore_eos
@@ -272,6 +274,8 @@ def batch(
     kv_cache: str | None = None,
     device: str | None = None,
     dtype: str | None = None,
+    draft: str | None = None,
+    lookup: bool = False,
     force: bool = False,
     **sampling: Any,
 ) -> None:
@@ -302,6 +306,8 @@ def batch(
         kv_cache: int8: keys and values in less memory (mode fast).
         device: cpu or cuda; by default the best there is.
         dtype: float32, bfloat16 or float16; by default as in Llama.build.
+        draft: folder of a smaller model that proposes tokens; a seed then gives other samples.
+        lookup: propose what followed in the text so far; the results stay the same.
         force: start anew, whatever OUTPUT holds.
     """
     from llama.batch import run_batch
@@ -311,7 +317,7 @@ def batch(
         str(input), str(output), sampling, seed=seed, ckpt_dir=ckpt_dir and str(ckpt_dir),
         tokenizer_path=tokenizer_path and str(tokenizer_path), max_seq_len=max_seq_len,
         max_batch_size=max_batch_size, model_parallel_size=model_parallel_size, mode=mode,  # type: ignore[arg-type]
-        quantize=quantize, kv_cache=kv_cache,  # type: ignore[arg-type]
+        quantize=quantize, kv_cache=kv_cache, draft=draft, lookup=lookup,  # type: ignore[arg-type]
         device=device, dtype=dtype, force=force,
     )  # fmt: skip
     if is_main_rank():

@@ -39,6 +39,8 @@ def run_batch(
     kv_cache: CacheWidth | None = None,
     device: str | None = None,
     dtype: str | None = None,
+    draft: str | None = None,
+    lookup: bool = False,
     force: bool = False,
 ) -> tuple[int, int]:
     """Continue every prompt and answer every dialog of a JSONL file; go on where a run was stopped.
@@ -77,6 +79,7 @@ def run_batch(
         llama = Llama.build(
             ckpt_dir, tokenizer_path, max_seq_len, max_batch_size, model_parallel_size, seed,
             mode=mode, quantize=quantize, kv_cache=kv_cache, device=device, dtype=dtype,
+            draft=draft, lookup=lookup,
         )  # fmt: skip
         todo = files.todo(done, group, n_groups)
         tasks = (Task(llama, index, line, options, seed) for index, line in todo)

@@ -12,6 +12,7 @@ from llama.chat_format import ChatFormat, Message
 from llama.errors import DataError, GenerationError, LlamaError
 from llama.files import atomic_file
 from llama.generation import Llama
+from llama.request import Request
 from llama.sampling import SamplingParams
 
 HELP = """\
@@ -134,12 +135,14 @@ class Chat:
         sent = prompt if self.answers else self._with_system(messages)
         tokens: list[int] = []
         text, stop_token, end = "", None, ""
+        requests: set[Request] = set()
         start = time.perf_counter()
         first = 0.0
         try:
             with terminal.stream(self.llama, sent, self.params) as events:
                 for event in events:
                     first = first or time.perf_counter() - start
+                    requests.add(event.request)
                     tokens += [] if event.token is None else [event.token]
                     text += event.text
                     terminal.show(event.text)
@@ -150,7 +153,8 @@ class Chat:
             end = "; stopped"
         print(flush=True)
         terminal.note(
-            f"{terminal.speed(len(tokens), start)}, the first token after {first:.2f} s{end}"
+            f"{terminal.speed(len(tokens), start)}, the first token after {first:.2f} s"
+            f"{terminal.guessed(requests)}{end}"
         )
         answer = self.llama.formatter.decode_message(tokens, stop_token)
         answer["content"] = text  # which a stop string may have cut

@@ -254,9 +254,12 @@ def _has_fast_bfloat16(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
 # ---- the report -------------------------------------------------------------------------------
 
 
-def require(setup: Setup, tokenizer: Tokenizer) -> None:
-    """What `Llama.build` asks before it loads; warnings go to the log."""
-    available = available_memory(setup.device)
+def require(setup: Setup, tokenizer: Tokenizer, beside: Setup | None = None) -> None:
+    """What `Llama.build` asks before it loads; warnings go to the log.
+
+    beside: of the model that a draft model is for; what it needs is not free.
+    """
+    available = available_memory(setup.device) - (beside.needed_bytes() if beside else 0)
     for found in (check_tokenizer(setup.opened.args, tokenizer), check_memory(setup, available)):
         if found.level == WARNING and parallel.is_main_rank():
             log.warning(found.text)

@@ -8,11 +8,10 @@ the next request that begins with the same tokens goes on from there.
 Not for several threads at a time: one thread calls all of an engine's methods.
 """
 
+import time
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import takewhile
-from operator import eq
 from typing import SupportsIndex
 
 import numpy as np
@@ -27,8 +26,21 @@ from llama.model import Transformer
 from llama.plan import Action, Plan, Wanted
 from llama.request import Event, FinishReason, Request
 from llama.sampling import SamplingParams
+from llama.speculative import (
+    MOST,
+    Guesses,
+    Lookup,
+    StepTimes,
+    best_length,
+    check_draft,
+    choose,
+    draft_token,
+    n_alike,
+)
 from llama.text_stream import TextStream
 from llama.tokenizer import Tokenizer
+
+Network = Transformer | FastTransformer
 
 PREFILL_CHUNK = 512  # tokens of prompts that one step takes in, at most
 LEAST_REUSE = 16  # tokens: a shorter common beginning is not worth giving up another's row for
@@ -42,6 +54,14 @@ class _Slot:
     tokens: list[int] = field(default_factory=list)
     request: Request | None = None
     last_used: int = 0
+    n_drafted: int = 0  # how many of the tokens the draft model's cache holds too
+    lookup: Lookup = field(default_factory=Lookup)  # of the request's text
+    guesses: Guesses = field(default_factory=Guesses)
+
+    def cut(self, length: int) -> None:
+        """Forget the tokens from some place on."""
+        del self.tokens[max(0, length) :]
+        self.n_drafted = min(self.n_drafted, len(self.tokens))
 
 
 class Engine:
@@ -56,19 +76,24 @@ class Engine:
         seed: requests without a seed of their own draw from one made of this and their number.
         prefill_chunk: tokens of prompts taken in by one step.
         cache_dtype: of the keys and values, int8 too; None: as the model computes.
+        draft: a smaller model with the same vocabulary, which proposes tokens to this one.
+        lookup: without one, propose what followed the last tokens where they stood before.
 
-    Raises GenerationError where a number is out of its range.
+    Raises GenerationError where a number is out of its range, ConfigError for a draft model that
+    does not go with this one.
     """
 
     def __init__(
         self,
-        model: Transformer | FastTransformer,
+        model: Network,
         max_batch_size: int,
         max_seq_len: int,
         tokenizer: Tokenizer | None = None,
         seed: int = 1,
         prefill_chunk: int = PREFILL_CHUNK,
         cache_dtype: torch.dtype | None = None,
+        draft: Network | None = None,
+        lookup: bool = False,
     ) -> None:
         if prefill_chunk < 1:
             raise GenerationError(f"prefill_chunk is {prefill_chunk}: it must be 1 or above")
@@ -77,11 +102,23 @@ class Engine:
         longest = model.params.max_seq_len  # of its RoPE table
         if not 1 <= max_seq_len <= longest:
             raise GenerationError(f"max_seq_len is {max_seq_len}: it must be 1 to {longest}")
+        if draft is not None:
+            check_draft(draft.params, model.vocab_size, max_seq_len)
         self.model = model
+        self._drafts = draft is not None
         self.tokenizer = tokenizer
         self.max_seq_len = max_seq_len
         self.prefill_chunk = prefill_chunk
         self.cache: KVCache = model.make_cache(max_batch_size, max_seq_len, cache_dtype)
+        self._networks = [(model, self.cache)]
+        if draft is not None:
+            self._networks.append(
+                (draft, draft.make_cache(max_batch_size, max_seq_len, cache_dtype))
+            )
+        self._looks_up = lookup and draft is None
+        self._most = MOST if self._looks_up or self._drafts else 0  # proposals
+        self._times = StepTimes(first=1.0)
+        self._draft_times = StepTimes(first=0.0)  # so that it is tried
         self._seed = seed
         self._slots = [_Slot(i) for i in range(max_batch_size)]
         self._waiting: deque[Request] = deque()
@@ -225,7 +262,7 @@ class Engine:
         source, reused = slot, 0
         if not (needs_all or needs_none):
             # The last token is always computed: its logits are wanted. Free slots win a tie.
-            shared = {s: _common_prefix(s.tokens, prompt[:-1]) for s in self._slots if _is_open(s)}
+            shared = {s: n_alike(s.tokens, prompt[:-1]) for s in self._slots if _is_open(s)}
             best = max(shared, key=lambda s: (shared[s], s.request is None), default=slot)
             if shared.get(best, 0) >= LEAST_REUSE:
                 source, reused = best, shared[best]
@@ -234,6 +271,10 @@ class Engine:
         else:
             self._run(Plan(Action.COPY, row=slot.index, source=source.index, n_keys=reused))
         slot.request, slot.tokens = request, prompt[:reused]
+        slot.n_drafted = min(source.n_drafted, reused)
+        slot.guesses, slot.lookup = Guesses(), Lookup()
+        if self._looks_up:
+            slot.lookup.extend(prompt)
         return slot
 
     def _prefill(self, slot: _Slot, budget: int) -> tuple[int, Event | None]:
@@ -281,42 +322,53 @@ class Engine:
         return end - start, self._next_tokens([slot], logits[:, -1])[0]
 
     def _decode(self, decoding: list[_Slot]) -> list[Event]:
-        """One more token for each of the slots, in one forward of all rows from the first to the
-        last of them. A row between that is idle is computed along and forgotten: what it stores
-        stands where its next token will overwrite it."""
+        """One more token for each of the slots, and one for each that was rightly proposed, in one
+        forward of all rows from the first to the last of them. A row between that is idle, or has
+        fewer proposals, is computed along and forgotten: what it stores stands where its next
+        tokens will overwrite it."""
         first, last = decoding[0].index, decoding[-1].index
         rows = self._slots[first : last + 1]
-        fed = {slot: _request_of(slot).tokens[-1] for slot in decoding}
-        for slot in decoding:  # a step that was interrupted may have stored that token already
+        for slot in decoding:  # a step that was interrupted may have stored tokens already
             request = _request_of(slot)
-            del slot.tokens[len(request.prompt_tokens) + len(request.tokens) - 1 :]
+            slot.cut(len(request.prompt_tokens) + len(request.tokens) - 1)
+        proposed = self._propose(decoding, rows)
+        fed = {s: [_request_of(s).tokens[-1], *proposed.get(s, ())] for s in decoding}
+        seqlen = max(map(len, fed.values()))
         start_pos = [len(slot.tokens) for slot in rows]
+        start = time.perf_counter()
         logits = self._run(
             Plan(
                 Action.FORWARD,
                 row=first,
-                n_keys=max(start_pos) + 1,
-                wanted=Wanted.LAST,
+                n_keys=max(start_pos) + seqlen,
+                wanted=Wanted.LAST if seqlen == 1 else Wanted.ALL,
                 is_exact=len(rows) == 1 and _request_of(decoding[0]).is_exact,
                 start_pos=start_pos,
-                tokens=[[fed.get(slot, 0)] for slot in rows],
+                tokens=[_filled_up(fed.get(slot, []), seqlen) for slot in rows],
             )
         )
         assert logits is not None
-        for slot, token in fed.items():
-            slot.tokens.append(token)
-        return self._next_tokens(decoding, logits[[slot.index - first for slot in decoding], -1])
+        events: list[Event] = []
+        for at in range(seqlen):
+            for slot in decoding:
+                slot.tokens.append(fed[slot][at])
+            of_slots = logits[[slot.index - first for slot in decoding], at]
+            events += self._next_tokens(decoding, of_slots, at)
+            # The next logits count where they were computed after the token that came.
+            decoding = [slot for slot in decoding if _goes_on(slot, fed[slot][at + 1 : at + 2])]
+            if not decoding:
+                break
+        self._times.add(len(rows) * seqlen, time.perf_counter() - start)
+        return events
 
-    def _next_tokens(self, slots: list[_Slot], logits: Tensor) -> list[Event]:
-        """Choose a token for each slot from its logits (B, V). A request whose own options fail
-        ends with the error; the others go on."""
+    def _next_tokens(self, slots: list[_Slot], logits: Tensor, at: int = 0) -> list[Event]:
+        """Choose a token for each slot from its logits (B, V), in the place of the proposal with
+        the number `at`. A request whose own options fail ends with the error; the others go on."""
         chosen: list[Tensor] = []
         for slot, row in zip(slots, logits, strict=True):
             request = _request_of(slot)
             try:
-                token = sampling.choose(
-                    row, request.params, request.prompt_tokens, request.tokens, request.generator
-                )
+                token = choose(row, request, slot.guesses, at)
             except Exception as error:  # a logits_processor may raise anything
                 request.error = error
                 token = torch.zeros((), dtype=torch.long, device=logits.device)
@@ -364,10 +416,100 @@ class Engine:
         request = _request_of(slot)
         slot.request = None
         slot.last_used = self._steps
-        # A full row gives up its last place: an idle row stores something after its tokens.
-        slot.tokens = [] if request.is_private else slot.tokens[: self.max_seq_len - 1]
+        # A full row gives up its last places: an idle row stores something after its tokens.
+        slot.cut(0 if request.is_private else self.max_seq_len - 1 - self._most)
         if slot is self._prefilling:
             self._prefilling = None
+
+    # ---- speculation --------------------------------------------------------------------------
+
+    def _propose(self, decoding: list[_Slot], rows: list[_Slot]) -> dict[_Slot, list[int]]:
+        """Tokens that may follow in each row, as many as pay."""
+        if self._most == 0:
+            return {}
+        room = self.max_seq_len - 1 - max(len(slot.tokens) for slot in rows)
+        limits: dict[_Slot, int] = {}
+        for slot in decoding:
+            request, guesses = _request_of(slot), slot.guesses
+            limit = min(self._most, room, request.max_gen_len - len(request.tokens) - 1)
+            came = guesses.review(request.tokens)
+            if self._looks_up:
+                slot.lookup.extend(came)
+                guesses.proposed = slot.lookup.propose(self._most)
+                limit = min(limit, len(guesses.proposed))
+            limits[slot] = 0 if request.is_exact else limit
+
+        def seconds(length: int) -> float:
+            drafting = length * self._draft_times.seconds(len(rows))
+            return self._times.seconds(len(rows) * (1 + length)) + drafting
+
+        rates = [slot.guesses.rate for slot in decoding]
+        length = best_length(rates, list(limits.values()), seconds)
+        if self._drafts and length > 0:
+            self._draft([slot for slot in decoding if limits[slot] > 0], rows, length)
+        proposed = {slot: slot.guesses.proposed[: min(limits[slot], length)] for slot in decoding}
+        for slot, tokens in proposed.items():
+            _request_of(slot).proposed += len(tokens)
+        return proposed
+
+    def _draft(self, drafting: list[_Slot], rows: list[_Slot], length: int) -> None:
+        """Let the draft model propose `length` tokens for each slot whose text it knows by then."""
+        budget = self.prefill_chunk
+        for slot in drafting:
+            budget -= self._catch_up(slot, budget)
+        drafting = [slot for slot in drafting if slot.n_drafted >= len(slot.tokens) - 1]
+        if not drafting:
+            return
+        start = time.perf_counter()
+        # The last two tokens first: it lacks both, if all that it proposed was right.
+        fed = {slot: [slot.tokens[-1], _request_of(slot).tokens[-1]] for slot in drafting}
+        positions = {slot: len(slot.tokens) - 1 for slot in drafting}
+        seqlen = 2
+        for _ in range(length):
+            start_pos = [positions.get(slot, slot.n_drafted) for slot in rows]
+            logits = self._run(
+                Plan(
+                    Action.FORWARD,
+                    row=rows[0].index,
+                    n_keys=max(start_pos) + seqlen,
+                    wanted=Wanted.LAST,
+                    is_draft=True,
+                    start_pos=start_pos,
+                    tokens=[_filled_up(fed.get(slot, []), seqlen) for slot in rows],
+                )
+            )
+            assert logits is not None
+            for slot in drafting:
+                row, proposed = logits[slot.index - rows[0].index, -1], slot.guesses.proposed
+                token, q = draft_token(row, _request_of(slot), proposed)
+                proposed.append(token)
+                slot.guesses.drawn_from.append(q)
+                fed[slot] = [token]
+                positions[slot] += seqlen
+            seqlen = 1
+        for slot in drafting:
+            slot.n_drafted = positions[slot]
+        self._draft_times.add(len(rows), (time.perf_counter() - start) / length)
+
+    def _catch_up(self, slot: _Slot, budget: int) -> int:
+        """Show the draft model the next part of the slot's tokens that it has not seen, all but the
+        last; returns its length."""
+        start = slot.n_drafted
+        tokens = slot.tokens[start:-1][:budget]
+        if tokens:
+            end = start + len(tokens)
+            self._run(
+                Plan(
+                    Action.FORWARD,
+                    row=slot.index,
+                    n_keys=end,
+                    is_draft=True,
+                    start_pos=[start],
+                    tokens=[tokens],
+                )
+            )
+            slot.n_drafted = end
+        return len(tokens)
 
     # ---- ranks --------------------------------------------------------------------------------
 
@@ -392,19 +534,33 @@ class Engine:
     def _execute(self, plan: Plan) -> Tensor | None:
         """This rank's part of a plan; the logits it wants, of all ranks, (B, S or 1, V)."""
         if plan.action is Action.COPY:
-            self.cache.copy_row(plan.source, plan.row, plan.n_keys)
+            for _, cache in self._networks:
+                cache.copy_row(plan.source, plan.row, plan.n_keys)
         if plan.action is not Action.FORWARD:
             return None
-        device = self.model.device
-        tokens = torch.tensor(plan.tokens, device=device)  # (B, S)
-        cache = self.cache.part(plan.row, len(plan.tokens), plan.n_keys)
+        model, cache = self._networks[plan.is_draft]
+        tokens = torch.tensor(plan.tokens, device=model.device)  # (B, S)
+        part = cache.part(plan.row, len(plan.tokens), plan.n_keys)
         start_pos: int | Tensor = plan.start_pos[0]
         if not plan.is_exact:
-            start_pos = torch.tensor(plan.start_pos, device=device)
-        features = self.model.features(tokens, start_pos, cache)  # (B, S, D)
+            start_pos = torch.tensor(plan.start_pos, device=model.device)
+        features = model.features(tokens, start_pos, part)  # (B, S, D)
         if plan.wanted is Wanted.NOTHING:
             return None
-        return self.model.logits(features if plan.wanted is Wanted.ALL else features[:, -1:])
+        return model.logits(features if plan.wanted is Wanted.ALL else features[:, -1:])
+
+
+def _goes_on(slot: _Slot, proposal: list[int]) -> bool:
+    """Whether the slot's request has not ended and its last token is the one proposed, if any."""
+    request = slot.request
+    if request is None or request.tokens[-1:] != proposal:
+        return False
+    request.accepted += 1
+    return True
+
+
+def _filled_up(tokens: list[int], length: int) -> list[int]:
+    return tokens + [0] * (length - len(tokens))
 
 
 def _request_of(slot: _Slot) -> Request:
@@ -415,7 +571,3 @@ def _request_of(slot: _Slot) -> Request:
 def _is_open(slot: _Slot) -> bool:
     """Whether others may share what the slot holds."""
     return slot.request is None or not slot.request.is_private
-
-
-def _common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
-    return sum(1 for _ in takewhile(bool, map(eq, a, b)))

@@ -15,11 +15,12 @@ import torch
 from llama import checkpoint, doctor, hub, hugging_face, parallel
 from llama.chat_format import ChatFormat, Dialog, Llama2ChatFormat, Message
 from llama.engine import Engine
-from llama.errors import GenerationError
+from llama.errors import ConfigError, GenerationError, LlamaError
 from llama.fast import CacheWidth, FastTransformer, Mode, Width, cache_dtype, check_mode
 from llama.model import Transformer
 from llama.request import Event, Request
 from llama.sampling import SamplingParams, sample_top_p
+from llama.speculative import check_draft
 from llama.tokenizer import TextDecoder, Tokenizer
 from llama.verify import kind_of
 
@@ -66,6 +67,8 @@ class Llama:
         device: str | torch.device | None = None,
         dtype: str | torch.dtype | None = None,
         rope_factor: float | None = None,
+        draft: str | Path | None = None,
+        lookup: bool = False,
     ) -> "Llama":
         """Load a checkpoint folder, Meta's or Hugging Face's, on any number of ranks that divides.
 
@@ -93,9 +96,18 @@ class Llama:
                 counts as float32, because every CPU is fast in it.
             rope_factor: of scaled RoPE; None: as published, 32 for Llama 3.2 and 8 for the others.
                 Meta's own code computes with 8 always.
+            draft: folder or id of a smaller model with the same vocabulary, which proposes tokens
+                that this one checks several at a time; mode fast. Greedy texts stay the same, the
+                samples of a seed are others of the same distribution.
+            lookup: without a draft model, propose what followed the last tokens where they stood
+                before; mode fast. No text changes; those that repeat themselves come sooner.
 
         Raises a LlamaError (a ValueError) that names what does not fit.
         """
+        if (draft is not None or lookup) and mode != "fast":
+            raise ConfigError(f"draft and lookup are for mode fast, but mode is {mode}")
+        if draft is not None and lookup:
+            raise ConfigError("draft and lookup exclude each other: give one of them")
         start = time.perf_counter()
         target = parallel.local_device(device)
         parallel.initialize(model_parallel_size, target)
@@ -104,6 +116,7 @@ class Llama:
             dtype = torch.float32 if dtype is None and target.type == "cpu" else dtype
         with parallel.failing_together(target):
             folder = hub.local_folder(ckpt_dir)
+            draft_folder = None if draft is None else hub.local_folder(draft)
         # All ranks look at their memory before the first takes of it.
         with parallel.failing_together(target):
             opened = checkpoint.open_checkpoint(folder, rope_factor)
@@ -113,9 +126,12 @@ class Llama:
                 target, dtype, mode, quantize, kv_cache,
             )  # fmt: skip
             doctor.require(setup, tokenizer)
+            draft_setup = draft_folder and _draft_setup(draft_folder, setup, tokenizer)
         with parallel.failing_together(target):
-            model = _load(setup)
-            llama = Llama(model, tokenizer, seed, mode, quantize=setup.quantize, kv_cache=kv_cache)
+            llama = Llama(
+                _load(setup), tokenizer, seed, mode, quantize=setup.quantize, kv_cache=kv_cache,
+                draft=_load(draft_setup) if draft_setup else None, lookup=lookup,
+            )  # fmt: skip
         llama._is_base = kind_of(opened.folder) == "base"
         if parallel.is_main_rank():
             log.info("Loaded %s in %.2f seconds", ckpt_dir, time.perf_counter() - start)
@@ -130,6 +146,8 @@ class Llama:
         max_batch_size: int | None = None,  # None: the model's
         quantize: Width | None = None,
         kv_cache: CacheWidth | None = None,
+        draft: Transformer | None = None,
+        lookup: bool = False,
     ) -> None:
         self.model = model
         self.tokenizer = tokenizer
@@ -138,10 +156,14 @@ class Llama:
         rows = model.params.max_batch_size if max_batch_size is None else max_batch_size
         weight = model.norm.weight
         is_fast = check_mode(mode, quantize, weight.device, weight.dtype)
-        network = FastTransformer(model, quantize) if is_fast else model
+
+        def network(model: Transformer) -> Transformer | FastTransformer:
+            return FastTransformer(model, quantize) if is_fast else model
+
         self.engine = Engine(
-            network, rows, model.params.max_seq_len, tokenizer, seed,
+            network(model), rows, model.params.max_seq_len, tokenizer, seed,
             cache_dtype=cache_dtype(mode, kv_cache),
+            draft=draft and network(draft), lookup=lookup,
         )  # fmt: skip
         self._generator = torch.Generator(model.device).manual_seed(seed)
         self._inboxes: dict[Request, deque[Event]] = {}  # of the streams that are open
@@ -449,6 +471,25 @@ def _open_tokenizer(path: str | Path | None, folder: Path, ckpt_dir: Path) -> To
     if stop_tokens := hugging_face.read_stop_tokens(folder):
         tokenizer.stop_tokens = stop_tokens
     return tokenizer
+
+
+def _draft_setup(folder: Path, setup: doctor.Setup, tokenizer: Tokenizer) -> doctor.Setup:
+    """How a draft model is to run beside the model; raises ConfigError where it cannot."""
+    args = setup.opened.args
+    try:
+        opened = checkpoint.open_checkpoint(folder)
+        drafting = doctor.Setup.make(
+            opened, setup.mp_size, setup.sharers, args.max_seq_len, args.max_batch_size,
+            setup.device, setup.dtype, "fast", setup.quantize,
+        )  # fmt: skip
+        check_draft(opened.args, args.vocab_size, args.max_seq_len)
+        own = Tokenizer(checkpoint.find_tokenizer(opened.folder, folder))
+        if not own.is_like(tokenizer):
+            raise ConfigError(f"its tokenizer is not the model's, {tokenizer.model_path}")
+        doctor.require(drafting, own, beside=setup)
+    except LlamaError as error:
+        raise ConfigError(f"draft model {folder}: {error}") from error
+    return drafting
 
 
 def _load(setup: doctor.Setup) -> Transformer:

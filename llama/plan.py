@@ -36,6 +36,7 @@ class Plan:
     source: the row that a copy comes from.
     n_keys: positions of the cache that take part.
     is_exact: Meta's operations; then all rows start at the same position.
+    is_draft: a forward of the draft model, not of the model itself.
     start_pos: of each row's first token. tokens: (B, S) ids.
     """
 
@@ -45,6 +46,7 @@ class Plan:
     n_keys: int = 0
     wanted: Wanted = Wanted.NOTHING
     is_exact: bool = False
+    is_draft: bool = False
     start_pos: Sequence[int] = ()
     tokens: Sequence[Sequence[int]] = ()
 
@@ -52,7 +54,8 @@ class Plan:
         """Tell the other ranks, which call `receive`."""
         if parallel.mp_size() == 1:
             return
-        head = [self.action, self.row, self.source, self.n_keys, self.wanted, self.is_exact]
+        flags = [self.is_exact, self.is_draft]
+        head = [self.action, self.row, self.source, self.n_keys, self.wanted, *flags]
         ids = [token for row in self.tokens for token in row]
         numbers = [*head, len(self.start_pos), *self.start_pos, *ids]
         parallel.broadcast_numbers(numbers, torch.int64, device)
@@ -60,10 +63,11 @@ class Plan:
     @classmethod
     def receive(cls, device: torch.device) -> Self:
         numbers = parallel.broadcast_numbers(None, torch.int64, device)
-        action, row, source, n_keys, wanted, is_exact, n_rows, *rest = numbers
+        action, row, source, n_keys, wanted, is_exact, is_draft, n_rows, *rest = numbers
         start_pos, ids = rest[:n_rows], rest[n_rows:]
         seqlen = len(ids) // n_rows if n_rows else 0
         tokens = [ids[i * seqlen : (i + 1) * seqlen] for i in range(n_rows)]
         return cls(
-            Action(action), row, source, n_keys, Wanted(wanted), bool(is_exact), start_pos, tokens
-        )
+            Action(action), row, source, n_keys, Wanted(wanted), bool(is_exact), bool(is_draft),
+            start_pos, tokens,
+        )  # fmt: skip

@@ -29,6 +29,7 @@ class Request:
         finish_reason: None while it is under way; "stop" (a stop token or string), "length" (of the
             params or the cache), "cancelled", or "error", then `error` says which.
         stop_token: the one that ended it.
+        proposed, accepted: how many tokens speculation proposed, and how many of them were right.
     """
 
     prompt_tokens: list[int]
@@ -48,6 +49,8 @@ class Request:
     text: str = ""
     finish_reason: FinishReason | None = None
     stop_token: int | None = None
+    proposed: int = 0
+    accepted: int = 0
     error: Exception | None = None
 
     def push(self, token: int, logprob: float) -> str:

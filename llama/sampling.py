@@ -161,6 +161,27 @@ def choose(
 
     Raises GenerationError where the logits hold NaN or only -inf.
     """
+    logits = _scaled(logits, params, prompt, generated)
+    if params.temperature == 0:
+        return logits.argmax()
+    return _draw(torch.softmax(logits, dim=-1), params.top_p, generator)
+
+
+def distribution(
+    logits: Tensor, params: SamplingParams, prompt: Sequence[int], generated: Sequence[int]
+) -> Tensor:
+    """What `choose` draws from at a temperature above 0: logits (V,) -> probabilities (V,)."""
+    probs = torch.softmax(_scaled(logits, params, prompt, generated), dim=-1)
+    ids = _candidates(probs, params.top_p)
+    sorted_probs, order = probs[ids].sort(descending=True)
+    nucleus = _nucleus(sorted_probs, params.top_p)
+    return torch.zeros_like(probs).index_copy(0, ids[order], nucleus / nucleus.sum())
+
+
+def _scaled(
+    logits: Tensor, params: SamplingParams, prompt: Sequence[int], generated: Sequence[int]
+) -> Tensor:
+    """Logits (V,) up to top_p, which is of probabilities."""
     logits = adjust_logits(logits.float(), params, prompt, generated)
     if params.temperature > 0:
         logits = truncate_logits(logits / params.temperature, params)
@@ -169,9 +190,7 @@ def choose(
         raise GenerationError(
             f"the logits of the next token are not finite at temperature {params.temperature}"
         )
-    if params.temperature == 0:
-        return logits.argmax()
-    return _draw(torch.softmax(logits, dim=-1), params.top_p, generator)
+    return logits
 
 
 def adjust_logits(
@@ -234,20 +253,25 @@ def _nucleus(sorted_probs: Tensor, p: float) -> Tensor:
     return sorted_probs.masked_fill(before > p, 0.0)
 
 
+def _candidates(probs: Tensor, p: float) -> Tensor:
+    """Ids of tokens among which the nucleus is, mostly few: those of at most (1 - p) / V have no
+    more than 1 - p together. probs (V,)."""
+    ids = (probs > (1 - p) / len(probs)).nonzero().flatten()
+    # Rounding must not decide whether the nucleus is inside; without a cut only zeros are outside.
+    inside = p == 1 or probs[ids].sum() > p + 1e-5
+    return ids if inside else torch.arange(len(probs), device=probs.device)
+
+
 def _draw(probs: Tensor, p: float, generator: torch.Generator | None) -> Tensor:
     """`sample_top_p` of one row, probs (V,) -> id (): the same token, mostly without its full sort.
 
-    Tokens of at most (1 - p) / V have no more than 1 - p together, so the others hold the nucleus,
-    and are few. On the CPU torch.multinomial gives every rank a random number of the exponential
-    distribution and takes the largest ratio of probability to number.
+    On the CPU torch.multinomial gives every rank a random number of the exponential distribution
+    and takes the largest ratio of probability to number.
     """
     if probs.device.type != "cpu":
         return sample_top_p(probs, p, generator).squeeze(-1)
-    cut = (1 - p) / len(probs)
-    candidates = probs[probs > cut]
-    # Rounding must not decide whether the nucleus is inside; without a cut, only zeros are outside.
-    inside = cut == 0 or candidates.sum() > p + 1e-5
-    if not inside or len(candidates) > len(probs) // 4:
+    candidates = probs[_candidates(probs, p)]
+    if len(candidates) > len(probs) // 4:
         return sample_top_p(probs, p, generator).squeeze(-1)
     candidates = candidates.sort(descending=True).values
     nucleus = torch.zeros_like(probs)  # as long as the row: its sum is rounded the same

@@ -17,14 +17,14 @@ from llama import parallel
 from llama.chat_format import Dialog
 from llama.errors import GenerationError
 from llama.generation import Llama
-from llama.request import Event
+from llama.request import Event, Request
 from llama.sampling import SamplingParams
 
 # Flags that `Llama.build` gets. The seed is one of them: then the same command says the same, and
 # an answer that is asked for again is another.
 BUILD_FLAGS = (
     "ckpt_dir", "tokenizer_path", "max_seq_len", "seed", "mode", "quantize", "kv_cache", "device",
-    "dtype", "rope_factor",
+    "dtype", "rope_factor", "draft", "lookup",
 )  # fmt: skip
 SIGN_OF_LIFE = parallel.TIMEOUT.total_seconds() / 5
 
@@ -59,6 +59,7 @@ def complete(llama: Llama, prompt: str | None, params: SamplingParams) -> None:
         if not is_ours:
             return
         prompt = read_input() if prompt is None else prompt
+        requests: set[Request] = set()
         n_tokens, start = 0, time.perf_counter()
         try:
             with stream(llama, prompt, params) as events:
@@ -66,13 +67,14 @@ def complete(llama: Llama, prompt: str | None, params: SamplingParams) -> None:
                     print("\n" * (row > 0), end=dim(prompt, sys.stdout) * sys.stdout.isatty())
                     for event in of_row:
                         show(event.text)
+                        requests.add(event.request)
                         n_tokens += event.token is not None
                     print()
         except KeyboardInterrupt:
             print()
             raise
         finally:
-            note(speed(n_tokens, start))
+            note(speed(n_tokens, start) + guessed(requests))
 
 
 def read_input() -> str:
@@ -119,6 +121,13 @@ def note(text: str) -> None:
 def speed(n_tokens: int, start: float) -> str:
     """So many tokens since `start`, a time of perf_counter."""
     return f"{n_tokens} tokens, {n_tokens / (time.perf_counter() - start):.1f} a second"
+
+
+def guessed(requests: Collection[Request]) -> str:
+    """How many of the tokens that speculation proposed were right; nothing without any."""
+    proposed = sum(request.proposed for request in requests)
+    accepted = sum(request.accepted for request in requests)
+    return f", {accepted} of {proposed} proposals right" if proposed else ""
 
 
 def dim(text: str, file: TextIO) -> str:

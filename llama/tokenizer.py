@@ -102,6 +102,12 @@ class Tokenizer:
         """Whether it is of Llama 2's kind, pieces of SentencePiece, or else of Llama 3's."""
         return self._backend.chat_format is Llama2ChatFormat
 
+    def is_like(self, other: "Tokenizer") -> bool:
+        """Whether another file's ids mean the same, as far as their number and a sample tell."""
+        sample = 'A king\'s 3 sons said: "Добрый день, 你好!"\n'
+        own, others = (each.encode(sample, bos=True, eos=True) for each in (self, other))
+        return self.n_words == other.n_words and own == others
+
     def chat_format(self) -> ChatFormat | Llama2ChatFormat:
         """Return the prompt format that models with this kind of tokenizer were trained on."""
         return self._backend.chat_format(self)

@@ -23,6 +23,7 @@ from llama.sampling import (
     SamplingParams,
     adjust_logits,
     choose,
+    distribution,
     logprob_of,
     sample_top_p,
     top_logprobs,
@@ -127,6 +128,22 @@ def test_choose_draws_the_same_for_many_rows() -> None:
     for row in rows:
         want = sample_top_p(row.softmax(-1), 0.95, plain)[0]
         assert torch.equal(choose(row, params, [], [], ours), want)
+
+
+@pytest.mark.parametrize(
+    "options", [dict(top_p=1.0), dict(top_p=0.3), dict(top_p=0.0), dict(top_k=7), dict(min_p=0.1)]
+)
+def test_distribution_is_what_choose_draws_from(options: dict[str, Any]) -> None:
+    params = SamplingParams(temperature=1.5, logit_bias={3: 1.0}, **options)
+    logits = random_logits(500)
+    probs = distribution(logits, params, [], [])
+    scaled = adjust_logits(logits, params, [], []) / params.temperature
+    want, order = truncate_logits(scaled, params).softmax(-1).sort(descending=True)
+    want[want.cumsum(-1) - want > params.top_p] = 0
+    assert torch.allclose(probs[order], want / want.sum(), atol=1e-6)
+    generator = seeded()
+    drawn = [choose(logits, params, [], [], generator).item() for _ in range(50)]
+    assert (probs[drawn] > 0).all()
 
 
 def test_choose_takes_the_likeliest_at_temperature_or_top_p_zero() -> None:

@@ -1,0 +1,143 @@
+"""Speculative decoding beside plain decoding: a text that repeats its prompt, and ordinary tales.
+
+python benchmarks/speculative.py --out benchmarks/results/speculative_bundled.json
+python benchmarks/speculative.py --shape 1.5b --dtype bfloat16 --quantize int8
+
+Both decode the same texts, a tale that the bundled model tells. A random model of another shape is
+made to say them. Interleaved; medians count.
+"""
+
+import copy
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import fire
+import torch
+from make_checkpoint import DTYPES, SHAPES
+from torch import Tensor
+from tqdm import tqdm
+
+from llama import Llama, ModelArgs, Transformer
+from llama.engine import Engine
+from llama.fast import FastTransformer, Width
+from llama.request import Request
+from llama.sampling import SamplingParams
+
+MAX_SEQ_LEN = 512
+TALE = 180  # tokens
+OPENINGS = [
+    "Once upon a time there was a king who had three sons.",
+    "In a dark wood there lived a witch.",
+    "A poor miller had nothing left but his cat.",
+    "The youngest sister went to the well and found a frog.",
+]
+
+
+def saying(prompt: list[int], text: list[int]) -> SamplingParams:
+    """Sampling that has no choice but the text."""
+
+    def only(tokens: Sequence[int], logits: Tensor) -> Tensor:
+        return torch.full_like(logits, -1e9).index_fill(
+            0, torch.tensor(text[len(tokens) - len(prompt)]), 0.0
+        )
+
+    return SamplingParams(temperature=0, max_gen_len=len(text), logits_processor=only)
+
+
+def seconds_of(engine: Engine, prompt: list[int], params: SamplingParams) -> tuple[float, Request]:
+    """From the first token to the last."""
+    request = engine.submit(prompt, params, is_private=True)
+    while not request.tokens:
+        engine.step()
+    start = time.perf_counter()
+    while engine.has_work:
+        engine.step()
+    return time.perf_counter() - start, request
+
+
+def compare(
+    plain: Engine, other: Engine, jobs: list[tuple[list[int], SamplingParams]], rounds: int
+) -> dict[str, float]:
+    """Of all jobs: how much faster the other engine is, and how many of its proposals are right."""
+    for engine in (plain, other):  # warm
+        seconds_of(engine, *jobs[0])
+    ratios, rates = [], []
+    proposed = accepted = 0
+    for _ in range(rounds):
+        for job in jobs:
+            (slow, one), (fast, two) = seconds_of(plain, *job), seconds_of(other, *job)
+            assert one.tokens == two.tokens or job[1].temperature > 0
+            ratios.append(slow / fast)
+            rates.append((len(one.tokens) - 1) / slow)
+            proposed += two.proposed
+            accepted += two.accepted
+    return {
+        "plain_tokens_a_second": statistics.median(rates),
+        "speedup": statistics.median(ratios),
+        "least_speedup": min(ratios),
+        "proposed_a_token": proposed / (rounds * sum(p.max_gen_len or 0 for _, p in jobs)),
+        "right": accepted / max(1, proposed),
+    }
+
+
+def main(
+    shape: str = "bundled",
+    dtype: str = "float32",
+    quantize: Width | None = None,
+    rounds: int = 3,
+    out: str | None = None,
+) -> None:
+    """Measure and print.
+
+    Args:
+        shape: bundled, 110m or 1.5b.
+        dtype: float32 or bfloat16, of the weights.
+        quantize: int8 or int4.
+        rounds: of every text.
+        out: file for the figures as JSON.
+    """
+    bundled = Llama.build(max_seq_len=MAX_SEQ_LEN, dtype=dtype)
+    model = bundled.model
+    if shape != "bundled":
+        torch.set_default_dtype(DTYPES[dtype])
+        model = Transformer(ModelArgs(**SHAPES[shape], max_seq_len=MAX_SEQ_LEN))
+        torch.set_default_dtype(torch.float32)
+    prompts = [bundled.encode_prompt(text) for text in OPENINGS]
+    options: dict[str, Any] = dict(max_gen_len=TALE, seed=1, ignore_eos=True)
+    tales, _ = bundled.generate(prompts, temperature=0.8, **options)
+    kinds = {
+        "tale": [(p, saying(p, tale)) for p, tale in zip(prompts, tales, strict=True)],
+        "repetition": [(p + t, saying(p + t, t)) for p, t in zip(prompts, tales, strict=True)],
+    }
+    draft = FastTransformer(copy.deepcopy(model), "int4") if shape == "bundled" else None
+    network = FastTransformer(model, quantize)
+    plain, lookup = (Engine(network, 1, MAX_SEQ_LEN, lookup=flag) for flag in (False, True))
+    report = {f"lookup, {kind}": compare(plain, lookup, jobs, rounds)
+              for kind, jobs in tqdm(kinds.items())}  # fmt: skip
+    if draft is not None:
+        # Its own int4 weights are about as slow as the model: this shows what backing off costs.
+        for temperature in (0.0, 0.8):
+            params = SamplingParams(temperature=temperature, max_gen_len=TALE, ignore_eos=True)
+            drafted = Engine(network, 1, MAX_SEQ_LEN, draft=draft)
+            jobs = [(prompt, params) for prompt in prompts]
+            report[f"draft int4, temperature {temperature}"] = compare(plain, drafted, jobs, rounds)
+    for name, figures in report.items():
+        print(name, *(f"{figure} {value:.2f}" for figure, value in figures.items()), sep="  ")
+    if out is not None:
+        machine = {
+            "machine": f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}",
+            "cores": os.cpu_count(),
+            "torch": torch.__version__,
+        }
+        content = machine | {"shape": shape, "dtype": dtype, "quantize": quantize} | report
+        Path(out).write_text(json.dumps(content, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    fire.Fire(main)

@@ -480,7 +480,7 @@ def _draft_setup(folder: Path, setup: doctor.Setup, tokenizer: Tokenizer) -> doc
         opened = checkpoint.open_checkpoint(folder)
         drafting = doctor.Setup.make(
             opened, setup.mp_size, setup.sharers, args.max_seq_len, args.max_batch_size,
-            setup.device, setup.dtype, "fast", setup.quantize,
+            setup.device, setup.dtype, "fast", setup.quantize, setup.kv_cache,
         )  # fmt: skip
         check_draft(opened.args, args.vocab_size, args.max_seq_len)
         own = Tokenizer(checkpoint.find_tokenizer(opened.folder, folder))

@@ -1,8 +1,9 @@
-"""Products of few rows with large matrices, next to the speed at which memory can be read.
+"""Products with large matrices, next to the speed at which memory can be read.
 
 `F.linear` is made for many rows. A decode step has one to eight, and its time is that of reading
 every weight once: these kernels do that, on all of PyTorch's threads, from float32, bfloat16, int8
-or int4 weights. They need the extra `[fast]` and weights on the CPU.
+or int4 weights; with more rows they compute next to the speed of the processor's arithmetic. They
+need the extra `[fast]` and weights on the CPU.
 """
 
 import ctypes

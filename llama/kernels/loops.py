@@ -12,7 +12,7 @@ from pathlib import Path
 
 import llvmlite.binding
 import numpy as np
-from numba import carray, cfunc, types
+from numba import carray, cfunc, njit, types
 
 from llama.kernels.exponential import exp
 from llama.kernels.tile import pointer, take, tile
@@ -23,9 +23,9 @@ FIRST = 9  # then for each matrix: its rows, and the addresses of its weights an
 LENGTH = FIRST + 3 * 3
 GROUPS = 64  # of activations, rounded at a time
 
-
+FEW = 8  # rows of x
 IN_CACHE = 1 << 15  # activations
-DEPTH = 1024  # of a row's floats
+DEPTH = 1024  # floats of a row
 
 # Numba looks only at a task's own file to see whether what it kept is still right.
 VERSION = hashlib.sha256(
@@ -63,6 +63,60 @@ def compile_task(
     return call
 
 
+BITS = {"float32": 32, "bfloat16": 16, "int8": 8, "int4": 4}
+
+
+def _multiply(kind: str, isa: str) -> Callable[..., None]:
+    """The rows from `begin` to `end` of one matrix times x, tile by tile, for `product`."""
+    bits = BITS[kind]
+    high = LANES if bits <= 8 else 2  # rows of weights in a tile
+
+    @njit(error_model="numpy")
+    def multiply(  # type: ignore[no-untyped-def]
+        x, steps, n, k, weights, scales, begin, end, out, out_step, depth, block, sums
+    ):
+        width = k * bits // 8  # bytes of a row of weights, and of its scales
+        scale_width = 2 * k // GROUP if kind == "int4" else 4
+        for first in range(0, n, block):
+            last = min(first + block, n)
+            for deep in range(0, k, depth):
+                deepest = min(deep + depth, k)
+                for eight in range(begin, end, LANES):
+                    i = first
+                    while i < last:
+                        count = 4 if i + 4 <= last else 2 if i + 2 <= last else 1
+                        for row in range(eight, min(eight + LANES, end), high):
+                            w, o = weights + row * width, out + 4 * row
+                            s = scales + row * scale_width
+                            part = sums + 32 * (row - begin) * (last - first)
+                            if row + high > end:  # a last odd row of floats
+                                for j in range(i, i + count):
+                                    tile(
+                                        kind, isa, 1, 1, j, k, deep, deepest, x, steps, w, s, o,
+                                        out_step, part + 32 * (j - first),
+                                    )  # fmt: skip
+                                continue
+                            part += 32 * high * (i - first)
+                            if count == 4:
+                                tile(
+                                    kind, isa, high, 4, i, k, deep, deepest, x, steps, w, s, o,
+                                    out_step, part,
+                                )  # fmt: skip
+                            elif count == 2:
+                                tile(
+                                    kind, isa, high, 2, i, k, deep, deepest, x, steps, w, s, o,
+                                    out_step, part,
+                                )  # fmt: skip
+                            else:
+                                tile(
+                                    kind, isa, high, 1, i, k, deep, deepest, x, steps, w, s, o,
+                                    out_step, part,
+                                )  # fmt: skip
+                        i += count
+
+    return multiply
+
+
 @functools.cache
 def product(kind: str, isa: str, swiglu: bool) -> Callable[[int], None]:
     """x times each matrix, (n, all their rows); or, of two, silu(first) * second.
@@ -70,22 +124,18 @@ def product(kind: str, isa: str, swiglu: bool) -> Callable[[int], None]:
     The second then needs a place of its own: out has 2 * n rows.
     """
     version = VERSION
-    bits = {"float32": 32, "bfloat16": 16, "int8": 8, "int4": 4}[kind]
-    high = LANES if bits <= 8 else 2  # rows of weights in a tile
+    bits = BITS[kind]
+    multiply = _multiply(kind, isa)
 
     def task(address):  # type: ignore[no-untyped-def]
         version  # noqa: B018
         job = carray(address, LENGTH)
         n, k, total, chunk = job[N], job[K], job[TOTAL], job[CHUNK]
-        x, steps, out_step = job[X], job[STEPS], 4 * total
-        # The few rows of a decode step pass by with all of each row of weights; of many rows, and
-        # of the floats in them, as much at a time as stays in a core's caches.
-        depth = k if bits <= 8 or n <= 8 else min(k, DEPTH)
+        # The few rows of a decode step pass by with all of each row of weights; of many rows of
+        # floats, as much at a time as stays in a core's caches.
+        depth = k if bits <= 8 or n <= FEW else min(k, DEPTH)
         block = max(4, IN_CACHE // depth & ~3)
         sums = np.empty(chunk * block * LANES if depth < k else 0, np.float32)
-        partial = sums.ctypes.data
-        width = k * bits // 8  # bytes of a row of weights, and of its scales
-        scale_width = 2 * k // GROUP if kind == "int4" else 4
         while True:
             begin = take(address) * chunk
             end = min(begin + chunk, total)
@@ -98,95 +148,11 @@ def product(kind: str, isa: str, swiglu: bool) -> Callable[[int], None]:
                 out = job[OUT] + 4 * before
                 if swiglu:
                     out = job[OUT] + 4 * matrix * n * total
-                start, stop = max(begin - before, 0), min(end - before, rows)
-                for first in range(0, n, block):
-                    last = min(first + block, n)
-                    for deep in range(0, k, depth):
-                        deepest = min(deep + depth, k)
-                        for eight in range(start, stop, LANES):
-                            i = first
-                            while i < last:
-                                count = 4 if i + 4 <= last else 2 if i + 2 <= last else 1
-                                for row in range(eight, min(eight + LANES, stop), high):
-                                    w, o = weights + row * width, out + 4 * row
-                                    s = scales + row * scale_width
-                                    p = partial + 32 * (row - start) * (last - first)
-                                    if row + high > stop:  # a last odd row of floats
-                                        for j in range(i, i + count):
-                                            tile(
-                                                kind,
-                                                isa,
-                                                1,
-                                                1,
-                                                j,
-                                                k,
-                                                deep,
-                                                deepest,
-                                                x,
-                                                steps,
-                                                w,
-                                                s,
-                                                o,
-                                                out_step,
-                                                p + 32 * (j - first),
-                                            )
-                                        continue
-                                    p += 32 * high * (i - first)
-                                    if count == 4:
-                                        tile(
-                                            kind,
-                                            isa,
-                                            high,
-                                            4,
-                                            i,
-                                            k,
-                                            deep,
-                                            deepest,
-                                            x,
-                                            steps,
-                                            w,
-                                            s,
-                                            o,
-                                            out_step,
-                                            p,
-                                        )
-                                    elif count == 2:
-                                        tile(
-                                            kind,
-                                            isa,
-                                            high,
-                                            2,
-                                            i,
-                                            k,
-                                            deep,
-                                            deepest,
-                                            x,
-                                            steps,
-                                            w,
-                                            s,
-                                            o,
-                                            out_step,
-                                            p,
-                                        )
-                                    else:
-                                        tile(
-                                            kind,
-                                            isa,
-                                            high,
-                                            1,
-                                            i,
-                                            k,
-                                            deep,
-                                            deepest,
-                                            x,
-                                            steps,
-                                            w,
-                                            s,
-                                            o,
-                                            out_step,
-                                            p,
-                                        )
-                                i += count
+                multiply(
+                    job[X], job[STEPS], n, k, weights, scales,
+                    max(begin - before, 0), min(end - before, rows),
+                    out, 4 * total, depth, block, sums.ctypes.data,
+                )  # fmt: skip
                 if not swiglu:
                     before += rows
             if swiglu:

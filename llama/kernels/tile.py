@@ -311,7 +311,8 @@ def tile(
 
     kind: "float32", "bfloat16", "int8" or "int4", the latter two with eight rows of weights; isa:
     see `instruction_sets`; k: a row's length; all others int64, mostly addresses. out_step: bytes
-    from one row of results to the next.
+    from one row of results to the next. Of floats, the columns from `begin` to `end` may be a part
+    of all k, a multiple of 32 long: then `partial` is where the sums lie on the way.
     """
     numbers = (first, k, begin, end, x, steps, w, scales, out, out_step, partial)
     signature = types.void(kind, isa, rows, n, *[types.int64] * len(numbers))

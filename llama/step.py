@@ -1,4 +1,4 @@
-"""All layers of a model for a few tokens as one list of compiled tasks: a decode step on a CPU."""
+"""All layers of a model for some tokens, as one list of compiled tasks on the CPU."""
 
 import threading
 from collections.abc import Sequence

@@ -12,10 +12,10 @@ from pathlib import Path
 
 import llvmlite.binding
 import numpy as np
-from numba import carray, cfunc, njit, types
+from numba import carray, cfunc, types
 
 from llama.kernels.exponential import exp
-from llama.kernels.tile import pointer, take, tile
+from llama.kernels.tile import pointer, take, tile, tile_rows
 from llama.quantize import GROUP, LANES, OFFSET
 
 TAKEN, N, K, X, STEPS, OUT, TOTAL, CHUNK, MATRICES = range(9)
@@ -63,60 +63,6 @@ def compile_task(
     return call
 
 
-BITS = {"float32": 32, "bfloat16": 16, "int8": 8, "int4": 4}
-
-
-def _multiply(kind: str, isa: str) -> Callable[..., None]:
-    """The rows from `begin` to `end` of one matrix times x, tile by tile, for `product`."""
-    bits = BITS[kind]
-    high = LANES if bits <= 8 else 2  # rows of weights in a tile
-
-    @njit(error_model="numpy")
-    def multiply(  # type: ignore[no-untyped-def]
-        x, steps, n, k, weights, scales, begin, end, out, out_step, depth, block, sums
-    ):
-        width = k * bits // 8  # bytes of a row of weights, and of its scales
-        scale_width = 2 * k // GROUP if kind == "int4" else 4
-        for first in range(0, n, block):
-            last = min(first + block, n)
-            for deep in range(0, k, depth):
-                deepest = min(deep + depth, k)
-                for eight in range(begin, end, LANES):
-                    i = first
-                    while i < last:
-                        count = 4 if i + 4 <= last else 2 if i + 2 <= last else 1
-                        for row in range(eight, min(eight + LANES, end), high):
-                            w, o = weights + row * width, out + 4 * row
-                            s = scales + row * scale_width
-                            part = sums + 32 * (row - begin) * (last - first)
-                            if row + high > end:  # a last odd row of floats
-                                for j in range(i, i + count):
-                                    tile(
-                                        kind, isa, 1, 1, j, k, deep, deepest, x, steps, w, s, o,
-                                        out_step, part + 32 * (j - first),
-                                    )  # fmt: skip
-                                continue
-                            part += 32 * high * (i - first)
-                            if count == 4:
-                                tile(
-                                    kind, isa, high, 4, i, k, deep, deepest, x, steps, w, s, o,
-                                    out_step, part,
-                                )  # fmt: skip
-                            elif count == 2:
-                                tile(
-                                    kind, isa, high, 2, i, k, deep, deepest, x, steps, w, s, o,
-                                    out_step, part,
-                                )  # fmt: skip
-                            else:
-                                tile(
-                                    kind, isa, high, 1, i, k, deep, deepest, x, steps, w, s, o,
-                                    out_step, part,
-                                )  # fmt: skip
-                        i += count
-
-    return multiply
-
-
 @functools.cache
 def product(kind: str, isa: str, swiglu: bool) -> Callable[[int], None]:
     """x times each matrix, (n, all their rows); or, of two, silu(first) * second.
@@ -124,13 +70,16 @@ def product(kind: str, isa: str, swiglu: bool) -> Callable[[int], None]:
     The second then needs a place of its own: out has 2 * n rows.
     """
     version = VERSION
-    bits = BITS[kind]
-    multiply = _multiply(kind, isa)
+    bits = {"float32": 32, "bfloat16": 16, "int8": 8, "int4": 4}[kind]
+    high = tile_rows(kind)
 
     def task(address):  # type: ignore[no-untyped-def]
         version  # noqa: B018
         job = carray(address, LENGTH)
         n, k, total, chunk = job[N], job[K], job[TOTAL], job[CHUNK]
+        x, steps, out_step = job[X], job[STEPS], 4 * total
+        width = k * bits // 8  # bytes of a row of weights, and of its scales
+        scale_width = 2 * k // GROUP if kind == "int4" else 4
         # The few rows of a decode step pass by with all of each row of weights; of many rows of
         # floats, as much at a time as stays in a core's caches.
         depth = k if bits <= 8 or n <= FEW else min(k, DEPTH)
@@ -148,11 +97,24 @@ def product(kind: str, isa: str, swiglu: bool) -> Callable[[int], None]:
                 out = job[OUT] + 4 * before
                 if swiglu:
                     out = job[OUT] + 4 * matrix * n * total
-                multiply(
-                    job[X], job[STEPS], n, k, weights, scales,
-                    max(begin - before, 0), min(end - before, rows),
-                    out, 4 * total, depth, block, sums.ctypes.data,
-                )  # fmt: skip
+                start, stop = max(begin - before, 0), min(end - before, rows)
+                for first in range(0, n, block):
+                    last = min(first + block, n)
+                    for deep in range(0, k, depth):
+                        deepest = min(deep + depth, k)
+                        for eight in range(start, stop, LANES):
+                            i = first
+                            while i < last:
+                                count = 4 if i + 4 <= last else 2 if i + 2 <= last else 1
+                                for row in range(eight, min(eight + LANES, stop), high):
+                                    taken = min(high, stop - row)
+                                    part = (row - start) * (last - first) + taken * (i - first)
+                                    tile(
+                                        kind, isa, taken, count, i, k, deep, deepest, x, steps,
+                                        weights + row * width, scales + row * scale_width,
+                                        out + 4 * row, out_step, sums.ctypes.data + 32 * part,
+                                    )  # fmt: skip
+                                i += count
                 if not swiglu:
                     before += rows
             if swiglu:

@@ -8,7 +8,7 @@ integer products become 64 bits wide there.
 
 import functools
 from collections.abc import Callable
-from itertools import chain
+from itertools import chain, product
 from typing import Any
 
 from llvmlite import ir
@@ -309,28 +309,41 @@ def tile(
 ) -> tuple[Any, Callable[..., Value]]:  # fmt: skip
     """out[i, r] = row r of the weights times row i of x, for the n rows of x from `first` on.
 
-    kind: "float32", "bfloat16", "int8" or "int4", the latter two with eight rows of weights; isa:
-    see `instruction_sets`; k: a row's length; all others int64, mostly addresses. out_step: bytes
-    from one row of results to the next. Of floats, the columns from `begin` to `end` may be a part
-    of all k, a multiple of 32 long: then `partial` is where the sums lie on the way.
+    kind: "float32", "bfloat16", "int8" or "int4"; isa: see `instruction_sets`; rows: of weights,
+    `tile_rows` or, of floats, one; n: 1, 2 or 4; k: a row's length; all of these int64, like what
+    follows, mostly addresses. out_step: bytes from one row of results to the next. Of floats, the
+    columns from `begin` to `end` may be a part of all k, a multiple of 32 long: then `partial` is
+    where the sums lie on the way.
     """
-    numbers = (first, k, begin, end, x, steps, w, scales, out, out_step, partial)
-    signature = types.void(kind, isa, rows, n, *[types.int64] * len(numbers))
+    numbers = (rows, n, first, k, begin, end, x, steps, w, scales, out, out_step, partial)
+    signature = types.void(kind, isa, *[types.int64] * len(numbers))
+    name = kind.literal_value
+    sizes = {tile_rows(name)} if name in ("int8", "int4") else {tile_rows(name), 1}
 
     def generate(context: Any, b: Builder, signature: Any, operands: list[Value]) -> Value:
-        made = _Tile(b, isa.literal_value, rows.literal_value, n.literal_value, operands[4:])
-        match kind.literal_value:
-            case "float32":
-                made.floats(4)
-            case "bfloat16":
-                made.floats(2)
-            case "int8":
-                made.int8()
-            case "int4":
-                made.int4()
+        rows, n, *others = operands[2:]
+        for high, count in product(sorted(sizes), (1, 2, 4)):
+            is_high = b.icmp_signed("==", rows, ir.Constant(i64, high))
+            is_count = b.icmp_signed("==", n, ir.Constant(i64, count))
+            with b.if_then(b.and_(is_high, is_count)):
+                made = _Tile(b, isa.literal_value, high, count, others)
+                match name:
+                    case "float32":
+                        made.floats(4)
+                    case "bfloat16":
+                        made.floats(2)
+                    case "int8":
+                        made.int8()
+                    case "int4":
+                        made.int4()
         return context.get_dummy_value()
 
     return signature, generate
+
+
+def tile_rows(kind: str) -> int:
+    """Rows of weights in a tile: of floats, two are read as fast as memory gives them."""
+    return LANES if kind in ("int8", "int4") else 2
 
 
 @intrinsic

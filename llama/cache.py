@@ -44,6 +44,11 @@ class KVCache:
         rows = slice(first_row, first_row + n_rows)
         return KVCache(self.k[:, rows, :n_positions], self.v[:, rows, :n_positions])
 
+    def layer(self, layer_id: int) -> "KVCache":
+        """One layer, as a cache of its own on the same memory."""
+        only = slice(layer_id, layer_id + 1)
+        return KVCache(self.k[only], self.v[only])
+
     def copy_row(self, source: int, destination: int, n_positions: int) -> None:
         """Give one row the first keys and values of another."""
         for both in (self.k, self.v):

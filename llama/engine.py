@@ -26,7 +26,9 @@ from llama.fast import FastTransformer
 from llama.model import Transformer
 from llama.plan import Action, Plan, Wanted
 from llama.request import Event, FinishReason, Request
+from llama.row_sampling import RowSampler
 from llama.sampling import SamplingParams
+from llama.static_step import StaticStep
 from llama.text_stream import TextStream
 from llama.tokenizer import Tokenizer
 
@@ -55,6 +57,8 @@ class Engine:
             that the params name.
         seed: requests without a seed of their own draw from one made of this and their number.
         prefill_chunk: tokens of prompts taken in by one step.
+        static: decode in steps of static shapes and choose on the device, for a GPU; the model is
+            a Transformer then.
 
     Raises GenerationError where a number is out of its range.
     """
@@ -67,6 +71,7 @@ class Engine:
         tokenizer: Tokenizer | None = None,
         seed: int = 1,
         prefill_chunk: int = PREFILL_CHUNK,
+        static: bool = False,
     ) -> None:
         if prefill_chunk < 1:
             raise GenerationError(f"prefill_chunk is {prefill_chunk}: it must be 1 or above")
@@ -80,6 +85,12 @@ class Engine:
         self.max_seq_len = max_seq_len
         self.prefill_chunk = prefill_chunk
         self.cache: KVCache = model.make_cache(max_batch_size, max_seq_len)
+        self._static: StaticStep | None = None
+        self._sampler: RowSampler | None = None
+        if static:
+            assert isinstance(model, Transformer)
+            self._static = StaticStep(model, self.cache)
+            self._sampler = RowSampler(max_batch_size, model.vocab_size, model.device)
         self._seed = seed
         self._slots = [_Slot(i) for i in range(max_batch_size)]
         self._waiting: deque[Request] = deque()
@@ -283,6 +294,8 @@ class Engine:
         last of them. A row between that is idle is computed along and forgotten: what it stores
         stands where its next token will overwrite it."""
         first, last = decoding[0].index, decoding[-1].index
+        if self._static is not None:
+            first, last = 0, self._static.n_rows(last + 1) - 1
         rows = self._slots[first : last + 1]
         fed = {slot: _request_of(slot).tokens[-1] for slot in decoding}
         for slot in decoding:  # a step that was interrupted may have stored that token already
@@ -303,11 +316,27 @@ class Engine:
         assert logits is not None
         for slot, token in fed.items():
             slot.tokens.append(token)
-        return self._next_tokens(decoding, logits[[slot.index - first for slot in decoding], -1])
+        of_slots = [logits[slot.index - first, -1] for slot in decoding]
+        return self._next_tokens(decoding, torch.stack(of_slots))  # no index for a GPU to wait for
 
     def _next_tokens(self, slots: list[_Slot], logits: Tensor) -> list[Event]:
         """Choose a token for each slot from its logits (B, V). A request whose own options fail
         ends with the error; the others go on."""
+        if self._sampler is not None:
+            requests = [_request_of(slot) for slot in slots]
+            takes = [self._sampler.takes(request.params) for request in requests]
+            if all(takes):
+                drawn = self._sampler(logits, requests)
+                return [
+                    self._advance(slot, token, logprob, row)
+                    for slot, (token, logprob), row in zip(slots, drawn, logits, strict=True)
+                ]
+            if any(takes):
+                events: list[Event] = []
+                for which in (True, False):
+                    rows = [i for i, taken in enumerate(takes) if taken == which]
+                    events += self._next_tokens([slots[i] for i in rows], logits[rows])
+                return events
         chosen: list[Tensor] = []
         for slot, row in zip(slots, logits, strict=True):
             request = _request_of(slot)
@@ -393,6 +422,9 @@ class Engine:
             self.cache.copy_row(plan.source, plan.row, plan.n_keys)
         if plan.action is not Action.FORWARD:
             return None
+        is_decode = plan.wanted is Wanted.LAST and not plan.is_exact and len(plan.tokens[0]) == 1
+        if self._static is not None and plan.row == 0 and is_decode:
+            return self._static([row[0] for row in plan.tokens], plan.start_pos)[:, None]
         device = self.model.device
         tokens = torch.tensor(plan.tokens, device=device)  # (B, S)
         cache = self.cache.part(plan.row, len(plan.tokens), plan.n_keys)

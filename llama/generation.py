@@ -12,7 +12,7 @@ from typing import Any, Literal, NotRequired, TypedDict, overload
 
 import torch
 
-from llama import checkpoint, doctor, hub, hugging_face, parallel
+from llama import checkpoint, device_weights, doctor, hub, hugging_face, parallel
 from llama.chat_format import ChatFormat, Dialog, Llama2ChatFormat, Message
 from llama.engine import Engine
 from llama.errors import GenerationError
@@ -82,8 +82,9 @@ class Llama:
             seed: of the random numbers that sampling draws.
             mode: "reference" gives one prompt alone exactly Meta's numbers; "fast" may differ in
                 the last bits, reuses what earlier prompts left in the cache, and on a CPU
-                computes with kernels, which the extra `[fast]` brings.
-            quantize: "int8" or "int4": round the matrices while loading; mode fast on a CPU.
+                computes with kernels, which the extra `[fast]` brings, on a GPU in CUDA graphs.
+            quantize: "int8" or "int4", on newer GPUs also "fp8": round the matrices while loading;
+                mode fast on a CPU or a CUDA GPU.
             device: None: this rank's GPU, else MPS, else the CPU.
             dtype: of the weights and the cache; None: bfloat16 on a GPU (half where that is
                 missing), the checkpoint's own elsewhere, which for the package's small model
@@ -134,7 +135,12 @@ class Llama:
         weight = model.norm.weight
         is_fast = check_mode(mode, quantize, weight.device, weight.dtype)
         network = FastTransformer(model, quantize) if is_fast else model
-        self.engine = Engine(network, rows, model.params.max_seq_len, tokenizer, seed)
+        on_gpu = mode == "fast" and weight.device.type == "cuda"
+        if on_gpu and quantize is not None:
+            device_weights.narrow(model, quantize, weight.device)
+        self.engine = Engine(
+            network, rows, model.params.max_seq_len, tokenizer, seed, static=on_gpu
+        )
         self._generator = torch.Generator(model.device).manual_seed(seed)
         self._inboxes: dict[Request, deque[Event]] = {}  # of the streams that are open
 
@@ -450,5 +456,10 @@ def _load(setup: doctor.Setup) -> Transformer:
     n_kv_heads = max(args.local_kv_heads(1), setup.mp_size)
     with torch.device("meta"):
         model = Transformer(replace(args, n_kv_heads=n_kv_heads))
-    checkpoint.load(model, setup.opened, setup.device, setup.dtype)
-    return model
+    if setup.quantize is None or setup.device.type != "cuda":
+        checkpoint.load(model, setup.opened, setup.device, setup.dtype)
+        return model
+    # Rounded one by one, the matrices need never all be on the GPU as they were.
+    checkpoint.load(model, setup.opened, torch.device("cpu"), setup.dtype)
+    device_weights.narrow(model, setup.quantize, setup.device)
+    return model.to(setup.device)

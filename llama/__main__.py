@@ -29,7 +29,7 @@ def complete(prompt: str | None = None, *words: str, **flags: Any) -> None:
 
     Model:    --ckpt_dir FOLDER (or an id on the Hub; without it the bundled model)
               --tokenizer_path FILE --max_seq_len N --mode fast|reference
-              --quantize int8|int4 (round the weights: mode fast on a CPU, extra [fast])
+              --quantize int8|int4 (round the weights: mode fast; on a CPU extra [fast]; GPU also fp8)
               --device cpu|cuda|mps --dtype float32|bfloat16|float16 --rope_factor X
     Sampling: --temperature 0.6 (0: the likeliest) --top_p 0.9 --top_k 0 --min_p 0 --seed 1
               --repetition_penalty 1 --presence_penalty 0 --frequency_penalty 0
@@ -140,7 +140,7 @@ def perplexity(
         tokenizer_path: tokenizer.model; by default the one in ckpt_dir.
         window: tokens seen at a time, each time after a <|begin_of_text|>; by default 512.
         mode: reference, or fast (kernels on a CPU).
-        quantize: int8 or int4, with mode fast.
+        quantize: int8 or int4, on a newer GPU also fp8, with mode fast.
         device: cpu or cuda; by default the best there is.
         dtype: float32, bfloat16 or float16; by default the checkpoint's own on the CPU.
     """
@@ -292,7 +292,7 @@ def batch(
             group takes its share of the lines. By default all.
         seed: a line without a seed of its own has one made of this and its index.
         mode: fast or reference.
-        quantize: int8 or int4: round the weights (mode fast on a CPU, extra [fast]).
+        quantize: int8 or int4, on a newer GPU also fp8: round the weights (mode fast).
         device: cpu or cuda; by default the best there is.
         dtype: float32, bfloat16 or float16; by default as in Llama.build.
         force: start anew, whatever OUTPUT holds.
@@ -401,7 +401,7 @@ def doctor(
         max_seq_len: tokens of a row of the KV cache; by default as in Llama.build.
         max_batch_size: rows of the KV cache.
         tokenizer_path: tokenizer.model; by default the one in the folder.
-        mode: reference or fast, quantize: int8 or int4; as in Llama.build.
+        mode: reference or fast, quantize: int8, int4 or fp8; as in Llama.build.
         device: cuda, mps or cpu; by default the best there is.
         dtype: float32, bfloat16 or float16; by default as in Llama.build.
     """

@@ -1,6 +1,7 @@
 """Work on static tensors as one CUDA graph; without a GPU it is called as it is."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -21,7 +22,7 @@ class Captured:
         self,
         work: Callable[[], None],
         device: torch.device,
-        pool: tuple[int, int] | None = None,
+        pool: Any = None,
     ) -> None:
         self._run: Callable[[], None] = work
         if device.type != "cuda":
@@ -42,7 +43,7 @@ class Captured:
         self._run()
 
 
-def pool_of(device: torch.device) -> tuple[int, int] | None:
+def pool_of(device: torch.device) -> Any:
     """A new pool of memory for graphs."""
     return torch.cuda.graph_pool_handle() if device.type == "cuda" else None
 

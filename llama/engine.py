@@ -323,20 +323,19 @@ class Engine:
         """Choose a token for each slot from its logits (B, V). A request whose own options fail
         ends with the error; the others go on."""
         if self._sampler is not None:
-            requests = [_request_of(slot) for slot in slots]
-            takes = [self._sampler.takes(request.params) for request in requests]
+            takes = [self._sampler.takes(_request_of(slot).params) for slot in slots]
             if all(takes):
-                drawn = self._sampler(logits, requests)
+                drawn = self._sampler(logits, [_request_of(slot) for slot in slots])
                 return [
                     self._advance(slot, token, logprob, row)
                     for slot, (token, logprob), row in zip(slots, drawn, logits, strict=True)
                 ]
-            if any(takes):
-                events: list[Event] = []
-                for which in (True, False):
-                    rows = [i for i, taken in enumerate(takes) if taken == which]
-                    events += self._next_tokens([slots[i] for i in rows], logits[rows])
-                return events
+            if any(takes):  # the two kinds one after the other
+                kinds = [
+                    [i for i, taken in enumerate(takes) if taken == kind] for kind in (True, False)
+                ]
+                events = [self._next_tokens([slots[i] for i in at], logits[at]) for at in kinds]
+                return [event for some in events for event in some]
         chosen: list[Tensor] = []
         for slot, row in zip(slots, logits, strict=True):
             request = _request_of(slot)

@@ -5,6 +5,10 @@ the step is launched whole. So that a few graphs serve all steps, rows and posit
 to powers of two, and what is filled up is hidden by the causal rule or forgotten.
 """
 
+import importlib.util
+import logging
+import os
+import shutil
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -16,6 +20,8 @@ from llama import parallel
 from llama.cache import KVCache
 from llama.cuda_graph import Captured, next_power_of_two, pool_of
 from llama.model import Transformer
+
+log = logging.getLogger("llama")
 
 LEAST_KEYS = 128  # positions: reading fewer would save nothing that shows
 MOST_SHAPES = 1024  # of rows and positions, for which layers are compiled
@@ -39,7 +45,9 @@ class StaticStep:
         self._numbers = torch.zeros(2, rows, dtype=torch.long, pin_memory=on_gpu)
         self._inputs = torch.zeros(2, rows, dtype=torch.long, device=device)
         self._logits = torch.zeros(rows, model.vocab_size, device=device)
-        self._layer = compiled_layer("inductor" if on_gpu and backend is None else backend)
+        if backend is None and on_gpu and can_compile():
+            backend = "inductor"
+        self._layer = compiled_layer(backend)
         self._captured: dict[tuple[int, int], Captured] = {}
         self._pool = pool_of(device)
 
@@ -103,15 +111,23 @@ def run_layer(block: Any, h: Tensor, *rest: Any) -> Tensor:
     return block(h, *rest)
 
 
+def can_compile() -> bool:
+    """Whether inductor finds what it compiles with on a GPU: Triton and a C compiler."""
+    compilers = os.environ.get("CC"), shutil.which("gcc"), shutil.which("clang")
+    if importlib.util.find_spec("triton") is not None and any(compilers):
+        return True
+    log.warning("no Triton or no C compiler: the GPU decodes with more and smaller kernels")
+    return False
+
+
 def compiled_layer(backend: str | None) -> Callable[..., Tensor]:
     """`run_layer`, compiled for every shape that it meets, where no other rank takes part: what
     fairscale says to the others is not what a compiler understands."""
     if backend is None or parallel.mp_size() > 1:
         return run_layer
     torch._dynamo.allow_in_graph(reduce_from_model_parallel_region)  # one rank's input as it is
-    options = None
-    if backend == "inductor":  # products of one row as reductions, into which the widening goes
-        options = {"coordinate_descent_tuning": True}
+    # Products of one row as reductions, into which the widening of quantized weights goes.
+    options: Any = {"coordinate_descent_tuning": True} if backend == "inductor" else None
     compiled = torch.compile(
         run_layer, fullgraph=True, dynamic=False, backend=backend, options=options
     )

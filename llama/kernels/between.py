@@ -149,7 +149,8 @@ def attend(head_dim: int, group: int) -> Task:
             first_head = token * heads + head * group
             queries = carray(
                 pointer(
-                    job[QKV] + 4 * head_dim * (token * (heads + 2 * kv_heads) + head * group),
+                    job[QKV]
+                    + 4 * head_dim * (token * (heads + 2 * kv_heads) + head * group),
                     np.float32,
                 ),
                 (group, head_dim),

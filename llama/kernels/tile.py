@@ -156,12 +156,8 @@ class _Tile:
         half = ir.VectorType(i16, LANES)
         x_starts = [b.mul(_times(b, number, 4), self.k) for number in self.inputs]
         w_starts = [b.mul(_times(b, row, width), self.k) for row in self.rows]
-        sums = [
-            [cgutils.alloca_once_value(b, _splat(floats8, 0)) for _ in x_starts] for _ in w_starts
-        ]
-        rest = [
-            [cgutils.alloca_once_value(b, ir.Constant(f32, 0)) for _ in x_starts] for _ in w_starts
-        ]
+        sums = [[cgutils.alloca_once_value(b, _splat(floats8, 0)) for _ in x_starts] for _ in w_starts]
+        rest = [[cgutils.alloca_once_value(b, ir.Constant(f32, 0)) for _ in x_starts] for _ in w_starts]
 
         def multiply(i: Value, kind: ir.Type, half: ir.Type, totals: list[list[Value]]) -> None:
             inputs = [_load(b, kind, self.x, b.add(start, _times(b, i, 4))) for start in x_starts]

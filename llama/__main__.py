@@ -29,7 +29,7 @@ def complete(prompt: str | None = None, *words: str, **flags: Any) -> None:
 
     Model:    --ckpt_dir FOLDER (or an id on the Hub; without it the bundled model)
               --tokenizer_path FILE --max_seq_len N --mode fast|reference
-              --quantize int8|int4 (round the weights: mode fast; on a CPU extra [fast]; GPU also fp8)
+              --quantize int8|int4|fp8 (round the weights: mode fast; a CPU needs extra [fast])
               --device cpu|cuda|mps --dtype float32|bfloat16|float16 --rope_factor X
     Sampling: --temperature 0.6 (0: the likeliest) --top_p 0.9 --top_k 0 --min_p 0 --seed 1
               --repetition_penalty 1 --presence_penalty 0 --frequency_penalty 0

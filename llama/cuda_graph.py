@@ -1,51 +1,49 @@
-"""Work on static tensors as one CUDA graph; without a GPU it is called as it is."""
+"""Work on static tensors as CUDA graphs; without a GPU it is called as it is."""
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Hashable
 
 import torch
 
 WARM_UPS = 2  # the first compiles kernels and makes workspaces and connections
 
 
-class Captured:
-    """A function without arguments that reads and writes tensors which stay where they are.
+class Graphs:
+    """Functions without arguments that read and write tensors which stay where they are.
 
-    On a GPU it is captured when this is made: then a call launches all of its kernels at once, and
-    Python runs none of it. It must give the same when it runs again, and must not wait for the GPU.
-    Ranks that talk to each other in it make theirs at the same time.
-
-    pool: of the memory used on the way, for several that never run at the same time.
+    On a GPU each is captured when it is first run: from then on all of its kernels are launched at
+    once, and Python runs none of it. It must give the same when it runs again, and must not wait
+    for the GPU. Ranks that talk to each other in one run it at the same time.
     """
 
-    def __init__(
-        self,
-        work: Callable[[], None],
-        device: torch.device,
-        pool: Any = None,
-    ) -> None:
-        self._run: Callable[[], None] = work
-        if device.type != "cuda":
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._captured: dict[Hashable, torch.cuda.CUDAGraph] = {}
+        if device.type == "cuda":
+            self._stream = torch.cuda.Stream(device)
+            self._pool = torch.cuda.graph_pool_handle()  # one memory: they run one by one
+
+    def run(self, key: Hashable, work: Callable[[], None]) -> None:
+        """Run the work, which is the same every time for one key."""
+        if self._device.type != "cuda":
+            work()
             return
-        current, side = torch.cuda.current_stream(device), torch.cuda.Stream(device)
-        side.wait_stream(current)
-        with torch.cuda.stream(side):
+        if key not in self._captured:
+            with torch.cuda.device(self._device):
+                self._captured[key] = self._capture(work)
+        self._captured[key].replay()
+
+    def _capture(self, work: Callable[[], None]) -> torch.cuda.CUDAGraph:
+        current = torch.cuda.current_stream()
+        self._stream.wait_stream(current)
+        with torch.cuda.stream(self._stream):
             for _ in range(WARM_UPS):
                 work()
-        current.wait_stream(side)
+        current.wait_stream(self._stream)
         graph = torch.cuda.CUDAGraph()
         # Other threads may go on using the GPU, as NCCL's watchdog does.
-        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+        with torch.cuda.graph(graph, self._pool, self._stream, capture_error_mode="thread_local"):
             work()
-        self._run = graph.replay
-
-    def __call__(self) -> None:
-        self._run()
-
-
-def pool_of(device: torch.device) -> Any:
-    """A new pool of memory for graphs."""
-    return torch.cuda.graph_pool_handle() if device.type == "cuda" else None
+        return graph
 
 
 def next_power_of_two(n: int) -> int:

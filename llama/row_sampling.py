@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from llama import sampling
-from llama.cuda_graph import Captured, next_power_of_two, pool_of
+from llama.cuda_graph import Graphs, next_power_of_two
 from llama.request import Request
 from llama.sampling import SamplingParams
 
@@ -30,8 +30,7 @@ class RowSampler:
         self._logits = torch.zeros(max_rows, vocab_size, device=device)
         self._noise = torch.ones(max_rows, vocab_size, device=device)
         self._chosen = torch.zeros(3, max_rows, dtype=torch.float64, device=device)
-        self._captured: dict[tuple[int, bool], Captured] = {}
-        self._pool = pool_of(device)
+        self._graphs = Graphs(device)
 
     @staticmethod
     def takes(params: SamplingParams) -> bool:
@@ -60,18 +59,14 @@ class RowSampler:
         return list(zip(map(int, ids), logprobs, strict=True))
 
     def _run(self, n_rows: int, is_greedy: bool) -> None:
-        if (n_rows, is_greedy) not in self._captured:
+        def work() -> None:
+            logits = self._logits[:n_rows]
+            if is_greedy:
+                ids, finite = logits.argmax(-1), logits.amax(-1).isfinite()
+            else:
+                options, noise = self._options[:, :n_rows], self._noise[:n_rows]
+                ids, finite = sampling.draw_rows(logits, options, noise)
+            logprobs = sampling.logprob_of(logits, ids)
+            self._chosen[:, :n_rows] = torch.stack((ids.double(), logprobs, finite))
 
-            def work() -> None:
-                logits = self._logits[:n_rows]
-                if is_greedy:
-                    ids, finite = logits.argmax(-1), logits.amax(-1).isfinite()
-                else:
-                    ids, finite = sampling.draw_rows(
-                        logits, self._options[:, :n_rows], self._noise[:n_rows]
-                    )
-                logprobs = sampling.logprob_of(logits, ids)
-                self._chosen[:, :n_rows] = torch.stack((ids.double(), logprobs, finite))
-
-            self._captured[n_rows, is_greedy] = Captured(work, self._logits.device, self._pool)
-        self._captured[n_rows, is_greedy]()
+        self._graphs.run((n_rows, is_greedy), work)

@@ -278,10 +278,10 @@ def draw_rows(logits: Tensor, options: Tensor, noise: Tensor) -> tuple[Tensor, T
     likeliest on, as torch.multinomial draws it for `sample_top_p`.
     """
     temperature, top_k, log_min_p, top_p = options[:, :, None]  # (B, 1) each
-    scaled = logits / torch.where(temperature == 0, 1, temperature)
+    scaled = logits / temperature.masked_fill(temperature == 0, 1)
     ordered, order = scaled.sort(dim=-1, descending=True)
     most = scaled.shape[-1]
-    k = torch.where(top_k == 0, most, top_k.clamp(max=most)).long()
+    k = top_k.masked_fill(top_k == 0, most).clamp(max=most).long()
     least = torch.maximum(ordered.gather(-1, k - 1), ordered[:, :1] + log_min_p)
     probs = scaled.masked_fill(scaled < least, -math.inf).softmax(-1)
     nucleus = _nucleus(probs.gather(-1, order), top_p)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from llama import parallel
 from llama.cache import KVCache
-from llama.cuda_graph import Captured, next_power_of_two, pool_of
+from llama.cuda_graph import Graphs, next_power_of_two
 from llama.model import Transformer
 
 log = logging.getLogger("llama")
@@ -48,8 +48,7 @@ class StaticStep:
         if backend is None and on_gpu and can_compile():
             backend = "inductor"
         self._layer = compiled_layer(backend)
-        self._captured: dict[tuple[int, int], Captured] = {}
-        self._pool = pool_of(device)
+        self._graphs = Graphs(device)
 
     def n_rows(self, n: int) -> int:
         """How many rows a step has that is to have n or more."""
@@ -66,16 +65,13 @@ class StaticStep:
         assert n_rows == self.n_rows(n_rows), n_rows
         self._numbers[:, :n_rows] = torch.tensor([tokens, start_pos])
         self._inputs.copy_(self._numbers, non_blocking=True)
-        if (n_rows, n_keys) not in self._captured:
 
-            def work() -> None:
-                tokens, positions = self._inputs[:, :n_rows]
-                cache = self.cache.part(0, n_rows, n_keys)
-                logits = decode(self.model, tokens, positions, cache, self._layer)
-                self._logits[:n_rows] = logits
+        def work() -> None:
+            tokens, positions = self._inputs[:, :n_rows]
+            cache = self.cache.part(0, n_rows, n_keys)
+            self._logits[:n_rows] = decode(self.model, tokens, positions, cache, self._layer)
 
-            self._captured[n_rows, n_keys] = Captured(work, self.model.device, self._pool)
-        self._captured[n_rows, n_keys]()
+        self._graphs.run((n_rows, n_keys), work)
         return self._logits[:n_rows]
 
 

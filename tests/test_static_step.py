@@ -135,6 +135,18 @@ def test_the_step_looks_at_no_data(model: Transformer) -> None:
     assert (logits.shape, ids.shape, finite.shape) == ((4, VOCAB), (4,), (4,))
 
 
+def test_no_operation_waits_for_a_count(model: Transformer) -> None:
+    """As one that picks by a mask would on a GPU; here fairscale's embedding is seen too."""
+    step = StaticStep(model, model.make_cache(4, MAX_SEQ_LEN))
+    sampler = RowSampler(4, VOCAB, CPU)
+    requests = [request_of(options, seed=1) for options in OPTIONS[:4]]
+    with torch.inference_mode(), torch.profiler.profile() as profile:
+        sampler(step([1, 2, 3, 4], [0, 5, 2, 9]), requests)
+    called = {event.key for event in profile.key_averages()}
+    assert "aten::index_put_" in called
+    assert not called & {"aten::nonzero", "aten::masked_select", "aten::unique"}
+
+
 # ---- the engine on it -------------------------------------------------------------------------
 
 

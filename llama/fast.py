@@ -24,11 +24,8 @@ Mode = Literal["reference", "fast"]
 Width = Literal["int8", "int4", "fp8"]
 QUANTIZERS: dict[str, Callable[[Tensor], Weight]] = {"int8": quantize_int8, "int4": quantize_int4}
 MOST = 512  # tokens computed at once
-BYTES = {
-    "int8": 1.0,
-    "int4": 0.5 + 2 / GROUP,
-    "fp8": 1.0,
-}  # of a weight, with its share of the scales
+# Of a weight, with its share of the scales.
+BYTES = {"int8": 1.0, "int4": 0.5 + 2 / GROUP, "fp8": 1.0}
 
 
 def check_mode(

@@ -32,8 +32,8 @@ class StaticStep:
 
     Made for a model and a cache, both of which stay in their places.
 
-    backend: of torch.compile for the layers, one graph for all of them; None: as they are. On a GPU
-        inductor, which joins the small kernels and widens quantized weights inside the products.
+    backend: of torch.compile, one graph for all layers and one for the output; None: on a GPU
+        inductor, which joins small kernels and widens narrow weights inside products; else none.
     """
 
     def __init__(self, model: Transformer, cache: KVCache, backend: str | None = None) -> None:
@@ -47,7 +47,7 @@ class StaticStep:
         self._logits = torch.zeros(rows, model.vocab_size, device=device)
         if backend is None and on_gpu and can_compile():
             backend = "inductor"
-        self._layer = compiled_layer(backend)
+        self._layer, self._output = compiled(run_layer, backend), compiled(run_output, backend)
         self._graphs = Graphs(device)
 
     def n_rows(self, n: int) -> int:
@@ -69,7 +69,8 @@ class StaticStep:
         def work() -> None:
             tokens, positions = self._inputs[:, :n_rows]
             cache = self.cache.part(0, n_rows, n_keys)
-            self._logits[:n_rows] = decode(self.model, tokens, positions, cache, self._layer)
+            parts = self._layer, self._output
+            self._logits[:n_rows] = decode(self.model, tokens, positions, cache, *parts)
 
         self._graphs.run((n_rows, n_keys), work)
         return self._logits[:n_rows]
@@ -81,14 +82,15 @@ def decode(
     positions: Tensor,
     cache: KVCache,
     layer: Callable[..., Tensor],
+    output: Callable[..., Tensor],
 ) -> Tensor:
     """One token for each row: ids (B,), positions (B,) -> logits, float32 (B, V). Nothing that the
-    tensors hold is looked at."""
+    tensors hold is looked at. layer, output: `run_layer` and `run_output`, or these compiled."""
     h = model.tok_embeddings(tokens[:, None])  # (B, 1, D)
     place = model.place(h, positions, cache)
     for number, block in enumerate(model.layers):
         h = layer(block, h, *place, _LayerCache(cache.layer(number)))
-    return model.logits(model.norm(h))[:, 0]
+    return output(model, h)
 
 
 class _LayerCache:
@@ -107,6 +109,11 @@ def run_layer(block: Any, h: Tensor, *rest: Any) -> Tensor:
     return block(h, *rest)
 
 
+def run_output(model: Transformer, h: Tensor) -> Tensor:
+    """What follows the layers: (B, 1, D) -> (B, V)."""
+    return model.logits(model.norm(h))[:, 0]
+
+
 def can_compile() -> bool:
     """Whether inductor finds what it compiles with on a GPU: Triton and a C compiler."""
     compilers = os.environ.get("CC"), shutil.which("gcc"), shutil.which("clang")
@@ -116,20 +123,19 @@ def can_compile() -> bool:
     return False
 
 
-def compiled_layer(backend: str | None) -> Callable[..., Tensor]:
-    """`run_layer`, compiled for every shape that it meets, where no other rank takes part: what
+def compiled(function: Callable[..., Tensor], backend: str | None) -> Callable[..., Tensor]:
+    """The function, compiled for every shape that it meets, where no other rank takes part: what
     fairscale says to the others is not what a compiler understands."""
     if backend is None or parallel.mp_size() > 1:
-        return run_layer
+        return function
     torch._dynamo.allow_in_graph(reduce_from_model_parallel_region)  # one rank's input as it is
-    # Products of one row as reductions, into which the widening of quantized weights goes.
-    options: Any = {"coordinate_descent_tuning": True} if backend == "inductor" else None
-    compiled = torch.compile(
-        run_layer, fullgraph=True, dynamic=False, backend=backend, options=options
-    )
+    # Products are tried out: as reductions for one row, and with the widening of narrow weights
+    # inside them for several.
+    mode = "max-autotune-no-cudagraphs" if backend == "inductor" else None
+    whole = torch.compile(function, fullgraph=True, dynamic=False, backend=backend, mode=mode)
 
-    def layer(*args: Any) -> Tensor:
+    def call(*args: Any) -> Tensor:
         with torch._dynamo.config.patch(recompile_limit=MOST_SHAPES):
-            return compiled(*args)
+            return whole(*args)
 
-    return layer
+    return call

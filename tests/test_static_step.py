@@ -23,6 +23,7 @@ from llama.static_step import LEAST_KEYS, StaticStep
 VOCAB = len(demo_pieces()) + 256
 MAX_SEQ_LEN = LEAST_KEYS + 40
 CPU = torch.device("cpu")
+PARTS = static_step.run_layer, static_step.run_output
 OPTIONS: list[dict[str, Any]] = [
     dict(temperature=0),
     dict(temperature=0.9),
@@ -97,7 +98,7 @@ def test_layers_are_one_graph_without_a_break(width: str | None) -> None:
     torch._dynamo.reset()
     counters.clear()
     assert largest_difference(model, 2, backend="aot_eager") < 1e-5
-    assert counters["stats"]["unique_graphs"] == 2  # two numbers of positions
+    assert counters["stats"]["unique_graphs"] == 3  # two numbers of positions, and the output
     assert not counters["graph_break"]
 
 
@@ -130,7 +131,7 @@ def test_the_step_looks_at_no_data(model: Transformer) -> None:
     )
     with torch.inference_mode():
         cache = empty.make_cache(4, MAX_SEQ_LEN)
-        logits = static_step.decode(empty, tokens, tokens, cache, static_step.run_layer)
+        logits = static_step.decode(empty, tokens, tokens, cache, *PARTS)
         ids, finite = sampling.draw_rows(logits, options, noise)
     assert (logits.shape, ids.shape, finite.shape) == ((4, VOCAB), (4,), (4,))
 

@@ -30,8 +30,8 @@ def complete(prompt: str | None = None, *words: str, **flags: Any) -> None:
 
     Model:    --ckpt_dir FOLDER (or an id on the Hub; without it the bundled model)
               --tokenizer_path FILE --max_seq_len N --mode fast|reference
-              --quantize int8|int4 (round the weights: mode fast on a CPU, extra [fast])
-              --kv_cache int8 (keys and values in less memory: mode fast)
+              --quantize int8|int4|fp8 (round the weights: mode fast; a CPU needs extra [fast],
+              fp8 a newer GPU) --kv_cache int8 (keys and values in less memory: mode fast)
               --device cpu|cuda|mps --dtype float32|bfloat16|float16 --rope_factor X
     Faster:   --lookup (propose what followed in the text so far) or --draft FOLDER (a smaller
               model proposes): one forward checks several tokens
@@ -145,7 +145,7 @@ def perplexity(
         tokenizer_path: tokenizer.model; by default the one in ckpt_dir.
         window: tokens seen at a time, each time after a <|begin_of_text|>; by default 512.
         mode: reference, or fast (kernels on a CPU).
-        quantize: int8 or int4, with mode fast.
+        quantize: int8 or int4, on a newer GPU also fp8, with mode fast.
         kv_cache: int8, with mode fast.
         device: cpu or cuda; by default the best there is.
         dtype: float32, bfloat16 or float16; by default the checkpoint's own on the CPU.
@@ -302,7 +302,7 @@ def batch(
             group takes its share of the lines. By default all.
         seed: a line without a seed of its own has one made of this and its index.
         mode: fast or reference.
-        quantize: int8 or int4: round the weights (mode fast on a CPU, extra [fast]).
+        quantize: int8 or int4, on a newer GPU also fp8: round the weights (mode fast).
         kv_cache: int8: keys and values in less memory (mode fast).
         device: cpu or cuda; by default the best there is.
         dtype: float32, bfloat16 or float16; by default as in Llama.build.
@@ -425,7 +425,7 @@ def doctor(
         max_seq_len: tokens of a row of the KV cache; by default as in Llama.build.
         max_batch_size: rows of the KV cache.
         tokenizer_path: tokenizer.model; by default the one in the folder.
-        mode: reference or fast, quantize: int8 or int4, kv_cache: int8; as in Llama.build.
+        mode: reference or fast, quantize: int8, int4 or fp8, kv_cache: int8; as in Llama.build.
         device: cuda, mps or cpu; by default the best there is.
         dtype: float32, bfloat16 or float16; by default as in Llama.build.
     """

@@ -51,6 +51,10 @@ class KVCache:
         rows = slice(first_row, first_row + n_rows)
         return KVCache(*(tensor[:, rows, :n_positions] for tensor in self._tensors()))
 
+    def layer(self, layer_id: int) -> "KVCache":
+        """One layer, as a cache of its own on the same memory."""
+        return KVCache(*(tensor[layer_id : layer_id + 1] for tensor in self._tensors()))
+
     def copy_row(self, source: int, destination: int, n_positions: int) -> None:
         """Give one row the first keys and values of another."""
         for tensor in self._tensors():

@@ -10,7 +10,7 @@ import pickle
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, cast, get_args
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -291,8 +291,8 @@ def read_quantization(folder: Path) -> Width | None:
     if said is None:
         return None
     width = said.get("width") if isinstance(said, dict) else None
-    if width not in get_args(Width):
-        raise CheckpointError(f"{path}: quantization is {said!r}, not of {get_args(Width)}")
+    if width not in KINDS:
+        raise CheckpointError(f"{path}: quantization is {said!r}, not of {', '.join(KINDS)}")
     if said.get("layout") != LAYOUT:
         raise CheckpointError(
             f"{path}: quantized in layout {said.get('layout')!r}, but this version reads {LAYOUT}: "

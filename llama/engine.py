@@ -25,6 +25,7 @@ from llama.fast import FastTransformer
 from llama.model import Transformer
 from llama.plan import Action, Plan, Wanted
 from llama.request import Event, FinishReason, Request
+from llama.row_sampling import RowSampler
 from llama.sampling import SamplingParams
 from llama.speculative import (
     MOST,
@@ -37,6 +38,7 @@ from llama.speculative import (
     draft_token,
     n_alike,
 )
+from llama.static_step import StaticStep
 from llama.text_stream import TextStream
 from llama.tokenizer import Tokenizer
 
@@ -78,6 +80,8 @@ class Engine:
         cache_dtype: of the keys and values, int8 too; None: as the model computes.
         draft: a smaller model with the same vocabulary, which proposes tokens to this one.
         lookup: without one, propose what followed the last tokens where they stood before.
+        static: decode in steps of static shapes and choose on the device, for a GPU; the model is
+            a Transformer then.
 
     Raises GenerationError where a number is out of its range, ConfigError for a draft model that
     does not go with this one.
@@ -94,6 +98,7 @@ class Engine:
         cache_dtype: torch.dtype | None = None,
         draft: Network | None = None,
         lookup: bool = False,
+        static: bool = False,
     ) -> None:
         if prefill_chunk < 1:
             raise GenerationError(f"prefill_chunk is {prefill_chunk}: it must be 1 or above")
@@ -112,13 +117,19 @@ class Engine:
         self.cache: KVCache = model.make_cache(max_batch_size, max_seq_len, cache_dtype)
         self._networks = [(model, self.cache)]
         if draft is not None:
-            self._networks.append(
-                (draft, draft.make_cache(max_batch_size, max_seq_len, cache_dtype))
-            )
+            drafts = draft.make_cache(max_batch_size, max_seq_len, cache_dtype)
+            self._networks.append((draft, drafts))
         self._looks_up = lookup and draft is None
         self._most = MOST if self._looks_up or self._drafts else 0  # proposals
         self._times = StepTimes(first=1.0)
         self._draft_times = StepTimes(first=0.0)  # so that it is tried
+        self._static: StaticStep | None = None
+        self._sampler: RowSampler | None = None
+        if static:
+            assert isinstance(model, Transformer)
+            self._static = StaticStep(model, self.cache)
+            if not self._drafts:  # whose tokens are drawn from another distribution
+                self._sampler = RowSampler(max_batch_size, model.vocab_size, model.device)
         self._seed = seed
         self._slots = [_Slot(i) for i in range(max_batch_size)]
         self._waiting: deque[Request] = deque()
@@ -327,6 +338,8 @@ class Engine:
         fewer proposals, is computed along and forgotten: what it stores stands where its next
         tokens will overwrite it."""
         first, last = decoding[0].index, decoding[-1].index
+        if self._static is not None:
+            first, last = 0, self._static.n_rows(last + 1) - 1
         rows = self._slots[first : last + 1]
         for slot in decoding:  # a step that was interrupted may have stored tokens already
             request = _request_of(slot)
@@ -352,8 +365,9 @@ class Engine:
         for at in range(seqlen):
             for slot in decoding:
                 slot.tokens.append(fed[slot][at])
-            of_slots = logits[[slot.index - first for slot in decoding], at]
-            events += self._next_tokens(decoding, of_slots, at)
+            of_slots = [logits[slot.index - first, at] for slot in decoding]
+            # Stacked, as a GPU would have to wait for a list of indices.
+            events += self._next_tokens(decoding, torch.stack(of_slots), at)
             # The next logits count where they were computed after the token that came.
             decoding = [slot for slot in decoding if _goes_on(slot, fed[slot][at + 1 : at + 2])]
             if not decoding:
@@ -364,6 +378,22 @@ class Engine:
     def _next_tokens(self, slots: list[_Slot], logits: Tensor, at: int = 0) -> list[Event]:
         """Choose a token for each slot from its logits (B, V), in the place of the proposal with
         the number `at`. A request whose own options fail ends with the error; the others go on."""
+        if self._sampler is not None:
+            takes = [self._sampler.takes(_request_of(slot).params) for slot in slots]
+            if all(takes):
+                drawn = self._sampler(logits, [_request_of(slot) for slot in slots])
+                return [
+                    self._advance(slot, token, logprob, row)
+                    for slot, (token, logprob), row in zip(slots, drawn, logits, strict=True)
+                ]
+            if any(takes):  # the two kinds one after the other
+                kinds = [
+                    [i for i, taken in enumerate(takes) if taken == kind] for kind in (True, False)
+                ]
+                events = [
+                    self._next_tokens([slots[i] for i in rows], logits[rows], at) for rows in kinds
+                ]
+                return [event for some in events for event in some]
         chosen: list[Tensor] = []
         for slot, row in zip(slots, logits, strict=True):
             request = _request_of(slot)
@@ -539,6 +569,9 @@ class Engine:
         if plan.action is not Action.FORWARD:
             return None
         model, cache = self._networks[plan.is_draft]
+        is_decode = plan.wanted is Wanted.LAST and not plan.is_exact and len(plan.tokens[0]) == 1
+        if self._static is not None and plan.row == 0 and is_decode and not plan.is_draft:
+            return self._static([row[0] for row in plan.tokens], plan.start_pos)[:, None]
         tokens = torch.tensor(plan.tokens, device=model.device)  # (B, S)
         part = cache.part(plan.row, len(plan.tokens), plan.n_keys)
         start_pos: int | Tensor = plan.start_pos[0]

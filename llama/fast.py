@@ -22,32 +22,41 @@ from llama.quantize import GROUP, Int4Weight, Int8Weight, Quantized, quantize_in
 # differ, since prompts are cut into pieces, what the cache holds is reused, and on the CPU the
 # products are those of this file.
 Mode = Literal["reference", "fast"]
-Width = Literal["int8", "int4"]
+Width = Literal["int8", "int4", "fp8"]
 CacheWidth = Literal["int8"]
+# Of a CPU, and of folders; a GPU has `device_weights`.
 QUANTIZERS: dict[str, Callable[[Tensor], Quantized]] = {
     "int8": quantize_int8,
     "int4": quantize_int4,
 }
 KINDS: dict[str, type[Quantized]] = {"int8": Int8Weight, "int4": Int4Weight}
 MOST = 512  # tokens computed at once
-BYTES = {"int8": 1.0, "int4": 0.5 + 2 / GROUP}  # of a weight, with its share of the scales
+# Of a weight, with its share of the scales.
+BYTES = {"int8": 1.0, "int4": 0.5 + 2 / GROUP, "fp8": 1.0}
 
 
 def check_mode(
     mode: Mode, quantize: Width | None, device: torch.device, dtype: torch.dtype
 ) -> bool:
-    """Whether the mode means a `FastTransformer` here; else PyTorch's own products are as good as
-    there is. Raises ConfigError for an unknown mode or width, or where quantizing needs more."""
+    """Whether the mode means a `FastTransformer` here, which is for CPUs. Raises ConfigError for an
+    unknown mode or width, or where quantizing needs more."""
     if mode not in get_args(Mode):
         raise ConfigError(f"mode is {mode!r}: {' or '.join(get_args(Mode))}")
     if quantize not in (None, *get_args(Width)):
         raise ConfigError(f"quantize is {quantize!r}: {' or '.join(get_args(Width))}")
     can = device.type == "cpu" and dtype in FLOATS and is_installed()
-    if quantize is not None and (mode != "fast" or device.type != "cpu"):
-        raise ConfigError("quantized weights are for mode fast on the CPU")
-    if quantize is not None and not is_installed():
+    if quantize is not None and (mode != "fast" or device.type not in ("cpu", "cuda")):
+        raise ConfigError("quantized weights are for mode fast on the CPU or a CUDA GPU")
+    if quantize == "fp8" and not has_fp8(device):
+        raise ConfigError(f"quantize is 'fp8': {device} has no products of that, only newer GPUs")
+    if quantize is not None and device.type == "cpu" and not is_installed():
         raise ConfigError("quantized weights need numba: pip install 'llama-reference[fast]'")
-    return mode == "fast" and (can or quantize is not None)
+    return mode == "fast" and (can or (quantize is not None and device.type == "cpu"))
+
+
+def has_fp8(device: torch.device) -> bool:
+    """Whether it is a GPU that widens e4m3 by itself, from Ada and Hopper on."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9)
 
 
 def cache_dtype(mode: Mode, kv_cache: CacheWidth | None) -> torch.dtype | None:

@@ -12,7 +12,7 @@ from typing import Any, Literal, NotRequired, TypedDict, overload
 
 import torch
 
-from llama import checkpoint, doctor, hub, hugging_face, parallel
+from llama import checkpoint, device_weights, doctor, hub, hugging_face, parallel
 from llama.chat_format import ChatFormat, Dialog, Llama2ChatFormat, Message
 from llama.engine import Engine
 from llama.errors import ConfigError, GenerationError, LlamaError
@@ -86,9 +86,10 @@ class Llama:
             seed: of the random numbers that sampling draws.
             mode: "reference" gives one prompt alone exactly Meta's numbers; "fast" may differ in
                 the last bits, reuses what earlier prompts left in the cache, and on a CPU
-                computes with kernels, which the extra `[fast]` brings.
-            quantize: "int8" or "int4": round the matrices while loading; mode fast on a CPU.
-                None: not, or as a folder that `convert` has quantized.
+                computes with kernels, which the extra `[fast]` brings, on a GPU in CUDA graphs.
+            quantize: "int8" or "int4", on newer GPUs also "fp8": round the matrices while loading;
+                mode fast on a CPU or a CUDA GPU. None: not, or as a folder that `convert` has
+                quantized.
             kv_cache: "int8": keep keys and values in a quarter of float32's memory; mode fast.
             device: None: this rank's GPU, else MPS, else the CPU.
             dtype: of the weights and the cache; None: bfloat16 on a GPU (half where that is
@@ -156,14 +157,17 @@ class Llama:
         rows = model.params.max_batch_size if max_batch_size is None else max_batch_size
         weight = model.norm.weight
         is_fast = check_mode(mode, quantize, weight.device, weight.dtype)
+        on_gpu = mode == "fast" and weight.device.type == "cuda"
 
         def network(model: Transformer) -> Transformer | FastTransformer:
+            if on_gpu and quantize is not None:
+                device_weights.narrow(model, quantize, weight.device)
             return FastTransformer(model, quantize) if is_fast else model
 
         self.engine = Engine(
             network(model), rows, model.params.max_seq_len, tokenizer, seed,
             cache_dtype=cache_dtype(mode, kv_cache),
-            draft=draft and network(draft), lookup=lookup,
+            draft=draft and network(draft), lookup=lookup, static=on_gpu,
         )  # fmt: skip
         self._generator = torch.Generator(model.device).manual_seed(seed)
         self._inboxes: dict[Request, deque[Event]] = {}  # of the streams that are open
@@ -499,5 +503,11 @@ def _load(setup: doctor.Setup) -> Transformer:
     n_kv_heads = max(args.local_kv_heads(1), setup.mp_size)
     with torch.device("meta"):
         model = Transformer(replace(args, n_kv_heads=n_kv_heads))
-    checkpoint.load(model, setup.opened, setup.device, setup.dtype, setup.quantize)
-    return model
+    if setup.quantize is None or setup.device.type != "cuda":
+        checkpoint.load(model, setup.opened, setup.device, setup.dtype, setup.quantize)
+        return model
+    # Rounded one by one, the matrices need never all be on the GPU as they were.
+    saved = setup.opened.quantization
+    checkpoint.load(model, setup.opened, torch.device("cpu"), setup.dtype, saved)
+    device_weights.narrow(model, setup.quantize, setup.device)
+    return model.to(setup.device)

@@ -187,14 +187,18 @@ class Attention(nn.Module):
         values = repeat_kv(xv, n_rep).transpose(1, 2)
 
         if not is_metas:  # the same sum without ever holding the scores
+            queries = xq.transpose(1, 2)  # (B, H, S, hd)
+            if seqlen == 1 and mask is not None:
+                # Then a group's heads are as good as queries of one head, which all kernels take.
+                queries = queries.reshape(bsz, keys.shape[1], -1, self.head_dim)
             heads = F.scaled_dot_product_attention(
-                xq.transpose(1, 2),
+                queries,
                 keys,
                 values,
                 mask,
                 is_causal=mask is None,
-                enable_gqa=is_grouped,
-            )
+                enable_gqa=queries.shape[1] != keys.shape[1],
+            ).reshape(bsz, -1, seqlen, self.head_dim)
         else:
             # The scores are the largest tensor there is: they are changed in place.
             scores = xq.transpose(1, 2) @ keys.transpose(2, 3)  # (B, H, S, T)

@@ -187,10 +187,15 @@ def _scaled(
         logits = truncate_logits(logits / params.temperature, params)
     # One value tells: the largest is NaN where there is one, and -inf where nothing is above it.
     if not math.isfinite(logits.max().item()):
-        raise GenerationError(
-            f"the logits of the next token are not finite at temperature {params.temperature}"
-        )
+        raise not_finite(params)
     return logits
+
+
+def not_finite(params: SamplingParams) -> GenerationError:
+    """What there is to say where logits hold NaN or only -inf."""
+    return GenerationError(
+        f"the logits of the next token are not finite at temperature {params.temperature}"
+    )
 
 
 def adjust_logits(
@@ -248,7 +253,7 @@ def sample_top_p(probs: Tensor, p: float, generator: torch.Generator | None = No
     return ids.gather(-1, torch.multinomial(nucleus, num_samples=1, generator=generator))
 
 
-def _nucleus(sorted_probs: Tensor, p: float) -> Tensor:
+def _nucleus(sorted_probs: Tensor, p: float | Tensor) -> Tensor:
     before = torch.cumsum(sorted_probs, dim=-1) - sorted_probs  # mass of the likelier tokens
     return sorted_probs.masked_fill(before > p, 0.0)
 
@@ -281,6 +286,33 @@ def _draw(probs: Tensor, p: float, generator: torch.Generator | None) -> Tensor:
     ids = (probs == candidates[rank]).nonzero().flatten()
     # Of tokens that tie, the full sort knows which one has this rank.
     return ids[0] if len(ids) == 1 else probs.argsort(descending=True)[rank]
+
+
+def options_of(params: SamplingParams) -> list[float]:
+    """As numbers: temperature, top_k, the logarithm of min_p, top_p."""
+    min_p = math.log(params.min_p) if params.min_p > 0 else -math.inf
+    return [params.temperature, params.top_k, min_p, params.top_p]
+
+
+def draw_rows(logits: Tensor, options: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+    """A token of each row's distribution after its options, the likeliest at temperature 0.
+
+    logits (B, V), options (4, B) as of `options_of`, noise (B, V) of the exponential distribution
+    -> ids (B,), and whether the logits were finite (B,). The noise is for the tokens from the
+    likeliest on, as torch.multinomial draws it for `sample_top_p`.
+    """
+    temperature, top_k, log_min_p, top_p = options[:, :, None]  # (B, 1) each
+    scaled = logits / temperature.masked_fill(temperature == 0, 1)
+    ordered, order = scaled.sort(dim=-1, descending=True)
+    most = scaled.shape[-1]
+    k = top_k.masked_fill(top_k == 0, most).clamp(max=most).long()
+    least = torch.maximum(ordered.gather(-1, k - 1), ordered[:, :1] + log_min_p)
+    probs = scaled.masked_fill(scaled < least, -math.inf).softmax(-1)
+    nucleus = _nucleus(probs.gather(-1, order), top_p)
+    nucleus = nucleus / nucleus.sum(-1, keepdim=True)
+    drawn = order.gather(-1, (nucleus / noise).argmax(-1, keepdim=True))
+    ids = torch.where(temperature == 0, logits.argmax(-1, keepdim=True), drawn)
+    return ids[:, 0], scaled.amax(-1).isfinite()
 
 
 def logprob_of(logits: Tensor, tokens: Tensor | int) -> Tensor:

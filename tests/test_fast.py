@@ -11,7 +11,7 @@ from ranks import run_ranks
 from llama import Llama, ModelArgs, Transformer
 from llama.errors import ConfigError
 from llama.evaluation import score
-from llama.fast import FastTransformer
+from llama.fast import FastTransformer, check_mode
 
 VOCAB = len(demo_pieces()) + 256
 SHAPE: dict[str, Any] = dict(
@@ -135,12 +135,20 @@ def test_two_ranks(tmp_path: Path, quantize: Any) -> None:
     [
         (dict(mode="quick"), "mode is 'quick': reference or fast"),
         (dict(mode="fast", quantize="int3"), "quantize is 'int3': int8 or int4"),
-        (dict(quantize="int8"), "quantized weights are for mode fast on the CPU"),
+        (dict(quantize="int8"), "quantized weights are for mode fast on the CPU or a CUDA GPU"),
+        (dict(mode="fast", quantize="fp8", device="cpu"), "quantize is 'fp8': cpu has no products"),
     ],
 )
 def test_what_cannot_be(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         Llama.build(**options)
+
+
+def test_on_a_gpu_the_weights_are_narrow_and_the_model_its_own() -> None:
+    device = torch.device("cuda")
+    assert not check_mode("fast", "int8", device, torch.bfloat16)
+    with pytest.raises(ConfigError, match="mode fast on the CPU or a CUDA GPU"):
+        check_mode("reference", "int8", device, torch.bfloat16)
 
 
 def test_without_numba(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -75,4 +75,4 @@ def test_two_ranks(tmp_path: Path) -> None:
 @pytest.mark.parametrize("width", ["int8", "int4", "fp8"])
 def test_what_is_not_finite(width: str) -> None:
     with pytest.raises(ConfigError, match="not finite cannot be quantized"):
-        narrow_weight(torch.full((8, 32), torch.nan), width)
+        narrow_weight(torch.full((8, 32), torch.nan), width, 8)

@@ -1,0 +1,217 @@
+"""This library beside Meta's code, transformers and llama.cpp: the same random weights, the same
+token ids and threads, interleaved.
+
+python benchmarks/peers.py --work build/peers --shape 110m --out benchmarks/results/peers_110m.json
+
+Each peer and width is a process of its own, stopped while another one measures, so that no idle
+peer's threads spin. Needs the extra [bench] (a C++ compiler builds llama-cpp-python) and [fast].
+"""
+
+import json
+import os
+import platform
+import signal
+import statistics
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import fire
+import numpy as np
+from make_checkpoint import SHAPES, make_checkpoint
+from tqdm import tqdm
+
+from llama import ModelArgs, checkpoint
+from llama.convert import convert
+
+CONTEXT = 640
+PREFILL = 512
+ROWS = 8
+# By name and width; the first is what all others are compared with.
+LINES = [
+    ("llama-reference", "reference"),
+    ("llama-reference", "bfloat16"),
+    ("llama-reference", "int8"),
+    ("llama-reference", "int4"),
+    ("llama-models", "bfloat16"),
+    ("transformers", "bfloat16"),
+    ("llama.cpp", "BF16"),
+    ("llama.cpp", "Q8_0"),
+    ("llama.cpp", "Q4_0"),
+]
+WIDTHS = ("BF16", "Q8_0", "Q4_0")
+RIVALS = {"bfloat16": "BF16", "int8": "Q8_0", "int4": "Q4_0"}
+PACKAGES = ("llama_models", "transformers", "llama_cpp", "gguf", "matplotlib", "numba")
+
+
+class Peer:
+    """A running benchmarks/peer.py."""
+
+    def __init__(self, name: str, width: str, work: Path, threads: int) -> None:
+        self.name = f"{name} {width}"
+        self.log = work / f"{name}_{width}.log"
+        command = [sys.executable, str(Path(__file__).with_name("peer.py"))]
+        command += [name, width, str(work), str(CONTEXT)]
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+            stderr=self.log.open("w"), env=os.environ | {"OMP_NUM_THREADS": str(threads)},
+        )  # fmt: skip
+
+    def ask(self, **order: Any) -> dict[str, Any]:
+        """Wake the process for one measurement."""
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        self.process.send_signal(signal.SIGCONT)
+        try:
+            self.process.stdin.write(json.dumps(order) + "\n")
+            self.process.stdin.flush()
+            answer = self.process.stdout.readline()
+        except BrokenPipeError:
+            answer = ""
+        if not answer:
+            raise SystemExit(f"error: {self.name} ended; {self.log} says why")
+        self.process.send_signal(signal.SIGSTOP)
+        return json.loads(answer)
+
+    def close(self) -> None:
+        self.process.kill()
+        self.process.wait()
+
+
+def prepare(work: Path, shape: str) -> None:
+    """The checkpoint and what is derived from it, where they are not there yet."""
+    from gguf_file import write_gguf
+
+    metas = work / "meta"
+    if not (metas / "params.json").exists():
+        make_checkpoint(metas, SHAPES[shape])
+        # With the factor of RoPE written out, which Meta's own code takes for granted.
+        checkpoint.write_params(metas / "params.json", ModelArgs(**SHAPES[shape]))
+    if not (work / "hf").exists():
+        convert(metas, work / "hf", "hf")
+    for width in WIDTHS:
+        if not (path := work / f"{width}.gguf").exists():
+            write_gguf(path, checkpoint.open_checkpoint(metas), width, CONTEXT)
+
+
+def deviation(path: Path, other: Path) -> float:
+    """Root mean square of the difference of two peers' logits, as a share of the first's."""
+    ours, theirs = np.load(path), np.load(other)
+    return float(np.sqrt(np.mean((theirs - ours) ** 2) / np.mean(ours**2)))
+
+
+def table(medians: dict[str, dict[str, float]]) -> str:
+    """Tokens a second, a line for each peer."""
+    measures = list(next(iter(medians.values())))
+    lines = [" " * 28 + "".join(f"{name:>14}" for name in measures)]
+    for peer, row in medians.items():
+        lines.append(f"{peer:28}" + "".join(f"{row[name]:14.1f}" for name in measures))
+    return "\n".join(lines)
+
+
+def ratios(rounds: list[dict[str, dict[str, float]]]) -> dict[str, dict[str, float]]:
+    """Fast mode over llama.cpp at each width, the median of the rounds' own ratios."""
+    found = {}
+    for ours, theirs in RIVALS.items():
+        pairs = [(r[f"llama-reference {ours}"], r[f"llama.cpp {theirs}"]) for r in rounds]
+        found[f"{ours} / {theirs}"] = {
+            name: statistics.median(a[name] / b[name] for a, b in pairs) for name in pairs[0][0]
+        }
+    return found
+
+
+def draw(medians: dict[str, dict[str, float]], path: Path, title: str) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    measures = list(next(iter(medians.values())))
+    figure, axes = pyplot.subplots(1, len(measures), figsize=(12, 4), sharey=True)
+    for axis, name in zip(axes, measures, strict=True):
+        bars = axis.barh(list(medians), [row[name] for row in medians.values()])
+        axis.bar_label(bars, fmt="%.0f", padding=2)
+        axis.set_title(f"{name}, tokens a second")
+    axes[0].invert_yaxis()
+    figure.suptitle(title)
+    figure.tight_layout()
+    figure.savefig(path)
+
+
+def main(
+    work: str, shape: str = "110m", rounds: int = 3, threads: int = 2, decode: int = 64,
+    out: str | None = None,
+) -> None:  # fmt: skip
+    """Measure decode, prefill of 512 and decode of 8 rows; medians over the rounds.
+
+    Args:
+        work: folder for the weights in all formats; what is there is used again.
+        shape: 110m or 1.5b.
+        rounds: measured rounds, after one that warms up.
+        threads: of every peer.
+        decode: tokens decoded at batch 1.
+        out: file for the figures as JSON; the chart goes beside it as PNG.
+    """
+    if missing := [name for name in PACKAGES if find_spec(name) is None]:
+        raise SystemExit(
+            f"error: no {', '.join(missing)}: pip install 'llama-reference[bench,fast]'"
+        )
+    folder = Path(work) / str(shape)
+    folder.mkdir(parents=True, exist_ok=True)
+    prepare(folder, str(shape))
+    orders = {
+        "decode": dict(measure="decode", rows=1, tokens=decode),
+        "prefill": dict(measure="prefill", rows=1, tokens=PREFILL),
+        "decode of 8": dict(measure="decode", rows=ROWS, tokens=decode // 4),
+    }
+    peers: list[Peer] = []
+    versions: dict[str, str] = {}
+    deviations: dict[str, float] = {}
+    try:
+        for name, width in LINES:  # one loads at a time
+            peers.append(Peer(name, width, folder, threads))
+            logits = folder / f"{name}_{width}.npy"
+            versions |= peers[-1].ask(measure="logits", out=str(logits))["versions"]
+            first = folder / "{}_{}.npy".format(*LINES[0])
+            deviations[peers[-1].name] = deviation(first, logits)
+        results: list[dict[str, dict[str, float]]] = []
+        for i in tqdm(range(rounds + 1), unit="round"):
+            order = peers if i % 2 else peers[::-1]
+            results.append(
+                {
+                    peer.name: {
+                        name: peer.ask(**what)["tokens_per_second"] for name, what in orders.items()
+                    }
+                    for peer in order
+                }
+            )
+    finally:
+        for peer in peers:
+            peer.close()
+    measured = results[1:]
+    medians = {
+        peer.name: {
+            name: statistics.median(r[peer.name][name] for r in measured) for name in orders
+        }
+        for peer in peers
+    }
+    report = {
+        "shape": shape, "threads": threads, "rounds": rounds, "machine": platform.machine(),
+        "versions": versions, "logits_deviation": deviations, "tokens_per_second": medians,
+        "ratios": ratios(measured), "measured": measured,
+    }  # fmt: skip
+    print(table(medians))
+    for name, row in report["ratios"].items():  # type: ignore[attr-defined]
+        print(f"{name:28}" + "".join(f"{value:14.2f}" for value in row.values()))
+    for name, value in deviations.items():
+        print(f"{name:28} logits differ by {value:.4f}")
+    if out is not None:
+        Path(out).parent.mkdir(parents=True, exist_ok=True)
+        Path(out).write_text(json.dumps(report, indent=2) + "\n")
+        draw(medians, Path(out).with_suffix(".png"), f"{shape}, {threads} threads")
+
+
+if __name__ == "__main__":
+    fire.Fire(main)

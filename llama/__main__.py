@@ -1,5 +1,6 @@
 """python -m llama COMMAND: complete and chat, checkpoints, batches, training, evaluation."""
 
+import json
 import logging
 import re
 import sys
@@ -442,10 +443,61 @@ def doctor(
         sys.exit(1)
 
 
+@as_text
+def bench(
+    ckpt_dir: str | None = None,
+    tokenizer_path: str | None = None,
+    prefill: int = 512,
+    decode: int = 32,
+    rounds: int = 3,
+    mode: str = "fast",
+    quantize: str | None = None,
+    kv_cache: str | None = None,
+    device: str | None = None,
+    dtype: str | None = None,
+    out: str | None = None,
+) -> None:
+    """How fast a model runs on this machine: loading, the first token, prefill, decoding one, four
+    and eight prompts at a time, memory, and how near that is to the speed at which memory can be
+    read, which is the limit of decoding.
+
+    Example: python -m llama bench Llama3.2-1B --quantize int8
+
+    Medians of rounds, after one that warms up. Under torchrun the ranks share the model.
+
+    Args:
+        ckpt_dir: a checkpoint folder; without it the bundled model.
+        tokenizer_path: tokenizer.model; by default the one in ckpt_dir.
+        prefill: tokens of the long prompt.
+        decode: tokens decoded for each prompt.
+        rounds: of every measurement.
+        mode: fast or reference.
+        quantize: int8 or int4, on a newer GPU also fp8, with mode fast.
+        kv_cache: int8, with mode fast.
+        device: cpu or cuda; by default the best there is.
+        dtype: float32, bfloat16 or float16; by default as in Llama.build.
+        out: file for the figures as JSON.
+    """
+    from llama.bench import measure, report
+    from llama.files import atomic_file
+
+    figures = measure(
+        ckpt_dir and str(ckpt_dir), prefill, decode, rounds, tokenizer_path=tokenizer_path,
+        mode=mode, quantize=quantize, kv_cache=kv_cache, device=device, dtype=dtype,
+    )  # fmt: skip
+    if figures is None:
+        return
+    print(report(figures))
+    if out is not None:
+        with atomic_file(str(out)) as file:
+            file.write((json.dumps(figures, indent=2) + "\n").encode())
+
+
 COMMANDS: dict[str, Callable[..., None]] = {
     "complete": complete,
     "chat": chat,
     "doctor": doctor,
+    "bench": bench,
     "inspect": inspect,
     "convert": convert,
     "verify": verify,

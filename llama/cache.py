@@ -49,15 +49,15 @@ class KVCache:
     def part(self, first_row: int, n_rows: int, n_positions: int) -> "KVCache":
         """Some rows up to some position, as a cache of its own on the same memory."""
         rows = slice(first_row, first_row + n_rows)
-        return KVCache(*(tensor[:, rows, :n_positions] for tensor in self._tensors()))
+        return KVCache(*(tensor[:, rows, :n_positions] for tensor in self.tensors()))
 
     def layer(self, layer_id: int) -> "KVCache":
         """One layer, as a cache of its own on the same memory."""
-        return KVCache(*(tensor[layer_id : layer_id + 1] for tensor in self._tensors()))
+        return KVCache(*(tensor[layer_id : layer_id + 1] for tensor in self.tensors()))
 
     def copy_row(self, source: int, destination: int, n_positions: int) -> None:
         """Give one row the first keys and values of another."""
-        for tensor in self._tensors():
+        for tensor in self.tensors():
             tensor[:, destination, :n_positions] = tensor[:, source, :n_positions]
 
     def update(
@@ -89,7 +89,7 @@ class KVCache:
 
         return store(self.k, self.k_scale, k), store(self.v, self.v_scale, v)
 
-    def _tensors(self) -> list[Tensor]:
+    def tensors(self) -> list[Tensor]:
         both = [self.k, self.v, self.k_scale, self.v_scale]
         return [tensor for tensor in both if tensor is not None]
 

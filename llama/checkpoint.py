@@ -291,7 +291,7 @@ def read_quantization(folder: Path) -> Width | None:
     if said is None:
         return None
     width = said.get("width") if isinstance(said, dict) else None
-    if width not in KINDS:
+    if not isinstance(width, str) or width not in KINDS:
         raise CheckpointError(f"{path}: quantization is {said!r}, not of {', '.join(KINDS)}")
     if said.get("layout") != LAYOUT:
         raise CheckpointError(

@@ -1,0 +1,56 @@
+"""What rounding weights or keys and values costs: perplexity of the bundled model in fast mode.
+
+python benchmarks/quality.py TALES.jsonl --out benchmarks/results/quality.json
+
+TALES.jsonl has texts that the model has not read, a line {"text": "…"} each; the training script
+`scripts/train_bundled.py` says which those are.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import fire
+
+from llama import Llama
+from llama.evaluation import score
+
+KINDS: dict[str, dict[str, Any]] = {
+    "reference": dict(mode="reference"),
+    "float32": dict(mode="fast"),
+    "bfloat16": dict(mode="fast", dtype="bfloat16"),
+    "int8": dict(mode="fast", quantize="int8"),
+    "int4": dict(mode="fast", quantize="int4"),
+    "int8 cache": dict(mode="fast", kv_cache="int8"),
+    "int4, int8 cache": dict(mode="fast", quantize="int4", kv_cache="int8"),
+}
+
+
+def main(tales: str, out: str | None = None) -> None:
+    """Measure and print.
+
+    Args:
+        tales: file of texts, JSON lines.
+        out: file for the figures as JSON.
+    """
+    lines = Path(tales).read_text(encoding="utf-8").splitlines()
+    texts = [json.loads(line)["text"] for line in lines]
+    scores = {name: score(Llama.build(**build), texts) for name, build in KINDS.items()}
+    plain = scores["reference"].perplexity
+    figures = {
+        name: {"perplexity": one.perplexity, "added": one.perplexity / plain - 1}
+        for name, one in scores.items()
+    }
+    for name, row in figures.items():
+        print(f"{name:18}{row['perplexity']:10.4f}{row['added']:+10.3%}")
+    if out is not None:
+        content = {
+            "texts": len(texts),
+            "tokens": scores["reference"].tokens,
+            "perplexity": figures,
+        }
+        Path(out).write_text(json.dumps(content, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    fire.Fire(main)

@@ -1,0 +1,86 @@
+"""From nothing to the first token: fresh processes on weights that the system's cache holds.
+
+python benchmarks/startup.py FOLDER --work build/startup --out benchmarks/results/startup_1.5b.json
+
+FOLDER holds bfloat16 weights; its int8 and int4 are made once, by `convert`, and kept in the work
+folder. Memory is told as a share of the weights and the KV cache: a process' own, and the most
+that was ever resident, which counts the pages of mapped files. Linux only.
+"""
+
+import json
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import fire
+from tqdm import tqdm
+
+from llama.convert import convert
+
+# What a process does; it says the seconds and bytes as JSON.
+FIRST_TOKEN = """
+import time; start = time.perf_counter()
+import json, sys
+from llama import Llama
+from llama.bench import memory_used, read_bytes
+from llama.sampling import SamplingParams
+imported = time.perf_counter()
+llama = Llama.build(sys.argv[1], sys.argv[2], max_seq_len=512, max_batch_size=1, mode="fast")
+engine = llama.engine
+engine.tokenizer = None  # the ids of random weights need not be text
+engine.submit(list(range(8)), SamplingParams(temperature=0, max_gen_len=1))
+while engine.has_work:
+    engine.step()
+done = time.perf_counter()
+held = read_bytes(llama.model) + llama.model.tok_embeddings.weight.nbytes
+held += sum(tensor.nbytes for tensor in engine.cache.tensors())
+memory = memory_used(llama.model.device)
+print(json.dumps({
+    "import_s": imported - start, "build_to_first_token_s": done - imported,
+    "private": memory["private"] / held, "resident_peak": memory["peak"] / held,
+}))
+"""
+
+
+def run(folder: Path, tokenizer: Path) -> dict[str, float]:
+    command = [sys.executable, "-c", FIRST_TOKEN, str(folder), str(tokenizer)]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    return json.loads(done.stdout)
+
+
+def main(folder: str, work: str, rounds: int = 3, out: str | None = None) -> None:
+    """Measure and print; medians.
+
+    Args:
+        folder: a checkpoint in bfloat16, with its tokenizer.model.
+        work: folder for the quantized ones; what is there is used again.
+        rounds: of every measurement, after one that warms up.
+        out: file for the figures as JSON.
+    """
+    folders = {"bfloat16": Path(folder)}
+    for width in ("int8", "int4"):
+        folders[width] = Path(work) / width
+        if not folders[width].exists():
+            Path(work).mkdir(parents=True, exist_ok=True)
+            convert(folder, folders[width], quantize=width)
+    tokenizer = Path(folder) / "tokenizer.model"
+    runs: dict[str, list[dict[str, float]]] = {name: [] for name in folders}
+    for number in tqdm(range(rounds + 1), unit="round"):
+        for name, path in folders.items():
+            taken = run(path, tokenizer)
+            if number > 0:
+                runs[name].append(taken)
+    figures: dict[str, Any] = {
+        name: {key: statistics.median(one[key] for one in taken) for key in taken[0]}
+        for name, taken in runs.items()
+    }
+    for name, row in figures.items():
+        print(name, "  ".join(f"{key} {value:.2f}" for key, value in row.items()))
+    if out is not None:
+        Path(out).write_text(json.dumps({"rounds": rounds, "medians": figures}, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    fire.Fire(main)

@@ -1,0 +1,89 @@
+"""Write the tables of docs/performance.md from the figures in benchmarks/results.
+
+python benchmarks/tables.py
+"""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parent.parent
+PAGE = ROOT / "docs" / "performance.md"
+RESULTS = ROOT / "benchmarks" / "results"
+END = "<!-- end -->"
+
+
+def rows(head: list[str], body: list[list[str]]) -> str:
+    """A table in Markdown."""
+    lines = [head, ["---"] * len(head), *body]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def peers(figures: dict[str, Any]) -> str:
+    measures = list(next(iter(figures["tokens_per_second"].values())))
+    speeds = [
+        [name, *(f"{row[measure]:,.1f}" for measure in measures), f"{deviation:.3f}"]
+        for (name, row), deviation in zip(
+            figures["tokens_per_second"].items(), figures["logits_deviation"].values(), strict=True
+        )
+    ]
+    ratios = [
+        [name, *(f"**{row[measure]:.2f}**" for measure in measures), ""]
+        for name, row in figures["ratios"].items()
+    ]
+    versions = ", ".join(f"{name} {number}" for name, number in figures["versions"].items())
+    table = rows(["", *measures, "logits differ by"], speeds + ratios)
+    return f"{table}\n\n{figures['rounds']} rounds; {versions}."
+
+
+def quality(figures: dict[str, Any]) -> str:
+    body = [
+        [name, f"{row['perplexity']:.3f}", f"{row['added']:+.3%}"]
+        for name, row in figures["perplexity"].items()
+    ]
+    return rows(["", f"perplexity, {figures['tokens']:,} tokens", "added"], body)
+
+
+def startup(figures: dict[str, Any]) -> str:
+    body = [[name, *(f"{number:.2f}" for number in row.values())]
+            for name, row in figures["medians"].items()]  # fmt: skip
+    keys = next(iter(figures["medians"].values()))
+    return rows(["", *(key.replace("_", " ") for key in keys)], body)
+
+
+def ranks(figures: dict[str, Any]) -> str:
+    lines = figures["tokens_per_s"] | {"ratio": figures["ratio"]}
+    body = [[name, *(f"{number:.2f}" for number in row.values())] for name, row in lines.items()]
+    return rows(["", *(f"{n} at a time" for n in figures["ratio"])], body)
+
+
+def speculative(figures: dict[str, Any]) -> str:
+    kinds = {name: row for name, row in figures.items() if isinstance(row, dict)}
+    keys = list(next(iter(kinds.values())))
+    body = [[name, *(f"{row[key]:.2f}" for key in keys)] for name, row in kinds.items()]
+    return rows(["", *(key.replace("_", " ") for key in keys)], body)
+
+
+TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
+    "peers 1.5b": ("peers_1.5b", peers),
+    "peers 110m": ("peers_110m", peers),
+    "quality": ("quality", quality),
+    "startup": ("startup_1.5b", startup),
+    "ranks": ("ranks_1.5b", ranks),
+    "speculative": ("speculative_bundled", speculative),
+}
+
+
+def main() -> None:
+    page = PAGE.read_text(encoding="utf-8")
+    for name, (file, table) in TABLES.items():
+        figures = json.loads((RESULTS / f"{file}.json").read_text())
+        before, rest = page.split(f"<!-- {name} -->", 1)
+        after = rest.split(END, 1)[1]
+        page = f"{before}<!-- {name} -->\n{table(figures)}\n{END}{after}"
+    PAGE.write_text(page, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from llama import parallel
 from llama.cache import KVCache
 from llama.errors import ConfigError
-from llama.kernels import FLOATS, Product, Weight, is_installed
+from llama.kernels import FLOATS, Product, Weight, has_vnni, is_installed
 from llama.model import Transformer
 from llama.quantize import GROUP, Int4Weight, Int8Weight, Quantized, quantize_int4, quantize_int8
 
@@ -52,6 +52,21 @@ def check_mode(
     if quantize is not None and device.type == "cpu" and not is_installed():
         raise ConfigError("quantized weights need numba: pip install 'llama-reference[fast]'")
     return mode == "fast" and (can or (quantize is not None and device.type == "cpu"))
+
+
+def drawback(
+    mode: Mode, quantize: Width | None, device: torch.device, dtype: torch.dtype
+) -> str | None:
+    """Why fast mode is slower here than elsewhere, for a log."""
+    if mode != "fast" or device.type != "cpu":
+        return None
+    if not is_installed():
+        return "fast mode without numba is slower: pip install 'llama-reference[fast]'"
+    if dtype not in FLOATS:
+        return f"fast mode has kernels for float32 and bfloat16: with {dtype} it is slower"
+    if quantize is not None and not has_vnni():
+        return f"without VNNI instructions fast mode is slower in {quantize}"
+    return None
 
 
 def has_fp8(device: torch.device) -> bool:

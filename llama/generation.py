@@ -16,7 +16,7 @@ from llama import checkpoint, device_weights, doctor, hub, hugging_face, paralle
 from llama.chat_format import ChatFormat, Dialog, Llama2ChatFormat, Message
 from llama.engine import Engine
 from llama.errors import ConfigError, GenerationError, LlamaError
-from llama.fast import CacheWidth, FastTransformer, Mode, Width, cache_dtype, check_mode
+from llama.fast import CacheWidth, FastTransformer, Mode, Width, cache_dtype, check_mode, drawback
 from llama.model import Transformer
 from llama.request import Event, Request
 from llama.sampling import SamplingParams, sample_top_p
@@ -136,6 +136,8 @@ class Llama:
         llama._is_base = kind_of(opened.folder) == "base"
         if parallel.is_main_rank():
             log.info("Loaded %s in %.2f seconds", ckpt_dir, time.perf_counter() - start)
+            if reason := drawback(mode, setup.quantize, target, setup.dtype):
+                log.info(reason)
         return llama
 
     def __init__(

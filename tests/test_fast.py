@@ -151,10 +151,12 @@ def test_on_a_gpu_the_weights_are_narrow_and_the_model_its_own() -> None:
         check_mode("reference", "int8", device, torch.bfloat16)
 
 
-def test_without_numba(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_numba(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     """Fast mode is then the engine on PyTorch's own products."""
     monkeypatch.setattr("llama.fast.is_installed", lambda: False)
-    llama = Llama.build(mode="fast")
+    with caplog.at_level("INFO", "llama"):
+        llama = Llama.build(mode="fast")
+    assert "fast mode without numba is slower: pip install" in caplog.messages[-1]
     assert llama.engine.model is llama.model
     with pytest.raises(ConfigError, match="need numba: pip install"):
         Llama.build(mode="fast", quantize="int8")

@@ -32,6 +32,11 @@ def is_installed() -> bool:
     return importlib.util.find_spec("numba") is not None
 
 
+def has_vnni() -> bool:
+    """Whether the processor adds up products of bytes in one instruction."""
+    return _loops().instruction_sets()[0] == "vnni"
+
+
 @functools.cache
 def _loops() -> ModuleType:
     try:

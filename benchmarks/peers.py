@@ -29,6 +29,9 @@ from llama.convert import convert
 CONTEXT = 640
 PREFILL = 512
 ROWS = 8
+LIMIT = 0.06  # of the logits' difference: a wrong order of q and k gives 0.16 and more
+LIMITS = {"int4": 0.6, "Q4_0": 0.6}  # the weights are random: nothing averages out
+LONG = 20  # seconds: what takes longer is measured once
 # By name and width; the first is what all others are compared with.
 LINES = [
     ("llama-reference", "reference"),
@@ -149,7 +152,7 @@ def main(
     Args:
         work: folder for the weights in all formats; what is there is used again.
         shape: 110m or 1.5b.
-        rounds: measured rounds, after one that warms up.
+        rounds: interleaved, after a short warm-up; what takes long is measured in the first alone.
         threads: of every peer.
         decode: tokens decoded at batch 1.
         out: file for the figures as JSON; the chart goes beside it as PNG.
@@ -175,32 +178,38 @@ def main(
             logits = folder / f"{name}_{width}.npy"
             versions |= peers[-1].ask(measure="logits", out=str(logits))["versions"]
             first = folder / "{}_{}.npy".format(*LINES[0])
-            deviations[peers[-1].name] = deviation(first, logits)
+            deviations[peers[-1].name] = differs = deviation(first, logits)
+            if differs > (limit := LIMITS.get(width, LIMIT)):
+                raise SystemExit(
+                    f"error: the logits of {peers[-1].name} differ by {differs:.3f} from reference "
+                    f"mode's, the limit is {limit}: it computes something else"
+                )
+        for peer in peers:  # warm up
+            for what in orders.values():
+                peer.ask(**(what | {"tokens": -(-what["tokens"] // 16)}))
         results: list[dict[str, dict[str, float]]] = []
-        for i in tqdm(range(rounds + 1), unit="round"):
-            order = peers if i % 2 else peers[::-1]
-            results.append(
-                {
-                    peer.name: {
-                        name: peer.ask(**what)["tokens_per_second"] for name, what in orders.items()
-                    }
-                    for peer in order
+        for i in tqdm(range(rounds), unit="round"):
+            found: dict[str, dict[str, float]] = {}
+            for peer in peers[:: 1 if i % 2 == 0 else -1]:
+                first = results[0][peer.name] if results else {}
+                found[peer.name] = {
+                    name: first[name]
+                    if first and what["rows"] * what["tokens"] / first[name] > LONG
+                    else peer.ask(**what)["tokens_per_second"]
+                    for name, what in orders.items()
                 }
-            )
+            results.append(found)
     finally:
         for peer in peers:
             peer.close()
-    measured = results[1:]
     medians = {
-        peer.name: {
-            name: statistics.median(r[peer.name][name] for r in measured) for name in orders
-        }
+        peer.name: {name: statistics.median(r[peer.name][name] for r in results) for name in orders}
         for peer in peers
     }
     report = {
         "shape": shape, "threads": threads, "rounds": rounds, "machine": platform.machine(),
         "versions": versions, "logits_deviation": deviations, "tokens_per_second": medians,
-        "ratios": ratios(measured), "measured": measured,
+        "ratios": ratios(results), "measured": results,
     }  # fmt: skip
     print(table(medians))
     for name, row in report["ratios"].items():  # type: ignore[attr-defined]

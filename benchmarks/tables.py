@@ -52,12 +52,6 @@ def startup(figures: dict[str, Any]) -> str:
     return rows(["", *(key.replace("_", " ") for key in keys)], body)
 
 
-def ranks(figures: dict[str, Any]) -> str:
-    lines = figures["tokens_per_s"] | {"ratio": figures["ratio"]}
-    body = [[name, *(f"{number:.2f}" for number in row.values())] for name, row in lines.items()]
-    return rows(["", *(f"{n} at a time" for n in figures["ratio"])], body)
-
-
 def speculative(figures: dict[str, Any]) -> str:
     kinds = {name: row for name, row in figures.items() if isinstance(row, dict)}
     keys = list(next(iter(kinds.values())))
@@ -70,7 +64,6 @@ TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "peers 110m": ("peers_110m", peers),
     "quality": ("quality", quality),
     "startup": ("startup_1.5b", startup),
-    "ranks": ("ranks_1.5b", ranks),
     "speculative": ("speculative_bundled", speculative),
 }
 

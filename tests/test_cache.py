@@ -50,7 +50,7 @@ def test_positions_of_each_row(dtype: torch.dtype) -> None:
         part.update(0, start, k[row : row + 1], v[row : row + 1])
     positions = torch.tensor([[4, 5, 6], [1, 2, 3]])
     keys, values = one.update(0, positions, k, v)
-    for first, second in zip(one._tensors(), two._tensors(), strict=True):
+    for first, second in zip(one.tensors(), two.tensors(), strict=True):
         assert torch.equal(first, second)
     assert keys.dtype == values.dtype == dtype
     assert keys.shape == (2, 8, 2, 4)
@@ -151,7 +151,7 @@ def test_its_memory_is_counted(folder: Path) -> None:
     llama = Llama.build(folder, max_seq_len=128, mode="fast", kv_cache="int8")
     setup = make_setup(folder, mode="fast", kv_cache="int8")
     cache = llama.engine.cache
-    assert setup.cache_bytes == sum(tensor.nbytes for tensor in cache._tensors())
+    assert setup.cache_bytes == sum(tensor.nbytes for tensor in cache.tensors())
     assert setup.cache_bytes < make_setup(folder, mode="fast").cache_bytes / 3
 
 

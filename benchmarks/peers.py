@@ -168,7 +168,7 @@ def main(
     folder = Path(work) / str(shape)
     folder.mkdir(parents=True, exist_ok=True)
     prepare(folder, str(shape))
-    orders = {
+    orders: dict[str, dict[str, Any]] = {
         "decode": dict(measure="decode", rows=1, tokens=decode),
         "prefill": dict(measure="prefill", rows=1, tokens=PREFILL),
         "decode of 8": dict(measure="decode", rows=ROWS, tokens=decode // 4),
@@ -195,10 +195,10 @@ def main(
         for i in tqdm(range(rounds), unit="round"):
             found: dict[str, dict[str, float]] = {}
             for peer in peers[:: 1 if i % 2 == 0 else -1]:
-                first = results[0][peer.name] if results else {}
+                before = results[0][peer.name] if results else {}
                 found[peer.name] = {
-                    name: first[name]
-                    if first and what["rows"] * what["tokens"] / first[name] > LONG
+                    name: before[name]
+                    if before and what["rows"] * what["tokens"] / before[name] > LONG
                     else peer.ask(**what)["tokens_per_second"]
                     for name, what in orders.items()
                 }

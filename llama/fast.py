@@ -8,7 +8,6 @@ from collections.abc import Callable
 from typing import Any, Literal, get_args
 
 import torch
-from fairscale.nn.model_parallel.mappings import gather_from_model_parallel_region
 from torch import Tensor, nn
 
 from llama import parallel
@@ -102,7 +101,8 @@ class FastTransformer:
     """
 
     def __init__(self, model: Transformer, quantize: Width | None = None) -> None:
-        from llama.step import Step  # which needs numba
+        from llama.kernels.exchange import Exchange  # which need numba
+        from llama.step import Step
 
         self.model = model
         self.params = model.params
@@ -110,7 +110,8 @@ class FastTransformer:
         self.device = model.device
         self.output = _product([model.output], quantize)
         self.products = [_products(block, quantize) for block in model.layers]
-        self.step = Step(model, self.products, MOST)
+        self.exchange = Exchange(widest=self.output.rows)
+        self.step = Step(model, self.products, self.exchange, MOST)
 
     def make_cache(
         self, max_batch_size: int, max_seq_len: int, dtype: torch.dtype | None = None
@@ -137,7 +138,7 @@ class FastTransformer:
         rows = self.output(features.flatten(0, -2))
         size = self.vocab_size // parallel.mp_size()
         rows = rows[:, :size]  # what fills up eights is no token
-        return gather_from_model_parallel_region(rows.unflatten(0, features.shape[:-1]))
+        return self.exchange.join(rows).unflatten(0, features.shape[:-1])
 
 
 def _products(block: Any, quantize: Width | None) -> list[Product]:

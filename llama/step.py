@@ -7,13 +7,13 @@ from typing import cast
 import numpy as np
 import torch
 import torch.nn.functional as F
-from fairscale.nn.model_parallel.mappings import reduce_from_model_parallel_region
+from fairscale.nn.model_parallel.layers import VocabParallelEmbedding
 from torch import Tensor
 
-from llama import parallel
 from llama.cache import KVCache
 from llama.errors import GenerationError
 from llama.kernels import Product, between, loops, pool
+from llama.kernels.exchange import Exchange
 from llama.kernels.sequence import Task, TaskList
 from llama.model import RMSNorm, Transformer, TransformerBlock
 from llama.quantize import GROUP
@@ -25,14 +25,21 @@ class Step:
     Made once for a model; it holds the weights' addresses, the results on the way and the list.
 
     layers: each one's products: queries, keys and values, wo, gate and up with SwiGLU, and down.
+    exchange: where the ranks add up theirs.
     """
 
-    def __init__(self, model: Transformer, layers: Sequence[Sequence[Product]], most: int) -> None:
+    def __init__(
+        self,
+        model: Transformer,
+        layers: Sequence[Sequence[Product]],
+        exchange: Exchange,
+        most: int,
+    ) -> None:
         blocks = [cast(TransformerBlock, block) for block in model.layers]
         attention = blocks[0].attention
         self.model = model
         self.most = most
-        self._is_alone = parallel.mp_size() == 1
+        self._exchange = exchange
         self._kv_heads, self._head_dim = attention.n_local_kv_heads, attention.head_dim
         heads, dim = attention.n_local_heads, model.params.dim
         products = [product for layer in layers for product in layer]
@@ -70,7 +77,7 @@ class Step:
             cuts.append(len(self._tasks))
         self._add_norm(model.norm)
         self._list = TaskList(self._tasks, self._jobs)
-        self._cuts = [] if self._is_alone else cuts
+        self._cuts = [] if exchange.is_alone else cuts
         self._n_threads = pool.threads()
         self._lock = threading.Lock()  # there is one place for the results
 
@@ -129,11 +136,7 @@ class Step:
         with self._lock:
             self._starts[:bsz] = starts
             self._point_to(cache, seqlen)
-            if self._is_alone:
-                embedded = F.embedding(tokens, self.model.tok_embeddings.weight)
-            else:
-                embedded = self.model.tok_embeddings(tokens)
-            self._h[:n] = embedded.view(n, -1)
+            self._embed(tokens.flatten())
             jobs = self._list.jobs
             jobs[:, between.N] = n
             jobs[-1, between.OUT] = out.data_ptr()
@@ -144,10 +147,21 @@ class Step:
             first = 0
             for cut in self._cuts:
                 self._list.run(first, cut)
-                reduce_from_model_parallel_region(self._delta[:n])  # in place
+                self._exchange.sum(self._delta[:n])
                 first = cut
             self._list.run(first, len(jobs))
         return out
+
+    def _embed(self, tokens: Tensor) -> None:
+        """Ids (n) -> the first n rows of h."""
+        embedding, h = self.model.tok_embeddings, self._h[: len(tokens)]
+        if not isinstance(embedding, VocabParallelEmbedding):  # each rank has some of the features
+            h.copy_(self._exchange.join(F.embedding(tokens, embedding.weight).float()))
+            return
+        first = embedding.vocab_start_index
+        is_here = (first <= tokens) & (tokens < embedding.vocab_end_index)
+        h.copy_(F.embedding((tokens - first) * is_here, embedding.weight) * is_here[:, None])
+        self._exchange.sum(h)
 
     def _point_to(self, cache: KVCache, seqlen: int) -> None:
         self._cache[between.SEQLEN] = seqlen

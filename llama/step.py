@@ -62,7 +62,8 @@ class Step:
 
         self._tasks: list[Task] = []
         self._jobs: list[list[int]] = []
-        self._products: dict[int, Product] = {}  # by their places in the list
+        # Of products, by their places in the list: what they multiply, and where it goes.
+        self._products: dict[int, tuple[Product, Tensor, Tensor]] = {}
         cuts = []  # where the ranks add up what each has
         for number, (block, layer) in enumerate(zip(blocks, layers, strict=True)):
             qkv, wo, gate_and_up, down = layer
@@ -78,6 +79,7 @@ class Step:
         self._add_norm(model.norm)
         self._list = TaskList(self._tasks, self._jobs)
         self._cuts = [] if exchange.is_alone else cuts
+        self._has_bfloat16 = layers[0][0].kind == "bfloat16" and loops.has_bfloat16()
         self._n_threads = pool.threads()
         self._lock = threading.Lock()  # there is one place for the results
 
@@ -105,7 +107,7 @@ class Step:
             self._add(product.to_bytes, fields | rounded)
             fields |= {loops.STEPS: self._steps.data_ptr(), loops.X: self._rounded.data_ptr()}
         fields |= {loops.CHUNK: product.chunk(), loops.OUT: out.data_ptr()}
-        self._products[len(self._tasks)] = product
+        self._products[len(self._tasks)] = product, x, out
         self._add(product.task, fields)
 
     def _add_attention(self, layer: int) -> None:
@@ -142,15 +144,25 @@ class Step:
             jobs[-1, between.OUT] = out.data_ptr()
             if self._n_threads != pool.threads():
                 self._n_threads = pool.threads()
-                for place, product in self._products.items():
+                for place, (product, _, _) in self._products.items():
                     jobs[place, loops.CHUNK] = product.chunk()
             first = 0
-            for cut in self._cuts:
-                self._list.run(first, cut)
-                self._exchange.sum(self._delta[:n])
+            for cut in [*self._cuts, len(jobs)]:
+                self._run(first, cut, n)
+                if cut < len(jobs):
+                    self._exchange.sum(self._delta[:n])
                 first = cut
-            self._list.run(first, len(jobs))
         return out
+
+    def _run(self, first: int, last: int, n: int) -> None:
+        """The tasks from `first` to before `last`; some products of many tokens by PyTorch."""
+        if self._has_bfloat16 and n > loops.FEW:
+            for place in [place for place in self._products if first <= place < last]:
+                self._list.run(first, place)
+                product, x, out = self._products[place]
+                product.by_library(x[:n], out[:n])
+                first = place + 1
+        self._list.run(first, last)
 
     def _embed(self, tokens: Tensor) -> None:
         """Ids (n) -> the first n rows of h."""

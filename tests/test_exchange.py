@@ -1,6 +1,5 @@
 """Ranks of one machine add up and join tensors as gloo does, and notice one that has ended."""
 
-import time
 from pathlib import Path
 
 import pytest
@@ -50,23 +49,21 @@ def test_sums_and_joins(tmp_path: Path, ranks: int, has_memory: bool) -> None:
     assert not list(Path("/dev/shm").glob("llama-*"))
 
 
-def wait_for_one_that_ends() -> tuple[str, float]:
+def wait_for_one_that_ends() -> str:
     parallel.initialize()
     ours = Exchange(widest=1)
     if parallel.mp_rank() == 1:
-        return "", 0
-    start = time.monotonic()
+        return ""
     try:
         while True:  # what it had still written may be read
             ours.sum(torch.ones(4))
     except ParallelError as error:
-        return str(error), time.monotonic() - start
+        return str(error)
 
 
 def test_a_rank_that_ends_is_noticed(tmp_path: Path) -> None:
-    message, seconds = run_ranks(2, tmp_path, wait_for_one_that_ends)[0]
+    message, _ = run_ranks(2, tmp_path, wait_for_one_that_ends)
     assert message == "rank 1 has ended: its own message says why"
-    assert seconds < 60
 
 
 def test_one_rank_alone_shares_nothing() -> None:

@@ -13,7 +13,7 @@ from llama import ModelArgs, Transformer
 from llama.cache import KVCache
 from llama.errors import GenerationError
 from llama.fast import QUANTIZERS, FastTransformer, Width, is_quantized
-from llama.kernels import between
+from llama.kernels import between, loops
 from llama.kernels.exponential import exp
 from llama.kernels.sequence import TaskList
 from llama.quantize import dequantize
@@ -114,6 +114,19 @@ def test_a_token_does_not_depend_on_its_company(quantize: Width | None) -> None:
             assert torch.equal(network.logits(one)[0, 0], logits[row, i])
         assert torch.equal(alone.k[:, row], together.k[:, row])
         assert torch.equal(alone.v[:, row], together.v[:, row])
+
+
+@pytest.mark.parametrize("n", [8, 9])
+def test_bfloat16_by_the_library(monkeypatch: pytest.MonkeyPatch, n: int) -> None:
+    """Where the processor has products of bfloat16, many tokens go through PyTorch's."""
+    model, tokens = make_model(torch.bfloat16), torch.randint(0, VOCAB, (1, n))
+    plain = FastTransformer(model)
+    monkeypatch.setattr(loops, "has_bfloat16", lambda: True)
+    network = FastTransformer(model)
+    got = network.features(tokens, 0, network.make_cache(1, n))
+    want = plain.features(tokens, 0, plain.make_cache(1, n))
+    assert torch.equal(got, want) == (n <= loops.FEW)
+    assert (got - want).std() / want.std() < 0.01
 
 
 def test_part_of_a_cache() -> None:

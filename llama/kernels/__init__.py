@@ -12,18 +12,20 @@ import importlib.util
 from types import ModuleType
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from llama.errors import ConfigError
 from llama.kernels import pool
-from llama.quantize import GROUP, LANES, Int4Weight, Int8Weight
+from llama.quantize import GROUP, Int4Weight, Int8Weight
 
 Weight = Tensor | Int8Weight | Int4Weight
 
 CPU = torch.device("cpu")
 FLOATS = (torch.float32, torch.bfloat16)
 MOST_MATRICES = 3
-MOST_AT_ONCE = 64  # rows of weights: they stay in the cache while activations pass by
+UNIT = 24  # rows of weights: whole tiles of every kind
+MOST_AT_ONCE = 48  # rows of weights: they stay in the cache while activations pass by
 CHUNKS = 8  # a thread's share in pieces: who is done early takes more
 
 
@@ -112,10 +114,17 @@ class Product:
             out = out[:n]
         return out if x.dtype == out.dtype else out.to(x.dtype)
 
+    def by_library(self, x: Tensor, out: Tensor) -> None:
+        """The same from bfloat16 weights, into out (n, rows), by PyTorch: for many x on a processor
+        that multiplies bfloat16. All results are rounded to bfloat16."""
+        weights = [weight for weight in self.weights if isinstance(weight, Tensor)]
+        parts = [F.linear(x.bfloat16(), weight) for weight in weights]
+        out.copy_(F.silu(parts[0]) * parts[1] if self.swiglu else torch.cat(parts, 1))
+
     def chunk(self) -> int:
         """Rows of weights that a thread takes at a time."""
         share = -(-self.rows // (CHUNKS * pool.threads()))
-        return min(-(-share // LANES) * LANES, MOST_AT_ONCE)
+        return min(-(-share // UNIT) * UNIT, MOST_AT_ONCE)
 
 
 def linear(x: Tensor, weight: Weight, isa: str | None = None) -> Tensor:

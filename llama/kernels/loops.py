@@ -12,7 +12,7 @@ from pathlib import Path
 
 import llvmlite.binding
 import numpy as np
-from numba import carray, cfunc, types
+from numba import carray, cfunc, njit, types
 
 from llama.kernels.exponential import exp
 from llama.kernels.tile import pointer, take, tile, tile_rows
@@ -24,6 +24,7 @@ LENGTH = FIRST + 3 * 3
 GROUPS = 64  # of activations, rounded at a time
 
 FEW = 8  # rows of x
+BAND = 3  # tiles
 IN_CACHE = 1 << 15  # activations
 DEPTH = 1024  # floats of a row
 
@@ -40,6 +41,13 @@ def instruction_sets() -> list[str]:
     vnni = has("avxvnni") or (has("avx512vnni") and has("avx512vl"))
     found = {"vnni": has("avx2") and vnni, "avx2": has("avx2"), "plain": True}
     return [name for name, is_there in found.items() if is_there]
+
+
+@functools.cache
+def has_bfloat16() -> bool:
+    """Whether the processor multiplies bfloat16, several times as fast as float32."""
+    has = llvmlite.binding.get_host_cpu_features().get
+    return bool(has("avx512bf16") or has("amx-bf16"))
 
 
 def compile_task(
@@ -63,6 +71,20 @@ def compile_task(
     return call
 
 
+@njit(error_model="numpy")
+def tile_place(number, tiles, high, is_apart):  # type: ignore[no-untyped-def]
+    """How many rows the tile of that number has, how many the tiles before it, and its first row.
+
+    What is left after `tiles` of `high` rows are tiles of one. The rows of a tile may lie apart, so
+    that each is followed in memory by the next tile's: the processor guesses what comes next where
+    it comes one by one, and short rows are then read half as fast again.
+    """
+    if number >= tiles:
+        done = number + tiles * (high - 1)
+        return 1, done, done
+    return high, number * high, number if is_apart else number * high
+
+
 @functools.cache
 def product(kind: str, isa: str, swiglu: bool) -> Callable[[int], None]:
     """x times each matrix, (n, all their rows); or, of two, silu(first) * second.
@@ -84,6 +106,8 @@ def product(kind: str, isa: str, swiglu: bool) -> Callable[[int], None]:
         # floats, as much at a time as stays in a core's caches.
         depth = k if bits <= 8 or n <= FEW else min(k, DEPTH)
         block = max(4, IN_CACHE // depth & ~3)
+        # Tiles that four rows of x pass one after the other.
+        band = 1 if bits <= 8 else chunk if depth < k else BAND
         sums = np.empty(chunk * block * LANES if depth < k else 0, np.float32)
         while True:
             begin = take(address) * chunk
@@ -98,20 +122,23 @@ def product(kind: str, isa: str, swiglu: bool) -> Callable[[int], None]:
                 if swiglu:
                     out = job[OUT] + 4 * matrix * n * total
                 start, stop = max(begin - before, 0), min(end - before, rows)
+                tiles = max(stop - start, 0) // high
+                all_tiles = max(stop - start, 0) - tiles * (high - 1)  # with those of one row
                 for first in range(0, n, block):
                     last = min(first + block, n)
                     for deep in range(0, k, depth):
                         deepest = min(deep + depth, k)
-                        for eight in range(start, stop, LANES):
+                        for top in range(0, all_tiles, band):
                             i = first
                             while i < last:
                                 count = 4 if i + 4 <= last else 2 if i + 2 <= last else 1
-                                for row in range(eight, min(eight + LANES, stop), high):
-                                    taken = min(high, stop - row)
-                                    part = (row - start) * (last - first) + taken * (i - first)
+                                for number in range(top, min(top + band, all_tiles)):
+                                    taken, done, row = tile_place(number, tiles, high, bits > 8)
+                                    row += start
+                                    part = done * (last - first) + taken * (i - first)
                                     tile(
                                         kind, isa, taken, count, i, k, deep, deepest, x, steps,
-                                        weights + row * width, scales + row * scale_width,
+                                        weights + row * width, tiles, scales + row * scale_width,
                                         out + 4 * row, out_step, sums.ctypes.data + 32 * part,
                                     )  # fmt: skip
                                 i += count

@@ -142,16 +142,17 @@ class _Tile:
     """Code for `rows` rows of weights and `n` of activations at addresses that the job gives."""
 
     def __init__(self, b: Builder, isa: str, rows: int, n: int, operands: list[Value]) -> None:
-        first, self.k, self.begin, self.end, x, steps, w, scales, out, self.out_step, partial = (
-            operands
-        )
+        (
+            first, self.k, self.begin, self.end, x, steps, w, apart, scales, out, self.out_step,
+            partial,
+        ) = operands  # fmt: skip
         pointer = i8.as_pointer()
         self.b, self.isa, self.n = b, isa, n
         self.w, self.scales = b.inttoptr(w, pointer), b.inttoptr(scales, pointer)
         self.x, self.steps = b.inttoptr(x, pointer), b.inttoptr(steps, pointer)
         self.out, self.partial = b.inttoptr(out, pointer), b.inttoptr(partial, pointer)
         self.inputs = [_plus(b, first, i) for i in range(n)]
-        self.rows = [ir.Constant(i64, row) for row in range(rows)]
+        self.rows = [_times(b, apart, row) for row in range(rows)]
 
     def floats(self, width: int) -> None:
         """x float32; w float32 or bfloat16, by its width in bytes. Any K."""
@@ -166,15 +167,17 @@ class _Tile:
         sums, rest = zeros(_splat(floats8, 0)), zeros(ir.Constant(f32, 0))
 
         def multiply(i: Value, kind: ir.Type, half: ir.Type, totals: list[list[Value]]) -> None:
-            inputs = [_load(b, kind, self.x, b.add(start, _times(b, i, 4))) for start in x_starts]
-            for start, row in zip(w_starts, totals, strict=True):
+            weights = []  # they stay in registers, while one row of x after the other passes by
+            for start in w_starts:
                 offset = b.add(start, _times(b, i, width))
                 if width == 4:
-                    weights = _load(b, kind, self.w, offset)
+                    weights.append(_load(b, kind, self.w, offset))
                 else:
-                    weights = _widen(b, _load(b, half, self.w, offset))
-                for x, total in zip(inputs, row, strict=True):
-                    _multiply_add(b, weights, x, total)
+                    weights.append(_widen(b, _load(b, half, self.w, offset)))
+            for number, start in enumerate(x_starts):
+                x = _load(b, kind, self.x, b.add(start, _times(b, i, 4)))
+                for w, row in zip(weights, totals, strict=True):
+                    _multiply_add(b, w, x, row[number])
 
         places = [
             (total, b.gep(self.partial, [ir.Constant(i64, 32 * number)]))
@@ -185,19 +188,11 @@ class _Tile:
                 b.store(_load(b, floats8, place, ir.Constant(i64, 0)), total)
 
         line = 64 // width  # weights
-        length = b.sub(self.end, self.begin)
-        lines = b.udiv(length, ir.Constant(i64, line))
-        # After the end of this part of the rows, the same part of the next rows is read.
-        last = _times(b, self.end, width)
-        to_next = b.sub(
-            _times(b, _times(b, self.k, width), len(self.rows)), _times(b, length, width)
-        )
+        lines = b.udiv(b.sub(self.end, self.begin), ir.Constant(i64, line))
         with cgutils.for_range(b, lines) as loop:
             i = b.add(self.begin, _times(b, loop.index, line))
-            ahead = _plus(b, _times(b, i, width), AHEAD)
-            skip = b.select(b.icmp_unsigned("<", ahead, last), ir.Constant(i64, 0), to_next)
             for start in w_starts:
-                _prefetch(b, self.w, b.add(b.add(start, ahead), skip))
+                _prefetch(b, self.w, b.add(start, _plus(b, _times(b, i, width), AHEAD)))
             for j in range(0, line, LANES):
                 multiply(_plus(b, i, j), floats8, half, sums)
         done = b.add(self.begin, _times(b, lines, line))
@@ -209,7 +204,7 @@ class _Tile:
                 for row, (lanes, scalars) in enumerate(zip(sums, rest, strict=True)):
                     for i, (vector, scalar) in enumerate(zip(lanes, scalars, strict=True)):
                         total = b.fadd(_sum(b, b.load(vector)), b.load(scalar))
-                        self._store(total, i, 4 * row)
+                        self._store(total, i, _times(b, self.rows[row], 4))
             with is_part:
                 for total, place in places:
                     b.store(b.load(total), b.bitcast(place, floats8.as_pointer()), align=4)
@@ -232,7 +227,7 @@ class _Tile:
             return [integers.result(total) for total in sums]
 
         for i, total in enumerate(self._groups(products, None)):
-            self._store(b.fmul(total, scale), i, 0)
+            self._store(b.fmul(total, scale), i)
 
     def int4(self) -> None:
         """x in groups of int8; w in groups of four bits, a bfloat16 scale each."""
@@ -258,7 +253,7 @@ class _Tile:
             return _widen(b, _load(b, ir.VectorType(i16, LANES), self.scales, place))
 
         for i, total in enumerate(self._groups(products, scales)):
-            self._store(total, i, 0)
+            self._store(total, i)
 
     def _weights(self, group: Value, size: int) -> Value:
         """Where a group's weights start; those to come are asked for."""
@@ -296,26 +291,29 @@ class _Tile:
                 _multiply_add(b, b.sitofp(integers, floats8), factor, total)
         return [b.load(total) for total in totals]
 
-    def _store(self, result: Value, i: int, offset: int) -> None:
+    def _store(self, result: Value, i: int, offset: Value | None = None) -> None:
         b = self.b
-        start = _plus(b, b.mul(self.inputs[i], self.out_step), offset)
+        start = b.mul(self.inputs[i], self.out_step)
+        start = start if offset is None else b.add(start, offset)
         b.store(result, b.bitcast(b.gep(self.out, [start]), result.type.as_pointer()), align=4)
 
 
 @intrinsic(prefer_literal=True)
 def tile(
     context: Any, kind: Any, isa: Any, rows: Any, n: Any, first: Any, k: Any, begin: Any, end: Any,
-    x: Any, steps: Any, w: Any, scales: Any, out: Any, out_step: Any, partial: Any,
+    x: Any, steps: Any, w: Any, apart: Any, scales: Any, out: Any, out_step: Any, partial: Any,
 ) -> tuple[Any, Callable[..., Value]]:  # fmt: skip
     """out[i, r] = row r of the weights times row i of x, for the n rows of x from `first` on.
 
     kind: "float32", "bfloat16", "int8" or "int4"; isa: see `instruction_sets`; rows: of weights,
     `tile_rows` or, of floats, one; n: 1, 2 or 4; k: a row's length; all of these int64, like what
     follows, mostly addresses. out_step: bytes from one row of results to the next. Of floats, the
-    columns from `begin` to `end` may be a part of all k, a multiple of 32 long: then `partial` is
-    where the sums lie on the way.
+    rows of weights are each `apart` rows from the one before, and the columns from `begin` to `end`
+    may be a part of all k, a multiple of 32 long: then `partial` is where the sums lie on the way.
     """
-    numbers = (rows, n, first, k, begin, end, x, steps, w, scales, out, out_step, partial)
+    numbers = (
+        rows, n, first, k, begin, end, x, steps, w, apart, scales, out, out_step, partial,
+    )  # fmt: skip
     signature = types.void(kind, isa, *[types.int64] * len(numbers))
     name = kind.literal_value
     sizes = {tile_rows(name)} if name in ("int8", "int4") else {tile_rows(name), 1}
@@ -342,8 +340,8 @@ def tile(
 
 
 def tile_rows(kind: str) -> int:
-    """Rows of weights in a tile: of floats, two are read as fast as memory gives them."""
-    return LANES if kind in ("int8", "int4") else 2
+    """Rows of weights in a tile: of floats, with four of x, as many as there are registers for."""
+    return LANES if kind in ("int8", "int4") else 3
 
 
 @intrinsic

@@ -23,14 +23,14 @@ def bench(ranks: int, folder: str, decode: int) -> dict[str, float]:
         out = f"{work}/figures.json"
         launcher = ["-m", "torch.distributed.run", f"--nproc_per_node={ranks}"]
         command = [sys.executable, *launcher, "-m", "llama", "bench", folder]
-        command += ["--prefill=32", f"--decode={decode}", "--rounds=3", f"--out={out}"]
+        command += ["--prefill=32", f"--decode={decode}", "--rounds=2", f"--out={out}"]
         environment = os.environ | {"OMP_NUM_THREADS": str(2 // ranks)}
         subprocess.run(command, env=environment, stdout=subprocess.DEVNULL, check=True)
         figures = json.loads(Path(out).read_text())
     return {rows: row["tokens_per_s"] for rows, row in figures["decode"].items()}
 
 
-def main(folder: str, decode: int = 24, rounds: int = 3, out: str | None = None) -> None:
+def main(folder: str, decode: int = 12, rounds: int = 3, out: str | None = None) -> None:
     """Measure and print; medians.
 
     Args:

@@ -52,6 +52,12 @@ def startup(figures: dict[str, Any]) -> str:
     return rows(["", *(key.replace("_", " ") for key in keys)], body)
 
 
+def ranks(figures: dict[str, Any]) -> str:
+    table = figures["tokens_per_s"] | {"ratio": figures["ratio"]}
+    body = [[name, *(f"{number:.2f}" for number in row.values())] for name, row in table.items()]
+    return rows(["tokens a second", *(f"decode of {n}" for n in figures["ratio"])], body)
+
+
 def speculative(figures: dict[str, Any]) -> str:
     kinds = {name: row for name, row in figures.items() if isinstance(row, dict)}
     keys = list(next(iter(kinds.values())))
@@ -64,6 +70,7 @@ TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "peers 110m": ("peers_110m", peers),
     "quality": ("quality", quality),
     "startup": ("startup_1.5b", startup),
+    "ranks": ("ranks_1.5b", ranks),
     "speculative": ("speculative_bundled", speculative),
 }
 

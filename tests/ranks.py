@@ -11,8 +11,9 @@ from typing import Any
 import torch
 import torch.multiprocessing as mp
 
-# Ranks are forked from one process that has imported what they need and has done nothing else.
-multiprocessing.set_forkserver_preload(["llama.generation", "llama.kernels.loops", "pytest"])
+# Processes are forked from one that has imported what they need and has done nothing else.
+context = multiprocessing.get_context("forkserver")
+context.set_forkserver_preload(["llama.generation", "llama.kernels.loops", "pytest"])
 
 
 def free_port() -> int:

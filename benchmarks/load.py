@@ -3,7 +3,7 @@ second beside a plain copy that reads the same pages, interleaved in one run.
 
 python benchmarks/load.py --shape 1.5b --folder /tmp/1.5b --out benchmarks/results/load_1.5b.json
 
-Linux only: the figures are those of /proc/self/status. The pages come from the system's cache.
+Linux only. The pages come from the system's cache.
 """
 
 import json
@@ -27,27 +27,22 @@ from make_checkpoint import main as make_checkpoint
 
 from llama import checkpoint, parallel
 from llama.doctor import Setup
+from llama.memory import used_memory
 from llama.model import Transformer
 
+CPU = torch.device("cpu")
 CHUNK = 1 << 24  # bytes copied at a time
 GB = 1e9
-
-
-def status(field: str) -> int:
-    """Bytes of one line of /proc/self/status: VmHWM (most resident so far), RssAnon (private)."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    (line,) = [line for line in lines if line.startswith(f"{field}:")]
-    return int(line.split()[1]) * 1024
 
 
 @contextmanager
 def peak_private() -> Iterator[list[int]]:
     """The most private memory while the block runs, looked at every five milliseconds."""
-    peak, done = [status("RssAnon")], threading.Event()
+    peak, done = [used_memory(CPU)["private"]], threading.Event()
 
     def watch() -> None:
         while not done.wait(0.005):
-            peak[0] = max(peak[0], status("RssAnon"))
+            peak[0] = max(peak[0], used_memory(CPU)["private"])
 
     thread = threading.Thread(target=watch)
     thread.start()
@@ -56,7 +51,7 @@ def peak_private() -> Iterator[list[int]]:
     finally:
         done.set()
         thread.join()
-        peak[0] = max(peak[0], status("RssAnon"))
+        peak[0] = max(peak[0], used_memory(CPU)["private"])
 
 
 def plain_copy(folder: Path, rank: int, ranks: int) -> None:
@@ -74,9 +69,7 @@ def plain_copy(folder: Path, rank: int, ranks: int) -> None:
 def load(folder: Path) -> tuple[Setup, Transformer]:
     """What Llama.build does with the weights."""
     opened = checkpoint.open_checkpoint(folder)
-    setup = Setup.make(
-        opened, parallel.mp_size(), parallel.mp_size(), 512, 1, torch.device("cpu"), None
-    )
+    setup = Setup.make(opened, parallel.mp_size(), parallel.mp_size(), 512, 1, CPU, None)
     with torch.device("meta"):
         model = Transformer(opened.args)
     checkpoint.load(model, opened, setup.device, setup.dtype)
@@ -108,12 +101,12 @@ def measure_rank(rank: int, ranks: int, port: int, folder: str, rounds: int, out
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // ranks))
     parallel.initialize()
     load(Path(folder))  # once, so that what is measured is not the first use of anything
-    bare = status("RssAnon")
+    bare = used_memory(CPU)["private"]
     Path("/proc/self/clear_refs").write_text("5")  # start counting the peak from here
-    resident = status("VmHWM")
+    resident = used_memory(CPU)["peak"]
     with peak_private() as peak:
         model = load(Path(folder))[1]
-    memory = {"private_peak": peak[0] - bare, "resident_peak": status("VmHWM") - resident}
+    memory = {"private_peak": peak[0] - bare, "resident_peak": used_memory(CPU)["peak"] - resident}
     memory["share"] = sum(weight.nbytes for weight in model.parameters())
     memory["largest_tensor"] = max(weight.nbytes for weight in model.parameters())
     del model

@@ -24,7 +24,8 @@ FIRST_TOKEN = """
 import time; start = time.perf_counter()
 import json, sys
 from llama import Llama
-from llama.bench import memory_used, read_bytes
+from llama.bench import read_bytes
+from llama.memory import used_memory
 from llama.sampling import SamplingParams
 imported = time.perf_counter()
 llama = Llama.build(sys.argv[1], sys.argv[2], max_seq_len=512, max_batch_size=1, mode="fast")
@@ -36,7 +37,7 @@ while engine.has_work:
 done = time.perf_counter()
 held = read_bytes(llama.model) + llama.model.tok_embeddings.weight.nbytes
 held += sum(tensor.nbytes for tensor in engine.cache.tensors())
-memory = memory_used(llama.model.device)
+memory = used_memory(llama.model.device)
 print(json.dumps({
     "import_s": imported - start, "build_to_first_token_s": done - imported,
     "private": memory["private"] / held, "resident_peak": memory["peak"] / held,

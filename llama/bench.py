@@ -4,7 +4,6 @@ import platform
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,6 +14,7 @@ from llama import checkpoint, hub, parallel
 from llama.engine import Engine
 from llama.errors import ConfigError
 from llama.generation import Llama
+from llama.memory import used_memory
 from llama.model import Transformer
 from llama.sampling import SamplingParams
 
@@ -98,7 +98,7 @@ def measure(
     return figures | {
         "weight_bytes": weights,
         "cache_bytes": sum(tensor.nbytes for tensor in engine.cache.tensors()),
-        "memory": memory_used(llama.model.device),
+        "memory": used_memory(llama.model.device),
         "ranks": parallel.mp_size(),
         "threads": torch.get_num_threads(),
         "device": _device_name(llama.model.device),
@@ -150,19 +150,6 @@ def _tensors(weight: Any) -> Iterator[Tensor]:
         yield from weight.buffers()
     else:
         yield from weight
-
-
-def memory_used(device: torch.device) -> dict[str, int]:
-    """Bytes of this process, as far as the system says: its own now, and the most that was ever
-    resident, which counts the pages of mapped files."""
-    if device.type == "cuda":
-        return {"peak": torch.cuda.max_memory_allocated(device)}
-    status = Path("/proc/self/status")
-    if not status.exists():
-        return {}
-    numbers = dict(line.split(":", 1) for line in status.read_text().splitlines())
-    found = {"private": numbers["RssAnon"], "peak": numbers["VmHWM"]}
-    return {name: int(text.split()[0]) * 1024 for name, text in found.items()}
 
 
 def _seconds(work: Callable[[], object]) -> float:

@@ -1,4 +1,5 @@
-"""Memory: how much is free, of a GPU, the machine and its control groups; and in which pages."""
+"""Memory: how much is free, of a GPU, the machine and its control groups; how much this process
+uses; and in which pages."""
 
 import ctypes
 import math
@@ -32,6 +33,19 @@ def available_memory(device: torch.device, root: Path = Path("/")) -> float:
     if "SC_PHYS_PAGES" in getattr(os, "sysconf_names", {}):  # macOS: all there is, used or not
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     return math.inf
+
+
+def used_memory(device: torch.device) -> dict[str, int]:
+    """Bytes of this process, as far as the system says: "private", its own now, and "peak", the
+    most that was ever resident, which counts the pages of mapped files."""
+    if device.type == "cuda":
+        return {"peak": torch.cuda.max_memory_allocated(device)}
+    status = Path("/proc/self/status")
+    if not status.exists():
+        return {}
+    numbers = dict(line.split(":", 1) for line in status.read_text().splitlines())
+    found = {"private": numbers["RssAnon"], "peak": numbers["VmHWM"]}
+    return {name: int(text.split()[0]) * 1024 for name, text in found.items()}
 
 
 def with_huge_pages(tensor: Tensor) -> Tensor:

@@ -1,5 +1,6 @@
 """Run a function on several gloo ranks, each a process of its own, as torchrun would."""
 
+import multiprocessing
 import os
 import socket
 import traceback
@@ -9,6 +10,10 @@ from typing import Any
 
 import torch
 import torch.multiprocessing as mp
+
+# Processes are forked from one that has imported what they need and has done nothing else.
+context = multiprocessing.get_context("forkserver")
+context.set_forkserver_preload(["llama.generation", "llama.kernels.loops", "pytest"])
 
 
 def free_port() -> int:
@@ -22,19 +27,22 @@ def run_ranks(n: int, folder: Path, function: Callable[..., Any], *args: Any) ->
 
     An exception of a rank becomes a RuntimeError with its traceback here.
     """
-    mp.start_processes(_rank, (n, free_port(), folder, function, args), nprocs=n)
+    environment = {
+        **os.environ,
+        "WORLD_SIZE": str(n),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(free_port()),
+    }
+    arguments = (environment, folder, function, args)
+    mp.start_processes(_rank, arguments, nprocs=n, start_method="forkserver")
     return [torch.load(folder / f"result.{rank}", weights_only=False) for rank in range(n)]
 
 
-def _rank(rank: int, n: int, port: int, folder: Path, function: Callable[..., Any], args: Any):
+def _rank(
+    rank: int, environment: dict[str, str], folder: Path, function: Callable[..., Any], args: Any
+) -> None:
     torch.set_num_threads(1)
-    os.environ |= {
-        "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
-        "WORLD_SIZE": str(n),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-    }
+    os.environ |= environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
     try:
         result = function(*args)
     except BaseException:

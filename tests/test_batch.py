@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from make_checkpoint import demo_pieces, make_checkpoint, write_tokenizer
-from ranks import run_ranks
+from ranks import context, run_ranks
 
 from llama import Llama
 from llama.__main__ import main
@@ -201,25 +201,24 @@ def test_whatever_is_there_is_neither_lost_nor_repeated(batch: Batch, tmp_path: 
     assert not parts[0].exists()
 
 
-COMMAND = [sys.executable, "-m", "llama", "batch"]
-
-
 def test_killed_at_several_moments(batch: Batch, tmp_path: Path, ckpt_dir: str) -> None:
     batch(some_lines(60))
     out = tmp_path / "out.jsonl"
     whole = out.read_bytes()
     out.unlink()
-    command = [*COMMAND, str(tmp_path / "in.jsonl"), str(out), "--ckpt_dir", ckpt_dir,
-               "--max_seq_len=64", "--max_batch_size=4", "--device=cpu", "--temperature=0.8",
-               "--max_gen_len=12"]  # fmt: skip
     for n_lines in (1, 20, 41):
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        process = context.Process(target=batch_on_rank, args=(tmp_path, ckpt_dir, 1))
+        process.start()
         while not out.exists() or out.read_bytes().count(b"\n") < n_lines:
-            assert process.poll() is None
+            assert process.is_alive()
             time.sleep(0.001)
-        process.send_signal(signal.SIGKILL)
-        assert process.wait() == -signal.SIGKILL
+        process.kill()
+        process.join()
+        assert process.exitcode == -signal.SIGKILL
         assert whole.startswith(out.read_bytes())
+    command = [sys.executable, "-m", "llama", "batch", str(tmp_path / "in.jsonl"), str(out),
+               "--ckpt_dir", ckpt_dir, "--max_seq_len=64", "--max_batch_size=4", "--device=cpu",
+               "--temperature=0.8", "--max_gen_len=12"]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True)
     assert out.read_bytes() == whole
     assert done.returncode == 1

@@ -3,10 +3,8 @@
 import json
 import math
 import os
+import resource
 import signal
-import subprocess
-import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from test_doctor import make_setup
 from test_resharding import MODELS, TOKENS, logits_of, make_model, write_meta
+from torch.multiprocessing import ProcessExitedException
 
 from llama import Llama, Transformer, checkpoint
 from llama.checkpoint import read_shard
@@ -161,52 +160,45 @@ def test_an_incomplete_source_is_refused_before_anything_is_written(tmp_path: Pa
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
 
-FULL_DISK = """
-import resource, signal, sys
-from llama.convert import convert
-signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # then writing past the limit is an error
-resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000))
-try:
-    convert(sys.argv[1], sys.argv[2], sys.argv[3])
-except ValueError as error:
-    print(error)
-"""
+def convert_on_a_full_disk(source: Path, out: Path, to: str) -> str:
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # then writing past the limit is an error
+    resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000))
+    with pytest.raises(ValueError, match="cannot write") as caught:
+        convert(source, out, to)
+    return str(caught.value)
 
 
 @pytest.mark.parametrize("to", ["meta", "hf"])
 def test_a_full_disk_leaves_nothing(to: str, sources: dict[str, Path], tmp_path: Path) -> None:
-    command = [sys.executable, "-c", FULL_DISK, str(sources["mha"]), str(tmp_path / "out"), to]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
-    assert done.stdout.count("\n") == 1, done.stderr
-    assert "cannot write" in done.stdout
-    assert list(tmp_path.iterdir()) == []
-    convert(sources["mha"], tmp_path / "out", to)
+    folder = tmp_path / "full"
+    folder.mkdir()
+    arguments = (sources["mha"], folder / "out", to)
+    (error,) = run_ranks(1, tmp_path, convert_on_a_full_disk, *arguments)
+    assert "\n" not in error
+    assert list(folder.iterdir()) == []
+    convert(*arguments)
 
 
-SLOW = """
-import sys, time
-from llama import checkpoint
-from llama.convert import convert
-part = checkpoint.Checkpoint.part
-def slow_part(*args):
-    print("part", flush=True)
-    time.sleep(0.5)
-    return part(*args)
-checkpoint.Checkpoint.part = slow_part
-convert(sys.argv[1], sys.argv[2], "meta", mp=2)
-"""
+def convert_and_die(source: Path, out: Path) -> None:
+    """In the middle of it, at the second tensor."""
+    part = checkpoint.Checkpoint.part
+    parts = []
+
+    def last_part(*args: Any) -> torch.Tensor:
+        parts.append(part(*args))
+        if len(parts) == 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return parts[-1]
+
+    checkpoint.Checkpoint.part = last_part  # type: ignore[method-assign]
+    convert(source, out, "meta", mp=2)
 
 
 def test_a_kill_leaves_no_folder_and_the_next_try_succeeds(
     sources: dict[str, Path], tmp_path: Path
 ) -> None:
-    command = [sys.executable, "-c", SLOW, str(sources["mha"]), str(tmp_path / "out")]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE)
-    assert process.stdout is not None
-    assert process.stdout.readline() == b"part\n"
-    time.sleep(0.2)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
+    with pytest.raises(ProcessExitedException, match="SIGKILL"):
+        run_ranks(1, tmp_path, convert_and_die, sources["mha"], tmp_path / "out")
     assert not (tmp_path / "out").exists()
     convert(sources["mha"], tmp_path / "out", "meta", mp=2)
     assert_same(tmp_path / "out", sources["mha"])

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from make_checkpoint import demo_pieces, write_tokenizer
+from models import make_sharp_model
 from ranks import run_ranks
 
 from llama import ModelArgs, Tokenizer, Transformer
@@ -26,13 +27,7 @@ SHAPE: dict[str, Any] = dict(
 
 
 def make_model() -> Transformer:
-    torch.manual_seed(1)
-    model = Transformer(ModelArgs(**SHAPE, max_batch_size=8, max_seq_len=MAX_SEQ_LEN))
-    with torch.no_grad():
-        for weight in model.parameters():
-            if weight.dim() > 1:
-                weight *= 10  # so that the likeliest token is clearly so
-    return model
+    return make_sharp_model(**SHAPE, max_seq_len=MAX_SEQ_LEN)
 
 
 @pytest.fixture(scope="module")

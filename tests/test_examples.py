@@ -1,7 +1,9 @@
-"""The two example scripts as a user starts them, on one rank and on two under torchrun."""
+"""The two example scripts: on one rank, on two under torchrun, and in a pipe."""
 
+import runpy
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -24,34 +26,43 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
     return made
 
 
-def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, *arguments],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """Run a script in this process; returns its exit code, output and errors."""
+
+    def run(script: str, *arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", [script, *arguments])
+        code = 0
+        try:
+            runpy.run_path(str(ROOT / script), run_name="__main__")
+        except SystemExit as exit_:
+            code = int(exit_.code or 0)
+        return code, *capsys.readouterr()
+
+    return run
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_one_rank_and_two_say_the_same(folders: dict[int, Path], script: str) -> None:
-    one = run(script, "--ckpt_dir", str(folders[1]), *OPTIONS)
-    assert one.returncode == 0, one.stderr
-    assert one.stdout.count("==================================") == 4
-    torchrun = ["-m", "torch.distributed.run", "--nproc_per_node", "2"]
-    two = run(*torchrun, script, "--ckpt_dir", str(folders[2]), *OPTIONS)
+def test_one_rank_and_two_say_the_same(folders: dict[int, Path], script: str, run: Run) -> None:
+    code, out, _ = run(script, "--ckpt_dir", str(folders[1]), *OPTIONS)
+    assert code == 0
+    assert out.count("==================================") == 4
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
+    two = subprocess.run(
+        [*torchrun, script, "--ckpt_dir", str(folders[2]), *OPTIONS],
+        cwd=ROOT, capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
     assert two.returncode == 0, two.stderr
-    assert two.stdout == one.stdout
+    assert two.stdout == out
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_a_mistake_is_one_line_and_exit_code_2(script: str) -> None:
-    done = run(script, "--ckpt_dir", "nowhere")
-    assert done.returncode == 2
-    assert done.stdout == ""
-    assert done.stderr == "error: no such checkpoint folder: nowhere\n"
+def test_a_mistake_is_one_line_and_exit_code_2(script: str, run: Run) -> None:
+    error = "error: no such checkpoint folder: nowhere\n"
+    assert run(script, "--ckpt_dir", "nowhere") == (2, "", error)
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -68,11 +79,11 @@ def test_a_reader_that_has_enough_ends_it_without_a_word(script: str) -> None:
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_help_names_every_flag(script: str) -> None:
-    done = run(script, "--help")
-    assert done.returncode == 0
+def test_help_names_every_flag(script: str, run: Run) -> None:
+    code, out, errors = run(script, "--help")
+    assert code == 0
     for flag in (
         "ckpt_dir", "tokenizer_path", "temperature", "top_p",
         "max_seq_len", "max_gen_len", "max_batch_size",
     ):  # fmt: skip
-        assert flag in done.stdout + done.stderr
+        assert flag in out + errors

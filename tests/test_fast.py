@@ -6,9 +6,10 @@ from typing import Any
 import pytest
 import torch
 from make_checkpoint import demo_pieces, make_checkpoint, write_tokenizer
+from models import make_sharp_model
 from ranks import run_ranks
 
-from llama import Llama, ModelArgs, Transformer
+from llama import Llama, Transformer
 from llama.errors import ConfigError
 from llama.evaluation import score
 from llama.fast import FastTransformer, check_mode
@@ -20,13 +21,7 @@ SHAPE: dict[str, Any] = dict(
 
 
 def make_model(dtype: torch.dtype = torch.float32, **changes: Any) -> Transformer:
-    torch.manual_seed(1)
-    model = Transformer(ModelArgs(**SHAPE | changes, max_batch_size=8, max_seq_len=128))
-    with torch.no_grad():
-        for weight in model.parameters():
-            if weight.dim() > 1:
-                weight *= 5
-    return model.to(dtype)
+    return make_sharp_model(5, dtype, **SHAPE | changes, max_seq_len=128)
 
 
 @torch.inference_mode()

@@ -15,10 +15,9 @@ from llama import parallel
 from llama.errors import ParallelError
 
 
-def run_python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+def run_python(code: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-c", code],
-        env={**os.environ, **environment},
         capture_output=True,
         text=True,
         timeout=120,
@@ -63,6 +62,15 @@ assert parallel.is_main_rank()
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
+def error_in(environment: dict[str, str], size: int | None) -> str:
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
+        del os.environ[name]
+    os.environ |= environment
+    with pytest.raises(ParallelError) as caught:
+        parallel.initialize(size)
+    return str(caught.value)
+
+
 @pytest.mark.parametrize(
     ("environment", "message"),
     [
@@ -71,10 +79,12 @@ assert parallel.is_main_rank()
         ({"WORLD_SIZE": "3", "RANK": "0"}, "model_parallel_size 2 does not divide the 3"),
     ],
 )
-def test_a_bad_environment_is_named(environment: dict[str, str], message: str) -> None:
+def test_a_bad_environment_is_named(
+    environment: dict[str, str], message: str, tmp_path: Path
+) -> None:
     size = 2 if environment.get("WORLD_SIZE") == "3" else None
-    code = f"from llama import parallel\nparallel.initialize({size})"
-    assert message in run_python(code, **environment).stderr.splitlines()[-1]
+    (error,) = run_ranks(1, tmp_path, error_in, environment, size)
+    assert message in error
 
 
 def test_one_process_has_one_size() -> None:

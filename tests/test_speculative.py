@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from make_checkpoint import demo_pieces, make_checkpoint, write_tokenizer
+from models import make_sharp_model
 from ranks import run_ranks
 
 import llama.engine
@@ -31,12 +32,8 @@ PROPOSERS = ["lookup", "draft"]
 
 def make_model(noise: float = 0.0, **changes: Any) -> Transformer:
     """A model whose likeliest token is clearly so; with noise another one that often agrees."""
-    torch.manual_seed(1)
-    model = Transformer(ModelArgs(**SHAPE | changes, max_batch_size=8, max_seq_len=MAX_SEQ_LEN))
+    model = make_sharp_model(**SHAPE | changes, max_seq_len=MAX_SEQ_LEN)
     with torch.no_grad():
-        for weight in model.parameters():
-            if weight.dim() > 1:
-                weight *= 10
         for weight in model.parameters():
             weight += noise * weight.std() * torch.randn(weight.shape)
     return model

@@ -8,10 +8,11 @@ from typing import Any
 import pytest
 import torch
 from make_checkpoint import demo_pieces
+from models import make_sharp_model
 from ranks import run_ranks
 from torch._dynamo.utils import counters
 
-from llama import ModelArgs, Transformer, parallel, sampling, static_step
+from llama import Transformer, parallel, sampling, static_step
 from llama.device_weights import narrow
 from llama.engine import Engine
 from llama.errors import GenerationError
@@ -37,17 +38,10 @@ OPTIONS: list[dict[str, Any]] = [
 
 
 def make_model(dtype: torch.dtype = torch.float32) -> Transformer:
-    torch.manual_seed(1)
-    args = ModelArgs(
-        dim=64, n_layers=3, n_heads=4, n_kv_heads=2, vocab_size=VOCAB, multiple_of=32,
-        max_batch_size=8, max_seq_len=MAX_SEQ_LEN,
+    return make_sharp_model(
+        dtype=dtype, dim=64, n_layers=3, n_heads=4, n_kv_heads=2, vocab_size=VOCAB, multiple_of=32,
+        max_seq_len=MAX_SEQ_LEN,
     )  # fmt: skip
-    model = Transformer(args)
-    with torch.no_grad():
-        for weight in model.parameters():
-            if weight.dim() > 1:
-                weight *= 10
-    return model.to(dtype)
 
 
 @pytest.fixture(scope="module")

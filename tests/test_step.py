@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from models import make_sharp_model
 from torch import Tensor
 
-from llama import ModelArgs, Transformer
+from llama import Transformer
 from llama.cache import KVCache
 from llama.errors import GenerationError
 from llama.fast import QUANTIZERS, FastTransformer, Width, is_quantized
@@ -25,13 +26,7 @@ SHAPE: dict[str, Any] = dict(
 
 
 def make_model(dtype: torch.dtype = torch.float32, **changes: Any) -> Transformer:
-    torch.manual_seed(1)
-    model = Transformer(ModelArgs(**SHAPE | changes, max_batch_size=8, max_seq_len=2100))
-    with torch.no_grad():
-        for weight in model.parameters():
-            if weight.dim() > 1:
-                weight *= 5
-    return model.to(dtype)
+    return make_sharp_model(5, dtype, **SHAPE | changes, max_seq_len=2100)
 
 
 def filled(network: FastTransformer, rows: int, positions: int) -> KVCache:

@@ -1,17 +1,16 @@
 """Training: one step is transformers' step, ranks and packing change nothing, nothing is lost."""
 
 import math
+import resource
 import shutil
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from make_checkpoint import demo_pieces, write_tokenizer
-from ranks import run_ranks
+from ranks import context, run_ranks
 from torch import Tensor
 
 from llama import Llama, ModelArgs, Transformer, parallel, training_checkpoint
@@ -398,28 +397,22 @@ def test_old_checkpoints_are_deleted(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step_00000006", "step_00000008"]
 
 
-KILLED = """
-import sys
-from pathlib import Path
-sys.path[:0] = {path!r}
-import test_training
-trainer = test_training.make_trainer(Path(sys.argv[1]), steps=12)
-trainer.on_step = lambda trainer, report: print(report.step, flush=True)
-trainer.resume()
-trainer.run()
-"""
+def run_and_tell(folder: Path, steps: Any) -> None:
+    trainer = make_trainer(folder, steps=12)
+    trainer.on_step = lambda _, report: steps.send(report.step)
+    trainer.run()
 
 
 def test_a_killed_run_goes_on_exactly(tmp_path: Path) -> None:
     unbroken = make_trainer(tmp_path / "unbroken", steps=12)
     losses = unbroken.run()
-    code = KILLED.format(path=sys.path)
-    command = [sys.executable, "-c", code, str(tmp_path / "killed")]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None
-        for line in process.stdout:
-            if int(line) == 7:
-                process.send_signal(signal.SIGKILL)
+    steps, its_end = context.Pipe(duplex=False)
+    process = context.Process(target=run_and_tell, args=(tmp_path / "killed", its_end))
+    process.start()
+    while steps.recv() < 7:
+        pass
+    process.kill()
+    process.join()
     resumed = make_trainer(tmp_path / "killed", steps=12)
     assert resumed.resume()
     assert resumed.step in (6, 8, 10)  # the last one that was whole
@@ -469,34 +462,25 @@ def test_token_ids_of_another_tokenizer(tmp_path: Path) -> None:
         trainer.train_step()
 
 
-FULL_DISK = """
-import resource, signal, sys
-from pathlib import Path
-sys.path[:0] = {path!r}
-import test_training
-trainer = test_training.make_trainer(Path(sys.argv[1]), steps=4)
-trainer.resume()
-# Then writing too much is an error, as on a full disk.
-signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
-try:
-    trainer.run()
-except test_training.TrainingError as error:
-    print(error)
-"""
+def run_on_a_full_disk(folder: Path) -> str:
+    trainer = make_trainer(folder, steps=4)
+    assert trainer.resume()
+    # Then writing too much is an error, as on a full disk.
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+    with pytest.raises(TrainingError) as caught:
+        trainer.run()
+    return str(caught.value)
 
 
 def test_a_full_disk_leaves_the_old_checkpoint(tmp_path: Path) -> None:
-    make_trainer(tmp_path, steps=2).run()
-    before = {p.name: p.read_bytes() for p in (tmp_path / "step_00000002").iterdir()}
-    code = FULL_DISK.format(path=sys.path)
-    done = subprocess.run(
-        [sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-    assert "step 4 could not be saved: cannot write" in done.stdout
-    assert [p.name for p in tmp_path.iterdir()] == ["step_00000002"]
-    assert {p.name: p.read_bytes() for p in (tmp_path / "step_00000002").iterdir()} == before
+    folder = tmp_path / "run"
+    make_trainer(folder, steps=2).run()
+    before = {p.name: p.read_bytes() for p in (folder / "step_00000002").iterdir()}
+    (error,) = run_ranks(1, tmp_path, run_on_a_full_disk, folder)
+    assert "step 4 could not be saved: cannot write" in error
+    assert [p.name for p in folder.iterdir()] == ["step_00000002"]
+    assert {p.name: p.read_bytes() for p in (folder / "step_00000002").iterdir()} == before
 
 
 def test_a_loss_that_is_no_number_stops_the_run(tmp_path: Path) -> None:

@@ -26,6 +26,9 @@ from llama.errors import ParallelError
 # noticed at once, because its connection closes.
 TIMEOUT = timedelta(minutes=5)
 
+# Numbers that go to the other ranks in one message: a decode step's of a few rows.
+SHORT = 63
+
 # The dimension of each weight that is split over the ranks; what is missing is replicated.
 # Matches ColumnParallelLinear (0) and RowParallelLinear (1). `tok_embeddings` depends on the
 # family, see `ModelArgs.embedding_shard_dim`.
@@ -162,12 +165,19 @@ def broadcast_numbers(
     numbers: list[Any] | None, dtype: torch.dtype, device: torch.device
 ) -> list[Any]:
     """The first model-parallel rank's numbers, on all of them; the others pass None."""
-    length = torch.tensor([0 if numbers is None else len(numbers)], device=device)
-    n = int(broadcast_from_first(length).item())
-    if numbers is None:
-        return broadcast_from_first(torch.empty(n, dtype=dtype, device=device)).tolist()
-    broadcast_from_first(torch.tensor(numbers, dtype=dtype, device=device))
-    return numbers
+    head = torch.zeros(1 + SHORT, dtype=dtype, device=device)
+    if numbers is not None:
+        head[: 1 + len(numbers[:SHORT])] = torch.tensor(
+            [len(numbers), *numbers[:SHORT]], dtype=dtype, device=device
+        )
+    n, *found = broadcast_from_first(head).tolist()
+    rest = max(0, int(n) - SHORT)
+    if rest:
+        tail = torch.empty(rest, dtype=dtype, device=device)
+        if numbers is not None:
+            tail = torch.tensor(numbers[SHORT:], dtype=dtype, device=device)
+        found += broadcast_from_first(tail).tolist()
+    return found[: int(n)] if numbers is None else numbers
 
 
 def raise_together(error: Exception | None, device: torch.device) -> None:

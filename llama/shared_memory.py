@@ -37,7 +37,7 @@ class SharedMemory:
         if parallel.mp_rank() == 0:
             file = _make(n_bytes)
             name = list(os.fsencode(file.name)) if file else []
-        name = parallel.broadcast_numbers(name, torch.uint8, torch.device("cpu"))
+        name = parallel.broadcast_numbers(name, torch.int64, torch.device("cpu"))
         path = Path(os.fsdecode(bytes(name)))
         try:
             memory = cls(file or path.open("r+b")) if name else None

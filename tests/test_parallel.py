@@ -175,3 +175,21 @@ def fail_on_one_rank() -> str:
 def test_one_failing_rank_stops_all(tmp_path: Path) -> None:
     others = "1 other rank(s) failed: their own messages say why"
     assert run_ranks(2, tmp_path, fail_on_one_rank) == [others, "disk on fire"]
+
+
+def broadcast_of_all_lengths() -> list[list[int]]:
+    parallel.initialize()
+    first = parallel.mp_rank() == 0
+    return [
+        parallel.broadcast_numbers(
+            list(range(n)) if first else None, torch.int64, torch.device("cpu")
+        )
+        for n in (0, 1, parallel.SHORT, parallel.SHORT + 1, 1000)
+    ]
+
+
+def test_numbers_in_one_message_or_two(tmp_path: Path) -> None:
+    first, second = run_ranks(2, tmp_path, broadcast_of_all_lengths)
+    assert first == second
+    assert [len(numbers) for numbers in first] == [0, 1, 63, 64, 1000]
+    assert all(numbers == list(range(len(numbers))) for numbers in first)

@@ -12,7 +12,7 @@ import torch
 from make_checkpoint import demo_pieces, make_checkpoint, write_tokenizer
 from ranks import run_ranks
 
-import llama.engine
+import llama.proposer
 from llama import Llama, ModelArgs, Tokenizer, Transformer
 from llama.checkpoint import BUNDLED
 from llama.engine import Engine
@@ -56,7 +56,7 @@ def propose(monkeypatch: pytest.MonkeyPatch, length: int | None = None) -> None:
         wanted = numbers.randrange(MOST + 1) if length is None else length
         return min(wanted, max(limits))
 
-    monkeypatch.setattr(llama.engine, "best_length", chosen)
+    monkeypatch.setattr(llama.proposer, "best_length", chosen)
 
 
 def drain(engine: Engine) -> list[Event]:

@@ -1,4 +1,9 @@
-"""Which tokens the engine's next step is to check, and how many: those that pay."""
+"""Which tokens the engine's next step is to check, and how many: those that pay.
+
+What is looked up costs next to nothing, and shows unchecked whether it would have been right. A
+draft model has to run for that. So once it does not pay it rests for a number of steps, twice as
+many each time, and for fewer again as it goes on paying.
+"""
 
 import time
 from collections.abc import Callable
@@ -8,6 +13,8 @@ from torch import Tensor
 from llama.plan import Action, Plan, Wanted, filled_up
 from llama.slot import Slot
 from llama.speculative import MOST, Lookup, StepTimes, best_length, draft_token
+
+LONGEST_REST = 128  # steps
 
 
 class Proposer:
@@ -31,9 +38,10 @@ class Proposer:
         self._max_seq_len = max_seq_len
         self._prefill_chunk = prefill_chunk
         self._drafts = drafts
-        self._times = StepTimes(first=1.0)
-        self._draft_times = StepTimes(first=0.0)  # so that it is tried
+        self._times = StepTimes()
         self._start = 0.0
+        self._rest = 1  # steps without the draft model when it next fails to pay
+        self._resting = 0  # steps of that which are left
 
     def propose(self, decoding: list[Slot], rows: list[Slot]) -> dict[Slot, list[int]]:
         """Tokens that may follow in each of the slots that decode, which are among the rows."""
@@ -51,34 +59,41 @@ class Proposer:
                 guesses.proposed = slot.lookup.propose(MOST)
                 limit = min(limit, len(guesses.proposed))
             limits[slot] = 0 if request.is_exact else limit
-
-        def seconds(length: int) -> float:
-            drafting = length * self._draft_times.seconds(len(rows))
-            return self._times.seconds(len(rows) * (1 + length)) + drafting
-
-        rates = [slot.guesses.rate for slot in decoding]
-        length = best_length(rates, list(limits.values()), seconds)
-        if self._drafts and length > 0:
-            self._draft([slot for slot in decoding if limits[slot] > 0], rows, length)
-        proposed = {slot: slot.guesses.proposed[: min(limits[slot], length)] for slot in decoding}
+        length = self._length(limits, len(rows))
+        drafting = [slot for slot in decoding if limits[slot] > 0] if length > 0 else []
+        if self._drafts:
+            drafting = self._caught_up(drafting)
+        self._start = time.perf_counter()
+        if self._drafts and drafting:
+            self._draft(drafting, rows, length)
+        proposed = {slot: slot.guesses.proposed[: min(limits[slot], length)] for slot in drafting}
         for slot, tokens in proposed.items():
             slot.running.proposed += len(tokens)
-        self._start = time.perf_counter()
         return proposed
 
+    def _length(self, limits: dict[Slot, int], n_rows: int) -> int:
+        """How many tokens to propose for each slot, within the limits."""
+        if self._resting > 0:
+            self._resting -= 1
+            return 0
+        rates = [slot.guesses.rate for slot in limits]
+        length = best_length(
+            rates, list(limits.values()), lambda length: self._times.seconds(n_rows, length)
+        )
+        if self._drafts and length > 0:
+            self._rest = max(1, self._rest - 1)
+        elif self._drafts and any(limits.values()):
+            self._resting = self._rest
+            self._rest = min(2 * self._rest, LONGEST_REST)
+        return length
+
     def end_step(self, n_rows: int, length: int) -> None:
-        """Note how long the step took that checked up to `length` proposals for each row."""
-        self._times.add(n_rows * (1 + length), time.perf_counter() - self._start)
+        """Note how long the step took, drafting included, that checked up to `length` proposals for
+        each row."""
+        self._times.add(n_rows, length, time.perf_counter() - self._start)
 
     def _draft(self, drafting: list[Slot], rows: list[Slot], length: int) -> None:
-        """Let the draft model propose `length` tokens for each slot whose text it knows by then."""
-        budget = self._prefill_chunk
-        for slot in drafting:
-            budget -= self._catch_up(slot, budget)
-        drafting = [slot for slot in drafting if slot.n_drafted >= len(slot.tokens) - 1]
-        if not drafting:
-            return
-        start = time.perf_counter()
+        """Let the draft model propose `length` tokens for each of the slots."""
         # The last two tokens first: it lacks both, if all that it proposed was right.
         fed = {slot: [slot.tokens[-1], slot.running.tokens[-1]] for slot in drafting}
         positions = {slot: len(slot.tokens) - 1 for slot in drafting}
@@ -107,7 +122,13 @@ class Proposer:
             seqlen = 1
         for slot in drafting:
             slot.n_drafted = positions[slot]
-        self._draft_times.add(len(rows), (time.perf_counter() - start) / length)
+
+    def _caught_up(self, slots: list[Slot]) -> list[Slot]:
+        """Those of the slots whose text the draft model knows, after it has seen more of them."""
+        budget = self._prefill_chunk
+        for slot in slots:
+            budget -= self._catch_up(slot, budget)
+        return [slot for slot in slots if slot.n_drafted >= len(slot.tokens) - 1]
 
     def _catch_up(self, slot: Slot, budget: int) -> int:
         """Show the draft model the next part of the slot's tokens that it has not seen, all but the

@@ -8,10 +8,8 @@ the next request that begins with the same tokens goes on from there.
 Not for several threads at a time: one thread calls all of an engine's methods.
 """
 
-import time
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import SupportsIndex
 
 import numpy as np
@@ -23,21 +21,13 @@ from llama.cache import KVCache
 from llama.errors import GenerationError, ParallelError, TokenizerError
 from llama.fast import FastTransformer
 from llama.model import Transformer
-from llama.plan import Action, Plan, Wanted
+from llama.plan import Action, Plan, Wanted, filled_up
+from llama.proposer import Proposer
 from llama.request import Event, FinishReason, Request
 from llama.row_sampling import RowSampler
 from llama.sampling import SamplingParams
-from llama.speculative import (
-    MOST,
-    Guesses,
-    Lookup,
-    StepTimes,
-    best_length,
-    check_draft,
-    choose,
-    draft_token,
-    n_alike,
-)
+from llama.slot import Slot
+from llama.speculative import MOST, check_draft, choose, n_alike
 from llama.static_step import StaticStep
 from llama.text_stream import TextStream
 from llama.tokenizer import Tokenizer
@@ -46,24 +36,6 @@ Network = Transformer | FastTransformer
 
 PREFILL_CHUNK = 512  # tokens of prompts that one step takes in, at most
 LEAST_REUSE = 16  # tokens: a shorter common beginning is not worth giving up another's row for
-
-
-@dataclass(eq=False)
-class _Slot:
-    """A row of the cache, the tokens whose keys and values it holds, and whose it is."""
-
-    index: int
-    tokens: list[int] = field(default_factory=list)
-    request: Request | None = None
-    last_used: int = 0
-    n_drafted: int = 0  # how many of the tokens the draft model's cache holds too
-    lookup: Lookup = field(default_factory=Lookup)  # of the request's text
-    guesses: Guesses = field(default_factory=Guesses)
-
-    def cut(self, length: int) -> None:
-        """Forget the tokens from some place on."""
-        del self.tokens[max(0, length) :]
-        self.n_drafted = min(self.n_drafted, len(self.tokens))
 
 
 class Engine:
@@ -110,7 +82,6 @@ class Engine:
         if draft is not None:
             check_draft(draft.params, model.vocab_size, max_seq_len)
         self.model = model
-        self._drafts = draft is not None
         self.tokenizer = tokenizer
         self.max_seq_len = max_seq_len
         self.prefill_chunk = prefill_chunk
@@ -119,21 +90,22 @@ class Engine:
         if draft is not None:
             drafts = draft.make_cache(max_batch_size, max_seq_len, cache_dtype)
             self._networks.append((draft, drafts))
-        self._looks_up = lookup and draft is None
-        self._most = MOST if self._looks_up or self._drafts else 0  # proposals
-        self._times = StepTimes(first=1.0)
-        self._draft_times = StepTimes(first=0.0)  # so that it is tried
+        self._proposer: Proposer | None = None
+        if draft is not None or lookup:
+            self._proposer = Proposer(self._run, max_seq_len, prefill_chunk, draft is not None)
+        # What an idle row keeps: steps of the rows beside it store something after its tokens.
+        self._kept = max_seq_len - 1 - (MOST if self._proposer else 0)
         self._static: StaticStep | None = None
         self._sampler: RowSampler | None = None
         if static:
             assert isinstance(model, Transformer)
             self._static = StaticStep(model, self.cache)
-            if not self._drafts:  # whose tokens are drawn from another distribution
+            if draft is None:  # whose tokens are drawn from another distribution
                 self._sampler = RowSampler(max_batch_size, model.vocab_size, model.device)
         self._seed = seed
-        self._slots = [_Slot(i) for i in range(max_batch_size)]
+        self._slots = [Slot(i) for i in range(max_batch_size)]
         self._waiting: deque[Request] = deque()
-        self._prefilling: _Slot | None = None  # one at a time, so that the next can share with it
+        self._prefilling: Slot | None = None  # one at a time, so that the next can share with it
         self._cancelled: list[Event] = []  # to be told by the next step
         self._submitted = 0
         self._steps = 0
@@ -256,7 +228,7 @@ class Engine:
             Plan(Action.NOTHING).send(self.model.device)  # so that nobody waits too long for us
         return events
 
-    def _next_to_prefill(self) -> _Slot | None:
+    def _next_to_prefill(self) -> Slot | None:
         """The slot whose prompt is not all in, else a free one with the next request in it."""
         if self._prefilling is None and self._waiting:
             free = [slot for slot in self._slots if slot.request is None]
@@ -264,7 +236,7 @@ class Engine:
                 self._prefilling = self._admit(self._waiting.popleft(), free)
         return self._prefilling
 
-    def _admit(self, request: Request, free: list[_Slot]) -> _Slot:
+    def _admit(self, request: Request, free: list[Slot]) -> Slot:
         """Give the request the free slot that saves it most, and what is there of its prompt."""
         prompt = request.prompt_tokens
         needs_all = request.is_exact or request.is_private or request.params.prompt_logprobs
@@ -281,17 +253,13 @@ class Engine:
             slot = source
         else:
             self._run(Plan(Action.COPY, row=slot.index, source=source.index, n_keys=reused))
-        slot.request, slot.tokens = request, prompt[:reused]
-        slot.n_drafted = min(source.n_drafted, reused)
-        slot.guesses, slot.lookup = Guesses(), Lookup()
-        if self._looks_up:
-            slot.lookup.extend(prompt)
+        slot.admit(request, reused, min(source.n_drafted, reused))
         return slot
 
-    def _prefill(self, slot: _Slot, budget: int) -> tuple[int, Event | None]:
+    def _prefill(self, slot: Slot, budget: int) -> tuple[int, Event | None]:
         """Take in the next part of the slot's prompt; returns its length and, after the last
         part, the event of the first token."""
-        request = _request_of(slot)
+        request = slot.running
         prompt, start = request.prompt_tokens, len(slot.tokens)
         wants_prompt = request.params.prompt_logprobs
         # What nothing is to follow need not go through the model: the last token, or all of them.
@@ -332,7 +300,7 @@ class Engine:
         assert logits is not None
         return end - start, self._next_tokens([slot], logits[:, -1])[0]
 
-    def _decode(self, decoding: list[_Slot]) -> list[Event]:
+    def _decode(self, decoding: list[Slot]) -> list[Event]:
         """One more token for each of the slots, and one for each that was rightly proposed, in one
         forward of all rows from the first to the last of them. A row between that is idle, or has
         fewer proposals, is computed along and forgotten: what it stores stands where its next
@@ -342,22 +310,20 @@ class Engine:
             first, last = 0, self._static.n_rows(last + 1) - 1
         rows = self._slots[first : last + 1]
         for slot in decoding:  # a step that was interrupted may have stored tokens already
-            request = _request_of(slot)
-            slot.cut(len(request.prompt_tokens) + len(request.tokens) - 1)
-        proposed = self._propose(decoding, rows)
-        fed = {s: [_request_of(s).tokens[-1], *proposed.get(s, ())] for s in decoding}
+            slot.cut(len(slot.running.prompt_tokens) + len(slot.running.tokens) - 1)
+        proposed = self._proposer.propose(decoding, rows) if self._proposer else {}
+        fed = {s: [s.running.tokens[-1], *proposed.get(s, ())] for s in decoding}
         seqlen = max(map(len, fed.values()))
         start_pos = [len(slot.tokens) for slot in rows]
-        start = time.perf_counter()
         logits = self._run(
             Plan(
                 Action.FORWARD,
                 row=first,
                 n_keys=max(start_pos) + seqlen,
                 wanted=Wanted.LAST if seqlen == 1 else Wanted.ALL,
-                is_exact=len(rows) == 1 and _request_of(decoding[0]).is_exact,
+                is_exact=len(rows) == 1 and decoding[0].running.is_exact,
                 start_pos=start_pos,
-                tokens=[_filled_up(fed.get(slot, []), seqlen) for slot in rows],
+                tokens=[filled_up(fed.get(slot, []), seqlen) for slot in rows],
             )
         )
         assert logits is not None
@@ -372,16 +338,17 @@ class Engine:
             decoding = [slot for slot in decoding if _goes_on(slot, fed[slot][at + 1 : at + 2])]
             if not decoding:
                 break
-        self._times.add(len(rows) * seqlen, time.perf_counter() - start)
+        if self._proposer is not None:
+            self._proposer.end_step(len(rows), seqlen - 1)
         return events
 
-    def _next_tokens(self, slots: list[_Slot], logits: Tensor, at: int = 0) -> list[Event]:
+    def _next_tokens(self, slots: list[Slot], logits: Tensor, at: int = 0) -> list[Event]:
         """Choose a token for each slot from its logits (B, V), in the place of the proposal with
         the number `at`. A request whose own options fail ends with the error; the others go on."""
         if self._sampler is not None:
-            takes = [self._sampler.takes(_request_of(slot).params) for slot in slots]
+            takes = [self._sampler.takes(slot.running.params) for slot in slots]
             if all(takes):
-                drawn = self._sampler(logits, [_request_of(slot) for slot in slots])
+                drawn = self._sampler(logits, [slot.running for slot in slots])
                 return [
                     self._advance(slot, token, logprob, row)
                     for slot, (token, logprob), row in zip(slots, drawn, logits, strict=True)
@@ -396,7 +363,7 @@ class Engine:
                 return [event for some in events for event in some]
         chosen: list[Tensor] = []
         for slot, row in zip(slots, logits, strict=True):
-            request = _request_of(slot)
+            request = slot.running
             try:
                 token = choose(row, request, slot.guesses, at)
             except Exception as error:  # a logits_processor may raise anything
@@ -410,9 +377,9 @@ class Engine:
             for slot, token, logprob, row in zip(slots, ids.tolist(), logprobs, logits, strict=True)
         ]
 
-    def _advance(self, slot: _Slot, token: int, logprob: float, logits: Tensor) -> Event:
+    def _advance(self, slot: Slot, token: int, logprob: float, logits: Tensor) -> Event:
         """Give the slot's request its next token, which may end it."""
-        request = _request_of(slot)
+        request = slot.running
         if request.error is None and token in request.stop_tokens:
             self._release(slot)
             request.stop_token = token
@@ -442,104 +409,13 @@ class Engine:
         text = request.finish(reason)
         return Event(request, None, text, finish_reason=request.finish_reason)
 
-    def _release(self, slot: _Slot) -> None:
-        request = _request_of(slot)
+    def _release(self, slot: Slot) -> None:
+        request = slot.running
         slot.request = None
         slot.last_used = self._steps
-        # A full row gives up its last places: an idle row stores something after its tokens.
-        slot.cut(0 if request.is_private else self.max_seq_len - 1 - self._most)
+        slot.cut(0 if request.is_private else self._kept)
         if slot is self._prefilling:
             self._prefilling = None
-
-    # ---- speculation --------------------------------------------------------------------------
-
-    def _propose(self, decoding: list[_Slot], rows: list[_Slot]) -> dict[_Slot, list[int]]:
-        """Tokens that may follow in each row, as many as pay."""
-        if self._most == 0:
-            return {}
-        room = self.max_seq_len - 1 - max(len(slot.tokens) for slot in rows)
-        limits: dict[_Slot, int] = {}
-        for slot in decoding:
-            request, guesses = _request_of(slot), slot.guesses
-            limit = min(self._most, room, request.max_gen_len - len(request.tokens) - 1)
-            came = guesses.review(request.tokens)
-            if self._looks_up:
-                slot.lookup.extend(came)
-                guesses.proposed = slot.lookup.propose(self._most)
-                limit = min(limit, len(guesses.proposed))
-            limits[slot] = 0 if request.is_exact else limit
-
-        def seconds(length: int) -> float:
-            drafting = length * self._draft_times.seconds(len(rows))
-            return self._times.seconds(len(rows) * (1 + length)) + drafting
-
-        rates = [slot.guesses.rate for slot in decoding]
-        length = best_length(rates, list(limits.values()), seconds)
-        if self._drafts and length > 0:
-            self._draft([slot for slot in decoding if limits[slot] > 0], rows, length)
-        proposed = {slot: slot.guesses.proposed[: min(limits[slot], length)] for slot in decoding}
-        for slot, tokens in proposed.items():
-            _request_of(slot).proposed += len(tokens)
-        return proposed
-
-    def _draft(self, drafting: list[_Slot], rows: list[_Slot], length: int) -> None:
-        """Let the draft model propose `length` tokens for each slot whose text it knows by then."""
-        budget = self.prefill_chunk
-        for slot in drafting:
-            budget -= self._catch_up(slot, budget)
-        drafting = [slot for slot in drafting if slot.n_drafted >= len(slot.tokens) - 1]
-        if not drafting:
-            return
-        start = time.perf_counter()
-        # The last two tokens first: it lacks both, if all that it proposed was right.
-        fed = {slot: [slot.tokens[-1], _request_of(slot).tokens[-1]] for slot in drafting}
-        positions = {slot: len(slot.tokens) - 1 for slot in drafting}
-        seqlen = 2
-        for _ in range(length):
-            start_pos = [positions.get(slot, slot.n_drafted) for slot in rows]
-            logits = self._run(
-                Plan(
-                    Action.FORWARD,
-                    row=rows[0].index,
-                    n_keys=max(start_pos) + seqlen,
-                    wanted=Wanted.LAST,
-                    is_draft=True,
-                    start_pos=start_pos,
-                    tokens=[_filled_up(fed.get(slot, []), seqlen) for slot in rows],
-                )
-            )
-            assert logits is not None
-            for slot in drafting:
-                row, proposed = logits[slot.index - rows[0].index, -1], slot.guesses.proposed
-                token, q = draft_token(row, _request_of(slot), proposed)
-                proposed.append(token)
-                slot.guesses.drawn_from.append(q)
-                fed[slot] = [token]
-                positions[slot] += seqlen
-            seqlen = 1
-        for slot in drafting:
-            slot.n_drafted = positions[slot]
-        self._draft_times.add(len(rows), (time.perf_counter() - start) / length)
-
-    def _catch_up(self, slot: _Slot, budget: int) -> int:
-        """Show the draft model the next part of the slot's tokens that it has not seen, all but the
-        last; returns its length."""
-        start = slot.n_drafted
-        tokens = slot.tokens[start:-1][:budget]
-        if tokens:
-            end = start + len(tokens)
-            self._run(
-                Plan(
-                    Action.FORWARD,
-                    row=slot.index,
-                    n_keys=end,
-                    is_draft=True,
-                    start_pos=[start],
-                    tokens=[tokens],
-                )
-            )
-            slot.n_drafted = end
-        return len(tokens)
 
     # ---- ranks --------------------------------------------------------------------------------
 
@@ -583,7 +459,7 @@ class Engine:
         return model.logits(features if plan.wanted is Wanted.ALL else features[:, -1:])
 
 
-def _goes_on(slot: _Slot, proposal: list[int]) -> bool:
+def _goes_on(slot: Slot, proposal: list[int]) -> bool:
     """Whether the slot's request has not ended and its last token is the one proposed, if any."""
     request = slot.request
     if request is None or request.tokens[-1:] != proposal:
@@ -592,15 +468,6 @@ def _goes_on(slot: _Slot, proposal: list[int]) -> bool:
     return True
 
 
-def _filled_up(tokens: list[int], length: int) -> list[int]:
-    return tokens + [0] * (length - len(tokens))
-
-
-def _request_of(slot: _Slot) -> Request:
-    assert slot.request is not None
-    return slot.request
-
-
-def _is_open(slot: _Slot) -> bool:
+def _is_open(slot: Slot) -> bool:
     """Whether others may share what the slot holds."""
     return slot.request is None or not slot.request.is_private

@@ -71,3 +71,8 @@ class Plan:
             Action(action), row, source, n_keys, Wanted(wanted), bool(is_exact), bool(is_draft),
             start_pos, tokens,
         )  # fmt: skip
+
+
+def filled_up(tokens: list[int], length: int) -> list[int]:
+    """A row of a plan's tokens, with ids that do not matter up to the others' length."""
+    return tokens + [0] * (length - len(tokens))

@@ -9,12 +9,12 @@ Greedy tokens and proposals that are looked up need nothing else: the draws are 
 decoding, by the same random numbers. A draft model's proposals are draws too, of which `choose`
 keeps more, at the price that a seed then gives another text of the same distribution.
 
-Here is what is proposed and how much of it pays; the engine does the forwards.
+Here is what is proposed and how much of it pays; `proposer` decides, the engine does the forwards.
 """
 
 from collections import deque
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import takewhile
 from operator import eq
 
@@ -30,7 +30,7 @@ MOST = 15  # proposals for a row in one step
 NGRAM = 3  # tokens that must stand in the text already for a look-up
 GAIN = 1.05  # speed over plain decoding from which proposals are worth it
 
-ROW_COST = 0.17  # of a forward's first token, what each further one costs: until that is measured
+ROW_COST = 0.17  # of a plain step, what each proposal costs: until that is measured
 PRIOR = 0.6  # share of proposals that are right: until that is known, or forgotten
 MEMORY = 0.97  # of what is known about a share from one step to the next
 
@@ -147,39 +147,65 @@ def choose(logits: Tensor, request: Request, guesses: Guesses, at: int = 0) -> T
     return torch.multinomial(rest, 1, generator=request.generator).squeeze(0)
 
 
+@dataclass
+class _Timed:
+    """The last seconds of one kind of step."""
+
+    latest: deque[float]
+    at: int  # number of the last one among all steps
+    median: float = 0.0
+
+
 class StepTimes:
-    """Seconds that forwards of so many tokens take, from those that were timed.
+    """Seconds that steps take, of so many rows with so many proposals for each, from those that
+    were timed."""
 
-    first: what a token is thought to take until any was timed.
-    """
-
-    LAST = 8  # times of a number that count
+    LAST = 8  # times of a kind that count
     FEW = 3  # as long as there are fewer, the expected time counts too: the first may be slow
-    AGE = 256  # after as many to twice as many forwards a time is forgotten
+    AGE = 256  # steps after which what was not timed again is forgotten
 
-    def __init__(self, first: float) -> None:
-        self._first = first
-        self._times: dict[int, deque[float]] = {}
-        self._older: dict[int, deque[float]] = {}
+    def __init__(self) -> None:
+        self._known: dict[int, dict[int, _Timed]] = {}  # by rows, by proposals
         self._count = 0
 
-    def add(self, n_tokens: int, seconds: float) -> None:
+    def add(self, n_rows: int, length: int, seconds: float) -> None:
         self._count += 1
-        if self._count % self.AGE == 0:
-            self._older, self._times = self._times, {}
-        self._times.setdefault(n_tokens, deque(maxlen=self.LAST)).append(seconds)
+        lengths = self._known.setdefault(n_rows, {})
+        timed = lengths.get(length)
+        if timed is None or self._is_old(timed):
+            timed = lengths[length] = _Timed(deque(maxlen=self.LAST), self._count)
+        timed.latest.append(seconds)
+        timed.at = self._count
+        # Disturbances are seldom; the least would be a step that kept no proposal.
+        timed.median = sorted(timed.latest)[len(timed.latest) // 2]
 
-    def seconds(self, n_tokens: int) -> float:
-        """The least of the last times, as whatever disturbs makes them longer; where there are few
-        or none, what ROW_COST makes of the time of the next smaller number."""
-        known = self._older | self._times
-        times = known.get(n_tokens, ())
-        if len(times) >= self.FEW:
-            return min(times)
-        nearest = max((n for n in known if n < n_tokens), default=0)
-        expected = self.seconds(nearest) if nearest else self._first
-        expected *= (1 + ROW_COST * (n_tokens - 1)) / (1 + ROW_COST * max(nearest - 1, 0))
-        return min([*times, expected])
+    def seconds(self, n_rows: int, length: int) -> float:
+        """The median; where there are few times, at most what is expected from the nearest number
+        of proposals. 0 as long as a step without proposals was not timed often enough."""
+        lengths = self._known.get(n_rows, {})
+        plain = self._median(lengths, 0)
+        if length == 0 or plain == 0:
+            return plain
+        if median := self._median(lengths, length):
+            return median
+        known = [n for n in lengths if n > 0 and self._median(lengths, n)]
+        nearest = min(known, key=lambda n: abs(n - length), default=0)
+        slope = ROW_COST * plain
+        if nearest:
+            slope = max(0.0, lengths[nearest].median - plain) / nearest
+        expected = plain + slope * length
+        few = lengths.get(length)
+        return min(few.median, expected) if few and not self._is_old(few) else expected
+
+    def _median(self, lengths: Mapping[int, _Timed], length: int) -> float:
+        """0 where there are few times."""
+        timed = lengths.get(length)
+        if timed is None or len(timed.latest) < self.FEW or self._is_old(timed):
+            return 0.0
+        return timed.median
+
+    def _is_old(self, timed: _Timed) -> bool:
+        return self._count - timed.at > self.AGE
 
 
 def best_length(
@@ -189,15 +215,22 @@ def best_length(
 
     rates, limits: of each row, the probability that a proposal is right and how many there can be.
     seconds: a step's, by its number of proposals for each row; rows with fewer are filled up.
-    Returns 0 where proposals gain less than GAIN.
+    Returns 0 where proposals gain less than GAIN, or a step without them takes 0 s: not known yet.
     """
-    plain = len(rates) / seconds(0)
-    best, most = 0, GAIN * plain
+    longest = max(limits, default=0)
+    if longest == 0 or (plain := seconds(0)) == 0:
+        return 0
+    best, most = 0, GAIN * len(rates) / plain
     expected = [1.0] * len(rates)  # tokens
-    for length in range(1, max(limits, default=0) + 1):
+    # However many are proposed, there come no more.
+    bound = sum(1 / (1 - rate) if rate < 1 else 1 + longest for rate in rates)
+    for length in range(1, longest + 1):
+        took = seconds(length)
+        if bound < most * took:
+            break
         for row, (rate, limit) in enumerate(zip(rates, limits, strict=True)):
             expected[row] += rate**length if length <= limit else 0.0
-        if (speed := sum(expected) / seconds(length)) > most:
+        if (speed := sum(expected) / took) > most:
             best, most = length, speed
     return best
 

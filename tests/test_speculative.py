@@ -13,7 +13,7 @@ from make_checkpoint import demo_pieces, make_checkpoint, write_tokenizer
 from models import make_sharp_model
 from ranks import run_ranks
 
-import llama.engine
+import llama.proposer
 from llama import Llama, ModelArgs, Tokenizer, Transformer
 from llama.checkpoint import BUNDLED
 from llama.engine import Engine
@@ -53,7 +53,7 @@ def propose(monkeypatch: pytest.MonkeyPatch, length: int | None = None) -> None:
         wanted = numbers.randrange(MOST + 1) if length is None else length
         return min(wanted, max(limits))
 
-    monkeypatch.setattr(llama.engine, "best_length", chosen)
+    monkeypatch.setattr(llama.proposer, "best_length", chosen)
 
 
 def drain(engine: Engine) -> list[Event]:
@@ -465,22 +465,55 @@ def test_wrong_proposals_are_seldom_tried_again() -> None:
     assert 3 < steps_with_proposals(is_right=False) < 40
 
 
-def test_times_are_the_least_of_the_last() -> None:
-    times = StepTimes(first=1.0)
-    assert times.seconds(1) == 1.0
-    for seconds in (0.5, 0.2, 0.4):
-        times.add(1, seconds)
-    assert times.seconds(1) == 0.2
-    assert 0.2 < times.seconds(4) < 4 * 0.2
-    expected = times.seconds(4)
-    times.add(4, 60.0)  # the first may be slow
-    assert times.seconds(4) == expected
+def test_times_are_the_medians_of_the_last() -> None:
+    times = StepTimes()
+    for seconds in (0.5, 0.2):
+        times.add(1, 0, seconds)
+        assert times.seconds(1, 0) == times.seconds(1, 4) == 0.0  # not known yet
+    times.add(1, 0, 0.3)
+    assert times.seconds(1, 0) == 0.3
+    assert times.seconds(2, 0) == 0.0
+    expected = times.seconds(1, 4)
+    assert 0.3 < expected < 4 * 0.3
+    times.add(1, 4, 60.0)  # the first may be slow
+    assert times.seconds(1, 4) == expected
     for _ in range(times.FEW):
-        times.add(4, 0.7)
-    assert times.seconds(4) == 0.7
-    for _ in range(2 * times.AGE):
-        times.add(1, 0.2)
-    assert times.seconds(4) == expected  # forgotten
+        times.add(1, 4, 0.7)
+    assert times.seconds(1, 4) == 0.7
+    assert times.seconds(1, 2) == pytest.approx(0.5)  # on the line through both
+    for _ in range(times.AGE + 1):
+        times.add(1, 0, 0.3)
+    assert times.seconds(1, 4) == expected  # forgotten
+
+
+def test_plain_steps_are_timed_before_proposals() -> None:
+    assert best_length([1.0], [8], lambda n: 0.0) == 0
+
+
+def test_a_draft_model_rests_where_it_does_not_pay(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is seldom thought of then, and works again once it pays."""
+    lengths: list[int] = []
+    pays = False
+
+    def chosen(rates: Any, limits: Sequence[int], seconds: Any) -> int:
+        lengths.append(min(int(pays), max(limits)))
+        return lengths[-1]
+
+    monkeypatch.setattr(llama.proposer, "best_length", chosen)
+    engine = make_engine("draft")
+
+    def run() -> Request:
+        lengths.clear()
+        request = engine.submit([5, 6, 7] * 4, SamplingParams(temperature=0, max_gen_len=80))
+        drain(engine)
+        return request
+
+    assert run().proposed == 0
+    assert len(lengths) < 8
+    assert run().proposed == 0
+    assert len(lengths) < 3
+    pays = True
+    assert sum(run().proposed for _ in range(4)) > 80
 
 
 # ---- options ----------------------------------------------------------------------------------

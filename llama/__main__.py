@@ -411,6 +411,7 @@ def doctor(
     mode: str = "reference",
     quantize: str | None = None,
     kv_cache: str | None = None,
+    draft: str | None = None,
     device: str | None = None,
     dtype: str | None = None,
 ) -> None:
@@ -427,6 +428,7 @@ def doctor(
         max_batch_size: rows of the KV cache.
         tokenizer_path: tokenizer.model; by default the one in the folder.
         mode: reference or fast, quantize: int8, int4 or fp8, kv_cache: int8; as in Llama.build.
+        draft: folder of a smaller model that is to propose tokens; with mode fast.
         device: cuda, mps or cpu; by default the best there is.
         dtype: float32, bfloat16 or float16; by default as in Llama.build.
     """
@@ -435,7 +437,7 @@ def doctor(
 
     findings = examine(
         str(folder), tokenizer_path, max_seq_len, max_batch_size, mp, device, dtype,
-        mode, quantize, kv_cache,  # type: ignore[arg-type]
+        mode, quantize, kv_cache, draft,  # type: ignore[arg-type]
     )  # fmt: skip
     if is_main_rank():
         print(report(findings))

@@ -19,6 +19,7 @@ from llama.errors import ConfigError, LlamaError
 from llama.fast import CacheWidth, Mode, Width
 from llama.inspect import bytes_of, cache_bytes, size, weights_of
 from llama.memory import available_memory
+from llama.speculative import check_draft, check_proposing
 from llama.tokenizer import Tokenizer
 from llama.verify import UNKNOWN, kind_of, title_of
 
@@ -254,13 +255,41 @@ def _has_fast_bfloat16(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
 # ---- the report -------------------------------------------------------------------------------
 
 
-def require(setup: Setup, tokenizer: Tokenizer, beside: Setup | None = None) -> None:
-    """What `Llama.build` asks before it loads; warnings go to the log.
+def require(setup: Setup, tokenizer: Tokenizer) -> None:
+    """What `Llama.build` asks before it loads; warnings go to the log."""
+    available = available_memory(setup.device)
+    _warn(check_tokenizer(setup.opened.args, tokenizer), check_memory(setup, available))
 
-    beside: of the model that a draft model is for; what it needs is not free.
-    """
-    available = available_memory(setup.device) - (beside.needed_bytes() if beside else 0)
-    for found in (check_tokenizer(setup.opened.args, tokenizer), check_memory(setup, available)):
+
+def require_draft(folder: Path, setup: Setup, tokenizer: Tokenizer) -> Setup:
+    """The same of a draft model beside the model; how it is to run."""
+    drafting, found = open_draft(folder, setup, tokenizer)
+    _warn(found)
+    return drafting
+
+
+def open_draft(folder: Path, setup: Setup, tokenizer: Tokenizer) -> tuple[Setup, Finding]:
+    """How a draft model is to run beside the model, and whether it has room there; raises
+    ConfigError where it cannot."""
+    args = setup.opened.args
+    try:
+        opened = checkpoint.open_checkpoint(folder)
+        drafting = Setup.make(
+            opened, setup.mp_size, setup.sharers, args.max_seq_len, args.max_batch_size,
+            setup.device, setup.dtype, "fast", setup.quantize, setup.kv_cache,
+        )  # fmt: skip
+        check_draft(opened.args, args.vocab_size, args.max_seq_len)
+        own = Tokenizer(checkpoint.find_tokenizer(opened.folder, folder))
+        if not own.is_like(tokenizer):
+            raise ConfigError(f"its tokenizer is not the model's, {tokenizer.model_path}")
+        available = available_memory(setup.device) - setup.needed_bytes()
+        return drafting, check_memory(drafting, available)
+    except LlamaError as error:
+        raise ConfigError(f"draft model {folder}: {error}") from error
+
+
+def _warn(*findings: Finding) -> None:
+    for found in findings:
         if found.level == WARNING and parallel.is_main_rank():
             log.warning(found.text)
 
@@ -276,19 +305,24 @@ def examine(
     mode: Mode = "reference",
     quantize: Width | None = None,
     kv_cache: CacheWidth | None = None,
+    draft: str | Path | None = None,
 ) -> list[Finding]:
     """All findings about a folder on `mp` ranks of this machine, without starting them.
 
-    Raises a LlamaError where the folder or the device cannot be opened at all.
+    Raises a LlamaError where a folder or the device cannot be opened at all.
     """
+    check_proposing(mode, draft is not None, lookup=False)
     target = parallel.local_device(device)
     folder = hub.local_folder(folder)
+    draft_folder = None if draft is None else hub.local_folder(draft)
     opened = checkpoint.open_checkpoint(folder)
     opened.settle_vocabulary()
     findings = [Finding("model", title_of(opened)), Finding("chat", CHAT[kind_of(opened.folder)])]
+    tokenizer = None
     try:
         path = tokenizer_path or checkpoint.find_tokenizer(opened.folder, folder)
-        findings.append(check_tokenizer(opened.args, Tokenizer(path)))
+        tokenizer = Tokenizer(path)
+        findings.append(check_tokenizer(opened.args, tokenizer))
     except LlamaError as error:
         findings.append(Finding("tokenizer", str(error), PROBLEM))
     try:
@@ -302,6 +336,12 @@ def examine(
         findings += [check_memory(setup, available), check_prompts(setup, available)]
     except LlamaError as error:
         findings.append(Finding("memory", str(error), PROBLEM))
+    if draft_folder is not None and tokenizer is not None:
+        try:
+            found = open_draft(draft_folder, setup, tokenizer)[1]
+            findings.append(replace(found, about="draft"))
+        except LlamaError as error:
+            findings.append(Finding("draft", str(error), PROBLEM))
     versions = f"Python {platform.python_version()}, torch {torch.__version__}"
     return [*findings, check_device(setup), Finding("versions", versions)]
 

@@ -15,12 +15,12 @@ import torch
 from llama import checkpoint, device_weights, doctor, hub, hugging_face, parallel
 from llama.chat_format import ChatFormat, Dialog, Llama2ChatFormat, Message
 from llama.engine import Engine
-from llama.errors import ConfigError, GenerationError, LlamaError
+from llama.errors import GenerationError
 from llama.fast import CacheWidth, FastTransformer, Mode, Width, cache_dtype, check_mode, drawback
 from llama.model import Transformer
 from llama.request import Event, Request
 from llama.sampling import SamplingParams, sample_top_p
-from llama.speculative import check_draft
+from llama.speculative import check_proposing
 from llama.tokenizer import TextDecoder, Tokenizer
 from llama.verify import kind_of
 
@@ -105,10 +105,7 @@ class Llama:
 
         Raises a LlamaError (a ValueError) that names what does not fit.
         """
-        if (draft is not None or lookup) and mode != "fast":
-            raise ConfigError(f"draft and lookup are for mode fast, but mode is {mode}")
-        if draft is not None and lookup:
-            raise ConfigError("draft and lookup exclude each other: give one of them")
+        check_proposing(mode, draft is not None, lookup)
         start = time.perf_counter()
         target = parallel.local_device(device)
         parallel.initialize(model_parallel_size, target)
@@ -127,7 +124,7 @@ class Llama:
                 target, dtype, mode, quantize, kv_cache,
             )  # fmt: skip
             doctor.require(setup, tokenizer)
-            draft_setup = draft_folder and _draft_setup(draft_folder, setup, tokenizer)
+            draft_setup = draft_folder and doctor.require_draft(draft_folder, setup, tokenizer)
         with parallel.failing_together(target):
             llama = Llama(
                 _load(setup), tokenizer, seed, mode, quantize=setup.quantize, kv_cache=kv_cache,
@@ -477,25 +474,6 @@ def _open_tokenizer(path: str | Path | None, folder: Path, ckpt_dir: Path) -> To
     if stop_tokens := hugging_face.read_stop_tokens(folder):
         tokenizer.stop_tokens = stop_tokens
     return tokenizer
-
-
-def _draft_setup(folder: Path, setup: doctor.Setup, tokenizer: Tokenizer) -> doctor.Setup:
-    """How a draft model is to run beside the model; raises ConfigError where it cannot."""
-    args = setup.opened.args
-    try:
-        opened = checkpoint.open_checkpoint(folder)
-        drafting = doctor.Setup.make(
-            opened, setup.mp_size, setup.sharers, args.max_seq_len, args.max_batch_size,
-            setup.device, setup.dtype, "fast", setup.quantize, setup.kv_cache,
-        )  # fmt: skip
-        check_draft(opened.args, args.vocab_size, args.max_seq_len)
-        own = Tokenizer(checkpoint.find_tokenizer(opened.folder, folder))
-        if not own.is_like(tokenizer):
-            raise ConfigError(f"its tokenizer is not the model's, {tokenizer.model_path}")
-        doctor.require(drafting, own, beside=setup)
-    except LlamaError as error:
-        raise ConfigError(f"draft model {folder}: {error}") from error
-    return drafting
 
 
 def _load(setup: doctor.Setup) -> Transformer:

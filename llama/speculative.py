@@ -35,6 +35,14 @@ PRIOR = 0.6  # share of proposals that are right: until that is known, or forgot
 MEMORY = 0.97  # of what is known about a share from one step to the next
 
 
+def check_proposing(mode: str, drafts: bool, lookup: bool) -> None:
+    """Raise ConfigError where tokens cannot be proposed as `Llama.build` was told."""
+    if (drafts or lookup) and mode != "fast":
+        raise ConfigError(f"draft and lookup are for mode fast, but mode is {mode}")
+    if drafts and lookup:
+        raise ConfigError("draft and lookup exclude each other: give one of them")
+
+
 def check_draft(draft: ModelArgs, vocab_size: int, max_seq_len: int) -> None:
     """Raise ConfigError where a model of this shape cannot draft for one with that vocabulary, in
     texts of up to that length."""

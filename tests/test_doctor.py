@@ -228,3 +228,23 @@ def test_problems_and_the_exit_code(
     assert f"set-up     {PROBLEM}  this model cannot be split over 3" in capsys.readouterr().out
     assert run(monkeypatch, tmp_path / "none") == 2
     assert "error: no such checkpoint folder" in capsys.readouterr().err
+
+
+def test_a_draft_model_beside_it(
+    folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert run(monkeypatch, folder, f"--draft={folder}", "--mode=fast") == 0
+    assert "draft      ok       " in capsys.readouterr().out
+    other = Path(shutil.copytree(folder, tmp_path / "other"))
+    (other / "tokenizer.model").unlink()
+    assert run(monkeypatch, folder, f"--draft={other}", "--mode=fast") == 1
+    assert f"draft      {PROBLEM}  draft model {other}: " in capsys.readouterr().out
+    needed = make_setup(folder, mode="fast").needed_bytes()
+    monkeypatch.setattr(doctor, "available_memory", lambda device: needed + 1.0)
+    assert run(monkeypatch, folder, f"--draft={folder}", "--mode=fast", "--max_seq_len=128") == 1
+    assert f"draft      {PROBLEM}  draft model {folder}: not enough" in capsys.readouterr().out
+    assert run(monkeypatch, folder, f"--draft={folder}") == 2
+    assert "are for mode fast, but mode is reference" in capsys.readouterr().err

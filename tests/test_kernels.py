@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from llvmlite import ir
 from torch import Tensor
 
-from llama import kernels, quantize
+from llama import quantize
 from llama.errors import ConfigError
 from llama.kernels import Product, Weight, linear, loops, tile
 
@@ -198,15 +198,8 @@ def test_without_numba_a_hint() -> None:
     script = (
         "import sys, torch; sys.modules['numba'] = sys.modules['llvmlite'] = None\n"
         "from llama import kernels\n"
-        "try: kernels.warm_up('int8')\n"
+        "try: kernels.linear(torch.ones(1, 8), torch.ones(4, 8))\n"
         "except ValueError as error: print(error)"
     )
     run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert run.stdout.strip() == "the kernels need numba: pip install 'llama-reference[fast]'"
-
-
-def test_warm_up_leaves_nothing_to_compile() -> None:
-    kernels.warm_up("int4")
-    compiled = loops.product.cache_info().misses
-    linear(matrix(1, 64), quantize.quantize_int4(matrix(5, 64)))
-    assert loops.product.cache_info().misses == compiled

@@ -132,16 +132,6 @@ def linear(x: Tensor, weight: Weight, isa: str | None = None) -> Tensor:
     return Product(weight, isa=isa)(x)
 
 
-def warm_up(kind: str) -> None:
-    """Compile, or load from disk, what products with "float32", "bfloat16", "int8" or "int4"
-    weights need; without it the first product of a kind does."""
-    loops = _loops()
-    for swiglu in (False, True):
-        loops.product(kind, loops.instruction_sets()[0], swiglu)
-    if kind in ("int8", "int4"):
-        loops.to_bytes()
-
-
 def _check(weights: tuple[Weight, ...]) -> str:
     """The kind of the weights, where they can be read in one pass."""
     if not 1 <= len(weights) <= MOST_MATRICES:

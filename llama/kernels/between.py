@@ -13,7 +13,7 @@ from numba import carray, njit
 
 from llama.kernels.attention import mix, score
 from llama.kernels.exponential import exp
-from llama.kernels.loops import VERSION, compile_task
+from llama.kernels.loops import VERSION, compile_task, step_of
 from llama.kernels.tile import pointer, take
 
 TAKEN, N = 0, 1
@@ -85,22 +85,14 @@ def place(job, token):  # type: ignore[no-untyped-def]
 
 @njit(error_model="numpy")
 def keep(address, head_dim, cached, scales, at):  # type: ignore[no-untyped-def]
-    """Put a head's float32 into the cache, or as int8 and the size of a step, its largest / 127.
-
-    NaN and infinity are larger than any number, also as bits: the step is not finite then.
-    """
+    """Put a head's float32 into the cache, or as int8 and the size of a step."""
     x = carray(pointer(address, np.float32), head_dim)
     if scales == 0:
         plain = carray(pointer(cached + 4 * at, np.float32), head_dim)
         for i in range(head_dim):
             plain[i] = x[i]
         return
-    bits = carray(pointer(address, np.int32), head_dim)
-    most = np.int32(0)
-    for i in range(head_dim):
-        most = max(most, np.int32(bits[i] & np.int32(0x7FFFFFFF)))
-    largest = np.int32(most)  # numba views only what is assigned once
-    step = largest.view(np.float32) / np.float32(127)
+    step = step_of(carray(pointer(address, np.int32), head_dim))
     carray(pointer(scales + 4 * (at // head_dim), np.float32), 1)[0] = step
     rounded = carray(pointer(cached + at, np.int8), head_dim)
     for i in range(head_dim):

@@ -14,6 +14,7 @@ import llvmlite.binding
 import numpy as np
 from numba import carray, cfunc, njit, types
 
+from llama import quantize
 from llama.kernels.exponential import exp
 from llama.kernels.tile import pointer, take, tile, tile_rows
 from llama.quantize import GROUP, LANES, OFFSET
@@ -29,9 +30,8 @@ IN_CACHE = 1 << 15  # activations
 DEPTH = 1024  # floats of a row
 
 # Numba looks only at a task's own file to see whether what it kept is still right.
-VERSION = hashlib.sha256(
-    b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py")))
-).hexdigest()
+SOURCES = [*sorted(Path(__file__).parent.glob("*.py")), Path(quantize.__file__)]
+VERSION = hashlib.sha256(b"".join(path.read_bytes() for path in SOURCES)).hexdigest()
 
 
 @functools.cache
@@ -154,12 +154,24 @@ def product(kind: str, isa: str, swiglu: bool) -> Callable[[int], None]:
     return compile_task(task)
 
 
+@njit(error_model="numpy")
+def step_of(bits):  # type: ignore[no-untyped-def]
+    """The largest / 127 of float32 numbers, from their bits as int32.
+
+    NaN and infinity are larger than any number, also as bits: then the step is not finite.
+    """
+    most = np.int32(0)
+    for i in range(len(bits)):
+        most = max(most, np.int32(bits[i] & np.int32(0x7FFFFFFF)))
+    largest = np.int32(most)  # numba views only what is assigned once
+    return largest.view(np.float32) / np.float32(127)
+
+
 @functools.cache
 def to_bytes() -> Callable[[int], None]:
     """Round each group of 32 activations to steps of its largest / 127.
 
     Beside each step goes what a stored offset of the weights adds to a product with them.
-    NaN and infinity are larger than any number, also as bits: such a group's step is not finite.
     """
     version = VERSION
 
@@ -178,11 +190,7 @@ def to_bytes() -> Callable[[int], None]:
             if begin >= groups:
                 break
             for group in range(begin, min(begin + GROUPS, groups)):
-                most = np.int32(0)
-                for i in range(GROUP):
-                    most = max(most, np.int32(bits[group, i] & np.int32(0x7FFFFFFF)))
-                largest = np.int32(most)  # numba views only what is assigned once
-                step = largest.view(np.float32) / np.float32(127)
+                step = step_of(bits[group])
                 inverse = np.float32(0)
                 if step > np.float32(1e-35):
                     inverse = np.float32(1) / step

@@ -20,7 +20,9 @@ GROUP = 32  # weights of a row that share a scale of four-bit weights
 OFFSET = 8  # four bits are stored as 0 to 15 and mean -8 to 7
 LAYOUT = 1  # of the tensors below, in files too: another one gets another number
 CUT = (LANES, GROUP)  # rows and columns that stay together where a weight is cut
-BLOCK = 1 << 20  # weights quantized at once: the copies made on the way stay small, and in caches
+# Weights quantized at once: the copies made on the way stay small, and in caches. With larger ones
+# the heap is left with holes between the int8 weights, a third of their size.
+INT8_BLOCK, INT4_BLOCK = 1 << 16, 1 << 20
 
 
 class Int8Weight(NamedTuple):
@@ -77,7 +79,7 @@ def quantize_int8(w: Tensor, largest: Tensor | None = None) -> Int8Weight:
     scale = flat.view(-1, LANES)
     if largest is not None:
         largest = F.pad(largest.float(), (0, -len(w) % LANES)).view_as(scale)
-    for block, rows in _blocks(w):  # (n, 8, K)
+    for block, rows in _blocks(w, INT8_BLOCK):  # (n, 8, K)
         most = rows.abs().amax(-1) if largest is None else largest[block]
         scale[block] = most.clamp(min=torch.finfo(torch.float32).tiny) / 127
         steps = (rows / scale[block, :, None]).round_().clamp_(-127, 127)
@@ -94,7 +96,7 @@ def quantize_int4(w: Tensor) -> Int4Weight:
     """
     _check(w)
     packed, scales = weight = Int4Weight.empty(w.shape, w.device)
-    for block, rows in _blocks(w):  # (n, 8, K)
+    for block, rows in _blocks(w, INT4_BLOCK):  # (n, 8, K)
         split = rows.unflatten(-1, (-1, GROUP))
         scale = _best_scale(split)
         bits = (_steps(split, scale) + OFFSET).to(torch.uint8)
@@ -135,9 +137,9 @@ def _best_scale(groups: Tensor) -> Tensor:
     return torch.where(losses[1] < losses[0], scales[1], scales[0])
 
 
-def _blocks(w: Tensor) -> Iterator[tuple[slice, Tensor]]:
+def _blocks(w: Tensor, weights: int) -> Iterator[tuple[slice, Tensor]]:
     """Some eights of rows after the other: which, and their weights, float32 (n, 8, K)."""
-    size = max(1, BLOCK // (LANES * w.shape[1]))
+    size = max(1, weights // (LANES * w.shape[1]))
     for start in range(0, -(-len(w) // LANES), size):
         rows = w[start * LANES : (start + size) * LANES].float()
         rows = F.pad(rows, (0, 0, 0, -len(rows) % LANES))

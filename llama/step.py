@@ -167,12 +167,14 @@ class Step:
     def _embed(self, tokens: Tensor) -> None:
         """Ids (n) -> the first n rows of h."""
         embedding, h = self.model.tok_embeddings, self._h[: len(tokens)]
-        if not isinstance(embedding, VocabParallelEmbedding):  # each rank has some of the features
+        is_of_words = isinstance(embedding, VocabParallelEmbedding)
+        if self._exchange.is_alone or not is_of_words:  # each rank has some of the features
             h.copy_(self._exchange.join(F.embedding(tokens, embedding.weight).float()))
             return
         first = embedding.vocab_start_index
         is_here = (first <= tokens) & (tokens < embedding.vocab_end_index)
-        h.copy_(F.embedding((tokens - first) * is_here, embedding.weight) * is_here[:, None])
+        embedded = F.embedding((tokens - first) * is_here, embedding.weight)
+        h.copy_(embedded.masked_fill(~is_here[:, None], 0))
         self._exchange.sum(h)
 
     def _point_to(self, cache: KVCache, seqlen: int) -> None:

@@ -120,6 +120,8 @@ class Exchange:
 
     def join(self, x: Tensor) -> Tensor:
         """(N, D) of each rank -> (N, ranks D), the columns in the order of the ranks."""
+        if self.is_alone:
+            return x
         if self._memory is None:
             return gather_from_model_parallel_region(x)
         out = torch.empty(len(x), self._ranks * x.shape[1])

@@ -8,8 +8,8 @@ torchrun --nproc_per_node 2 example_chat_completion.py --ckpt_dir llama-2-13b-ch
 import fire
 
 from llama import Dialog, Llama
+from llama.commands.terminal import in_turn
 from llama.errors import one_line
-from llama.terminal import in_turn
 
 DIALOGS: list[Dialog] = [
     [{"role": "user", "content": "How do I keep basil alive on a windowsill?"}],

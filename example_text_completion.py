@@ -8,8 +8,8 @@ torchrun --nproc_per_node 2 example_text_completion.py --ckpt_dir llama-2-13b
 import fire
 
 from llama import Llama
+from llama.commands.terminal import in_turn
 from llama.errors import one_line
-from llama.terminal import in_turn
 
 # A pretrained model continues text. No prompt ends in a blank: the blank belongs to the next
 # word's token, and a prompt that takes it away asks for a token sequence never seen in training.

@@ -22,9 +22,11 @@ from make_checkpoint import DTYPES, SHAPES
 from tqdm import tqdm
 
 from llama import ModelArgs, Transformer
-from llama.engine import Engine
-from llama.fast import FastTransformer, Mode, Width
-from llama.request import Request
+from llama.engine.engine import Engine
+from llama.engine.request import Request
+from llama.fast.cpu.transformer import FastTransformer
+from llama.fast.mode import Mode
+from llama.fast.quantize import Width
 from llama.sampling import SamplingParams
 
 ROWS = 8

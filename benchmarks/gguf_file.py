@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from llama.checkpoint import Checkpoint
+from llama.checkpoints.shards import Checkpoint
 from llama.config import ModelArgs, RopeScaling
 from llama.model import scale_frequencies
 

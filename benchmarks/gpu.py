@@ -23,11 +23,12 @@ from make_checkpoint import SHAPES
 from tqdm import tqdm
 
 from llama import ModelArgs, Transformer
+from llama.checkpoints.hugging_face import make_config
 from llama.config import PRESETS
-from llama.device_weights import narrow
-from llama.engine import Engine
-from llama.fast import BYTES, has_fp8, is_quantized
-from llama.hugging_face import make_config
+from llama.engine.engine import Engine
+from llama.fast.gpu.device_weights import narrow
+from llama.fast.mode import has_fp8
+from llama.fast.quantize import BYTES, is_quantized
 from llama.parallel import local_device
 from llama.sampling import SamplingParams
 

@@ -24,8 +24,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from llama import ModelArgs
-from llama.kernels import Product, Weight, loops
-from llama.quantize import quantize_int4, quantize_int8
+from llama.fast.cpu.kernels import matmul
+from llama.fast.cpu.kernels.product import Product, Weight
+from llama.fast.quantize import quantize_int4, quantize_int8
 
 ROWS = (1, 2, 4, 8)
 FORMATS: dict[str, Callable[[Tensor], Weight]] = {
@@ -107,7 +108,7 @@ def main(
             times[name].append(seconds(work))
 
     speed = READ / statistics.median(times["read"]) / 1e9
-    print(f"\n{shape}, {torch.get_num_threads()} threads, {loops.instruction_sets()[0]}")
+    print(f"\n{shape}, {torch.get_num_threads()} threads, {matmul.instruction_sets()[0]}")
     print(f"{'':26}{'GB/s':>8}{'of read':>9}{'tok/s':>9}   read: {speed:.1f} GB/s")
     figures: dict[str, dict[str, float]] = {}
     for name, taken in times.items():
@@ -121,7 +122,7 @@ def main(
         print(f"{name:26}{rate:8.1f}{rate / speed:9.0%}{tokens:9.1f}")
     if out is not None:
         content = {
-            "machine": f"{platform.machine()}, {', '.join(loops.instruction_sets())}",
+            "machine": f"{platform.machine()}, {', '.join(matmul.instruction_sets())}",
             "cores": os.cpu_count(),
             "threads": torch.get_num_threads(),
             "torch": torch.__version__,

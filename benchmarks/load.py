@@ -25,8 +25,11 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from make_checkpoint import main as make_checkpoint
 
-from llama import checkpoint, parallel
-from llama.doctor import Setup
+from llama import parallel
+from llama.checkpoints import shards
+from llama.checkpoints.doctor import Setup
+from llama.checkpoints.folder import open_checkpoint
+from llama.checkpoints.load import load_weights
 from llama.memory import used_memory
 from llama.model import Transformer
 
@@ -57,7 +60,7 @@ def peak_private() -> Iterator[list[int]]:
 def plain_copy(folder: Path, rank: int, ranks: int) -> None:
     """Read this rank's equal share of all files into one buffer."""
     buffer = bytearray(CHUNK)
-    for path in checkpoint.find_shards(folder):
+    for path in shards.find_shards(folder):
         share = path.stat().st_size // ranks
         with path.open("rb", buffering=0) as file:
             file.seek(share * rank)
@@ -68,11 +71,11 @@ def plain_copy(folder: Path, rank: int, ranks: int) -> None:
 
 def load(folder: Path) -> tuple[Setup, Transformer]:
     """What Llama.build does with the weights."""
-    opened = checkpoint.open_checkpoint(folder)
+    opened = open_checkpoint(folder)
     setup = Setup.make(opened, parallel.mp_size(), parallel.mp_size(), 512, 1, CPU, None)
     with torch.device("meta"):
         model = Transformer(opened.args)
-    checkpoint.load(model, opened, setup.device, setup.dtype)
+    load_weights(model, opened, setup.device, setup.dtype)
     return setup, model
 
 
@@ -135,7 +138,7 @@ def main(folder: str, shape: str = "1.5b", out: str | None = None, rounds: int =
     """
     if not Path(folder, "params.json").exists():
         make_checkpoint(folder, shape)
-    size = sum(path.stat().st_size for path in checkpoint.find_shards(Path(folder)))
+    size = sum(path.stat().st_size for path in shards.find_shards(Path(folder)))
     report: dict[str, Any] = {
         "file_bytes": size,
         "machine": f"{platform.machine()}, {os.cpu_count()} cores",

@@ -19,8 +19,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from llama import checkpoint, parallel
-from llama.fast import FastTransformer, Width
+from llama import parallel
+from llama.checkpoints.folder import open_checkpoint
+from llama.checkpoints.load import load_weights
+from llama.fast.cpu.transformer import FastTransformer
+from llama.fast.quantize import Width
 from llama.model import Transformer
 
 PROMPT = 16  # tokens before those decoded
@@ -44,11 +47,11 @@ class Ours:
 
     def __init__(self, work: Path, width: str, context: int) -> None:
         self.versions = ["torch", "numba"]
-        opened = checkpoint.open_checkpoint(work / "meta")
+        opened = open_checkpoint(work / "meta")
         opened.args.set_limits(context, ROWS)
         with torch.device("meta"):
             model = Transformer(opened.args)
-        checkpoint.load(model, opened, torch.device("cpu"), None)
+        load_weights(model, opened, torch.device("cpu"), None)
         widths: dict[str, Width | None] = {"bfloat16": None, "int8": "int8", "int4": "int4"}
         self.network = model if width == "reference" else FastTransformer(model, widths[width])
         self.cache = self.network.make_cache(ROWS, context)
@@ -72,7 +75,7 @@ class Metas:
 
         self.versions = ["torch", "llama-models"]
         parallel.initialize()
-        opened = checkpoint.open_checkpoint(work / "meta")
+        opened = open_checkpoint(work / "meta")
         params = json.loads((work / "meta" / "params.json").read_text())
         params.pop("rope_scaling", None)  # Meta's constants
         with parallel.on_meta_device():

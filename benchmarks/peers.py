@@ -24,8 +24,10 @@ import numpy as np
 from make_checkpoint import SHAPES, make_checkpoint
 from tqdm import tqdm
 
-from llama import ModelArgs, checkpoint
-from llama.convert import convert
+from llama import ModelArgs
+from llama.checkpoints.convert import convert
+from llama.checkpoints.folder import open_checkpoint
+from llama.checkpoints.params import write_params
 
 CONTEXT = 640
 PREFILL = 512
@@ -93,12 +95,12 @@ def prepare(work: Path, shape: str) -> None:
     if not (metas / "params.json").exists():
         make_checkpoint(metas, SHAPES[shape])
         # With the factor of RoPE written out, which Meta's own code takes for granted.
-        checkpoint.write_params(metas / "params.json", ModelArgs(**SHAPES[shape]))
+        write_params(metas / "params.json", ModelArgs(**SHAPES[shape]))
     if not (work / "hf").exists():
         convert(metas, work / "hf", "hf")
     for width in WIDTHS:
         if not (path := work / f"{width}.gguf").exists():
-            write_gguf(path, checkpoint.open_checkpoint(metas), width, CONTEXT)
+            write_gguf(path, open_checkpoint(metas), width, CONTEXT)
 
 
 def deviation(path: Path, other: Path) -> float:

@@ -13,7 +13,7 @@ from typing import Any
 import fire
 
 from llama import Llama
-from llama.evaluation import score
+from llama.evaluation.perplexity import score
 
 KINDS: dict[str, dict[str, Any]] = {
     "reference": dict(mode="reference"),

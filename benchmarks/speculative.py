@@ -24,9 +24,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from llama import Llama, ModelArgs, Transformer
-from llama.engine import Engine
-from llama.fast import FastTransformer, Width
-from llama.request import Request
+from llama.engine.engine import Engine
+from llama.engine.request import Request
+from llama.fast.cpu.transformer import FastTransformer
+from llama.fast.quantize import Width
 from llama.sampling import SamplingParams
 
 MAX_SEQ_LEN = 512

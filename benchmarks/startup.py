@@ -17,7 +17,7 @@ from typing import Any
 import fire
 from tqdm import tqdm
 
-from llama.convert import convert
+from llama.checkpoints.convert import convert
 
 # What a process does; it says the seconds and bytes as JSON.
 FIRST_TOKEN = """

@@ -44,7 +44,7 @@ def complete(prompt: str | None = None, *words: str, **flags: Any) -> None:
     Args:
         prompt: the text, in quotes.
     """
-    from llama import terminal
+    from llama.commands import terminal
     from llama.generation import Llama
 
     build, params = terminal.read_flags(words, flags)
@@ -63,8 +63,8 @@ def chat(*words: str, **flags: Any) -> None:
     rank has the terminal, and Ctrl-C ends all.
     Flags: those of `python -m llama complete --help`, but --n.
     """
-    from llama import terminal
-    from llama.chat import Chat
+    from llama.commands import terminal
+    from llama.commands.chat import Chat
     from llama.generation import Llama
 
     build, params = terminal.read_flags(words, flags)
@@ -100,7 +100,7 @@ def train(config: str | None = None, **flags: Any) -> None:
     Args:
         config: a TOML file with the same names as keys.
     """
-    from llama.train_commands import PretrainConfig, pretrain
+    from llama.commands.train import PretrainConfig, pretrain
 
     print(f"Saved in {pretrain(PretrainConfig.read(config, flags))}")
 
@@ -120,8 +120,8 @@ def finetune(config: str | None = None, **flags: Any) -> None:
     Args:
         config: a TOML file with the same names as keys.
     """
-    from llama.train_commands import FinetuneConfig
-    from llama.train_commands import finetune as run
+    from llama.commands.train import FinetuneConfig
+    from llama.commands.train import finetune as run
 
     print(f"Saved in {run(FinetuneConfig.read(config, flags))}")
 
@@ -151,7 +151,7 @@ def perplexity(
         device: cpu or cuda; by default the best there is.
         dtype: float32, bfloat16 or float16; by default the checkpoint's own on the CPU.
     """
-    from llama.evaluation import WINDOW, score
+    from llama.evaluation.perplexity import WINDOW, score
     from llama.files import read_text
     from llama.generation import Llama
     from llama.parallel import is_main_rank
@@ -205,7 +205,7 @@ def evaluate(
         device: cpu or cuda; by default the best there is.
         dtype: float32, bfloat16 or float16; by default as in Llama.build.
     """
-    from llama.harness import evaluate as run
+    from llama.evaluation.harness import evaluate as run
 
     names = tasks.split(",") if isinstance(tasks, str) else list(map(str, tasks))
     table = run(
@@ -231,8 +231,8 @@ def tokenize(
         shard_tokens: tokens of a file at most.
         field: key of the text in a .jsonl line.
     """
-    from llama.documents import read_documents, write_token_files
     from llama.tokenizer import Tokenizer
+    from llama.training.documents import read_documents, write_token_files
 
     if not files:
         raise DataError("no files to tokenize: name at least one")
@@ -252,8 +252,8 @@ def vocab(*files: str, ranks: int, out: str, field: str = "text") -> None:
         out: the file to write.
         field: key of the text in a .jsonl line.
     """
-    from llama.documents import read_documents
-    from llama.vocabulary import train_vocabulary
+    from llama.training.documents import read_documents
+    from llama.training.vocabulary import train_vocabulary
 
     if not files:
         raise DataError("no files to learn from: name at least one")
@@ -311,7 +311,7 @@ def batch(
         lookup: propose what followed in the text so far; the results stay the same.
         force: start anew, whatever OUTPUT holds.
     """
-    from llama.batch import run_batch
+    from llama.commands.batch import run_batch
     from llama.parallel import is_main_rank
 
     n_lines, n_failed = run_batch(
@@ -346,7 +346,7 @@ def inspect(
         max_batch_size: rows of the KV cache.
         dtype: float32, bfloat16 or float16, for the sizes in bytes.
     """
-    from llama.inspect import describe
+    from llama.checkpoints.inspect import describe
 
     print(describe(str(model), mp, max_seq_len, max_batch_size, dtype))
 
@@ -375,7 +375,7 @@ def convert(
         quantize: int8 or int4: round the matrices once and for all, for mode fast on a CPU; to meta
             alone, as params.json and consolidated.NN.safetensors.
     """
-    from llama.convert import convert as run
+    from llama.checkpoints.convert import convert as run
 
     written = run(str(src), str(dst), to, mp, dtype, force, quantize)  # type: ignore[arg-type]
     print(f"Written to {written}")
@@ -390,7 +390,7 @@ def verify(folder: str, manifest: bool = True) -> None:
         folder: a checkpoint folder, Meta's or Hugging Face's.
         manifest: write SHA256SUMS where there is none and nothing is wrong.
     """
-    from llama.verify import verify as run
+    from llama.checkpoints.verify import verify as run
 
     title, problems = run(str(folder), manifest)
     print(title)
@@ -432,7 +432,7 @@ def doctor(
         device: cuda, mps or cpu; by default the best there is.
         dtype: float32, bfloat16 or float16; by default as in Llama.build.
     """
-    from llama.doctor import PROBLEM, examine, report
+    from llama.checkpoints.doctor import PROBLEM, examine, report
     from llama.parallel import is_main_rank
 
     findings = examine(
@@ -480,7 +480,7 @@ def bench(
         dtype: float32, bfloat16 or float16; by default as in Llama.build.
         out: file for the figures as JSON.
     """
-    from llama.bench import measure, report
+    from llama.commands.bench import measure, report
     from llama.files import atomic_file
 
     figures = measure(

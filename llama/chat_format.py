@@ -6,12 +6,10 @@ messages are put in as ids; text inside a message never becomes a marker.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Literal, TypedDict, get_args
+from pathlib import Path
+from typing import Literal, Protocol, TypedDict, get_args
 
 from llama.errors import DialogError
-
-if TYPE_CHECKING:
-    from llama.tokenizer import Tokenizer
 
 Role = Literal["system", "user", "assistant", "ipython"]
 StopReason = Literal["end_of_turn", "end_of_message"]
@@ -37,6 +35,17 @@ Dialog = Sequence[Message]
 PYTHON_TAG = "<|python_tag|>"
 
 
+class Vocabulary(Protocol):
+    """What a chat format needs of a `Tokenizer`."""
+
+    model_path: Path
+    special_tokens: dict[str, int]
+
+    def encode(self, s: str, bos: bool | None, eos: bool | None) -> list[int]: ...
+
+    def decode(self, ids: Sequence[int]) -> str: ...
+
+
 class ChatFormat:
     """Llama 3.x: <|start_header_id|>role<|end_header_id|>, an empty line, content, <|eot_id|>.
 
@@ -45,7 +54,7 @@ class ChatFormat:
 
     roles: tuple[str, ...] = get_args(Role)
 
-    def __init__(self, tokenizer: "Tokenizer"):
+    def __init__(self, tokenizer: Vocabulary):
         if "<|start_header_id|>" not in tokenizer.special_tokens:
             raise DialogError(f"{tokenizer.model_path} has no ids for Llama 3's message headers")
         self.tokenizer = tokenizer
@@ -119,7 +128,7 @@ class Llama2ChatFormat:
     roles: tuple[str, ...] = ("system", "user", "assistant")
     tags = ("[INST]", "[/INST]", "<<SYS>>", "<</SYS>>")
 
-    def __init__(self, tokenizer: "Tokenizer"):
+    def __init__(self, tokenizer: Vocabulary):
         self.tokenizer = tokenizer
 
     def encode_dialog_prompt(self, dialog: Dialog) -> list[int]:
@@ -160,7 +169,7 @@ class Llama2ChatFormat:
         return _answer(self.tokenizer, tokens)
 
 
-def _answer(tokenizer: "Tokenizer", tokens: Sequence[int]) -> Message:
+def _answer(tokenizer: Vocabulary, tokens: Sequence[int]) -> Message:
     return {"role": "assistant", "content": tokenizer.decode(tokens)}
 
 

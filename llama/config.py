@@ -1,13 +1,10 @@
 """What a Llama is made of: `ModelArgs`, RoPE scaling, `params.json` and the published shapes."""
 
-import json
 import math
 from dataclasses import dataclass, fields, replace
-from pathlib import Path
 from typing import Any
 
 from llama.errors import ConfigError
-from llama.files import why_unreadable
 
 LLAMA_2_THETA = 10000.0
 # Far beyond any Llama, and small enough for PyTorch's 64-bit sizes and products of two of them.
@@ -221,85 +218,6 @@ def _require_number(name: str, value: Any, whole: bool = False) -> None:
         raise ConfigError(f"{name} is {value!r}: it must be a {kind} above 0")
     if value > largest:
         raise ConfigError(f"{name} is {value}: it must be at most {largest}")
-
-
-# ---- params.json ----------------------------------------------------------------------------
-
-REQUIRED_KEYS = ("dim", "n_layers", "n_heads", "vocab_size", "norm_eps")
-KNOWN_KEYS = frozenset(REQUIRED_KEYS) | {
-    "n_kv_heads",
-    "multiple_of",
-    "ffn_dim_multiplier",
-    "rope_theta",
-    "use_scaled_rope",
-    "hidden_dim",  # from here on: keys that Meta's files have not
-    "context_length",
-    "rope_scaling",
-    "quantization",
-}
-# What Meta's files hold for models that are more, or less, than a plain text model.
-OTHER_MODELS = {
-    "vision_": "a vision model",
-    "quantization_args": "a quantized model",
-    "lora_args": "a LoRA adapter",
-}
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file. Raises ConfigError for anything else."""
-    if reason := why_unreadable(path):
-        raise ConfigError(f"cannot read {path}: {reason}")
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"cannot read {path}: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
-        raise ConfigError(f"{path} is not JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise ConfigError(f"{path} holds a {type(content).__name__}, not an object with keys")
-    return content
-
-
-def read_params(path: str | Path, rope_factor: float | None = None) -> ModelArgs:
-    """Read a `params.json` as Meta ships it.
-
-    rope_factor: scaling factor of RoPE where the file asks for scaled RoPE, which it does without
-        a number. None takes the published one, 32 for the two Llama 3.2 shapes and 8 for all
-        others; Meta's own code always computes with 8.
-    Raises ConfigError for a file that is missing, is not JSON, has an unknown or no required key,
-    or describes something else than a plain Llama text model.
-    """
-    path = Path(path)
-    params = read_json(path)
-    for key in params:
-        for prefix, what in OTHER_MODELS.items():
-            if key.startswith(prefix) and params[key] is not None:
-                raise ConfigError(f"{path} has {key}: this is {what}, not a plain text model")
-    if unknown := sorted(params.keys() - KNOWN_KEYS - OTHER_MODELS.keys()):
-        raise ConfigError(f"{path} has unknown keys: {', '.join(unknown)}")
-    if missing := [key for key in REQUIRED_KEYS if key not in params]:
-        raise ConfigError(f"{path} lacks the keys: {', '.join(missing)}")
-
-    known = {key: params[key] for key in params.keys() & KNOWN_KEYS}
-    known.pop("quantization", None)  # of the files, not the model: `checkpoint.read_quantization`
-    scaling = known.pop("rope_scaling", None)
-    # Llama 2's files predate the key: there its value is RoPE's first one, not the class default.
-    known.setdefault("rope_theta", LLAMA_2_THETA)
-    try:
-        args = ModelArgs(**known)
-        if scaling is not None:
-            args.rope_scaling = RopeScaling(**scaling)
-    except ConfigError as error:
-        raise ConfigError(f"{path}: {error}") from error
-    except TypeError as error:
-        raise ConfigError(f"{path}: rope_scaling is {scaling!r}") from error
-    if args.vocab_size == -1:  # Llama 2 leaves the size to its tokenizer
-        args.embedding_shard_dim = 1
-    if args.rope_scaling is not None and (scaling is None or rope_factor is not None):
-        is_3_2 = any(args.same_shape(PRESETS[n]) for n in ("llama-3.2-1b", "llama-3.2-3b"))
-        factor = (32.0 if is_3_2 else 8.0) if rope_factor is None else rope_factor
-        args.rope_scaling = replace(args.rope_scaling, factor=factor)
-    return args
 
 
 # ---- the published models -------------------------------------------------------------------

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from llama.errors import DataError
+from llama.errors import ConfigError, DataError
 
 
 def why_unreadable(path: Path) -> str | None:
@@ -53,6 +53,21 @@ def read_records(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
         if not isinstance(record, dict):
             raise DataError(f"{path}, line {number} is not an object with keys")
         yield number, record
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file. Raises ConfigError for anything else."""
+    if reason := why_unreadable(path):
+        raise ConfigError(f"cannot read {path}: {reason}")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"cannot read {path}: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{path} is not JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path} holds a {type(content).__name__}, not an object with keys")
+    return content
 
 
 def write_json(path: str | Path, content: dict[str, Any]) -> None:

@@ -12,17 +12,22 @@ from typing import Any, Literal, NotRequired, TypedDict, overload
 
 import torch
 
-from llama import checkpoint, device_weights, doctor, hub, hugging_face, parallel
+from llama import parallel
 from llama.chat_format import ChatFormat, Dialog, Llama2ChatFormat, Message
-from llama.engine import Engine
+from llama.checkpoints import doctor, hub, hugging_face
+from llama.checkpoints.folder import BUNDLED, find_tokenizer, open_checkpoint
+from llama.checkpoints.load import load_weights
+from llama.checkpoints.verify import kind_of
+from llama.engine.engine import Engine
+from llama.engine.request import Event, Request
 from llama.errors import GenerationError
-from llama.fast import CacheWidth, FastTransformer, Mode, Width, cache_dtype, check_mode, drawback
+from llama.fast.cpu.transformer import FastTransformer
+from llama.fast.gpu import device_weights
+from llama.fast.mode import CacheWidth, Mode, cache_dtype, check_mode, check_proposing, drawback
+from llama.fast.quantize import Width
 from llama.model import Transformer
-from llama.request import Event, Request
 from llama.sampling import SamplingParams, sample_top_p
-from llama.speculative import check_proposing
 from llama.tokenizer import TextDecoder, Tokenizer
-from llama.verify import kind_of
 
 __all__ = ["ChatPrediction", "CompletionPrediction", "Dialog", "Llama", "Message", "sample_top_p"]
 
@@ -110,14 +115,14 @@ class Llama:
         target = parallel.local_device(device)
         parallel.initialize(model_parallel_size, target)
         if ckpt_dir is None:
-            ckpt_dir = checkpoint.BUNDLED
+            ckpt_dir = BUNDLED
             dtype = torch.float32 if dtype is None and target.type == "cpu" else dtype
         with parallel.failing_together(target):
             folder = hub.local_folder(ckpt_dir)
             draft_folder = None if draft is None else hub.local_folder(draft)
         # All ranks look at their memory before the first takes of it.
         with parallel.failing_together(target):
-            opened = checkpoint.open_checkpoint(folder, rope_factor)
+            opened = open_checkpoint(folder, rope_factor)
             tokenizer = _open_tokenizer(tokenizer_path, opened.folder, folder)
             setup = doctor.Setup.make(
                 opened, parallel.mp_size(), parallel.local_size(), max_seq_len, max_batch_size,
@@ -470,7 +475,7 @@ def _is_several(prompts: Any) -> bool:
 
 
 def _open_tokenizer(path: str | Path | None, folder: Path, ckpt_dir: Path) -> Tokenizer:
-    tokenizer = Tokenizer(path or checkpoint.find_tokenizer(folder, ckpt_dir))
+    tokenizer = Tokenizer(path or find_tokenizer(folder, ckpt_dir))
     if stop_tokens := hugging_face.read_stop_tokens(folder):
         tokenizer.stop_tokens = stop_tokens
     return tokenizer
@@ -484,10 +489,10 @@ def _load(setup: doctor.Setup) -> Transformer:
     with torch.device("meta"):
         model = Transformer(replace(args, n_kv_heads=n_kv_heads))
     if setup.quantize is None or setup.device.type != "cuda":
-        checkpoint.load(model, setup.opened, setup.device, setup.dtype, setup.quantize)
+        load_weights(model, setup.opened, setup.device, setup.dtype, setup.quantize)
         return model
     # Rounded one by one, the matrices need never all be on the GPU as they were.
     saved = setup.opened.quantization
-    checkpoint.load(model, setup.opened, torch.device("cpu"), setup.dtype, saved)
+    load_weights(model, setup.opened, torch.device("cpu"), setup.dtype, saved)
     device_weights.narrow(model, setup.quantize, setup.device)
     return model.to(setup.device)

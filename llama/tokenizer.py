@@ -13,8 +13,8 @@ from typing import Literal
 from llama.chat_format import ChatFormat, Dialog, Llama2ChatFormat, Message, Role
 from llama.errors import TokenizerError
 from llama.files import why_unreadable
-from llama.tokenizer_json import ByteFallback, open_json
-from llama.tokenizer_model import SentencePiece, Tiktoken, read_tiktoken
+from llama.tokenizer_files.hugging_face import ByteFallback, open_json
+from llama.tokenizer_files.meta import SentencePiece, Tiktoken, read_tiktoken
 
 __all__ = ["ChatFormat", "Dialog", "Message", "Role", "TextDecoder", "Tokenizer"]
 
@@ -100,7 +100,7 @@ class Tokenizer:
     @property
     def is_llama_2(self) -> bool:
         """Whether it is of Llama 2's kind, pieces of SentencePiece, or else of Llama 3's."""
-        return self._backend.chat_format is Llama2ChatFormat
+        return self._backend.is_llama_2
 
     def is_like(self, other: "Tokenizer") -> bool:
         """Whether another file's ids mean the same, as far as their number and a sample tell."""
@@ -110,7 +110,7 @@ class Tokenizer:
 
     def chat_format(self) -> ChatFormat | Llama2ChatFormat:
         """Return the prompt format that models with this kind of tokenizer were trained on."""
-        return self._backend.chat_format(self)
+        return Llama2ChatFormat(self) if self.is_llama_2 else ChatFormat(self)
 
     def _check(self, ids: list[int]) -> None:
         # tiktoken may answer a bad id with a Rust panic, which `except Exception` does not catch.

@@ -4,8 +4,8 @@ talk about itself."""
 import random
 import re
 
-from llama.chat_data import Example, encode_dialog
 from llama.chat_format import ChatFormat, Dialog, Message
+from llama.training.chat_data import Example, encode_dialog
 
 LONGEST_ANSWER = 400  # tokens
 SHORTEST_ANSWER = 100

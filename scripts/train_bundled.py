@@ -20,17 +20,18 @@ import torch
 from bundled_dialogs import DialogSource
 from torch import Tensor
 
-from llama import Llama, checkpoint, parallel
-from llama.chat_data import Example, to_batch
+from llama import Llama, parallel
 from llama.chat_format import ChatFormat
-from llama.convert import convert
-from llama.evaluation import score
+from llama.checkpoints.convert import convert
+from llama.checkpoints.folder import open_checkpoint
+from llama.evaluation.perplexity import score
 from llama.model import ModelArgs, Transformer
-from llama.optimizer import Muon
 from llama.tokenizer import Tokenizer
-from llama.training import StepReport, Trainer, TrainingOptions
-from llama.training_checkpoint import checkpoints
-from llama.vocabulary import train_vocabulary
+from llama.training.chat_data import Example, to_batch
+from llama.training.checkpoint import checkpoints
+from llama.training.loop import StepReport, Trainer, TrainingOptions
+from llama.training.optimizer import Muon
+from llama.training.vocabulary import train_vocabulary
 
 RANKS = 4096
 CONTEXT = 512
@@ -220,7 +221,7 @@ def export(run: str, bundled: str, corpus: str, hours: float, machine: str) -> N
     result = score(Llama.build(folder, dtype="float32", device="cpu"), held_out, CONTEXT)
     step = int(last.name.removeprefix("step_"))
     loader = torch.load(last / "training.00.pt", weights_only=True)["loader"]
-    shapes = checkpoint.open_checkpoint(folder).args.parameter_shapes().values()
+    shapes = open_checkpoint(folder).args.parameter_shapes().values()
     size = sum(torch.Size(shape).numel() for shape in shapes)
     lines = Path(corpus).read_text(encoding="utf-8").splitlines()
     books = sorted({json.loads(line)["book"] for line in lines})

@@ -5,8 +5,8 @@ import re
 import pytest
 
 from llama import Llama
-from llama.checkpoint import BUNDLED
-from llama.evaluation import score
+from llama.checkpoints.folder import BUNDLED
+from llama.evaluation.perplexity import score
 
 COMMON = set(
     """the and of to a in that it was he she his her him for with as had but at on they be not so

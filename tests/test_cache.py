@@ -5,14 +5,14 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.ranks import run_ranks
 from make_checkpoint import demo_pieces, make_checkpoint, write_tokenizer
-from ranks import run_ranks
 from test_doctor import make_setup
 
 from llama import Llama
 from llama.cache import KVCache
 from llama.errors import ConfigError
-from llama.evaluation import score
+from llama.evaluation.perplexity import score
 
 CPU = torch.device("cpu")
 
@@ -117,7 +117,7 @@ def test_a_row_in_company_is_the_row_alone(
     folder: Path, monkeypatch: pytest.MonkeyPatch, is_installed: bool
 ) -> None:
     """With kernels, and with PyTorch's own products as on a GPU."""
-    monkeypatch.setattr("llama.fast.is_installed", lambda: is_installed)
+    monkeypatch.setattr("llama.fast.mode.is_installed", lambda: is_installed)
     tokens, logprobs = generate(folder, PROMPTS, max_batch_size=3)  # so rows are used again
     for prompt, together, scores in zip(PROMPTS, tokens, logprobs, strict=True):
         (alone,), (alone_scores,) = generate(folder, [prompt], max_batch_size=1)

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from llama.config import PRESETS, ModelArgs, RopeScaling, read_params
+from llama.checkpoints.params import read_params
+from llama.config import PRESETS, ModelArgs, RopeScaling
 from llama.errors import ConfigError
 
 # As Meta ships them.

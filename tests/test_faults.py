@@ -25,10 +25,10 @@ from make_checkpoint import demo_pieces, make_checkpoint, write_tokenizer
 from safetensors.torch import load_file, save_file
 
 from llama import Llama, ModelArgs
-from llama.convert import convert
+from llama.checkpoints.convert import convert
+from llama.checkpoints.inspect import describe
+from llama.checkpoints.verify import CHECKLIST, MANIFEST, verify
 from llama.errors import CheckpointError, ConfigError, DataError, LlamaError
-from llama.inspect import describe
-from llama.verify import CHECKLIST, MANIFEST, verify
 
 VOCAB = len(demo_pieces()) + 256
 PARAMS: dict[str, Any] = dict(
@@ -156,7 +156,7 @@ def pristine(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_tokenizer(root / "meta" / "tokenizer.model", demo_pieces())
     convert(root / "meta", root / "hf", "hf")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("llama.convert.HF_FILE_BYTES", 11_000)
+        patch.setattr("llama.checkpoints.convert.HF_FILE_BYTES", 11_000)
         convert(root / "meta", root / "index", "hf")
     return root
 

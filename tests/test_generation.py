@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from helpers.ranks import run_ranks
 from make_checkpoint import demo_pieces, make_checkpoint, write_tokenizer
-from ranks import run_ranks
 
 from llama import ChatPrediction, CompletionPrediction, Llama, ModelArgs, Tokenizer, Transformer
 from llama.errors import GenerationError, LlamaError

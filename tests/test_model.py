@@ -7,10 +7,11 @@ from typing import Any
 import pytest
 import torch
 import torchinfo
-from conftest import import_oracle
-from ranks import run_ranks
+from helpers.oracle import import_oracle
+from helpers.ranks import run_ranks
 
-from llama import hugging_face, parallel
+from llama import parallel
+from llama.checkpoints import hugging_face
 from llama.config import PRESETS
 from llama.errors import ConfigError, GenerationError
 from llama.model import ModelArgs, Transformer

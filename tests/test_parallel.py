@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from fairscale.nn.model_parallel import initialize as fs_init
-from ranks import run_ranks
+from helpers.ranks import run_ranks
 
 from llama import parallel
 from llama.errors import ParallelError

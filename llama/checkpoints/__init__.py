@@ -1,0 +1,1 @@
+"""Checkpoint folders: find, open, cut, load, write, convert and check them."""

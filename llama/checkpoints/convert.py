@@ -1,0 +1,204 @@
+"""From one checkpoint folder to another: Meta's or Hugging Face's layout, any number of shards.
+
+The new folder is written beside its place under another name and renamed when all of it is on disk,
+so a kill or a full disk leaves nothing that could be taken for it.
+"""
+
+import os
+import shutil
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+from tqdm import tqdm
+
+from llama.checkpoints import hugging_face, shards
+from llama.checkpoints.folder import open_checkpoint
+from llama.checkpoints.load import check_complete, parse_dtype
+from llama.checkpoints.params import write_params
+from llama.checkpoints.shards import Checkpoint
+from llama.errors import CheckpointError, ConfigError
+from llama.fast.quantize import QUANTIZERS, Width, is_quantized
+from llama.files import write_json
+
+HF_FILE_BYTES = 5 * 10**9  # of weights in one `.safetensors`, at most, as Hugging Face cuts
+# What belongs to the tokenizer and travels along as it is.
+COMPANIONS = (
+    "tokenizer.model",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+    "generation_config.json",
+)
+
+
+def convert(
+    src: str | Path,
+    dst: str | Path,
+    to: str = "meta",
+    mp: int = 1,
+    dtype: str | None = None,
+    force: bool = False,
+    quantize: Width | None = None,
+) -> Path:
+    """Write the checkpoint `src` anew as folder `dst`.
+
+    to: "meta" for `params.json` and `mp` shards, "hf" for `config.json` and `.safetensors`.
+    dtype: of all weights; None: each as it is.
+    force: replace `dst` where it exists.
+    quantize: "int8" or "int4": round the matrices of products, for fast mode; to "meta" alone,
+        whose shards then are `.safetensors`.
+    Raises CheckpointError or ConfigError; `dst` is then as it was.
+    """
+    if to not in ("meta", "hf"):
+        raise ConfigError(f"to is {to!r}: meta or hf")
+    if to == "hf" and mp != 1:
+        raise ConfigError(f"Hugging Face's folders are not split over ranks: mp is {mp}")
+    if quantize is not None and quantize not in QUANTIZERS:
+        raise ConfigError(f"quantize is {quantize!r}: {' or '.join(QUANTIZERS)}")
+    if quantize is not None and to != "meta":
+        raise ConfigError("Hugging Face's folders are not quantized here: to must be meta")
+    kind = None if dtype is None else parse_dtype(dtype)
+    destination = Path(dst)
+    if os.path.lexists(destination) and not force:
+        raise CheckpointError(f"{dst} exists: it is replaced only with --force")
+    source = open_checkpoint(src)
+    if source.quantization is not None:
+        raise CheckpointError(
+            f"{src} is quantized to {source.quantization}: convert what it was made of"
+        )
+    source.settle_vocabulary()
+    check_complete(source)  # before anything is written
+    try:
+        destination.parent.mkdir(parents=True, exist_ok=True)
+        partial = Path(tempfile.mkdtemp(prefix=f".{destination.name}.", dir=destination.parent))
+    except OSError as error:
+        raise CheckpointError(f"cannot write {dst}: {error.strerror}") from error
+    try:
+        if to == "meta":
+            _write_meta(source, partial, mp, kind, quantize)
+        else:
+            _write_hugging_face(source, partial, kind)
+        _copy_companions(source.folder, Path(src), partial)
+        partial.chmod(0o755)  # mkdtemp makes it private
+        _rename(partial, destination)
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        raise CheckpointError(f"cannot write {dst}: {reason}") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return destination
+
+
+def _cast(weight: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """A tensor of its own memory, for a writer that stores the whole of it."""
+    cast = weight if dtype is None else weight.to(dtype)
+    is_view = cast.untyped_storage().nbytes() != cast.nbytes or not cast.is_contiguous()
+    return cast.clone(memory_format=torch.contiguous_format) if is_view else cast
+
+
+def _write_meta(
+    source: Checkpoint, folder: Path, mp: int, dtype: torch.dtype | None, quantize: Width | None
+) -> None:
+    args = source.args
+    args.check_split(mp)
+    names = list(args.parameter_shapes() if quantize is None else args.whole_shapes())
+    progress = tqdm(total=mp * len(names), desc="Converting", unit="tensor", delay=2)
+    for i in range(mp):
+        shard: dict[str, Tensor] = {}
+        for name in names:
+            if quantize is not None and is_quantized(name):
+                weight = source.quantized_part(name, mp, i, quantize)
+                shard |= {f"{name}.{field}": t for field, t in weight._asdict().items()}
+            else:
+                shard[name] = _cast(source.part(name, mp, i), dtype)
+            progress.update()
+        path = folder / shards.shard_name(i, quantize)
+        if quantize is not None:
+            save_file(shard, path)
+            _sync(path)
+            continue
+        if args.tied:
+            shard["output.weight"] = shard["tok_embeddings.weight"]
+        shards.write_shard(path, shard)
+    progress.close()
+    # More shards than key/value heads hold each head more than once, and say so.
+    n_kv_heads = max(args.local_kv_heads(1), mp)
+    write_params(folder / "params.json", replace(args, n_kv_heads=n_kv_heads), quantize)
+
+
+def _write_hugging_face(source: Checkpoint, folder: Path, dtype: torch.dtype | None) -> None:
+    names = list(source.args.parameter_shapes())
+    files = _cut(source, names, dtype)
+    weight_map: dict[str, str] = {}
+    progress = tqdm(total=len(names), desc="Converting", unit="tensor", delay=2)
+    for i, group in enumerate(files):
+        one = len(files) == 1
+        file = "model.safetensors" if one else f"model-{i + 1:05d}-of-{len(files):05d}.safetensors"
+        tensors = {}
+        for name in group:
+            weight = source.part(name, 1, 0)
+            if name.endswith(shards.ROTATED):
+                weight = hugging_face.to_halves(weight, source.args.head_dim)
+            tensors[hugging_face.their_name(name)] = _cast(weight, dtype)
+            progress.update()
+        save_file(tensors, folder / file, metadata={"format": "pt"})
+        _sync(folder / file)
+        weight_map |= dict.fromkeys(tensors, file)
+    progress.close()
+    if len(files) > 1:
+        total = sum(_bytes(source, name, dtype) for name in names)
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        write_json(folder / hugging_face.INDEX, index)
+    kind = dtype or source.shards[0][names[-1]].dtype
+    write_json(folder / "config.json", hugging_face.make_config(source.args, kind))
+
+
+def _bytes(source: Checkpoint, name: str, dtype: torch.dtype | None) -> int:
+    shape = torch.Size(source.args.whole_shapes()[name])
+    return shape.numel() * (dtype or source.shards[0][name].dtype).itemsize
+
+
+def _cut(source: Checkpoint, names: list[str], dtype: torch.dtype | None) -> list[list[str]]:
+    """The names in groups whose weights fill at most one file, in order."""
+    groups: list[list[str]] = [[]]
+    filled = 0
+    for name in names:
+        size = _bytes(source, name, dtype)
+        if groups[-1] and filled + size > HF_FILE_BYTES:
+            groups.append([])
+            filled = 0
+        groups[-1].append(name)
+        filled += size
+    return groups
+
+
+def _copy_companions(folder: Path, given: Path, destination: Path) -> None:
+    """The tokenizer's files, from the folder or, where that is an `original/`, the one around."""
+    for name in COMPANIONS:
+        found = next((p / name for p in (folder, given) if (p / name).is_file()), None)
+        if found is not None:
+            shutil.copyfile(found, destination / name)
+            _sync(destination / name)
+
+
+def _sync(path: Path) -> None:
+    path.chmod(0o644)  # safetensors makes its files private
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
+def _rename(partial: Path, destination: Path) -> None:
+    """Put the finished folder in its place; the one that was there goes only then."""
+    old = None
+    if os.path.lexists(destination):
+        old = Path(tempfile.mkdtemp(prefix=f".{destination.name}.old.", dir=destination.parent))
+        destination.rename(old / destination.name)
+    partial.rename(destination)
+    if old is not None:
+        shutil.rmtree(old)

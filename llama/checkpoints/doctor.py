@@ -1,0 +1,358 @@
+"""Will it run, and as what: memory, tokenizer, kind of model and device, before a weight is read.
+
+Each check raises a LlamaError for what cannot work and returns a Finding for all else: so
+`Llama.build` and `python -m llama doctor` say the same.
+"""
+
+import logging
+import platform
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from llama import parallel
+from llama.checkpoints import hub
+from llama.checkpoints.folder import find_tokenizer, open_checkpoint
+from llama.checkpoints.inspect import bytes_of, cache_bytes, size, weights_of
+from llama.checkpoints.load import check_complete, default_dtype, parse_dtype
+from llama.checkpoints.shards import Checkpoint
+from llama.checkpoints.verify import UNKNOWN, kind_of, title_of
+from llama.config import PRESETS, ModelArgs
+from llama.errors import ConfigError, LlamaError
+from llama.fast.mode import CacheWidth, Mode, cache_dtype, check_draft, check_mode, check_proposing
+from llama.fast.quantize import Width, is_quantized
+from llama.memory import available_memory
+from llama.tokenizer import Tokenizer
+
+log = logging.getLogger("llama")
+
+OK, WARNING, PROBLEM = "ok", "warning", "problem"
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What one check found."""
+
+    about: str
+    text: str
+    level: str = OK
+
+
+@dataclass(frozen=True)
+class Setup:
+    """How an opened checkpoint is to run; the KV cache's size is in its `args`."""
+
+    opened: Checkpoint
+    mp_size: int
+    device: torch.device
+    dtype: torch.dtype
+    sharers: int  # ranks that draw on the same memory: on the CPU all of this machine's
+    is_fast: bool = False  # on the CPU with kernels, whose cache is float32
+    quantize: Width | None = None
+    kv_cache: CacheWidth | None = None
+
+    @staticmethod
+    def make(
+        opened: Checkpoint,
+        mp_size: int,
+        local_size: int,
+        max_seq_len: int | None,
+        max_batch_size: int,
+        device: torch.device,
+        dtype: str | torch.dtype | None,
+        mode: Mode = "reference",
+        quantize: Width | None = None,
+        kv_cache: CacheWidth | None = None,
+    ) -> "Setup":
+        """Settle what was left open. Raises a LlamaError where the tensors are not all there, or
+        where the ranks, the KV cache or the width do not fit the model."""
+        if opened.quantization is not None:
+            if quantize not in (None, opened.quantization):
+                raise ConfigError(
+                    f"{opened.folder} is saved in {opened.quantization}: it cannot be had in "
+                    f"{quantize}"
+                )
+            if mode == "reference":
+                raise ConfigError(
+                    f"{opened.folder} is saved in {opened.quantization}, which is for mode fast"
+                )
+            quantize = opened.quantization
+        opened.settle_vocabulary()
+        check_complete(opened)
+        opened.args.set_limits(max_seq_len, max_batch_size)
+        opened.args.check_split(mp_size)
+        asked = None if dtype is None else parse_dtype(dtype)
+        settled = asked or default_dtype(device) or opened.dtype
+        sharers = local_size if device.type == "cpu" else 1
+        is_fast = check_mode(mode, quantize, device, settled)
+        cache_dtype(mode, kv_cache)
+        return Setup(opened, mp_size, device, settled, sharers, is_fast, quantize, kv_cache)
+
+    @property
+    def token_bytes(self) -> int:
+        """Keys and values of one token on one rank."""
+        dtype = torch.float32 if self.is_fast else self.dtype
+        if self.kv_cache is not None:
+            dtype = torch.int8
+        return cache_bytes(self.opened.args, self.mp_size, dtype)
+
+    @property
+    def cache_bytes(self) -> int:
+        """A rank's KV cache. It counts in full: the system gives pages out when they are written
+        to, and ends the process where there are none left."""
+        args = self.opened.args
+        return self.token_bytes * args.max_batch_size * args.max_seq_len
+
+    def weight_bytes(self) -> tuple[int, int]:
+        """A rank's weights in memory of its own, and those that are the file's pages, which the
+        system can drop and read again."""
+        own = mapped = 0
+        args = self.opened.args
+        if self.quantize is not None:  # then the output matrix is not the embedding
+            args = replace(args, tied=False)
+        for weight in weights_of(args, self.mp_size):
+            numbers = weight.per_rank(self.mp_size) // weight.count
+            for name in weight.names:
+                is_rounded = self.quantize is not None and is_quantized(name)
+                each = int(numbers * bytes_of(name, self.dtype, self.quantize))
+                is_new = is_rounded and self.opened.quantization is None
+                if (
+                    self.device.type == "cpu"
+                    and not is_new
+                    and self.opened.is_mapped(name, self.mp_size, self.dtype)
+                ):
+                    mapped += each
+                else:
+                    own += each
+        return own, mapped
+
+    def needed_bytes(self) -> int:
+        """What all sharers together need of memory of their own."""
+        return (self.weight_bytes()[0] + self.cache_bytes) * self.sharers
+
+    def prompt_bytes(self) -> int:
+        """About what a rank needs on top to read a whole batch of the longest prompts at once:
+        the scores of one layer (B, H, S, S) or the logits (B, S, V), both also in float32."""
+        args = self.opened.args
+        tokens = args.max_batch_size * args.max_seq_len
+        scores = tokens * args.max_seq_len * args.n_heads // self.mp_size
+        low = 0 if self.dtype == torch.float32 else self.dtype.itemsize
+        return max(scores * (low + 8), tokens * args.vocab_size * (low + 4))
+
+
+# ---- memory -----------------------------------------------------------------------------------
+
+
+def check_memory(setup: Setup, available: float) -> Finding:
+    """Whether weights and KV cache have room; raises ConfigError, which says what would have."""
+    own, mapped = setup.weight_bytes()
+    needed = setup.needed_bytes()
+    weights = f"{size(own + mapped)} of weights"
+    if mapped:
+        weights += f" ({size(mapped)} of them the file's own pages)"
+    ranks = f" for each of {setup.sharers} ranks" if setup.sharers > 1 else ""
+    text = f"{weights} and {size(setup.cache_bytes)} of KV cache{ranks}"
+    free = f"{size(available)} free on {setup.device}"
+    if needed > available:
+        fitting = ", ".join(_fitting(setup, available))
+        advice = f"would fit: {fitting}" if fitting else "no smaller KV cache would fit"
+        raise ConfigError(f"not enough memory: {text}, but {free}; {advice}")
+    if needed + mapped * min(setup.sharers, setup.mp_size) > available:
+        slow = "fits only from disk, slowly: weights are read again whenever they are used"
+        return Finding("memory", f"{slow}; {text}, {free}", WARNING)
+    return Finding("memory", f"{text}; {free}")
+
+
+def _fitting(setup: Setup, available: float) -> Iterator[str]:
+    """The options that would fit, each with the others as they are."""
+    args = setup.opened.args
+    tokens = int(available / setup.sharers - setup.weight_bytes()[0]) // setup.token_bytes
+    if (length := tokens // args.max_batch_size) > 0:
+        yield f"max_seq_len {length}"
+    if (rows := tokens // args.max_seq_len) > 0:
+        yield f"max_batch_size {rows}"
+    smaller = replace(setup, dtype=torch.bfloat16)
+    if setup.dtype == torch.float32 and smaller.needed_bytes() <= available:
+        yield "dtype bfloat16"
+    for n in args.workable_sizes():
+        sharers = setup.sharers * n // setup.mp_size if setup.device.type == "cpu" else 1
+        wider = replace(setup, mp_size=n, sharers=sharers)
+        if n > setup.mp_size and wider.needed_bytes() <= available:
+            yield f"{n} ranks"
+            break
+
+
+def check_prompts(setup: Setup, available: float) -> Finding:
+    """Whether there is room for a whole batch of the longest prompts; others may well fit."""
+    args, extra = setup.opened.args, setup.prompt_bytes()
+    text = (
+        f"about {size(extra)} more to read {args.max_batch_size} prompts of "
+        f"{args.max_seq_len:,} tokens at once"
+    )
+    fits = setup.needed_bytes() + extra * setup.sharers <= available
+    return Finding("prompts", text, OK if fits else WARNING)
+
+
+# ---- tokenizer, model, device -----------------------------------------------------------------
+
+
+def check_tokenizer(args: ModelArgs, tokenizer: Tokenizer) -> Finding:
+    """Whether the tokenizer can be this model's; raises ConfigError where it is another's."""
+    is_llama_2 = tokenizer.is_llama_2
+    words, file = tokenizer.n_words, tokenizer.model_path
+    kind = "Llama 2's kind" if is_llama_2 else "Llama 3's kind"
+    for name in args.published()[:1]:
+        if is_llama_2 != name.startswith("llama-2") and words != PRESETS[name].vocab_size:
+            raise ConfigError(f"{file} is of {kind} with {words} tokens: not that of {name}")
+    if args.vocab_size < words:
+        raise ConfigError(
+            f"the model's vocab_size {args.vocab_size} is smaller than the tokenizer's "
+            f"{words} tokens ({file})"
+        )
+    if args.vocab_size > words:
+        text = f"the model's vocab_size {args.vocab_size} is larger than the tokenizer's {words}"
+        return Finding("tokenizer", f"{text} tokens", WARNING)
+    return Finding("tokenizer", f"{kind}, {words:,} tokens, as many as the model's")
+
+
+CHAT = {
+    UNKNOWN: "the folder does not say whether the model was taught to chat",
+    "instruct": "taught to chat",
+    "base": "base model: complete text, do not chat",
+}
+
+
+def check_device(setup: Setup) -> Finding:
+    """What will compute, in which dtype, and over what the ranks talk."""
+    kind = setup.device.type
+    dtype = str(setup.dtype).removeprefix("torch.")
+    if kind == "cuda":
+        name = f"{setup.device} ({torch.cuda.get_device_name(setup.device)})"
+    elif kind == "cpu":
+        capability = torch.backends.cpu.get_cpu_capability()
+        name = f"cpu ({platform.machine()}, {capability}, {torch.get_num_threads()} threads)"
+    else:
+        name = kind
+    ranks = "1 rank"
+    if setup.mp_size > 1:
+        ranks = f"{setup.mp_size} ranks over {'nccl' if kind == 'cuda' else 'gloo'}"
+    text = f"{name}, {dtype}, {ranks}"
+    if kind == "cuda" and setup.mp_size > torch.cuda.device_count():
+        seen = f"{text}; only {torch.cuda.device_count()} GPU(s) on this machine"
+        return Finding("device", seen, WARNING)
+    if setup.dtype == torch.bfloat16 and kind == "cpu" and not _has_fast_bfloat16():
+        text += "; this CPU has no instructions for bfloat16, float32 may be faster"
+    return Finding("device", text)
+
+
+def _has_fast_bfloat16(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
+    """Whether the CPU multiplies bfloat16 itself (x86, ARM); True where Linux is not there to
+    say."""
+    if not cpuinfo.exists():
+        return True
+    return not {"avx512_bf16", "amx_bf16", "bf16"}.isdisjoint(cpuinfo.read_text().split())
+
+
+# ---- the report -------------------------------------------------------------------------------
+
+
+def require(setup: Setup, tokenizer: Tokenizer) -> None:
+    """What `Llama.build` asks before it loads; warnings go to the log."""
+    available = available_memory(setup.device)
+    _warn(check_tokenizer(setup.opened.args, tokenizer), check_memory(setup, available))
+
+
+def require_draft(folder: Path, setup: Setup, tokenizer: Tokenizer) -> Setup:
+    """The same of a draft model beside the model; how it is to run."""
+    drafting, found = open_draft(folder, setup, tokenizer)
+    _warn(found)
+    return drafting
+
+
+def open_draft(folder: Path, setup: Setup, tokenizer: Tokenizer) -> tuple[Setup, Finding]:
+    """How a draft model is to run beside the model, and whether it has room there; raises
+    ConfigError where it cannot."""
+    args = setup.opened.args
+    try:
+        opened = open_checkpoint(folder)
+        drafting = Setup.make(
+            opened, setup.mp_size, setup.sharers, args.max_seq_len, args.max_batch_size,
+            setup.device, setup.dtype, "fast", setup.quantize, setup.kv_cache,
+        )  # fmt: skip
+        check_draft(opened.args, args.vocab_size, args.max_seq_len)
+        own = Tokenizer(find_tokenizer(opened.folder, folder))
+        if not own.is_like(tokenizer):
+            raise ConfigError(f"its tokenizer is not the model's, {tokenizer.model_path}")
+        available = available_memory(setup.device) - setup.needed_bytes()
+        return drafting, check_memory(drafting, available)
+    except LlamaError as error:
+        raise ConfigError(f"draft model {folder}: {error}") from error
+
+
+def _warn(*findings: Finding) -> None:
+    for found in findings:
+        if found.level == WARNING and parallel.is_main_rank():
+            log.warning(found.text)
+
+
+def examine(
+    folder: str | Path,
+    tokenizer_path: str | Path | None = None,
+    max_seq_len: int | None = None,
+    max_batch_size: int = 4,
+    mp: int = 1,
+    device: str | None = None,
+    dtype: str | None = None,
+    mode: Mode = "reference",
+    quantize: Width | None = None,
+    kv_cache: CacheWidth | None = None,
+    draft: str | Path | None = None,
+) -> list[Finding]:
+    """All findings about a folder on `mp` ranks of this machine, without starting them.
+
+    Raises a LlamaError where a folder or the device cannot be opened at all.
+    """
+    check_proposing(mode, draft is not None, lookup=False)
+    target = parallel.local_device(device)
+    folder = hub.local_folder(folder)
+    draft_folder = None if draft is None else hub.local_folder(draft)
+    opened = open_checkpoint(folder)
+    opened.settle_vocabulary()
+    findings = [Finding("model", title_of(opened)), Finding("chat", CHAT[kind_of(opened.folder)])]
+    tokenizer = None
+    try:
+        path = tokenizer_path or find_tokenizer(opened.folder, folder)
+        tokenizer = Tokenizer(path)
+        findings.append(check_tokenizer(opened.args, tokenizer))
+    except LlamaError as error:
+        findings.append(Finding("tokenizer", str(error), PROBLEM))
+    try:
+        setup = Setup.make(
+            opened, mp, mp, max_seq_len, max_batch_size, target, dtype, mode, quantize, kv_cache
+        )
+    except LlamaError as error:
+        return [*findings, Finding("set-up", str(error), PROBLEM)]
+    available = available_memory(target)
+    try:
+        findings += [check_memory(setup, available), check_prompts(setup, available)]
+    except LlamaError as error:
+        findings.append(Finding("memory", str(error), PROBLEM))
+    if draft_folder is not None and tokenizer is not None:
+        try:
+            found = open_draft(draft_folder, setup, tokenizer)[1]
+            findings.append(replace(found, about="draft"))
+        except LlamaError as error:
+            findings.append(Finding("draft", str(error), PROBLEM))
+    versions = f"Python {platform.python_version()}, torch {torch.__version__}"
+    return [*findings, check_device(setup), Finding("versions", versions)]
+
+
+def report(findings: list[Finding]) -> str:
+    """A line for each, and one that counts."""
+    lines = [f"{found.about:<9}  {found.level:<7}  {found.text}" for found in findings]
+    levels = [found.level for found in findings]
+    counts = [f"{levels.count(level)} {level}(s)" for level in (PROBLEM, WARNING)]
+    bad = [count for count in counts if not count.startswith("0 ")]
+    return "\n".join([*lines, ", ".join(bad) or "all is well"])

@@ -1,0 +1,148 @@
+"""Checkpoint folders, Meta's or Hugging Face's: which files they hold, and opening them."""
+
+import os
+from pathlib import Path
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from llama import config
+from llama.checkpoints import hugging_face
+from llama.checkpoints.params import read_params
+from llama.checkpoints.shards import Checkpoint, check_kind, find_shards, read_shard
+from llama.config import ModelArgs
+from llama.errors import CheckpointError
+from llama.fast.quantize import (
+    KINDS,
+    LAYOUT,
+    Width,
+    is_quantized,
+)
+from llama.files import read_json
+
+BUNDLED = Path(__file__).parent.parent / "bundled"  # the trained model that comes with the package
+
+
+def find_folder(ckpt_dir: str | Path) -> Path:
+    """The folder that holds the weights: `ckpt_dir` with Meta's or Hugging Face's files, or the
+    `original/` inside it, where Hugging Face's repositories keep Meta's."""
+    folder = Path(ckpt_dir)
+    if not os.path.isdir(folder):  # False too for a name that no file can have
+        raise CheckpointError(f"no such checkpoint folder: {folder}")
+    if is_metas(folder):
+        return folder
+    if os.path.lexists(folder / "config.json") and any(folder.glob("*.safetensors")):
+        return folder
+    if is_metas(folder / "original"):
+        return folder / "original"
+    raise CheckpointError(
+        f"{folder} has no params.json, no config.json with .safetensors, and no original/ folder"
+    )
+
+
+def find_tokenizer(folder: Path, ckpt_dir: Path) -> Path:
+    """The tokenizer's file of the weights in `folder`, which was found in `ckpt_dir`.
+
+    Hugging Face's repositories have Meta's in `original/`; Meta's Llama 2 downloads beside the
+    models' folders.
+    """
+    own = (folder, ckpt_dir, ckpt_dir / "original")
+    places = [place / name for name in ("tokenizer.model", "tokenizer.json") for place in own]
+    for place in (*places, ckpt_dir.parent / "tokenizer.model"):
+        if os.path.lexists(place):  # opening it says what is wrong with it
+            return place
+    raise CheckpointError(
+        f"{folder} has no tokenizer.model or tokenizer.json: name one with tokenizer_path"
+    )
+
+
+def is_metas(folder: Path) -> bool:
+    return os.path.lexists(folder / "params.json")
+
+
+def read_args(folder: Path, rope_factor: float | None = None) -> ModelArgs:
+    """The model's shape, from the file that says it."""
+    if is_metas(folder):
+        return read_params(folder / "params.json", rope_factor)
+    return hugging_face.read_config(folder / "config.json", rope_factor)
+
+
+def read_quantization(folder: Path) -> Width | None:
+    """What the matrices of a folder are saved in, by its `params.json`; None: not quantized."""
+    path = folder / "params.json"
+    said = read_json(path).get("quantization") if is_metas(folder) else None
+    if said is None:
+        return None
+    width = said.get("width") if isinstance(said, dict) else None
+    if not isinstance(width, str) or width not in KINDS:
+        raise CheckpointError(f"{path}: quantization is {said!r}, not of {', '.join(KINDS)}")
+    if said.get("layout") != LAYOUT:
+        raise CheckpointError(
+            f"{path}: quantized in layout {said.get('layout')!r}, but this version reads {LAYOUT}: "
+            "convert the model again"
+        )
+    return cast(Width, width)
+
+
+def open_checkpoint(ckpt_dir: str | Path, rope_factor: float | None = None) -> Checkpoint:
+    """Open a folder of Meta's or Hugging Face's; see `read_params` for rope_factor."""
+    folder = find_folder(ckpt_dir)
+    args = read_args(folder, rope_factor)
+    if quantization := read_quantization(folder):
+        if args.vocab_size == -1:
+            raise CheckpointError(f"{folder}: vocab_size is -1, which a quantized folder must say")
+        shards = [_read_quantized(path) for path in find_shards(folder, quantization)]
+        if len(shards) > 1:
+            args.embedding_shard_dim = _embedding_shard_dim(shards[0], args)
+        return Checkpoint(folder, args, shards, quantization=quantization)
+    if is_metas(folder):
+        shards = [read_shard(path) for path in find_shards(folder)]
+        if len(shards) > 1:  # with one, the family's way stays
+            args.embedding_shard_dim = _embedding_shard_dim(shards[0], args)
+        args.tied = all(_is_tied(shard) for shard in shards) or _is_tied_in_effect(shards, args)
+        return Checkpoint(folder, args, shards)
+    tensors = hugging_face.map_tensors(folder)
+    for name, tensor in tensors.items():
+        check_kind(folder, name, tensor)
+    embedding = tensors.get("tok_embeddings.weight")
+    if args.tied and embedding is not None:
+        output = tensors.setdefault("output.weight", embedding)
+        if not torch.equal(output, embedding):
+            raise CheckpointError(
+                f"{folder}: config.json ties lm_head.weight to the embedding, but it is another "
+                "matrix in the file"
+            )
+    return Checkpoint(folder, args, [tensors], is_hugging_face=True)
+
+
+def _read_quantized(path: Path) -> dict[str, Tensor]:
+    """A shard of a quantized folder, mapped; `check_complete` looks at what is quantized."""
+    tensors = hugging_face.map_file(path)
+    for name, tensor in tensors.items():
+        if not is_quantized(name):
+            check_kind(path, name, tensor)
+    return tensors
+
+
+def _embedding_shard_dim(shard: dict[str, Tensor], args: ModelArgs) -> int:
+    """How `tok_embeddings` is split, by its shape: narrower than `dim` means by features."""
+    embedding = shard.get("tok_embeddings.weight")
+    return int(embedding is not None and embedding.shape[-1:] != (args.dim,))
+
+
+def _is_tied(shard: dict[str, Tensor]) -> bool:
+    """Whether output and embedding are one tensor in the file."""
+    pair = [shard.get("tok_embeddings.weight"), shard.get("output.weight")]
+    first, second = (None if t is None else (t.data_ptr(), t.shape) for t in pair)
+    return first is not None and first == second
+
+
+def _is_tied_in_effect(shards: list[dict[str, Tensor]], args: ModelArgs) -> bool:
+    """Whether a shape that is published tied has equal matrices: Meta's files of Llama 3.2 hold
+    theirs twice. In a fine-tune they may differ, and only reading all of both tells."""
+    names = ("tok_embeddings.weight", "output.weight")
+    return any(config.PRESETS[name].tied for name in args.published()) and all(
+        all(name in shard for name in names) and torch.equal(*(shard[name] for name in names))
+        for shard in shards
+    )

@@ -1,0 +1,240 @@
+"""Hugging Face's layout of a Llama folder: `config.json`, names, rotary order, `.safetensors`.
+
+The only file with Hugging Face's names. Everything leaves it in Meta's.
+"""
+
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from llama.config import LARGEST_WHOLE, ModelArgs, RopeScaling
+from llama.errors import CheckpointError, ConfigError
+from llama.files import read_json, why_unreadable
+
+INDEX = "model.safetensors.index.json"
+
+# Meta's module names and Hugging Face's, outside the layers and inside of one.
+OUTSIDE = {"tok_embeddings": "model.embed_tokens", "norm": "model.norm", "output": "lm_head"}
+INSIDE = {
+    "attention.wq": "self_attn.q_proj",
+    "attention.wk": "self_attn.k_proj",
+    "attention.wv": "self_attn.v_proj",
+    "attention.wo": "self_attn.o_proj",
+    "feed_forward.w1": "mlp.gate_proj",
+    "feed_forward.w2": "mlp.down_proj",
+    "feed_forward.w3": "mlp.up_proj",
+    "attention_norm": "input_layernorm",
+    "ffn_norm": "post_attention_layernorm",
+}
+TO_META = {theirs: metas for metas, theirs in (OUTSIDE | INSIDE).items()}
+IGNORED = re.compile(r".*\.rotary_emb\.inv_freq")  # a table in old files; it is computed here
+
+
+def their_name(name: str) -> str:
+    """Hugging Face's name of a tensor: layers.0.attention.wq.weight becomes
+    model.layers.0.self_attn.q_proj.weight."""
+    module = name.removesuffix(".weight")
+    if module in OUTSIDE:
+        return f"{OUTSIDE[module]}.weight"
+    _, layer, inner = module.split(".", 2)
+    return f"model.layers.{layer}.{INSIDE[inner]}.weight"
+
+
+def metas_name(name: str) -> str:
+    """The way back; a name that no Llama has stays as it is."""
+    module = name.removesuffix(".weight")
+    if found := re.fullmatch(r"model\.layers\.(\d+)\.(.+)", module):
+        layer, inner = found.groups()
+        return f"layers.{layer}.{TO_META[inner]}.weight" if inner in TO_META else name
+    return f"{TO_META[module]}.weight" if module in TO_META else name
+
+
+# ---- the order of rows in Q and K -------------------------------------------------------------
+# Meta turns neighbouring features (0, 1), (2, 3), … of a head; Hugging Face feature i with
+# i + head_dim / 2. So the rows of the two projections stand in another order within each head.
+
+
+def to_pairs(weight: Tensor, head_dim: int) -> Tensor:
+    """Rows from Hugging Face's order into Meta's: (heads * head_dim, D), a copy."""
+    heads = weight.view(-1, 2, head_dim // 2, weight.shape[1])
+    return heads.transpose(1, 2).reshape(weight.shape)
+
+
+def to_halves(weight: Tensor, head_dim: int) -> Tensor:
+    """Rows from Meta's order into Hugging Face's: (heads * head_dim, D), a copy."""
+    heads = weight.view(-1, head_dim // 2, 2, weight.shape[1])
+    return heads.transpose(1, 2).reshape(weight.shape)
+
+
+# ---- config.json ------------------------------------------------------------------------------
+
+FIELDS = {
+    "dim": "hidden_size",
+    "n_layers": "num_hidden_layers",
+    "n_heads": "num_attention_heads",
+    "vocab_size": "vocab_size",
+    "hidden_dim": "intermediate_size",
+    "norm_eps": "rms_norm_eps",
+}
+SCALING_FIELDS = {
+    "factor": "factor",
+    "low_freq_factor": "low_freq_factor",
+    "high_freq_factor": "high_freq_factor",
+    "original_context_length": "original_max_position_embeddings",
+}
+
+
+def read_config(path: Path, rope_factor: float | None = None) -> ModelArgs:
+    """Read a `config.json`; rope_factor, where given, replaces its factor of scaled RoPE.
+
+    Raises ConfigError for a file that is damaged or not that of a plain Llama text model.
+    """
+    config = read_json(path)
+    try:
+        _refuse_others(config)
+        known: dict[str, Any] = {}
+        for ours, theirs in FIELDS.items():
+            if theirs not in config:
+                raise ConfigError(f"lacks {theirs}")
+            known[ours] = config[theirs]
+        theta, scaling = _rope(config, rope_factor)
+        args = ModelArgs(
+            **known,
+            n_kv_heads=config.get("num_key_value_heads"),
+            context_length=config.get("max_position_embeddings"),
+            rope_theta=theta,
+            rope_scaling=scaling,
+            tied=config.get("tie_word_embeddings", False) is True,
+        )
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from error
+    if config.get("head_dim") not in (None, args.head_dim):
+        raise ConfigError(
+            f"{path}: head_dim is {config['head_dim']}, but hidden_size / num_attention_heads is "
+            f"{args.head_dim}: not a plain Llama"
+        )
+    return args
+
+
+def make_config(args: ModelArgs, dtype: torch.dtype) -> dict[str, Any]:
+    """The content of a `config.json` for `LlamaForCausalLM`, in the words of transformers 4, which
+    5 understands too."""
+    config: dict[str, Any] = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_act": "silu",
+        "attention_bias": False,
+        "mlp_bias": False,
+        "num_key_value_heads": args.n_kv_heads,
+        "max_position_embeddings": args.context,
+        "rope_theta": args.rope_theta,
+        "tie_word_embeddings": args.tied,
+        "torch_dtype": str(dtype).removeprefix("torch."),
+    }
+    config |= {theirs: getattr(args, ours) for ours, theirs in FIELDS.items()}
+    config["intermediate_size"] = args.ffn_dim
+    if args.rope_scaling is not None:
+        scaling = {theirs: getattr(args.rope_scaling, o) for o, theirs in SCALING_FIELDS.items()}
+        config["rope_scaling"] = {"rope_type": "llama3", **scaling}
+    return config
+
+
+def _refuse_others(config: dict[str, Any]) -> None:
+    """Raise ConfigError, by name, for what is not a plain Llama text model."""
+    plain = {
+        "model_type": ("llama",),
+        "hidden_act": ("silu", None),
+        "attention_bias": (False, None),
+        "mlp_bias": (False, None),
+        "quantization_config": (None,),
+        "vision_config": (None,),
+    }
+    for key, allowed in plain.items():
+        value = config.get(key)
+        if value not in allowed:
+            what = "it is quantized" if key == "quantization_config" else f"{key} is {value!r}"
+            raise ConfigError(f"{what}: not a plain Llama text model")
+
+
+def _rope(config: dict[str, Any], rope_factor: float | None) -> tuple[float, RopeScaling | None]:
+    """theta and scaling, from where transformers 5 keeps them (`rope_parameters`) or 4 did."""
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    if not isinstance(rope, dict):
+        raise ConfigError(f"the RoPE settings are {rope!r}, not an object")
+    theta = rope.get("rope_theta", config.get("rope_theta", 10000.0))
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind == "default":
+        return theta, None
+    if kind != "llama3":
+        raise ConfigError(f"RoPE of the kind {kind!r}: only plain and llama3 scaling are Llama's")
+    if missing := [theirs for theirs in SCALING_FIELDS.values() if theirs not in rope]:
+        raise ConfigError(f"the RoPE settings lack {', '.join(missing)}")
+    values = {ours: rope[theirs] for ours, theirs in SCALING_FIELDS.items()}
+    return theta, RopeScaling(**values | ({} if rope_factor is None else {"factor": rope_factor}))
+
+
+def read_stop_tokens(folder: Path) -> list[int] | None:
+    """The ids that `generation_config.json` (else `config.json`) says end a generation.
+
+    Raises ConfigError for what cannot be ids.
+    """
+    for path in (folder / "generation_config.json", folder / "config.json"):
+        said = read_json(path).get("eos_token_id") if os.path.lexists(path) else None
+        stop = [] if said is None else said if isinstance(said, list) else [said]
+        if not all(type(token) is int and 0 <= token <= LARGEST_WHOLE for token in stop):
+            raise ConfigError(f"{path}: eos_token_id is {said!r}, not a token id or a list of them")
+        if stop:
+            return stop
+    return None
+
+
+# ---- the tensors ------------------------------------------------------------------------------
+
+
+def map_tensors(folder: Path) -> dict[str, Tensor]:
+    """Every tensor of the folder's `.safetensors` files by Meta's name, mapped, not read.
+
+    Raises CheckpointError for a file that is missing, damaged, or outside the folder.
+    """
+    if os.path.lexists(folder / INDEX):
+        weight_map = read_json(folder / INDEX).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise CheckpointError(f"{folder / INDEX} has no weight_map")
+        for name, file in weight_map.items():
+            if not isinstance(file, str) or Path(file).name != file:
+                raise CheckpointError(f"{folder / INDEX} places {name} outside its folder: {file}")
+        files = sorted(set(weight_map.values()))
+    else:
+        weight_map, files = None, ["model.safetensors"]
+    tensors: dict[str, Tensor] = {}
+    for file in files:
+        found = map_file(folder / file)
+        wanted = found if weight_map is None else [n for n in weight_map if weight_map[n] == file]
+        for name in wanted:
+            if name not in found:
+                raise CheckpointError(f"{folder / file} lacks {name}, which {INDEX} places there")
+            if IGNORED.fullmatch(name):
+                continue
+            if (ours := metas_name(name)) in tensors:
+                raise CheckpointError(f"{folder / file} has {name} twice, under two names")
+            tensors[ours] = found[name]
+    if not tensors:
+        raise CheckpointError(f"{folder} has no tensors in its .safetensors")
+    return tensors
+
+
+def map_file(path: Path) -> dict[str, Tensor]:
+    """The tensors of one `.safetensors` file by the names it gives them, mapped, not read."""
+    if reason := why_unreadable(path):
+        raise CheckpointError(f"cannot read {path}: {reason}")
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError, ValueError, RuntimeError, TypeError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise CheckpointError(f"{path} is damaged or incomplete: {reason}") from error

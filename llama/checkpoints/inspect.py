@@ -1,0 +1,174 @@
+"""What a model is made of, before any weight is read: modules, sizes, splits, cache and FLOPs."""
+
+import os
+from dataclasses import dataclass, replace
+from operator import mul
+
+import torch
+
+from llama import parallel
+from llama.checkpoints import shards
+from llama.checkpoints.folder import find_folder, read_args, read_quantization
+from llama.checkpoints.load import parse_dtype
+from llama.config import PRESETS, ModelArgs
+from llama.errors import ConfigError
+from llama.fast.quantize import BYTES, Width, is_quantized
+
+SPLITS = {0: "rows (dim 0)", 1: "columns (dim 1)", None: "copied"}
+UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
+
+
+@dataclass
+class Weight:
+    """One matrix or norm of the model, or the same one of every layer."""
+
+    name: str  # layers.N.… stands for all layers
+    shape: tuple[int, ...]
+    split: int | None  # the dimension that ranks share; None: each has all of it
+    count: int  # how many of them the model has
+    copies: int = 1  # ranks that hold the same part: more ranks than key/value heads
+
+    @property
+    def parameters(self) -> int:
+        return self.count * torch.Size(self.shape).numel()
+
+    @property
+    def names(self) -> list[str]:
+        """Their names in the state dict."""
+        return [f"{self.name.replace('.N.', f'.{i}.')}.weight" for i in range(self.count)]
+
+    def per_rank(self, mp_size: int) -> int:
+        """Parameters that one rank holds."""
+        if self.split is None:
+            return self.parameters
+        return self.parameters * self.copies // mp_size
+
+
+def weights_of(args: ModelArgs, mp_size: int) -> list[Weight]:
+    """Every weight by Meta's name, those of the layers once, embedding first."""
+    copies = max(1, mp_size // args.local_kv_heads(1))
+    weights = []
+    for name, shape in replace(args, n_layers=1).parameter_shapes().items():
+        weights.append(
+            Weight(
+                name.replace("layers.0.", "layers.N.").removesuffix(".weight"),
+                shape,
+                parallel.shard_dim(name, args.embedding_shard_dim),
+                args.n_layers if name.startswith("layers.") else 1,
+                copies if name.endswith(shards.KEYS_AND_VALUES) else 1,
+            )
+        )
+    return weights
+
+
+def cache_bytes(args: ModelArgs, mp_size: int, dtype: torch.dtype) -> int:
+    """Keys and values of one token in all layers, on one rank; in int8 with their scales."""
+    heads = max(1, args.local_kv_heads(mp_size))
+    scale = torch.float32.itemsize if dtype == torch.int8 else 0
+    return 2 * args.n_layers * heads * (args.head_dim * dtype.itemsize + scale)
+
+
+def bytes_of(name: str, dtype: torch.dtype, quantization: Width | None) -> float:
+    """Of one number of a weight, with its share of the scales."""
+    if quantization is not None and is_quantized(name):
+        return BYTES[quantization]
+    return dtype.itemsize
+
+
+def flops_per_token(args: ModelArgs, context: int) -> int:
+    """Of a forward pass: two for each weight of a matrix product, and the products of one query
+    with `context` keys and values."""
+    matrices = sum(w.parameters for w in weights_of(args, 1) if len(w.shape) == 2)
+    embedding = 0 if args.tied else args.vocab_size * args.dim  # a look-up, not a product
+    return 2 * (matrices - embedding) + 4 * args.n_layers * args.dim * context
+
+
+def resolve(name: str) -> tuple[str, ModelArgs, Width | None]:
+    """A preset by its name, or a checkpoint folder; with the name to show, and what the folder's
+    matrices are quantized to."""
+    if name in PRESETS:
+        return name, PRESETS[name], None
+    if os.path.isdir(name):
+        folder = find_folder(name)
+        args = read_args(folder)
+        if args.vocab_size == -1:  # Llama 2's files leave it to the tokenizer
+            args.vocab_size = PRESETS["llama-2-7b"].vocab_size
+        return next(iter(args.published()), name), args, read_quantization(folder)
+    raise ConfigError(f"{name} is no folder and no preset: {', '.join(PRESETS)}")
+
+
+def describe(
+    name: str,
+    mp: int = 1,
+    max_seq_len: int | None = None,
+    max_batch_size: int = 4,
+    dtype: str = "bfloat16",
+) -> str:
+    """The whole report, as `python -m llama inspect` prints it."""
+    title, args, quantization = resolve(name)
+    args.check_split(mp)
+    kind = parse_dtype(dtype)
+    context = args.context if max_seq_len is None else max_seq_len
+    if not 0 < context <= args.context:
+        raise ConfigError(f"max_seq_len {context}: the model's context is {args.context}")
+    weights = weights_of(args, mp)
+    total = sum(w.parameters for w in weights)
+    mine = sum(w.per_rank(mp) for w in weights)
+    token = cache_bytes(args, mp, kind)
+    of_each = [bytes_of(w.name, kind, quantization) for w in weights]
+    whole, share = (
+        sum(map(mul, of_each, numbers))
+        for numbers in ([w.parameters for w in weights], [w.per_rank(mp) for w in weights])
+    )
+    saved_in = dtype if quantization is None else f"{quantization}, embedding and norms in {dtype}"
+
+    lines = [f"{title}: {total:,} parameters, {args.n_layers} layers, context {args.context:,}", ""]
+    header: tuple[str, ...] = (
+        "module",
+        "shape",
+        "split over ranks",
+        "each",
+        "times",
+        "parameters",
+        "a rank",
+    )
+    rows = [header]
+    for w in weights:
+        shape = " × ".join(map(str, w.shape))
+        split = SPLITS[w.split] + (f", {w.copies} ranks the same" if w.copies > 1 else "")
+        numbers = (w.parameters // w.count, w.count, w.parameters, w.per_rank(mp))
+        rows.append((w.name, shape, split, *(f"{n:,}" for n in numbers)))
+    if args.tied:
+        rows.append(("output", "is tok_embeddings", "", "", "", "", ""))
+    rows.append(("all", "", "", "", "", f"{total:,}", f"{mine:,}"))
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    for row in rows:
+        cells = [
+            cell.ljust(width) if i < 3 else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ]
+        lines.append("  ".join(cells).rstrip())
+
+    scaling = args.rope_scaling
+    rope = f"theta {args.rope_theta:g}" + (f", scaled by {scaling.factor:g}" if scaling else "")
+    lines += [
+        "",
+        f"ranks            {mp} (can be {', '.join(map(str, args.workable_sizes()))})",
+        f"weights          {size(whole)} in {saved_in}, {size(share)} a rank",
+        f"KV cache         {size(token)} a token and rank; {max_batch_size} rows of {context:,}: "
+        f"{size(token * context * max_batch_size)} a rank",
+        f"FLOPs a token    {flops_per_token(args, 0) / 1e9:,.2f} billion, and "
+        f"{flops_per_token(args, context) / 1e9:,.2f} billion with {context:,} tokens before it",
+        f"heads            {args.n_heads} queries on {args.n_kv_heads} keys/values of "
+        f"{args.head_dim}; feed-forward {args.ffn_dim:,}; RoPE {rope}",
+    ]
+    return "\n".join(lines)
+
+
+def size(n_bytes: float) -> str:
+    """1536 -> 1.50 KiB."""
+    for unit in UNITS:
+        if n_bytes < 1024 or unit == UNITS[-1]:
+            return f"{n_bytes:.0f} {unit}" if unit == "B" else f"{n_bytes:.2f} {unit}"
+        n_bytes /= 1024
+    raise AssertionError

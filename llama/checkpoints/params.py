@@ -1,0 +1,84 @@
+"""params.json: Meta's description of a model, read and written."""
+
+from dataclasses import asdict, replace
+from pathlib import Path
+
+from llama.config import LLAMA_2_THETA, PRESETS, ModelArgs, RopeScaling
+from llama.errors import ConfigError
+from llama.fast.quantize import LAYOUT, Width
+from llama.files import read_json, write_json
+
+REQUIRED_KEYS = ("dim", "n_layers", "n_heads", "vocab_size", "norm_eps")
+KNOWN_KEYS = frozenset(REQUIRED_KEYS) | {
+    "n_kv_heads",
+    "multiple_of",
+    "ffn_dim_multiplier",
+    "rope_theta",
+    "use_scaled_rope",
+    "hidden_dim",  # from here on: keys that Meta's files have not
+    "context_length",
+    "rope_scaling",
+    "quantization",
+}
+# What Meta's files hold for models that are more, or less, than a plain text model.
+OTHER_MODELS = {
+    "vision_": "a vision model",
+    "quantization_args": "a quantized model",
+    "lora_args": "a LoRA adapter",
+}
+
+
+def read_params(path: str | Path, rope_factor: float | None = None) -> ModelArgs:
+    """Read a `params.json` as Meta ships it.
+
+    rope_factor: scaling factor of RoPE where the file asks for scaled RoPE, which it does without
+        a number. None takes the published one, 32 for the two Llama 3.2 shapes and 8 for all
+        others; Meta's own code always computes with 8.
+    Raises ConfigError for a file that is missing, is not JSON, has an unknown or no required key,
+    or describes something else than a plain Llama text model.
+    """
+    path = Path(path)
+    params = read_json(path)
+    for key in params:
+        for prefix, what in OTHER_MODELS.items():
+            if key.startswith(prefix) and params[key] is not None:
+                raise ConfigError(f"{path} has {key}: this is {what}, not a plain text model")
+    if unknown := sorted(params.keys() - KNOWN_KEYS - OTHER_MODELS.keys()):
+        raise ConfigError(f"{path} has unknown keys: {', '.join(unknown)}")
+    if missing := [key for key in REQUIRED_KEYS if key not in params]:
+        raise ConfigError(f"{path} lacks the keys: {', '.join(missing)}")
+
+    known = {key: params[key] for key in params.keys() & KNOWN_KEYS}
+    known.pop("quantization", None)  # of the files, not the model: `checkpoint.read_quantization`
+    scaling = known.pop("rope_scaling", None)
+    # Llama 2's files predate the key: there its value is RoPE's first one, not the class default.
+    known.setdefault("rope_theta", LLAMA_2_THETA)
+    try:
+        args = ModelArgs(**known)
+        if scaling is not None:
+            args.rope_scaling = RopeScaling(**scaling)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from error
+    except TypeError as error:
+        raise ConfigError(f"{path}: rope_scaling is {scaling!r}") from error
+    if args.vocab_size == -1:  # Llama 2 leaves the size to its tokenizer
+        args.embedding_shard_dim = 1
+    if args.rope_scaling is not None and (scaling is None or rope_factor is not None):
+        is_3_2 = any(args.same_shape(PRESETS[n]) for n in ("llama-3.2-1b", "llama-3.2-3b"))
+        factor = (32.0 if is_3_2 else 8.0) if rope_factor is None else rope_factor
+        args.rope_scaling = replace(args.rope_scaling, factor=factor)
+    return args
+
+
+def write_params(path: Path, args: ModelArgs, quantization: Width | None = None) -> None:
+    """Write a `params.json` that `read_params` reads back as the same model, and Meta's
+    code too where it can; and what the files beside it are quantized to."""
+    keys = "dim n_layers n_heads n_kv_heads vocab_size norm_eps rope_theta use_scaled_rope".split()
+    params = {key: getattr(args, key) for key in keys} | args.metas_width()
+    if args.context_length is not None:
+        params["context_length"] = args.context_length
+    if args.rope_scaling is not None:
+        params["rope_scaling"] = asdict(args.rope_scaling)
+    if quantization is not None:
+        params["quantization"] = {"width": quantization, "layout": LAYOUT}
+    write_json(path, params)

@@ -1,0 +1,232 @@
+"""Shards: the tensors of a checkpoint's files, mapped, cut into a rank's parts, and written."""
+
+import math
+import pickle
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.linalg import vector_norm
+
+from llama import parallel
+from llama.checkpoints import hugging_face
+from llama.config import ModelArgs
+from llama.errors import CheckpointError, ConfigError
+from llama.fast.quantize import (
+    KINDS,
+    QUANTIZERS,
+    Quantized,
+    Width,
+    is_quantized,
+    join,
+    narrow,
+    quantize_int8,
+)
+from llama.files import atomic_file, why_unreadable
+from llama.memory import with_huge_pages
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+ROTATED = ("wq.weight", "wk.weight")  # what RoPE turns
+KEYS_AND_VALUES = ("wk.weight", "wv.weight")
+ALIGNMENT = 64  # bytes; safetensors aligns to 8
+IGNORED = "rope.freqs"  # a table that Llama 2's files carry; it is computed here
+
+
+def shard_name(rank: int, quantization: Width | None = None) -> str:
+    return f"consolidated.{rank:02d}.{'pth' if quantization is None else 'safetensors'}"
+
+
+def find_shards(folder: Path, quantization: Width | None = None) -> list[Path]:
+    """The shards consolidated.00.pth, consolidated.01.pth, … in the order of the ranks."""
+    first = shard_name(0, quantization)
+    shards = sorted(folder.glob(first.replace("00", "*")))
+    if not shards:
+        raise CheckpointError(f"{folder} has no shards ({first} and so on)")
+    for rank, shard in enumerate(shards):
+        if shard.name != (name := shard_name(rank, quantization)):
+            raise CheckpointError(f"{folder} has {shard.name} where {name} is expected")
+    return shards
+
+
+def read_shard(path: Path) -> dict[str, Tensor]:
+    """The tensors of one `.pth` file by name, mapped from the file where its format allows.
+
+    Nothing but tensors is unpickled, so a file cannot run code. Raises CheckpointError for a file
+    that is damaged or holds anything else.
+    """
+    if reason := why_unreadable(path):
+        raise CheckpointError(f"cannot read {path}: {reason}")
+    try:
+        with path.open("rb") as file:  # the format before PyTorch 1.6 cannot be mapped
+            is_zip = file.read(4) == b"PK\x03\x04"
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(f"{path} is not a file of plain tensors and was not run") from error
+    except Exception as error:  # whatever a damaged file makes of the reader
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise CheckpointError(f"{path} is damaged or incomplete: {reason}") from error
+    if not isinstance(state, dict) or not state.keys() - {IGNORED}:
+        raise CheckpointError(f"{path} does not hold named tensors")
+    for name, tensor in state.items():
+        check_kind(path, name, tensor)
+    return {name: tensor for name, tensor in state.items() if name != IGNORED}
+
+
+def check_kind(path: Path, name: Any, tensor: Any) -> None:
+    if not isinstance(name, str):
+        raise CheckpointError(f"{path} calls a tensor {name!r}, which is no name")
+    kind = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
+    if kind not in DTYPES:
+        raise CheckpointError(f"{path}: {name} is {kind}, not a tensor of floating point")
+    # A few bytes can stand for any shape: as a sparse tensor, or with strides of zero.
+    is_plain = tensor.layout == torch.strided and not tensor.is_meta
+    if not is_plain or tensor.nbytes > tensor.untyped_storage().nbytes():
+        raise CheckpointError(
+            f"{path}: {name} has fewer numbers than its shape {tuple(tensor.shape)} says"
+        )
+
+
+@dataclass
+class Checkpoint:
+    """An opened folder: the model's shape and its tensors by Meta's names, mapped, not yet read.
+
+    shards: equal parts of the model, cut as `parallel.shard_dim` says; Hugging Face's folders are
+        one, however many files they have.
+    quantization: of the matrices that `fast.is_quantized` names, in a folder that `convert` wrote:
+        for each, the shards have the tensors of an `Int8Weight` or `Int4Weight`.
+    """
+
+    folder: Path
+    args: ModelArgs
+    shards: list[dict[str, Tensor]]
+    is_hugging_face: bool = False  # Q and K have their rows in Hugging Face's order
+    quantization: Width | None = None
+
+    def called(self, name: str) -> str:
+        """What the folder's files call a tensor."""
+        return hugging_face.their_name(name) if self.is_hugging_face else name
+
+    def file_of(self, shard: int) -> Path:
+        if self.is_hugging_face:
+            return self.folder
+        return self.folder / shard_name(shard, self.quantization)
+
+    def stored(
+        self, name: str, shape: Sequence[int]
+    ) -> dict[str, tuple[tuple[int, ...], torch.dtype | None]]:
+        """The tensors that a shard has for one of the model's of that shape, by their names: the
+        shape of each, and the dtype where it must be that."""
+        if self.quantization is None or not is_quantized(name):
+            return {name: (tuple(shape), None)}
+        weight = KINDS[self.quantization].empty(shape, torch.device("meta"))
+        return {f"{name}.{f}": (t.shape, t.dtype) for f, t in weight._asdict().items()}
+
+    def settle_vocabulary(self) -> None:
+        """Take the size that Llama 2's files leave to the tokenizer from the output matrix."""
+        output = self.shards[0].get("output.weight")
+        if self.args.vocab_size == -1 and output is not None and output.dim() == 2:
+            self.args.vocab_size = output.shape[0] * len(self.shards)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The output matrix's, which all weights get where no other is asked for; the embedding's
+        where that one is quantized."""
+        name = "output.weight" if self.quantization is None else "tok_embeddings.weight"
+        return self.shards[0][name].dtype
+
+    def is_mapped(self, name: str, n_parts: int, dtype: torch.dtype) -> bool:
+        """Whether the part of a tensor that `load` takes on the CPU is the file's own pages."""
+        if self.quantization is not None and is_quantized(name):
+            parts = self._quantized_pieces(name, n_parts, 0)
+            return len(parts) == 1 and all(tensor.is_contiguous() for tensor in parts[0])
+        pieces = self._pieces(name, n_parts, 0)
+        is_turned = self.is_hugging_face and name.endswith(ROTATED)
+        return (
+            len(pieces) == 1
+            and pieces[0].is_contiguous()
+            and not is_turned
+            and pieces[0].dtype == dtype
+            and (self.quantization is not None or pieces[0].data_ptr() % ALIGNMENT == 0)
+        )
+
+    def part(self, name: str, n_parts: int, index: int) -> Tensor:
+        """One of `n_parts` equal parts of a tensor, its rows in Meta's order; contiguous.
+
+        Nothing is copied where it lies in one piece in a file. With more parts than key/value
+        heads, each head is in as many parts in a row.
+        """
+        pieces = self._pieces(name, n_parts, index)
+        if self.is_hugging_face and name.endswith(ROTATED):
+            return hugging_face.to_pairs(pieces[0], self.args.head_dim)
+        if len(pieces) == 1 and pieces[0].is_contiguous():
+            return pieces[0]
+        dim = parallel.shard_dim(name, self.args.embedding_shard_dim)
+        assert dim is not None
+        shape = list(pieces[0].shape)
+        shape[dim] = sum(piece.shape[dim] for piece in pieces)
+        return torch.cat(pieces, dim, out=with_huge_pages(pieces[0].new_empty(shape)))
+
+    def quantized_part(self, name: str, n_parts: int, index: int, width: Width) -> Quantized:
+        """A part of a matrix as it is saved quantized, else rounded now.
+
+        The scale of a row is the whole row's, so that any number of parts is the same weights.
+        Raises ConfigError where it cannot be rounded or so cut.
+        """
+        dim = parallel.SHARD_DIMS[name.split(".")[-2]]
+        try:
+            if self.quantization is not None:
+                return join(self._quantized_pieces(name, n_parts, index), dim)
+            part = self.part(name, n_parts, index)
+            if width == "int8" and dim == 1 and n_parts > 1:
+                of_shards = [vector_norm(shard[name], math.inf, 1) for shard in self.shards]
+                return quantize_int8(part, torch.stack(of_shards).amax(0))
+            return QUANTIZERS[width](part)
+        except ConfigError as error:
+            raise ConfigError(f"{self.folder}: {name}: {error}") from error
+
+    def _pieces(self, name: str, n_parts: int, index: int) -> list[Tensor]:
+        """What the shards hold of a part, in their order, as views."""
+        whole = [shard[name] for shard in self.shards]
+        dim = parallel.shard_dim(name, self.args.embedding_shard_dim)
+        if dim is None:
+            return whole[:1]
+        cuts = self._cuts(name, whole[0].shape[dim], n_parts, index)
+        return [whole[i].narrow(dim, low, length) for i, low, length in cuts]
+
+    def _quantized_pieces(self, name: str, n_parts: int, index: int) -> list[Quantized]:
+        """The same of a matrix that the folder has quantized."""
+        assert self.quantization is not None
+        kind = KINDS[self.quantization]
+        whole = [
+            kind(*(shard[f"{name}.{field}"] for field in kind._fields)) for shard in self.shards
+        ]
+        dim = parallel.SHARD_DIMS[name.split(".")[-2]]
+        size = self.args.whole_shapes()[name][dim] // len(whole)  # which may be stored rounded up
+        cuts = list(self._cuts(name, size, n_parts, index))
+        if len(cuts) == 1 and cuts[0][2] == size:
+            return [whole[cuts[0][0]]]
+        return [narrow(whole[i], dim, low, length) for i, low, length in cuts]
+
+    def _cuts(
+        self, name: str, size: int, n_parts: int, index: int
+    ) -> Iterator[tuple[int, int, int]]:
+        """Which shards hold a part, from where on, and how much of it; size: of each shard."""
+        n_kv_heads = self.args.local_kv_heads(1)
+        if name.endswith(KEYS_AND_VALUES) and n_parts > n_kv_heads:
+            n_parts, index = n_kv_heads, index * n_kv_heads // n_parts
+        length = size * len(self.shards) // n_parts
+        start, end = length * index, length * (index + 1)
+        for i in range(len(self.shards)):
+            low, high = max(start - i * size, 0), min(end - i * size, size)
+            if low < high:
+                yield i, low, high - low
+
+
+def write_shard(path: Path, state: dict[str, Tensor]) -> None:
+    """Write one rank's tensors as Meta does, atomically. Tensors that share their memory (a tied
+    embedding and output) are written once."""
+    with atomic_file(path) as file:
+        torch.save(state, file)

@@ -1,0 +1,189 @@
+"""Is a checkpoint folder whole: names, shapes, finite numbers, equal copies, and checksums."""
+
+import hashlib
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from llama import parallel
+from llama.checkpoints.folder import open_checkpoint
+from llama.checkpoints.inspect import weights_of
+from llama.checkpoints.load import check_complete
+from llama.checkpoints.shards import Checkpoint
+from llama.errors import CheckpointError, LlamaError
+from llama.files import atomic_file, read_json, read_text, why_unreadable
+
+MANIFEST = "SHA256SUMS"  # what `sha256sum --check` reads too
+CHECKLIST = "checklist.chk"  # Meta's, with MD5
+SUFFIXES = (".pth", ".safetensors", ".json", ".model")  # the files that make up a checkpoint
+PART = "layers.0.attention.wq.weight"  # a matrix of which each shard has another part
+CHUNK = 1 << 24  # bytes or elements looked at at a time
+
+
+def verify(folder: str | Path, write_manifest: bool = True) -> tuple[str, list[str]]:
+    """What the folder is, and all that is wrong with it, a line each.
+
+    write_manifest: where there is no SHA256SUMS and nothing is wrong, write it. The next call
+        checks the files against it.
+    Raises a LlamaError where the folder cannot be opened at all.
+    """
+    opened = open_checkpoint(folder)
+    opened.settle_vocabulary()
+    problems = []
+    try:
+        check_complete(opened)
+    except CheckpointError as error:
+        problems.append(str(error))
+    else:
+        problems += _wrong_numbers(opened)
+        problems += _copied_shards(opened)
+    problems += _wrong_sums(opened.folder)
+    if write_manifest and not problems and not (opened.folder / MANIFEST).exists():
+        _write_manifest(opened.folder)
+    return title_of(opened), problems
+
+
+# ---- the tensors ------------------------------------------------------------------------------
+
+
+def _wrong_numbers(opened: Checkpoint) -> Iterator[str]:
+    """Tensors that are not finite, copies that are not equal, tensors of another dtype."""
+    dtype = opened.dtype
+    whose = "the output matrix" if opened.quantization is None else "the embedding"
+    for weight, shape in tqdm(opened.args.parameter_shapes().items(), "Tensors", delay=2):
+        dim = parallel.shard_dim(weight, opened.args.embedding_shard_dim)
+        for name, (_, fixed) in opened.stored(weight, shape).items():
+            first = opened.shards[0][name]
+            is_copied = dim is None or dim >= first.dim()  # such as the scale of whole rows
+            for i, shard in enumerate(opened.shards):
+                where = f"{opened.file_of(i)}: {opened.called(name)}"
+                tensor = shard[name]
+                if not _is_finite(tensor):
+                    yield f"{where} has numbers that are not finite"
+                if fixed is None and tensor.dtype != dtype:
+                    yield f"{where} is {tensor.dtype}, {whose} {dtype}"
+                if is_copied and i > 0 and not torch.equal(tensor, first):
+                    yield f"{where} should be equal in all shards, but is not that of the first"
+
+
+def _copied_shards(opened: Checkpoint) -> Iterator[str]:
+    """Shards that hold the same part of the model: no two parts of a trained matrix are equal."""
+    parts = [
+        next(tensor for name, tensor in shard.items() if name.startswith(PART))
+        for shard in opened.shards
+    ]
+    for i, part in enumerate(parts):
+        for j in range(i):
+            if torch.equal(part, parts[j]):
+                yield f"{opened.file_of(i)} is a copy of {opened.file_of(j).name}"
+                break
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    return all(bool(part.isfinite().all()) for part in tensor.flatten().split(CHUNK))
+
+
+# ---- the files --------------------------------------------------------------------------------
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.iterdir() if path.suffix in SUFFIXES and path.is_file())
+
+
+def _digest(path: Path, algorithm: str) -> str:
+    digest = hashlib.new(algorithm)
+    size = path.stat().st_size
+    with (
+        path.open("rb") as file,
+        tqdm(total=size, desc=path.name, unit="B", unit_scale=True, delay=2) as bar,
+    ):
+        while chunk := file.read(CHUNK):
+            digest.update(chunk)
+            bar.update(len(chunk))
+    return digest.hexdigest()
+
+
+def _read_sums(path: Path, digits: int) -> dict[str, str]:
+    """The checksums of a file in the form of md5sum and sha256sum: digest, blanks, name."""
+    if reason := why_unreadable(path):
+        raise CheckpointError(f"cannot read {path}: {reason}")
+    sums = {}
+    for number, line in enumerate(read_text(path).splitlines(), start=1):
+        digest, _, name = line.partition(" ")
+        name = name.lstrip(" *")
+        if not line.strip():
+            continue
+        if len(digest) != digits or Path(name).name != name or not name:
+            raise CheckpointError(f"{path}, line {number} is no checksum and name")
+        sums[name] = digest.lower()
+    return sums
+
+
+def _wrong_sums(folder: Path) -> Iterator[str]:
+    for file, algorithm, digits in ((CHECKLIST, "md5", 32), (MANIFEST, "sha256", 64)):
+        if not os.path.lexists(folder / file):
+            continue
+        for name, digest in _read_sums(folder / file, digits).items():
+            path = folder / name
+            if why_unreadable(path):
+                yield f"{folder / file} lists {name}, which is missing"
+            elif _digest(path, algorithm) != digest:
+                yield f"{path} is not the file that {file} was made of ({algorithm})"
+
+
+def _write_manifest(folder: Path) -> None:
+    lines = [f"{_digest(path, 'sha256')}  {path.name}\n" for path in _files(folder)]
+    with atomic_file(folder / MANIFEST) as file:
+        file.write("".join(lines).encode())
+
+
+# ---- what it is -------------------------------------------------------------------------------
+
+
+def title_of(opened: Checkpoint) -> str:
+    """Such as: Llama 3.1 8B, instruct or base unknown, 1 shard, bfloat16, 16.06 GB."""
+    pretty = [name.removesuffix("-mp16").split("-", 2) for name in opened.args.published()]
+    if pretty:  # 3.1 and 3.3 of 70B have one shape
+        versions = " or ".join(dict.fromkeys(version for _, version, _ in pretty))
+        model = f"Llama {versions} {pretty[0][2].upper()}"
+    else:
+        total = sum(weight.parameters for weight in weights_of(opened.args, 1))
+        model = f"a Llama of {total:,} parameters"
+    size = sum(path.stat().st_size for path in _files(opened.folder)) / 1e9
+    if opened.is_hugging_face:
+        layout = "Hugging Face's layout"
+    else:
+        layout = f"{len(opened.shards)} shard{'s' if len(opened.shards) > 1 else ''}"
+    first = next(iter(opened.shards[0].values()))
+    dtype = opened.quantization or str(first.dtype).removeprefix("torch.")
+    return f"{model}, {kind_of(opened.folder)}, {layout}, {dtype}, {size:.2f} GB"
+
+
+# The folders of base models as Meta and Hugging Face name them. All of Llama 3.3 is instruct.
+BASE_NAME = re.compile(r"(meta-)?llama-?(2|3|3\.1|3\.2)-\d+b(-mp\d+)?(-hf)?")
+UNKNOWN = "instruct or base unknown"
+
+
+def kind_of(folder: Path) -> str:
+    """Whether the model was taught to chat, "instruct" or "base", where the folder says so: by a
+    chat template or its lack, or by the name that Meta gives it."""
+    place = folder.resolve()
+    if place.name == "original":  # inside a repository of Hugging Face
+        place = place.parent
+    name = place.name.lower()
+    if place.parent.name == "snapshots":  # of models--owner--name in Hugging Face's cache
+        name = place.parent.parent.name.lower().rpartition("--")[2]
+    if any((place / f"chat_template.{suffix}").exists() for suffix in ("jinja", "json")):
+        return "instruct"
+    try:
+        has_template = "chat_template" in read_json(place / "tokenizer_config.json")
+    except LlamaError:
+        has_template = None  # Meta's folders have no such file
+    if has_template or "instruct" in name or "-chat" in name:
+        return "instruct"
+    return "base" if has_template is False or BASE_NAME.fullmatch(name) else UNKNOWN

@@ -1,0 +1,198 @@
+"""The terminal: texts as they are generated, a line about their speed, and the rank that has it."""
+
+import contextlib
+import itertools
+import sys
+import threading
+import time
+from collections import defaultdict, deque
+from collections.abc import Collection, Generator, Iterator, Mapping
+from dataclasses import fields
+from enum import IntEnum
+from typing import Any, TextIO, cast
+
+import torch
+
+from llama import parallel
+from llama.chat_format import Dialog
+from llama.engine.request import Event, Request
+from llama.errors import GenerationError
+from llama.generation import Llama
+from llama.sampling import SamplingParams
+
+# Flags that `Llama.build` gets. The seed is one of them: then the same command says the same, and
+# an answer that is asked for again is another.
+BUILD_FLAGS = (
+    "ckpt_dir", "tokenizer_path", "max_seq_len", "seed", "mode", "quantize", "kv_cache", "device",
+    "dtype", "rope_factor", "draft", "lookup",
+)  # fmt: skip
+SIGN_OF_LIFE = parallel.TIMEOUT.total_seconds() / 5
+
+# What a model writes shall not steer the terminal.
+_CONTROLS = {code: None for code in (*range(32), *range(127, 160)) if chr(code) not in "\t\n"}
+
+
+def read_flags(
+    words: Collection[str], flags: Mapping[str, Any]
+) -> tuple[dict[str, Any], SamplingParams]:
+    """The flags as options of `Llama.build` and as `SamplingParams`.
+
+    Raises GenerationError for a flag that neither knows, and for any of the words, which are what
+    a command line has more than it should.
+    """
+    if words:
+        raise GenerationError(f"unexpected {next(iter(words))!r}: put a text in quotes")
+    sampling = {field.name for field in fields(SamplingParams)} - {"seed"}
+    if unknown := sorted(flags.keys() - sampling - set(BUILD_FLAGS)):
+        raise GenerationError(f"unknown option(s): {', '.join(unknown)}")
+    options = {name: value for name, value in flags.items() if name in sampling}
+    if "stop" in options:
+        options["stop"] = [options["stop"]]
+    SamplingParams(seed=flags.get("seed"))  # for its check
+    build = {name: value for name, value in flags.items() if name in BUILD_FLAGS}
+    return {"mode": "fast", **build}, SamplingParams(**options)
+
+
+def complete(llama: Llama, prompt: str | None, params: SamplingParams) -> None:
+    """Print how the model continues the prompt, as it comes; None: of standard input's text."""
+    with owned(llama) as is_ours:
+        if not is_ours:
+            return
+        prompt = read_input() if prompt is None else prompt
+        requests: set[Request] = set()
+        n_tokens, start = 0, time.perf_counter()
+        try:
+            with stream(llama, prompt, params) as events:
+                for row, of_row in in_turn(events):
+                    print("\n" * (row > 0), end=dim(prompt, sys.stdout) * sys.stdout.isatty())
+                    for event in of_row:
+                        show(event.text)
+                        requests.add(event.request)
+                        n_tokens += event.token is not None
+                    print()
+        except KeyboardInterrupt:
+            print()
+            raise
+        finally:
+            note(speed(n_tokens, start) + guessed(requests))
+
+
+def read_input() -> str:
+    """All of standard input, without the newline at its end."""
+    try:
+        return sys.stdin.buffer.read().decode().removesuffix("\n")
+    except UnicodeDecodeError as error:
+        raise GenerationError(
+            f"the input is not UTF-8 text: byte {error.start} is wrong"
+        ) from error
+
+
+# ---- what is shown ------------------------------------------------------------------------------
+
+
+def in_turn(events: Iterator[Event]) -> Iterator[tuple[int, Iterator[Event]]]:
+    """Each row and its events, one row after the other: the first as they come; of the others,
+    which are generated at the same time, what there is by then at once."""
+
+    def ordered() -> Iterator[Event]:
+        held: defaultdict[int, deque[Event]] = defaultdict(deque)
+        turn = 0
+        for event in events:
+            held[event.row].append(event)
+            while held[turn]:
+                yield (first := held[turn].popleft())
+                turn += first.finish_reason is not None
+
+    return itertools.groupby(ordered(), key=lambda event: event.row)
+
+
+def show(text: str) -> None:
+    """Print a part of a text at once."""
+    if sys.stdout.isatty():
+        text = text.translate(_CONTROLS)
+    print(text, end="", flush=True)
+
+
+def note(text: str) -> None:
+    """A dim line beside what is generated."""
+    print(dim(text, sys.stderr), file=sys.stderr, flush=True)
+
+
+def speed(n_tokens: int, start: float) -> str:
+    """So many tokens since `start`, a time of perf_counter."""
+    return f"{n_tokens} tokens, {n_tokens / (time.perf_counter() - start):.1f} a second"
+
+
+def guessed(requests: Collection[Request]) -> str:
+    """How many of the tokens that speculation proposed were right; nothing without any."""
+    proposed = sum(request.proposed for request in requests)
+    accepted = sum(request.accepted for request in requests)
+    return f", {accepted} of {proposed} proposals right" if proposed else ""
+
+
+def dim(text: str, file: TextIO) -> str:
+    return f"\033[2m{text}\033[0m" if file.isatty() else text
+
+
+# ---- the rank that owns it ----------------------------------------------------------------------
+
+
+class _Signal(IntEnum):
+    """What the rank with the terminal tells the others."""
+
+    WAIT = 0
+    STREAM = 1
+    DONE = 2
+
+
+@contextlib.contextmanager
+def owned(llama: Llama) -> Iterator[bool]:
+    """True on the first rank, which has the terminal and gets its texts from `stream`; the others
+    have followed it to its end and have nothing left to do."""
+    if parallel.mp_rank() > 0:
+        while (signal := _receive(llama)) is not _Signal.DONE:
+            if signal is _Signal.STREAM:
+                llama.engine.follow()
+        yield False
+        return
+    try:
+        yield True
+    finally:
+        _send(llama, _Signal.DONE)
+
+
+def stream(
+    llama: Llama, prompt: str | list[int] | Dialog, params: SamplingParams
+) -> contextlib.AbstractContextManager[Iterator[Event]]:
+    """`llama.stream` of a prompt that only this rank knows; leaving the block cancels it."""
+    events = llama.stream(prompt, **vars(params))  # raises before anybody follows
+    _send(llama, _Signal.STREAM)
+    return contextlib.closing(cast(Generator[Event], events))
+
+
+def read_line(llama: Llama, prompt: str) -> str:
+    """A line that is typed, however long that takes; EOFError at the end."""
+    prompt = prompt if sys.stdin.isatty() and sys.stdout.isatty() else ""
+    if parallel.mp_size() == 1:
+        return input(prompt)
+    over = threading.Event()
+
+    def keep_waiting() -> None:
+        while not over.wait(SIGN_OF_LIFE):
+            _send(llama, _Signal.WAIT)
+
+    thread = threading.Thread(target=keep_waiting, daemon=True)
+    thread.start()
+    try:
+        return input(prompt)
+    finally:
+        over.set()
+        thread.join()
+
+
+def _send(llama: Llama, signal: _Signal) -> None:
+    parallel.broadcast_numbers([signal], torch.int64, llama.model.device)
+
+
+def _receive(llama: Llama) -> _Signal:
+    return _Signal(parallel.broadcast_numbers(None, torch.int64, llama.model.device)[0])

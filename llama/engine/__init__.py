@@ -1,0 +1,1 @@
+"""The token loop: requests, cache slots, plans, text streams and speculation."""

@@ -1,0 +1,151 @@
+"""Which tokens the engine's next step is to check, and how many: those that pay.
+
+What is looked up costs next to nothing, and shows unchecked whether it would have been right. A
+draft model has to run for that. So once it does not pay it rests for a number of steps, twice as
+many each time, and for fewer again as it goes on paying.
+"""
+
+import time
+from collections.abc import Callable
+
+from torch import Tensor
+
+from llama.engine.plan import Action, Plan, Wanted, filled_up
+from llama.engine.slot import Slot
+from llama.engine.speculative import MOST, Lookup, StepTimes, best_length, draft_token
+
+LONGEST_REST = 128  # steps
+
+
+class Proposer:
+    """Proposes tokens for the slots of an engine: looked up, or drafted by a smaller model.
+
+    Args:
+        run: does a plan on all ranks; returns the logits that it wants.
+        max_seq_len: tokens of a slot at most.
+        prefill_chunk: tokens that the draft model takes in before a step.
+        drafts: whether there is a draft model, for plans that say so.
+    """
+
+    def __init__(
+        self,
+        run: Callable[[Plan], Tensor | None],
+        max_seq_len: int,
+        prefill_chunk: int,
+        drafts: bool,
+    ) -> None:
+        self._run = run
+        self._max_seq_len = max_seq_len
+        self._prefill_chunk = prefill_chunk
+        self._drafts = drafts
+        self._times = StepTimes()
+        self._start = 0.0
+        self._rest = 1  # steps without the draft model when it next fails to pay
+        self._resting = 0  # steps of that which are left
+
+    def propose(self, decoding: list[Slot], rows: list[Slot]) -> dict[Slot, list[int]]:
+        """Tokens that may follow in each of the slots that decode, which are among the rows."""
+        room = self._max_seq_len - 1 - max(len(slot.tokens) for slot in rows)
+        limits: dict[Slot, int] = {}
+        for slot in decoding:
+            request, guesses = slot.running, slot.guesses
+            limit = min(MOST, room, request.max_gen_len - len(request.tokens) - 1)
+            came = guesses.review(request.tokens)
+            if not self._drafts:
+                if slot.lookup is None:
+                    slot.lookup = Lookup()
+                    slot.lookup.extend(request.prompt_tokens)
+                slot.lookup.extend(came)
+                guesses.proposed = slot.lookup.propose(MOST)
+                limit = min(limit, len(guesses.proposed))
+            limits[slot] = 0 if request.is_exact else limit
+        length = self._length(limits, len(rows))
+        drafting = [slot for slot in decoding if limits[slot] > 0] if length > 0 else []
+        if self._drafts:
+            drafting = self._caught_up(drafting)
+        self._start = time.perf_counter()
+        if self._drafts and drafting:
+            self._draft(drafting, rows, length)
+        proposed = {slot: slot.guesses.proposed[: min(limits[slot], length)] for slot in drafting}
+        for slot, tokens in proposed.items():
+            slot.running.proposed += len(tokens)
+        return proposed
+
+    def _length(self, limits: dict[Slot, int], n_rows: int) -> int:
+        """How many tokens to propose for each slot, within the limits."""
+        if self._resting > 0:
+            self._resting -= 1
+            return 0
+        rates = [slot.guesses.rate for slot in limits]
+        length = best_length(
+            rates, list(limits.values()), lambda length: self._times.seconds(n_rows, length)
+        )
+        if self._drafts and length > 0:
+            self._rest = max(1, self._rest - 1)
+        elif self._drafts and any(limits.values()):
+            self._resting = self._rest
+            self._rest = min(2 * self._rest, LONGEST_REST)
+        return length
+
+    def end_step(self, n_rows: int, length: int) -> None:
+        """Note how long the step took, drafting included, that checked up to `length` proposals for
+        each row."""
+        self._times.add(n_rows, length, time.perf_counter() - self._start)
+
+    def _draft(self, drafting: list[Slot], rows: list[Slot], length: int) -> None:
+        """Let the draft model propose `length` tokens for each of the slots."""
+        # The last two tokens first: it lacks both, if all that it proposed was right.
+        fed = {slot: [slot.tokens[-1], slot.running.tokens[-1]] for slot in drafting}
+        positions = {slot: len(slot.tokens) - 1 for slot in drafting}
+        seqlen = 2
+        for _ in range(length):
+            start_pos = [positions.get(slot, slot.n_drafted) for slot in rows]
+            logits = self._run(
+                Plan(
+                    Action.FORWARD,
+                    row=rows[0].index,
+                    n_keys=max(start_pos) + seqlen,
+                    wanted=Wanted.LAST,
+                    is_draft=True,
+                    start_pos=start_pos,
+                    tokens=[filled_up(fed.get(slot, []), seqlen) for slot in rows],
+                )
+            )
+            assert logits is not None
+            for slot in drafting:
+                row, proposed = logits[slot.index - rows[0].index, -1], slot.guesses.proposed
+                token, q = draft_token(row, slot.running, proposed)
+                proposed.append(token)
+                slot.guesses.drawn_from.append(q)
+                fed[slot] = [token]
+                positions[slot] += seqlen
+            seqlen = 1
+        for slot in drafting:
+            slot.n_drafted = positions[slot]
+
+    def _caught_up(self, slots: list[Slot]) -> list[Slot]:
+        """Those of the slots whose text the draft model knows, after it has seen more of them."""
+        budget = self._prefill_chunk
+        for slot in slots:
+            budget -= self._catch_up(slot, budget)
+        return [slot for slot in slots if slot.n_drafted >= len(slot.tokens) - 1]
+
+    def _catch_up(self, slot: Slot, budget: int) -> int:
+        """Show the draft model the next part of the slot's tokens that it has not seen, all but the
+        last; returns its length."""
+        start = slot.n_drafted
+        tokens = slot.tokens[start:-1][:budget]
+        if tokens:
+            end = start + len(tokens)
+            self._run(
+                Plan(
+                    Action.FORWARD,
+                    row=slot.index,
+                    n_keys=end,
+                    is_draft=True,
+                    start_pos=[start],
+                    tokens=[tokens],
+                )
+            )
+            slot.n_drafted = end
+        return len(tokens)

@@ -1,0 +1,136 @@
+"""A request under way, and the events that tell of its progress."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import Literal, get_args
+
+import torch
+
+from llama import parallel
+from llama.engine.text_stream import TextStream
+from llama.errors import ParallelError
+from llama.sampling import SamplingParams
+
+FinishReason = Literal["stop", "length", "cancelled", "error"]
+
+
+@dataclass(eq=False)
+class Request:
+    """A prompt and, as the engine goes on, what was generated for it.
+
+    Attributes to read:
+        tokens, logprobs: the generated ids, without the stop token, and the natural logarithm of
+            each one's probability under the model, whatever the sampling.
+        top_logprobs: the likeliest ids at each place with theirs, where the params ask for them.
+        prompt_logprobs: of the prompt's tokens, where asked for; 0.0 for the first.
+        prompt_is_greedy: with these, whether each was the likeliest at its place.
+        text: of the tokens, up to a stop string.
+        finish_reason: None while it is under way; "stop" (a stop token or string), "length" (of the
+            params or the cache), "cancelled", or "error", then `error` says which.
+        stop_token: the one that ended it.
+        proposed, accepted: how many tokens speculation proposed, and how many of them were right.
+    """
+
+    prompt_tokens: list[int]
+    params: SamplingParams
+    row: int  # the caller's number for it
+    is_private: bool
+    is_exact: bool
+    generator: torch.Generator
+    stop_tokens: frozenset[int]
+    max_gen_len: int
+    stream: TextStream | None  # None: without a tokenizer
+    tokens: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    top_logprobs: list[list[tuple[int, float]]] = field(default_factory=list)
+    prompt_logprobs: list[float] = field(default_factory=list)
+    prompt_is_greedy: list[bool] = field(default_factory=list)
+    text: str = ""
+    finish_reason: FinishReason | None = None
+    stop_token: int | None = None
+    proposed: int = 0
+    accepted: int = 0
+    error: Exception | None = None
+
+    def push(self, token: int, logprob: float) -> str:
+        """Add a generated token; returns the text that can be shown by now.
+
+        Raises TokenizerError, and adds nothing, where the id is not the tokenizer's.
+        """
+        text = self.stream.push(token) if self.stream else ""
+        self.tokens.append(token)
+        self.logprobs.append(logprob)
+        self.text += text
+        return text
+
+    @property
+    def has_stop_string(self) -> bool:
+        return self.stream is not None and self.stream.stopped
+
+    def finish(self, reason: FinishReason) -> str:
+        """End it; returns the text that was held back."""
+        text = self.stream.finish() if self.stream else ""
+        self.text += text
+        self.finish_reason = "stop" if self.has_stop_string else reason
+        return text
+
+    def share(self, device: torch.device) -> None:
+        """Give a finished request's results on the first rank of a model to the other ranks, where
+        it is as it was submitted. All of them call this."""
+        if parallel.mp_size() == 1:
+            return
+        if parallel.mp_rank() == 0:
+            parallel.broadcast_numbers(list(self._numbers()), torch.float64, device)
+        else:
+            self._fill(iter(parallel.broadcast_numbers(None, torch.float64, device)))
+
+    def _numbers(self) -> Iterator[float]:
+        """All results as numbers, ids exact in a float64, for `_fill` to read."""
+        assert self.finish_reason is not None
+        yield get_args(FinishReason).index(self.finish_reason)
+        yield -1 if self.stop_token is None else self.stop_token
+        yield from (len(self.prompt_logprobs), *self.prompt_logprobs, *self.prompt_is_greedy)
+        yield from (len(self.tokens), *self.tokens, *self.logprobs)
+        for alternatives in self.top_logprobs:
+            for pair in alternatives:
+                yield from pair
+
+    def _fill(self, numbers: Iterator[float]) -> None:
+        reason = get_args(FinishReason)[int(next(numbers))]
+        stop_token = int(next(numbers))
+        self.stop_token = None if stop_token < 0 else stop_token
+        n = int(next(numbers))
+        self.prompt_logprobs = list(islice(numbers, n))
+        self.prompt_is_greedy = list(map(bool, islice(numbers, n)))
+        n = int(next(numbers))
+        tokens, logprobs = list(islice(numbers, n)), list(islice(numbers, n))
+        for token, logprob in zip(tokens, logprobs, strict=True):
+            self.push(int(token), logprob)
+        if self.params.logprobs is not None:
+            pairs = [(int(token), logprob) for token, logprob in zip(numbers, numbers, strict=True)]
+            k = self.params.logprobs
+            self.top_logprobs = [pairs[i * k : (i + 1) * k] for i in range(n)]
+        self.finish(reason)
+        if reason == "error":
+            self.error = ParallelError("the first rank failed: its own message says why")
+
+
+@dataclass(frozen=True)
+class Event:
+    """One step of one request: a token, the end, or both.
+
+    token: None where the step only ended the request. text: what can be shown of it by now, whole
+    characters that are no beginning of a stop string.
+    """
+
+    request: Request
+    token: int | None
+    text: str
+    logprob: float | None = None
+    top_logprobs: list[tuple[int, float]] | None = None
+    finish_reason: FinishReason | None = None
+
+    @property
+    def row(self) -> int:
+        return self.request.row

@@ -1,0 +1,72 @@
+"""Choosing the next token of many rows at once, on their device, with one wait at the end.
+
+For the requests that `RowSampler.takes` it is what `sampling.choose` does for one: the same
+operations on rows, each with the random numbers of its own request. So the tokens are the same, as
+far as no tokens' probabilities tie and, on a GPU, no last bits decide.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from llama import sampling
+from llama.engine.request import Request
+from llama.fast.gpu.cuda_graph import Graphs, next_power_of_two
+from llama.sampling import SamplingParams
+
+PLAIN = SamplingParams()
+OTHERS = ("repetition_penalty", "presence_penalty", "frequency_penalty", "logit_bias")
+
+
+class RowSampler:
+    """Chooses for up to max_rows requests at a time; on a GPU in CUDA graphs."""
+
+    def __init__(self, max_rows: int, vocab_size: int, device: torch.device) -> None:
+        on_gpu = device.type == "cuda"
+        self._max_rows = max_rows
+        self._numbers = torch.zeros(4, max_rows, pin_memory=on_gpu)
+        self._options = torch.zeros(4, max_rows, device=device)
+        self._logits = torch.zeros(max_rows, vocab_size, device=device)
+        self._noise = torch.ones(max_rows, vocab_size, device=device)
+        self._chosen = torch.zeros(3, max_rows, dtype=torch.float64, device=device)
+        self._graphs = Graphs(device)
+
+    @staticmethod
+    def takes(params: SamplingParams) -> bool:
+        """Whether a request needs no more than temperature, top_k, min_p and top_p."""
+        is_plain = all(getattr(params, name) == getattr(PLAIN, name) for name in OTHERS)
+        return is_plain and params.logits_processor is None
+
+    def __call__(self, logits: Tensor, requests: Sequence[Request]) -> list[tuple[int, float]]:
+        """The next id of each request and its logprob, from logits (B, V).
+
+        A request whose logits are not finite gets an error, and an id without a meaning.
+        """
+        n = len(requests)
+        self._logits[:n] = logits
+        for row, request in enumerate(requests):
+            if request.params.temperature > 0:
+                self._noise[row].exponential_(1, generator=request.generator)
+        self._numbers[:, :n] = torch.tensor([sampling.options_of(r.params) for r in requests]).T
+        self._options.copy_(self._numbers, non_blocking=True)
+        is_greedy = all(request.params.temperature == 0 for request in requests)
+        self._run(min(next_power_of_two(n), self._max_rows), is_greedy)
+        ids, logprobs, finite = self._chosen[:, :n].tolist()  # the wait
+        for request, is_finite in zip(requests, finite, strict=True):
+            if not is_finite:
+                request.error = sampling.not_finite(request.params)
+        return list(zip(map(int, ids), logprobs, strict=True))
+
+    def _run(self, n_rows: int, is_greedy: bool) -> None:
+        def work() -> None:
+            logits = self._logits[:n_rows]
+            if is_greedy:
+                ids, finite = logits.argmax(-1), logits.amax(-1).isfinite()
+            else:
+                options, noise = self._options[:, :n_rows], self._noise[:n_rows]
+                ids, finite = sampling.draw_rows(logits, options, noise)
+            logprobs = sampling.logprob_of(logits, ids)
+            self._chosen[:, :n_rows] = torch.stack((ids.double(), logprobs, finite))
+
+        self._graphs.run((n_rows, is_greedy), work)

@@ -1,0 +1,35 @@
+"""A slot of the engine: one row of the key/value cache and the request that has it."""
+
+from dataclasses import dataclass, field
+
+from llama.engine.request import Request
+from llama.engine.speculative import Guesses, Lookup
+
+
+@dataclass(eq=False)
+class Slot:
+    """A row of the cache, the tokens whose keys and values it holds, and whose it is."""
+
+    index: int
+    tokens: list[int] = field(default_factory=list)
+    request: Request | None = None
+    last_used: int = 0
+    n_drafted: int = 0  # how many of the tokens the draft model's cache holds too
+    lookup: Lookup | None = None  # of the request's text, made with its first proposals
+    guesses: Guesses = field(default_factory=Guesses)
+
+    @property
+    def running(self) -> Request:
+        """The request of a slot that has one."""
+        assert self.request is not None
+        return self.request
+
+    def admit(self, request: Request, reused: int, n_drafted: int) -> None:
+        """Take a request; the row holds the first `reused` tokens of its prompt already."""
+        self.request, self.tokens = request, request.prompt_tokens[:reused]
+        self.n_drafted, self.lookup, self.guesses = n_drafted, None, Guesses()
+
+    def cut(self, length: int) -> None:
+        """Forget the tokens from some place on."""
+        del self.tokens[max(0, length) :]
+        self.n_drafted = min(self.n_drafted, len(self.tokens))

@@ -1,0 +1,224 @@
+"""Speculative decoding: tokens are proposed cheaply, and one forward of the model checks them all.
+
+Leviathan et al. 2023, arxiv.org/abs/2211.17192; Chen et al. 2023, arxiv.org/abs/2302.01318. A
+forward of a few tokens costs hardly more than one of a single token, as both read all weights, and
+gives the logits after each of them. Tokens are drawn from these one after the other, for as long as
+what is drawn is what was proposed. So all come from the model's own distribution.
+
+Greedy tokens and proposals that are looked up need nothing else: the draws are those of plain
+decoding, by the same random numbers. A draft model's proposals are draws too, of which `choose`
+keeps more, at the price that a seed then gives another text of the same distribution.
+
+Here is what is proposed and how much of it pays; `proposer` decides, the engine does the forwards.
+"""
+
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import takewhile
+from operator import eq
+
+import torch
+from torch import Tensor
+
+from llama import sampling
+from llama.engine.request import Request
+from llama.errors import GenerationError
+
+MOST = 15  # proposals for a row in one step
+NGRAM = 3  # tokens that must stand in the text already for a look-up
+GAIN = 1.05  # speed over plain decoding from which proposals are worth it
+
+ROW_COST = 0.17  # of a plain step, what each proposal costs: until that is measured
+PRIOR = 0.6  # share of proposals that are right: until that is known, or forgotten
+MEMORY = 0.97  # of what is known about a share from one step to the next
+
+
+class Lookup:
+    """Prompt look-up (Saxena 2023, github.com/apoorvumang/prompt-lookup-decoding): proposes what
+    followed the last NGRAM tokens where they stood before, in the prompt or the answer."""
+
+    def __init__(self) -> None:
+        self._text: list[int] = []
+        self._next: dict[tuple[int, ...], int] = {}  # place of the token after an n-gram
+
+    def extend(self, tokens: Sequence[int]) -> None:
+        """Add tokens to the text."""
+        for token in tokens:
+            if len(self._text) >= NGRAM:
+                self._next[tuple(self._text[-NGRAM:])] = len(self._text)
+            self._text.append(token)
+
+    def propose(self, most: int) -> list[int]:
+        """The tokens that may follow: `most`, or none where the last NGRAM are new."""
+        start = self._next.get(tuple(self._text[-NGRAM:]))
+        if start is None:
+            return []
+        # A text that repeats itself up to its end is thought to go on so.
+        period = len(self._text) - start
+        return [self._text[start + i % period] for i in range(most)]
+
+
+def draft_token(
+    logits: Tensor, request: Request, proposed: Sequence[int]
+) -> tuple[int, Tensor | None]:
+    """What a draft model proposes after the request's tokens and `proposed`, from its logits (V,);
+    at a temperature above 0 drawn from q (V,), which is returned too."""
+    params = request.params
+    if params.logits_processor is not None:  # the caller's, who wants it called once a token
+        params = replace(params, logits_processor=None)
+    text = (params, request.prompt_tokens, [*request.tokens, *proposed])
+    try:
+        if params.temperature == 0:
+            return int(sampling.choose(logits, *text)), None
+        q = sampling.distribution(logits, *text)
+    except GenerationError:  # not finite: any token will do
+        return 0, None
+    return int(torch.multinomial(q, 1, generator=request.generator)), q
+
+
+class Guesses:
+    """What is proposed to follow a request's tokens, and how that fares.
+
+    Attributes: `proposed`, the latest, of which a step may check only a part; `drawn_from`, the
+    distribution (V,) of each, where a draft model drew them; `rate`, about the probability that a
+    proposal is right where those before it are.
+    """
+
+    def __init__(self) -> None:
+        self.proposed: list[int] = []
+        self.drawn_from: list[Tensor | None] = []
+        self._n_seen = 0
+        self._right = PRIOR
+        self._tried = 1.0
+
+    @property
+    def rate(self) -> float:
+        return self._right / self._tried
+
+    def review(self, tokens: Sequence[int]) -> Sequence[int]:
+        """Compare what was proposed, checked or not, with the request's tokens that came since;
+        returns these, and proposes nothing any more.
+
+        All that is known fades: after proposals have failed, they come to be tried again.
+        """
+        came = tokens[self._n_seen :]
+        right = n_alike(self.proposed, came)
+        has_failed = right < min(len(self.proposed), len(came))
+        self._right = MEMORY * self._right + (1 - MEMORY) * PRIOR + right
+        self._tried = MEMORY * self._tried + (1 - MEMORY) + right + has_failed
+        self.proposed, self.drawn_from, self._n_seen = [], [], len(tokens)
+        return came
+
+
+def choose(logits: Tensor, request: Request, guesses: Guesses, at: int = 0) -> Tensor:
+    """The request's next token, an id (), from the model's logits (V,).
+
+    at: the number of the proposal in whose place it comes. One that a draft model drew from q is
+    kept with probability min(1, p / q), where p is what `sampling.choose` draws from; else the
+    token is drawn from max(p - q, 0), rescaled.
+    """
+    text = (request.params, request.prompt_tokens, request.tokens)
+    q = guesses.drawn_from[at] if at < len(guesses.drawn_from) else None
+    if q is None:
+        return sampling.choose(logits, *text, request.generator)
+    p, token = sampling.distribution(logits, *text), guesses.proposed[at]
+    number = torch.rand((), generator=request.generator, device=p.device)
+    if number.item() * q[token].item() < p[token].item():
+        return torch.tensor(token, device=p.device)
+    rest = (p - q).clamp(min=0)
+    rest = rest if rest.any() else p  # p and q are the same up to rounding
+    return torch.multinomial(rest, 1, generator=request.generator).squeeze(0)
+
+
+@dataclass
+class _Timed:
+    """The last seconds of one kind of step."""
+
+    latest: deque[float]
+    at: int  # number of the last one among all steps
+    median: float = 0.0
+
+
+class StepTimes:
+    """Seconds that steps take, of so many rows with so many proposals for each, from those that
+    were timed."""
+
+    LAST = 8  # times of a kind that count
+    FEW = 3  # as long as there are fewer, the expected time counts too: the first may be slow
+    AGE = 256  # steps after which what was not timed again is forgotten
+
+    def __init__(self) -> None:
+        self._known: dict[int, dict[int, _Timed]] = {}  # by rows, by proposals
+        self._count = 0
+
+    def add(self, n_rows: int, length: int, seconds: float) -> None:
+        self._count += 1
+        lengths = self._known.setdefault(n_rows, {})
+        timed = lengths.get(length)
+        if timed is None or self._is_old(timed):
+            timed = lengths[length] = _Timed(deque(maxlen=self.LAST), self._count)
+        timed.latest.append(seconds)
+        timed.at = self._count
+        # Disturbances are seldom; the least would be a step that kept no proposal.
+        timed.median = sorted(timed.latest)[len(timed.latest) // 2]
+
+    def seconds(self, n_rows: int, length: int) -> float:
+        """The median; where there are few times, at most what is expected from the nearest number
+        of proposals. 0 as long as a step without proposals was not timed often enough."""
+        lengths = self._known.get(n_rows, {})
+        plain = self._median(lengths, 0)
+        if length == 0 or plain == 0:
+            return plain
+        if median := self._median(lengths, length):
+            return median
+        known = [n for n in lengths if n > 0 and self._median(lengths, n)]
+        nearest = min(known, key=lambda n: abs(n - length), default=0)
+        slope = ROW_COST * plain
+        if nearest:
+            slope = max(0.0, lengths[nearest].median - plain) / nearest
+        expected = plain + slope * length
+        few = lengths.get(length)
+        return min(few.median, expected) if few and not self._is_old(few) else expected
+
+    def _median(self, lengths: Mapping[int, _Timed], length: int) -> float:
+        """0 where there are few times."""
+        timed = lengths.get(length)
+        if timed is None or len(timed.latest) < self.FEW or self._is_old(timed):
+            return 0.0
+        return timed.median
+
+    def _is_old(self, timed: _Timed) -> bool:
+        return self._count - timed.at > self.AGE
+
+
+def best_length(
+    rates: Sequence[float], limits: Sequence[int], seconds: Callable[[int], float]
+) -> int:
+    """How many tokens to propose for each row, so that the most tokens come in a second.
+
+    rates, limits: of each row, the probability that a proposal is right and how many there can be.
+    seconds: a step's, by its number of proposals for each row; rows with fewer are filled up.
+    Returns 0 where proposals gain less than GAIN, or a step without them takes 0 s: not known yet.
+    """
+    longest = max(limits, default=0)
+    if longest == 0 or (plain := seconds(0)) == 0:
+        return 0
+    best, most = 0, GAIN * len(rates) / plain
+    expected = [1.0] * len(rates)  # tokens
+    # However many are proposed, there come no more.
+    bound = sum(1 / (1 - rate) if rate < 1 else 1 + longest for rate in rates)
+    for length in range(1, longest + 1):
+        took = seconds(length)
+        if bound < most * took:
+            break
+        for row, (rate, limit) in enumerate(zip(rates, limits, strict=True)):
+            expected[row] += rate**length if length <= limit else 0.0
+        if (speed := sum(expected) / took) > most:
+            best, most = length, speed
+    return best
+
+
+def n_alike(a: Sequence[int], b: Sequence[int]) -> int:
+    """Length of the common beginning."""
+    return sum(1 for _ in takewhile(bool, map(eq, a, b)))

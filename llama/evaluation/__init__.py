@@ -1,0 +1,1 @@
+"""Perplexity, and the tasks of the lm-evaluation-harness."""

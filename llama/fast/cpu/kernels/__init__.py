@@ -1,0 +1,1 @@
+"""Compiled kernels for the CPU. They need numba, which the extra [fast] brings."""

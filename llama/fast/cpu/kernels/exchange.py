@@ -1,0 +1,153 @@
+"""What the ranks of one machine compute from each other's results, through memory they share.
+
+gloo hands a few numbers from thread to thread and socket to socket: where each must wake up first,
+that takes longer than half a layer of a decode step. Here each rank writes its numbers where all
+can read them, counts up its flag and looks at the flags of the others until they have done so too.
+"""
+
+import ctypes
+import functools
+import time
+
+import numpy as np
+import torch
+from fairscale.nn.model_parallel.mappings import (
+    gather_from_model_parallel_region,
+    reduce_from_model_parallel_region,
+)
+from numba import carray
+from torch import Tensor
+
+from llama import parallel
+from llama.errors import ParallelError
+from llama.fast.cpu.kernels import pool
+from llama.fast.cpu.kernels.matmul import VERSION, compile_task
+from llama.fast.cpu.kernels.task_list import SPINS, Task, call, change, look
+from llama.fast.cpu.kernels.tile import pointer
+from llama.fast.cpu.shared_memory import SharedMemory
+
+RANK, RANKS, FLAGS, PLACES, PLACE_BYTES, COUNT, ROWS, WIDTH, X, OUT, YIELD, IS_THERE, IS_DONE = (
+    range(13)
+)
+LENGTH = 13
+LINE = 64  # bytes, so that no two flags share one
+LEAST = 1 << 18  # numbers that a rank has room for, at least
+LOOKS = 100_000  # at a flag, before Python sees whether its rank still lives
+
+
+@functools.cache
+def _pass_on() -> Task:
+    """Write x (rows, width), wait for all ranks; out is all of them side by side, or their sum
+    where there is no out: then it replaces x. In the order of the ranks, so that all get the same.
+
+    Returns early where a rank does not come; then it may be called again.
+    """
+    version = VERSION
+
+    def task(address):  # type: ignore[no-untyped-def]
+        version  # noqa: B018
+        job = carray(address, LENGTH)
+        rows, width, ranks = job[ROWS], job[WIDTH], job[RANKS]
+        n = rows * width
+        x = carray(pointer(job[X], np.float32), n)
+        if job[IS_THERE] == 0:
+            mine = carray(pointer(job[PLACES] + job[RANK] * job[PLACE_BYTES], np.float32), n)
+            for i in range(n):
+                mine[i] = x[i]
+            change(job[FLAGS] + LINE * job[RANK], 1)
+            job[IS_THERE] = 1
+        for rank in range(ranks):
+            looks = 0
+            while look(job[FLAGS] + LINE * rank) < job[COUNT]:
+                looks += 1
+                if looks > LOOKS:
+                    return
+                if looks > SPINS and job[YIELD] != 0:
+                    call(job[YIELD], 0)
+        for rank in range(ranks):
+            part = carray(pointer(job[PLACES] + rank * job[PLACE_BYTES], np.float32), (rows, width))
+            for row in range(rows):
+                if job[OUT] != 0:
+                    start = job[OUT] + 4 * (row * ranks + rank) * width
+                    out = carray(pointer(start, np.float32), width)
+                    for i in range(width):
+                        out[i] = part[row, i]
+                elif rank == 0:
+                    for i in range(width):
+                        x[row * width + i] = part[row, i]
+                else:
+                    for i in range(width):
+                        x[row * width + i] += part[row, i]
+        job[IS_DONE] = 1
+
+    return compile_task(task)
+
+
+class Exchange:
+    """Sums and joins float32 tensors of all model-parallel ranks, which make it together and call
+    it in the same order. Ranks on several machines share no memory: gloo serves them.
+
+    widest: numbers in a row of what is joined, at most.
+    """
+
+    def __init__(self, widest: int) -> None:
+        self._ranks = parallel.mp_size()
+        self._size = max(LEAST, widest)
+        # A flag and two places for each rank: one is written while the other may still be read.
+        self._all_flags = LINE * self._ranks
+        self._all_places = 4 * self._size * self._ranks
+        self._memory: SharedMemory | None = None
+        if self._ranks > 1:
+            n_bytes = self._all_flags + 2 * self._all_places
+            self._memory = SharedMemory.of_all_ranks(n_bytes)
+        self._task = _pass_on()
+        self._job = (ctypes.c_int64 * LENGTH)()
+        self._job[RANK], self._job[RANKS] = parallel.mp_rank(), self._ranks
+        self._job[PLACE_BYTES], self._job[YIELD] = 4 * self._size, pool.yield_address()
+
+    @property
+    def is_alone(self) -> bool:
+        """Whether there is one rank only."""
+        return self._ranks == 1
+
+    def sum(self, x: Tensor) -> None:
+        """Replace x, contiguous, by the sum of all ranks' x."""
+        if self._memory is None:
+            reduce_from_model_parallel_region(x)  # in place
+            return
+        for part in x.view(1, -1).split(self._size, 1):
+            self._pass_on(part)
+
+    def join(self, x: Tensor) -> Tensor:
+        """(N, D) of each rank -> (N, ranks D), the columns in the order of the ranks."""
+        if self.is_alone:
+            return x
+        if self._memory is None:
+            return gather_from_model_parallel_region(x)
+        out = torch.empty(len(x), self._ranks * x.shape[1])
+        rows = self._size // x.shape[1]
+        for part, joined in zip(x.contiguous().split(rows), out.split(rows), strict=True):
+            self._pass_on(part, joined)
+        return out
+
+    def _pass_on(self, x: Tensor, out: Tensor | None = None) -> None:
+        memory, job = self._memory, self._job
+        assert memory is not None
+        job[COUNT] += 1
+        job[FLAGS] = memory.address
+        job[PLACES] = memory.address + self._all_flags + job[COUNT] % 2 * self._all_places
+        job[ROWS], job[WIDTH] = x.shape
+        job[X], job[OUT] = x.data_ptr(), 0 if out is None else out.data_ptr()
+        job[IS_THERE] = job[IS_DONE] = 0
+        end = time.monotonic() + parallel.TIMEOUT.total_seconds()
+        have_left: list[int] = []
+        while True:
+            self._task(ctypes.addressof(job))
+            if job[IS_DONE]:
+                return
+            if have_left:  # after its flag was last seen: it may have ended well
+                raise ParallelError(f"rank {have_left[0]} has ended: its own message says why")
+            if time.monotonic() > end:
+                raise ParallelError(f"a rank did not come within {parallel.TIMEOUT.seconds} s")
+            others = [rank for rank in range(self._ranks) if rank != job[RANK]]
+            have_left = [rank for rank in others if memory.has_left(rank)]

@@ -1,0 +1,226 @@
+"""What a decode step computes between its matrix products, as tasks like them; see `loops`.
+
+Shapes: n tokens, each with a row and a position of the cache; H query heads, K key/value heads,
+hd head_dim, D dim. All is float32, but the cache may be int8. A token's result depends, to the
+last bit, on no other's.
+"""
+
+import functools
+from collections.abc import Callable
+
+import numpy as np
+from numba import carray, njit
+
+from llama.fast.cpu.kernels.attention import mix, score
+from llama.fast.cpu.kernels.exponential import exp
+from llama.fast.cpu.kernels.matmul import VERSION, compile_task, step_of
+from llama.fast.cpu.kernels.tile import pointer, take
+
+TAKEN, N = 0, 1
+# of add_and_norm
+DIM, H, DELTA, WEIGHT, EPS, OUT = range(2, 8)
+# of store and of attend
+LAYER, GROUP, KV_HEADS, HEAD_DIM, QKV, ROTATIONS, CACHE, SCORES, HEADS = range(2, 11)
+LENGTH = 11
+
+# What the layers share: tokens a row of the cache, the address of each row's first position, the
+# numbers from one layer, row and position to the next, and the addresses of keys and values, and
+# of their scales where they are int8, else 0. Scales lie like the heads that they belong to.
+SEQLEN, STARTS, TO_LAYER, TO_ROW, TO_POSITION, KEYS, VALUES, KEY_SCALES, VALUE_SCALES = range(9)
+CACHE_LENGTH = 9
+
+BLOCK = 64  # keys scored at a time
+STATS = 2  # after a block's scores: their largest so far, the sum of the weights
+LEAST = np.float32(-3e38)
+
+# Sums in the order that suits the processor, but NaN stays NaN.
+SUMS = frozenset({"reassoc", "contract", "nsz"})
+
+Task = Callable[[int], None]
+
+
+@functools.cache
+def add_and_norm() -> Task:
+    """h += delta, where its address is not 0; out = h / rms(h) * weight. All (n, D).
+
+    EPS holds the bits of a float32.
+    """
+    version = VERSION
+
+    def task(address):  # type: ignore[no-untyped-def]
+        version  # noqa: B018
+        job = carray(address, LENGTH)
+        n, dim = job[N], job[DIM]
+        eps = np.int32(job[EPS]).view(np.float32)
+        weight = carray(pointer(job[WEIGHT], np.float32), dim)
+        while True:
+            token = take(address)
+            if token >= n:
+                break
+            row = 4 * token * dim
+            h = carray(pointer(job[H] + row, np.float32), dim)
+            out = carray(pointer(job[OUT] + row, np.float32), dim)
+            if job[DELTA] != 0:
+                delta = carray(pointer(job[DELTA] + row, np.float32), dim)
+                for i in range(dim):
+                    h[i] += delta[i]
+            squares = np.float32(0)
+            for i in range(dim):
+                squares += h[i] * h[i]
+            scale = np.float32(1) / np.sqrt(squares / np.float32(dim) + eps)
+            for i in range(dim):
+                out[i] = h[i] * scale * weight[i]
+
+    return compile_task(task, SUMS)
+
+
+@njit(error_model="numpy")
+def place(job, token):  # type: ignore[no-untyped-def]
+    """A token's position, and how many numbers before its row of the layer's cache."""
+    cache = carray(pointer(job[CACHE], np.int64), CACHE_LENGTH)
+    row, step = token // cache[SEQLEN], token % cache[SEQLEN]
+    start = carray(pointer(cache[STARTS], np.int64), row + 1)[row]
+    return start + step, job[LAYER] * cache[TO_LAYER] + row * cache[TO_ROW]
+
+
+@njit(error_model="numpy")
+def keep(address, head_dim, cached, scales, at):  # type: ignore[no-untyped-def]
+    """Put a head's float32 into the cache, or as int8 and the size of a step."""
+    x = carray(pointer(address, np.float32), head_dim)
+    if scales == 0:
+        plain = carray(pointer(cached + 4 * at, np.float32), head_dim)
+        for i in range(head_dim):
+            plain[i] = x[i]
+        return
+    step = step_of(carray(pointer(address, np.int32), head_dim))
+    carray(pointer(scales + 4 * (at // head_dim), np.float32), 1)[0] = step
+    rounded = carray(pointer(cached + at, np.int8), head_dim)
+    for i in range(head_dim):
+        steps = np.rint(x[i] / step) if step > np.float32(0) else np.float32(0)
+        rounded[i] = np.int8(np.int32(max(np.float32(-127), min(steps, np.float32(127)))))
+
+
+@functools.cache
+def store() -> Task:
+    """Turn queries and keys of qkv (n, H + 2 K, hd) by their positions' angles, in place, and put
+    keys and values into the cache.
+
+    rotations: (positions, hd / 2, 2), cosines and sines.
+    """
+    version = VERSION
+
+    def task(address):  # type: ignore[no-untyped-def]
+        version  # noqa: B018
+        job = carray(address, LENGTH)
+        n, group, kv_heads, head_dim = job[N], job[GROUP], job[KV_HEADS], job[HEAD_DIM]
+        heads, width = group * kv_heads, 4 * head_dim
+        cache = carray(pointer(job[CACHE], np.int64), CACHE_LENGTH)
+        while True:
+            chunk = take(address)
+            if chunk >= n * kv_heads:
+                break
+            token, head = chunk // kv_heads, chunk % kv_heads
+            position, at = place(job, token)
+            at += position * cache[TO_POSITION] + head * head_dim
+            turns = carray(
+                pointer(job[ROTATIONS] + position * width, np.float32), (head_dim // 2, 2)
+            )
+            ours = job[QKV] + token * (heads + 2 * kv_heads) * width  # queries, keys, values
+            key = ours + (heads + head) * width
+            for i in range(group + 1):
+                turned = key if i == group else ours + (head * group + i) * width
+                pairs = carray(pointer(turned, np.float32), (head_dim // 2, 2))
+                for j in range(head_dim // 2):
+                    x, y = pairs[j, 0], pairs[j, 1]
+                    pairs[j, 0] = x * turns[j, 0] - y * turns[j, 1]
+                    pairs[j, 1] = x * turns[j, 1] + y * turns[j, 0]
+            keep(key, head_dim, cache[KEYS], cache[KEY_SCALES], at)
+            keep(key + kv_heads * width, head_dim, cache[VALUES], cache[VALUE_SCALES], at)
+
+    return compile_task(task)
+
+
+@njit(error_model="numpy")
+def scale(numbers, count, scales, first, step):  # type: ignore[no-untyped-def]
+    """numbers[i] *= scales[first + i * step]; the last are those at an address."""
+    factors = carray(pointer(scales + 4 * first, np.float32), count * step)
+    for i in range(count):
+        numbers[i] *= factors[i * step]
+
+
+@functools.cache
+def attend(head_dim: int) -> Task:
+    """Attention of each token's heads over its row of the cache up to its own position.
+
+    scores: room for (n, H, BLOCK + STATS). heads: the result (n, H, hd). The keys are read in
+    blocks, once for all query heads of theirs; what is summed so far is scaled down whenever a
+    block has a larger score: Milakov & Gimelshein 2018, arxiv.org/abs/1805.02867.
+    """
+    version = VERSION
+    shrink_scores = np.float32(1 / np.sqrt(head_dim))
+
+    def task(address):  # type: ignore[no-untyped-def]
+        version  # noqa: B018
+        job = carray(address, LENGTH)
+        n, group, kv_heads = job[N], job[GROUP], job[KV_HEADS]
+        cache = carray(pointer(job[CACHE], np.int64), CACHE_LENGTH)
+        is_rounded = cache[KEY_SCALES] != 0
+        size = 1 if is_rounded else 4
+        step, scale_step = size * cache[TO_POSITION], cache[TO_POSITION] // head_dim
+        width, to_row = 4 * head_dim, 4 * (BLOCK + STATS)
+        while True:
+            chunk = take(address)
+            if chunk >= n * kv_heads:
+                break
+            token, head = chunk % n, chunk // n  # neighbours may read the same keys
+            position, at = place(job, token)
+            at += head * head_dim
+            queries = job[QKV] + width * (token * (group + 2) * kv_heads + head * group)
+            first = (token * kv_heads + head) * group
+            heads_address = job[HEADS] + first * width
+            rows = job[SCORES] + first * to_row
+            out = carray(pointer(heads_address, np.float32), (group, head_dim))
+            scores = carray(pointer(rows, np.float32), (group, BLOCK + STATS))
+            for h in range(group):
+                scores[h, BLOCK], scores[h, BLOCK + 1] = LEAST, np.float32(0)
+                for d in range(head_dim):
+                    out[h, d] = np.float32(0)
+            for begin in range(0, position + 1, BLOCK):
+                count = min(BLOCK, position + 1 - begin)
+                keys = cache[KEYS] + size * at + begin * step
+                values = cache[VALUES] + size * at + begin * step
+                scale_at = at // head_dim + begin * scale_step
+                if is_rounded:
+                    score("int8", head_dim, group, queries, count, keys, step, rows, to_row)
+                else:
+                    score("float32", head_dim, group, queries, count, keys, step, rows, to_row)
+                for h in range(group):
+                    if is_rounded:
+                        scale(scores[h], count, cache[KEY_SCALES], scale_at, scale_step)
+                    before = scores[h, BLOCK]
+                    most = before
+                    for i in range(count):
+                        scores[h, i] *= shrink_scores
+                        most = max(most, scores[h, i])
+                    total = np.float32(0)
+                    for i in range(count):
+                        weight = exp(scores[h, i] - most)
+                        scores[h, i] = weight
+                        total += weight
+                    shrink = exp(before - most)
+                    scores[h, BLOCK] = most
+                    scores[h, BLOCK + 1] = scores[h, BLOCK + 1] * shrink + total
+                    for d in range(head_dim):
+                        out[h, d] *= shrink
+                    weights, sums = rows + h * to_row, heads_address + h * width
+                    if is_rounded:
+                        scale(scores[h], count, cache[VALUE_SCALES], scale_at, scale_step)
+                        mix("int8", head_dim, weights, count, values, step, sums)
+                    else:
+                        mix("float32", head_dim, weights, count, values, step, sums)
+            for h in range(group):
+                inverse = np.float32(1) / scores[h, BLOCK + 1]
+                for d in range(head_dim):
+                    out[h, d] *= inverse
+
+    return compile_task(task, SUMS)

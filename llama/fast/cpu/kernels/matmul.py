@@ -1,0 +1,215 @@
+"""The compiled loops around the tiles: each a C function of one job, kept on disk.
+
+A job is a row of int64: numbers and addresses, in the order of the names below. The threads of a
+job take chunks of its rows of weights until none is left, so that a slow thread holds up no other.
+"""
+
+import ctypes
+import functools
+import hashlib
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import llvmlite.binding
+import numpy as np
+from numba import carray, cfunc, njit, types
+
+from llama.fast import quantize
+from llama.fast.cpu.kernels.exponential import exp
+from llama.fast.cpu.kernels.tile import pointer, take, tile, tile_rows
+from llama.fast.quantize import GROUP, LANES, OFFSET
+
+TAKEN, N, K, X, STEPS, OUT, TOTAL, CHUNK, MATRICES = range(9)
+FIRST = 9  # then for each matrix: its rows, and the addresses of its weights and its scales
+LENGTH = FIRST + 3 * 3
+GROUPS = 64  # of activations, rounded at a time
+
+FEW = 8  # rows of x
+BAND = 3  # tiles
+IN_CACHE = 1 << 15  # activations
+DEPTH = 1024  # floats of a row
+
+# Numba looks only at a task's own file to see whether what it kept is still right.
+SOURCES = [*sorted(Path(__file__).parent.glob("*.py")), Path(quantize.__file__)]
+VERSION = hashlib.sha256(b"".join(path.read_bytes() for path in SOURCES)).hexdigest()
+
+
+@functools.cache
+def instruction_sets() -> list[str]:
+    """What can multiply bytes here, the best first; "plain" code runs anywhere."""
+    has = llvmlite.binding.get_host_cpu_features().get
+    vnni = has("avxvnni") or (has("avx512vnni") and has("avx512vl"))
+    found = {"vnni": has("avx2") and vnni, "avx2": has("avx2"), "plain": True}
+    return [name for name, is_there in found.items() if is_there]
+
+
+@functools.cache
+def has_bfloat16() -> bool:
+    """Whether the processor multiplies bfloat16, several times as fast as float32."""
+    has = llvmlite.binding.get_host_cpu_features().get
+    return bool(has("avx512bf16") or has("amx-bf16"))
+
+
+def may_use_onednn() -> bool:
+    """Whether PyTorch's bfloat16 products (oneDNN) may take more than FEW rows of x.
+
+    Only where LLAMA_ONEDNN is 1 and the processor has such instructions: prompts are faster then,
+    but a token's last bits depend on how many rows are computed with it.
+    """
+    return os.environ.get("LLAMA_ONEDNN") == "1" and has_bfloat16()
+
+
+def compile_task(
+    function: Callable[..., None], fastmath: frozenset[str] = frozenset()
+) -> Callable[[int], None]:
+    """As a C function, read from numba's cache: in NUMBA_CACHE_DIR, else beside this file, else,
+    where that is read-only, in the user's own cache folder."""
+    compile_cached = functools.partial(
+        cfunc,
+        types.void(types.CPointer(types.int64)),
+        error_model="numpy",
+        boundscheck=False,
+        fastmath=set(fastmath),
+    )
+    try:
+        compiled = compile_cached(cache=True)(function)
+    except RuntimeError:  # none of them can be written
+        compiled = compile_cached()(function)
+    call = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(compiled.address)
+    call.compiled = compiled  # type: ignore[attr-defined]  # or its code would be freed
+    return call
+
+
+@njit(error_model="numpy")
+def tile_place(number, tiles, high, is_apart):  # type: ignore[no-untyped-def]
+    """How many rows the tile of that number has, how many the tiles before it, and its first row.
+
+    What is left after `tiles` of `high` rows are tiles of one. The rows of a tile may lie apart, so
+    that each is followed in memory by the next tile's: the processor guesses what comes next where
+    it comes one by one, and short rows are then read half as fast again.
+    """
+    if number >= tiles:
+        done = number + tiles * (high - 1)
+        return 1, done, done
+    return high, number * high, number if is_apart else number * high
+
+
+@functools.cache
+def product(kind: str, isa: str, swiglu: bool) -> Callable[[int], None]:
+    """x times each matrix, (n, all their rows); or, of two, silu(first) * second.
+
+    The second then needs a place of its own: out has 2 * n rows.
+    """
+    version = VERSION
+    bits = {"float32": 32, "bfloat16": 16, "int8": 8, "int4": 4}[kind]
+    high = tile_rows(kind)
+
+    def task(address):  # type: ignore[no-untyped-def]
+        version  # noqa: B018
+        job = carray(address, LENGTH)
+        n, k, total, chunk = job[N], job[K], job[TOTAL], job[CHUNK]
+        x, steps, out_step = job[X], job[STEPS], 4 * total
+        width = k * bits // 8  # bytes of a row of weights, and of its scales
+        scale_width = 2 * k // GROUP if kind == "int4" else 4
+        # The few rows of a decode step pass by with all of each row of weights; of many rows of
+        # floats, as much at a time as stays in a core's caches.
+        depth = k if bits <= 8 or n <= FEW else min(k, DEPTH)
+        block = max(4, IN_CACHE // depth & ~3)
+        # Tiles that four rows of x pass one after the other.
+        band = 1 if bits <= 8 else chunk if depth < k else BAND
+        sums = np.empty(chunk * block * LANES if depth < k else 0, np.float32)
+        while True:
+            begin = take(address) * chunk
+            end = min(begin + chunk, total)
+            if begin >= total:
+                break
+            before = 0  # rows of the matrices before this one
+            for matrix in range(job[MATRICES]):
+                place = FIRST + 3 * matrix
+                rows, weights, scales = job[place], job[place + 1], job[place + 2]
+                out = job[OUT] + 4 * before
+                if swiglu:
+                    out = job[OUT] + 4 * matrix * n * total
+                start, stop = max(begin - before, 0), min(end - before, rows)
+                tiles = max(stop - start, 0) // high
+                all_tiles = max(stop - start, 0) - tiles * (high - 1)  # with those of one row
+                for first in range(0, n, block):
+                    last = min(first + block, n)
+                    for deep in range(0, k, depth):
+                        deepest = min(deep + depth, k)
+                        for top in range(0, all_tiles, band):
+                            i = first
+                            while i < last:
+                                count = 4 if i + 4 <= last else 2 if i + 2 <= last else 1
+                                for number in range(top, min(top + band, all_tiles)):
+                                    taken, done, row = tile_place(number, tiles, high, bits > 8)
+                                    row += start
+                                    part = done * (last - first) + taken * (i - first)
+                                    tile(
+                                        kind, isa, taken, count, i, k, deep, deepest, x, steps,
+                                        weights + row * width, tiles, scales + row * scale_width,
+                                        out + 4 * row, out_step, sums.ctypes.data + 32 * part,
+                                    )  # fmt: skip
+                                i += count
+                if not swiglu:
+                    before += rows
+            if swiglu:
+                both = carray(pointer(job[OUT], np.float32), (2, n, total))
+                for r in range(n):
+                    for i in range(begin, end):
+                        gate = both[0, r, i]
+                        both[0, r, i] = gate / (np.float32(1) + exp(-gate)) * both[1, r, i]
+
+    return compile_task(task)
+
+
+@njit(error_model="numpy")
+def step_of(bits):  # type: ignore[no-untyped-def]
+    """The largest / 127 of float32 numbers, from their bits as int32.
+
+    NaN and infinity are larger than any number, also as bits: then the step is not finite.
+    """
+    most = np.int32(0)
+    for i in range(len(bits)):
+        most = max(most, np.int32(bits[i] & np.int32(0x7FFFFFFF)))
+    largest = np.int32(most)  # numba views only what is assigned once
+    return largest.view(np.float32) / np.float32(127)
+
+
+@functools.cache
+def to_bytes() -> Callable[[int], None]:
+    """Round each group of 32 activations to steps of its largest / 127.
+
+    Beside each step goes what a stored offset of the weights adds to a product with them.
+    """
+    version = VERSION
+
+    def task(address):  # type: ignore[no-untyped-def]
+        version  # noqa: B018
+        job = carray(address, LENGTH)
+        groups = job[N] * job[K] // GROUP
+        shape = (groups, GROUP)
+        x = carray(pointer(job[X], np.float32), shape)
+        bits = carray(pointer(job[X], np.int32), shape)
+        quantized = carray(pointer(job[OUT], np.int8), shape)
+        steps = carray(pointer(job[STEPS], np.float32), (groups, 2))
+        offsets = carray(pointer(job[STEPS], np.int32), (groups, 2))
+        while True:
+            begin = take(address) * GROUPS
+            if begin >= groups:
+                break
+            for group in range(begin, min(begin + GROUPS, groups)):
+                step = step_of(bits[group])
+                inverse = np.float32(0)
+                if step > np.float32(1e-35):
+                    inverse = np.float32(1) / step
+                total = np.int32(0)
+                for i in range(GROUP):
+                    rounded = np.int32(np.rint(x[group, i] * inverse))
+                    quantized[group, i] = np.int8(rounded)
+                    total += np.int32(quantized[group, i])
+                steps[group, 0] = step
+                offsets[group, 1] = np.int32(OFFSET) * total
+
+    return compile_task(task)

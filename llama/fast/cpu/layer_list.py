@@ -1,0 +1,204 @@
+"""All layers of a model for some tokens, as one list of compiled tasks on the CPU."""
+
+import threading
+from collections.abc import Sequence
+from typing import cast
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from fairscale.nn.model_parallel.layers import VocabParallelEmbedding
+from torch import Tensor
+
+from llama.cache import KVCache
+from llama.errors import GenerationError
+from llama.fast.cpu.kernels import layer_ops, matmul, pool
+from llama.fast.cpu.kernels.exchange import Exchange
+from llama.fast.cpu.kernels.product import Product
+from llama.fast.cpu.kernels.task_list import Task, TaskList
+from llama.fast.quantize import GROUP
+from llama.model import RMSNorm, Transformer, TransformerBlock
+
+
+class Step:
+    """What lies between the embedding and the output matrix, for up to `most` tokens at a time.
+
+    Made once for a model; it holds the weights' addresses, the results on the way and the list.
+
+    layers: each one's products: queries, keys and values, wo, gate and up with SwiGLU, and down.
+    exchange: where the ranks add up theirs.
+    """
+
+    def __init__(
+        self,
+        model: Transformer,
+        layers: Sequence[Sequence[Product]],
+        exchange: Exchange,
+        most: int,
+    ) -> None:
+        blocks = [cast(TransformerBlock, block) for block in model.layers]
+        attention = blocks[0].attention
+        self.model = model
+        self.most = most
+        self._exchange = exchange
+        self._kv_heads, self._head_dim = attention.n_local_kv_heads, attention.head_dim
+        heads, dim = attention.n_local_heads, model.params.dim
+        products = [product for layer in layers for product in layer]
+        widest = max(product.features for product in products)
+
+        self._h = torch.empty(most, dim)
+        self._normed = torch.empty(most, dim)
+        self._rounded = torch.empty(most, widest, dtype=torch.int8)
+        self._steps = torch.empty(most, widest // GROUP, 2)
+        self._qkv = torch.empty(most, layers[0][0].rows)
+        self._scores = torch.empty(most, heads, layer_ops.BLOCK + layer_ops.STATS)
+        self._heads = torch.empty(most, heads * self._head_dim)
+        self._hidden = torch.empty(2 * most, layers[0][-1].features)
+        self._delta = torch.empty(most, dim)
+        self._rotations = torch.view_as_real(model.rope_table(model.device))
+        self._weights: list[Tensor] = []  # of the norms
+        self._starts = np.zeros(most, np.int64)
+        self._cache = np.zeros(layer_ops.CACHE_LENGTH, np.int64)
+        self._cache[layer_ops.STARTS] = self._starts.ctypes.data
+
+        self._tasks: list[Task] = []
+        self._jobs: list[list[int]] = []
+        # Of products, by their places in the list: what they multiply, and where it goes.
+        self._products: dict[int, tuple[Product, Tensor, Tensor]] = {}
+        cuts = []  # where the ranks add up what each has
+        for number, (block, layer) in enumerate(zip(blocks, layers, strict=True)):
+            qkv, wo, gate_and_up, down = layer
+            self._add_norm(block.attention_norm, is_first=number == 0)
+            self._add_product(qkv, self._normed, self._qkv)
+            self._add_attention(number)
+            self._add_product(wo, self._heads, self._delta)
+            cuts.append(len(self._tasks))
+            self._add_norm(block.ffn_norm)
+            self._add_product(gate_and_up, self._normed, self._hidden)
+            self._add_product(down, self._hidden, self._delta)
+            cuts.append(len(self._tasks))
+        self._add_norm(model.norm)
+        self._list = TaskList(self._tasks, self._jobs)
+        self._cuts = [] if exchange.is_alone else cuts
+        is_bfloat16 = layers[0][0].kind == "bfloat16"
+        self._uses_onednn = is_bfloat16 and matmul.may_use_onednn()
+        self._n_threads = pool.threads()
+        self._lock = threading.Lock()  # there is one place for the results
+
+    def _add(self, task: Task, fields: dict[int, int]) -> None:
+        self._tasks.append(task)
+        self._jobs.append([fields.get(i, 0) for i in range(max(fields) + 1)])
+
+    def _add_norm(self, norm: RMSNorm, is_first: bool = False) -> None:
+        weight = norm.weight.detach().float()
+        self._weights.append(weight)
+        fields = {
+            layer_ops.DIM: weight.numel(),
+            layer_ops.H: self._h.data_ptr(),
+            layer_ops.DELTA: 0 if is_first else self._delta.data_ptr(),
+            layer_ops.WEIGHT: weight.data_ptr(),
+            layer_ops.EPS: int(np.float32(norm.eps).view(np.int32)),
+            layer_ops.OUT: self._normed.data_ptr(),
+        }
+        self._add(layer_ops.add_and_norm(), fields)
+
+    def _add_product(self, product: Product, x: Tensor, out: Tensor) -> None:
+        fields = dict(enumerate(product.job)) | {matmul.X: x.data_ptr()}
+        if product.to_bytes is not None:
+            rounded = {matmul.STEPS: self._steps.data_ptr(), matmul.OUT: self._rounded.data_ptr()}
+            self._add(product.to_bytes, fields | rounded)
+            fields |= {matmul.STEPS: self._steps.data_ptr(), matmul.X: self._rounded.data_ptr()}
+        fields |= {matmul.CHUNK: product.chunk(), matmul.OUT: out.data_ptr()}
+        self._products[len(self._tasks)] = product, x, out
+        self._add(product.task, fields)
+
+    def _add_attention(self, layer: int) -> None:
+        fields = {
+            layer_ops.LAYER: layer,
+            layer_ops.GROUP: self._scores.shape[1] // self._kv_heads,
+            layer_ops.KV_HEADS: self._kv_heads,
+            layer_ops.HEAD_DIM: self._head_dim,
+            layer_ops.QKV: self._qkv.data_ptr(),
+            layer_ops.ROTATIONS: self._rotations.data_ptr(),
+            layer_ops.CACHE: self._cache.ctypes.data,
+            layer_ops.SCORES: self._scores.data_ptr(),
+            layer_ops.HEADS: self._heads.data_ptr(),
+        }
+        self._add(layer_ops.store(), fields)
+        self._add(layer_ops.attend(self._head_dim), fields)
+
+    def __call__(self, tokens: Tensor, start_pos: int | Tensor, cache: KVCache) -> Tensor:
+        """Ids (B, S), at most `most` -> float32 (B, S, D); see `Transformer.features`.
+
+        Row r of the cache takes the keys and values of row r. Raises GenerationError for what is
+        not in the vocabulary or does not fit the cache.
+        """
+        n, (bsz, seqlen) = tokens.numel(), tokens.shape
+        starts = [start_pos] * bsz if isinstance(start_pos, int) else start_pos.tolist()
+        self._check(tokens.flatten().tolist(), starts, seqlen, cache)
+        out = torch.empty(bsz, seqlen, self._h.shape[1])
+        with self._lock:
+            self._starts[:bsz] = starts
+            self._point_to(cache, seqlen)
+            self._embed(tokens.flatten())
+            jobs = self._list.jobs
+            jobs[:, layer_ops.N] = n
+            jobs[-1, layer_ops.OUT] = out.data_ptr()
+            if self._n_threads != pool.threads():
+                self._n_threads = pool.threads()
+                for place, (product, _, _) in self._products.items():
+                    jobs[place, matmul.CHUNK] = product.chunk()
+            first = 0
+            for cut in [*self._cuts, len(jobs)]:
+                self._run(first, cut, n)
+                if cut < len(jobs):
+                    self._exchange.sum(self._delta[:n])
+                first = cut
+        return out
+
+    def _run(self, first: int, last: int, n: int) -> None:
+        """The tasks from `first` to before `last`; some products of many tokens by PyTorch."""
+        if self._uses_onednn and n > matmul.FEW:
+            for place in [place for place in self._products if first <= place < last]:
+                self._list.run(first, place)
+                product, x, out = self._products[place]
+                product.by_library(x[:n], out[:n])
+                first = place + 1
+        self._list.run(first, last)
+
+    def _embed(self, tokens: Tensor) -> None:
+        """Ids (n) -> the first n rows of h."""
+        embedding, h = self.model.tok_embeddings, self._h[: len(tokens)]
+        is_of_words = isinstance(embedding, VocabParallelEmbedding)
+        if self._exchange.is_alone or not is_of_words:  # each rank has some of the features
+            h.copy_(self._exchange.join(F.embedding(tokens, embedding.weight).float()))
+            return
+        first = embedding.vocab_start_index
+        is_here = (first <= tokens) & (tokens < embedding.vocab_end_index)
+        embedded = F.embedding((tokens - first) * is_here, embedding.weight)
+        h.copy_(embedded.masked_fill(~is_here[:, None], 0))
+        self._exchange.sum(h)
+
+    def _point_to(self, cache: KVCache, seqlen: int) -> None:
+        self._cache[layer_ops.SEQLEN] = seqlen
+        self._cache[layer_ops.TO_LAYER : layer_ops.KEYS] = cache.k.stride()[:3]
+        held = (cache.k, cache.v, cache.k_scale, cache.v_scale)
+        self._cache[layer_ops.KEYS :] = [0 if t is None else t.data_ptr() for t in held]
+
+    def _check(self, ids: list[int], starts: list[int], seqlen: int, cache: KVCache) -> None:
+        """The tasks look at no limits: they would write anywhere."""
+        vocab_size = self.model.vocab_size
+        if len(starts) > cache.max_batch_size:
+            raise GenerationError(
+                f"a batch of {len(starts)} rows, but the KV cache has {cache.max_batch_size}"
+            )
+        if min(ids) < 0 or max(ids) >= vocab_size:
+            raise GenerationError(
+                f"token ids from {min(ids)} to {max(ids)}, but vocab_size is {vocab_size}"
+            )
+        positions = min(cache.max_seq_len, len(self._rotations))
+        if min(starts) < 0 or max(starts) + seqlen > positions:
+            raise GenerationError(
+                f"tokens at positions {min(starts)} to {max(starts) + seqlen - 1}, but the limit "
+                f"is {positions}"
+            )

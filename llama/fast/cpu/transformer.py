@@ -1,0 +1,93 @@
+"""The same network for speed on a CPU, in compiled code, with the weights as they are or quantized.
+
+Activations and cache are float32 whatever the weights are: a CPU gains nothing from rounding them
+in between.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llama import parallel
+from llama.cache import KVCache
+from llama.fast.cpu.kernels.product import Product, Weight
+from llama.fast.quantize import QUANTIZERS, Width, set_quantized
+from llama.model import Transformer
+
+MOST = 512  # tokens computed at once
+
+
+class FastTransformer:
+    """A `Transformer` on the CPU with other products; for inference, the engine calls it alike.
+
+    quantize: round to eight or four bits what matrices `checkpoint.load` has not rounded.
+    Raises ConfigError where the kernels cannot take the weights, or numba is not installed.
+    """
+
+    def __init__(self, model: Transformer, quantize: Width | None = None) -> None:
+        from llama.fast.cpu.kernels.exchange import Exchange
+        from llama.fast.cpu.layer_list import Step
+
+        self.model = model
+        self.params = model.params
+        self.vocab_size = model.vocab_size
+        self.device = model.device
+        self.output = _product([model.output], quantize)
+        self.products = [_products(block, quantize) for block in model.layers]
+        self.exchange = Exchange(widest=self.output.rows)
+        self.step = Step(model, self.products, self.exchange, MOST)
+
+    def make_cache(
+        self, max_batch_size: int, max_seq_len: int, dtype: torch.dtype | None = None
+    ) -> KVCache:
+        return self.model.make_cache(max_batch_size, max_seq_len, dtype or torch.float32)
+
+    def features(self, tokens: Tensor, start_pos: int | Tensor, cache: KVCache) -> Tensor:
+        """Ids (B, S) -> float32 (B, S, D); see `Transformer.features`. The features of a token do
+        not depend, to the last bit, on which tokens are computed beside it."""
+        bsz, seqlen = tokens.shape
+        out = torch.empty(bsz, seqlen, self.params.dim)
+        starts = torch.as_tensor(start_pos).expand(bsz)
+        for row in range(0, bsz, MOST):
+            rows = slice(row, min(row + MOST, bsz))
+            part = cache.part(row, rows.stop - row, cache.max_seq_len)
+            width = max(1, MOST // part.max_batch_size)
+            for column in range(0, seqlen, width):
+                columns = slice(column, column + width)
+                out[rows, columns] = self.step(tokens[rows, columns], starts[rows] + column, part)
+        return out
+
+    def logits(self, features: Tensor) -> Tensor:
+        """(…, D) -> float32 (…, V), those of all ranks."""
+        rows = self.output(features.flatten(0, -2))
+        size = self.vocab_size // parallel.mp_size()
+        rows = rows[:, :size]  # what fills up eights is no token
+        return self.exchange.join(rows).unflatten(0, features.shape[:-1])
+
+
+def _products(block: Any, quantize: Width | None) -> list[Product]:
+    """A TransformerBlock's seven matrices, to be read in four passes."""
+    attention, feed_forward = block.attention, block.feed_forward
+    return [
+        _product([attention.wq, attention.wk, attention.wv], quantize),
+        _product([attention.wo], quantize),
+        _product([feed_forward.w1, feed_forward.w3], quantize, swiglu=True),
+        _product([feed_forward.w2], quantize),
+    ]
+
+
+def _product(
+    layers: list[Any],  # fairscale's, which have no types
+    quantize: Width | None,
+    swiglu: bool = False,
+) -> Product:
+    """Of the weights of one or several linear layers with the same input."""
+    for layer in layers:
+        if quantize is not None and isinstance(layer.weight, Tensor):
+            set_quantized(layer, QUANTIZERS[quantize](layer.weight.detach()))
+    weights: list[Weight] = [
+        layer.weight.detach() if isinstance(layer.weight, Tensor) else layer.weight
+        for layer in layers
+    ]
+    return Product(*weights, swiglu=swiglu)

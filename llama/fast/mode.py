@@ -1,0 +1,87 @@
+"""Fast mode: which combinations of mode, width, device and dtype can run."""
+
+from typing import Literal, get_args
+
+import torch
+
+from llama.config import ModelArgs
+from llama.errors import ConfigError
+from llama.fast.cpu.kernels.product import FLOATS, has_vnni, is_installed
+from llama.fast.quantize import Width
+
+# "reference": one prompt alone gets exactly what Meta's code computes. "fast": the last bits may
+# differ, since prompts are cut into pieces, what the cache holds is reused, and on the CPU the
+# products are those of this file.
+Mode = Literal["reference", "fast"]
+CacheWidth = Literal["int8"]
+
+
+def check_mode(
+    mode: Mode, quantize: Width | None, device: torch.device, dtype: torch.dtype
+) -> bool:
+    """Whether the mode means a `FastTransformer` here, which is for CPUs. Raises ConfigError for an
+    unknown mode or width, or where quantizing needs more."""
+    if mode not in get_args(Mode):
+        raise ConfigError(f"mode is {mode!r}: {' or '.join(get_args(Mode))}")
+    if quantize not in (None, *get_args(Width)):
+        raise ConfigError(f"quantize is {quantize!r}: {' or '.join(get_args(Width))}")
+    can = device.type == "cpu" and dtype in FLOATS and is_installed()
+    if quantize is not None and (mode != "fast" or device.type not in ("cpu", "cuda")):
+        raise ConfigError("quantized weights are for mode fast on the CPU or a CUDA GPU")
+    if quantize == "fp8" and not has_fp8(device):
+        raise ConfigError(f"quantize is 'fp8': {device} has no products of that, only newer GPUs")
+    if quantize is not None and device.type == "cpu" and not is_installed():
+        raise ConfigError("quantized weights need numba: pip install 'llama-reference[fast]'")
+    return mode == "fast" and (can or (quantize is not None and device.type == "cpu"))
+
+
+def drawback(
+    mode: Mode, quantize: Width | None, device: torch.device, dtype: torch.dtype
+) -> str | None:
+    """Why fast mode is slower here than elsewhere, for a log."""
+    if mode != "fast" or device.type != "cpu":
+        return None
+    if not is_installed():
+        return "fast mode without numba is slower: pip install 'llama-reference[fast]'"
+    if dtype not in FLOATS:
+        return f"fast mode has kernels for float32 and bfloat16: with {dtype} it is slower"
+    if quantize is not None and not has_vnni():
+        return f"without VNNI instructions fast mode is slower in {quantize}"
+    return None
+
+
+def has_fp8(device: torch.device) -> bool:
+    """Whether it is a GPU that widens e4m3 by itself, from Ada and Hopper on."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9)
+
+
+def cache_dtype(mode: Mode, kv_cache: CacheWidth | None) -> torch.dtype | None:
+    """The cache's where one is asked for. Raises ConfigError where it cannot be had."""
+    if kv_cache not in (None, *get_args(CacheWidth)):
+        raise ConfigError(f"kv_cache is {kv_cache!r}: {' or '.join(get_args(CacheWidth))}")
+    if kv_cache is not None and mode != "fast":
+        raise ConfigError(f"a KV cache in {kv_cache} is for mode fast")
+    return None if kv_cache is None else torch.int8
+
+
+def check_proposing(mode: str, drafts: bool, lookup: bool) -> None:
+    """Raise ConfigError where tokens cannot be proposed as `Llama.build` was told."""
+    if (drafts or lookup) and mode != "fast":
+        raise ConfigError(f"draft and lookup are for mode fast, but mode is {mode}")
+    if drafts and lookup:
+        raise ConfigError("draft and lookup exclude each other: give one of them")
+
+
+def check_draft(draft: ModelArgs, vocab_size: int, max_seq_len: int) -> None:
+    """Raise ConfigError where a model of this shape cannot draft for one with that vocabulary, in
+    texts of up to that length."""
+    if draft.vocab_size != vocab_size:
+        raise ConfigError(
+            f"the draft model's vocab_size is {draft.vocab_size}, the model's {vocab_size}: they "
+            "must have the same vocabulary"
+        )
+    if draft.max_seq_len < max_seq_len:
+        raise ConfigError(
+            f"the draft model's max_seq_len is {draft.max_seq_len}: it must be {max_seq_len}, the "
+            "model's, or above"
+        )

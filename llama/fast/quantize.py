@@ -1,0 +1,217 @@
+"""Weights in eight and four bits: the formats, how they are made, and what they stand for.
+
+Only matrices (N, K) are quantized. A product reads eight rows at once, so that its sums lie in the
+eight lanes of a vector: the rows are stored interleaved by eights, and N is rounded up to one with
+rows of zeros. Dettmers & Zettlemoyer 2023, arxiv.org/abs/2212.09720, compare widths and groups.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Literal, NamedTuple, Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from llama.errors import ConfigError
+
+LANES = 8  # rows that are interleaved
+QUAD = 4  # neighbours of a row that stay together: 32 bytes are eight rows' quads
+GROUP = 32  # weights of a row that share a scale of four-bit weights
+OFFSET = 8  # four bits are stored as 0 to 15 and mean -8 to 7
+LAYOUT = 1  # of the tensors below, in files too: another one gets another number
+CUT = (LANES, GROUP)  # rows and columns that stay together where a weight is cut
+# Weights quantized at once: the copies made on the way stay small, and in caches. With larger ones
+# the heap is left with holes between the int8 weights, a third of their size.
+INT8_BLOCK, INT4_BLOCK = 1 << 16, 1 << 20
+
+
+class Int8Weight(NamedTuple):
+    """Row 8 * i + r of the matrix is values[i, :, r] * scale[8 * i + r]."""
+
+    values: Tensor  # int8 (N / 8, K / 4, 8, 4), -127 to 127
+    scale: Tensor  # float32 (N,)
+
+    @classmethod
+    def empty(cls, shape: Sequence[int], device: torch.device) -> Self:
+        eights, quads = -(-shape[0] // LANES), shape[1] // QUAD
+        values = torch.empty(eights, quads, LANES, QUAD, dtype=torch.int8, device=device)
+        return cls(values, torch.empty(eights * LANES, device=device))
+
+    @property
+    def shape(self) -> torch.Size:
+        eights, quads, *_ = self.values.shape
+        return torch.Size((eights * LANES, quads * QUAD))
+
+
+class Int4Weight(NamedTuple):
+    """Weight 32 * g + j of row 8 * i + r is (its four bits - 8) * scales[i, g, r].
+
+    Of the four bits, the low ones of a byte are the first half of a group: those of j < 16 are in
+    byte 32 * (j // 4) + 4 * r + j % 4, and those of j + 16 in its high half.
+    """
+
+    packed: Tensor  # uint8 (N / 8, K / 32, 128)
+    scales: Tensor  # bfloat16 (N / 8, K / 32, 8)
+
+    @classmethod
+    def empty(cls, shape: Sequence[int], device: torch.device) -> Self:
+        size = -(-shape[0] // LANES), shape[1] // GROUP
+        packed = torch.empty(*size, LANES * GROUP // 2, dtype=torch.uint8, device=device)
+        return cls(packed, torch.empty(*size, LANES, dtype=torch.bfloat16, device=device))
+
+    @property
+    def shape(self) -> torch.Size:
+        eights, groups, _ = self.packed.shape
+        return torch.Size((eights * LANES, groups * GROUP))
+
+
+Quantized = Int8Weight | Int4Weight
+
+
+def quantize_int8(w: Tensor, largest: Tensor | None = None) -> Int8Weight:
+    """Round each row of w, (N, K), to 255 steps; the row's largest weight is ±127.
+
+    largest: (N,) the absolute value of each row's largest, where w is some of its columns.
+    Raises ConfigError where w is not a matrix of finite numbers or K is not a multiple of 32.
+    """
+    _check(w)
+    values, flat = weight = Int8Weight.empty(w.shape, w.device)
+    scale = flat.view(-1, LANES)
+    if largest is not None:
+        largest = F.pad(largest.float(), (0, -len(w) % LANES)).view_as(scale)
+    for block, rows in _blocks(w, INT8_BLOCK):  # (n, 8, K)
+        most = rows.abs().amax(-1) if largest is None else largest[block]
+        scale[block] = most.clamp(min=torch.finfo(torch.float32).tiny) / 127
+        steps = (rows / scale[block, :, None]).round_().clamp_(-127, 127)
+        values[block] = steps.unflatten(-1, (-1, QUAD)).transpose(1, 2)
+    _check_finite(scale)
+    return weight
+
+
+def quantize_int4(w: Tensor) -> Int4Weight:
+    """Round each group of 32 in the rows of w, (N, K), to sixteen steps.
+
+    A group's scale is the one of two that loses less in squares.
+    Raises ConfigError where w is not a matrix of finite numbers or K is not a multiple of 32.
+    """
+    _check(w)
+    packed, scales = weight = Int4Weight.empty(w.shape, w.device)
+    for block, rows in _blocks(w, INT4_BLOCK):  # (n, 8, K)
+        split = rows.unflatten(-1, (-1, GROUP))
+        scale = _best_scale(split)
+        bits = (_steps(split, scale) + OFFSET).to(torch.uint8)
+        # (n, r, g, half, quad, 4) -> (half, n, g, quad, r, 4)
+        low, high = bits.unflatten(-1, (2, -1, QUAD)).permute(3, 0, 2, 4, 1, 5)
+        packed[block] = (low | high << 4).flatten(2)
+        scales[block] = scale.transpose(1, 2)
+    _check_finite(scales)
+    return weight
+
+
+def dequantize(weight: Quantized) -> Tensor:
+    """The matrix that is stood for: float32 (N, K)."""
+    if isinstance(weight, Int8Weight):
+        return weight.values.transpose(1, 2).flatten(2).flatten(0, 1) * weight.scale[:, None]
+    quads = weight.packed.unflatten(2, (-1, LANES, QUAD))  # (N / 8, K / 32, quad, r, 4)
+    bits = torch.stack((quads & 15, quads >> 4), 2)  # (…, K / 32, half, quad, r, 4)
+    steps = bits.permute(0, 4, 1, 2, 3, 5).flatten(3) - float(OFFSET)  # (N / 8, r, K / 32, 32)
+    return (steps * weight.scales.transpose(1, 2).float()[..., None]).flatten(2).flatten(0, 1)
+
+
+def _steps(groups: Tensor, scale: Tensor) -> Tensor:
+    """Whole steps of the scale, -8 to 7; where the scale is 0, so is the group."""
+    scale = torch.where(scale == 0, 1, scale.float())[..., None]
+    return (groups / scale).round_().clamp_(-8, 7)
+
+
+def _best_scale(groups: Tensor) -> Tensor:
+    """The better scale of each group (..., 32), as stored: the largest weight, whatever its sign,
+    falls on -8, the side with a step more, or on -7, with finer steps for the other 31."""
+    least, most = groups.amin(-1), groups.amax(-1)
+    largest = torch.where(-least > most, least, most)
+    scales = [(largest / steps).bfloat16() for steps in (-8, -7)]
+    losses = []
+    for scale in scales:
+        rounded = _steps(groups, scale).mul_(scale.float()[..., None])
+        losses.append(rounded.sub_(groups).square_().sum(-1))
+    return torch.where(losses[1] < losses[0], scales[1], scales[0])
+
+
+def _blocks(w: Tensor, weights: int) -> Iterator[tuple[slice, Tensor]]:
+    """Some eights of rows after the other: which, and their weights, float32 (n, 8, K)."""
+    size = max(1, weights // (LANES * w.shape[1]))
+    for start in range(0, -(-len(w) // LANES), size):
+        rows = w[start * LANES : (start + size) * LANES].float()
+        rows = F.pad(rows, (0, 0, 0, -len(rows) % LANES))
+        yield slice(start, start + size), rows.unflatten(0, (-1, LANES))
+
+
+def _check(w: Tensor) -> None:
+    if w.dim() != 2 or not w.is_floating_point():
+        raise ConfigError(f"a matrix of floats can be quantized, not {w.dtype} {tuple(w.shape)}")
+    if w.shape[1] == 0 or w.shape[1] % GROUP:
+        raise ConfigError(f"a row of {w.shape[1]} weights cannot be quantized: {GROUP} go together")
+
+
+def _check_finite(scale: Tensor) -> None:
+    if not scale.isfinite().all():
+        raise ConfigError("a matrix with weights that are not finite cannot be quantized")
+
+
+# ---- parts ------------------------------------------------------------------------------------
+# The first dimension of every tensor goes along the rows, the second, where there is one, along
+# the columns.
+
+
+def narrow(weight: Quantized, dim: int, start: int, length: int) -> Quantized:
+    """Some rows (dim 0) or columns (1), as views; `Tensor.narrow`.
+
+    Raises ConfigError where that would cut through what is stored together.
+    """
+    if start % CUT[dim] or length % CUT[dim]:
+        what = ("rows", "columns")[dim]
+        raise ConfigError(
+            f"quantized, {length} {what} from {start} on cannot be cut out: {CUT[dim]} go together"
+        )
+
+    def part(tensor: Tensor) -> Tensor:
+        if dim >= tensor.dim():
+            return tensor
+        step = weight.shape[dim] // tensor.shape[dim]
+        return tensor.narrow(dim, start // step, length // step)
+
+    return type(weight)(*map(part, weight))
+
+
+def join(parts: Sequence[Quantized], dim: int) -> Quantized:
+    """One weight of parts along its rows (dim 0) or columns (1), contiguous; a single part that
+    is so stays where it is. What parts of columns have in common, a row's scale, is the first's."""
+
+    def joined(tensors: tuple[Tensor, ...]) -> Tensor:
+        if len(tensors) == 1 or dim >= tensors[0].dim():
+            return tensors[0].contiguous()
+        return torch.cat(tensors, dim)
+
+    return type(parts[0])(*map(joined, zip(*parts, strict=True)))
+
+
+Width = Literal["int8", "int4", "fp8"]
+# Of a CPU, and of folders; a GPU has `device_weights`.
+QUANTIZERS: dict[str, Callable[[Tensor], Quantized]] = {
+    "int8": quantize_int8,
+    "int4": quantize_int4,
+}
+KINDS: dict[str, type[Quantized]] = {"int8": Int8Weight, "int4": Int4Weight}
+# Of a weight, with its share of the scales.
+BYTES = {"int8": 1.0, "int4": 0.5 + 2 / GROUP, "fp8": 1.0}
+
+
+def is_quantized(name: str) -> bool:
+    """Whether a tensor of that state-dict name is a matrix that `quantize` rounds."""
+    return "norm" not in name and not name.startswith("tok_embeddings")
+
+
+def set_quantized(layer: nn.Module, weight: Quantized) -> None:
+    """Give a linear layer this in place of the parameter `weight`, for a FastTransformer."""
+    del layer.weight
+    layer.weight = weight  # type: ignore[assignment]

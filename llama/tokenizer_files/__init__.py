@@ -1,0 +1,1 @@
+"""Vocabulary files: Meta's tokenizer.model and Hugging Face's tokenizer.json."""

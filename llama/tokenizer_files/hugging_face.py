@@ -1,0 +1,330 @@
+"""Hugging Face's `tokenizer.json` of the two vocabularies that Llama has.
+
+Llama 3's is byte-level BPE: its tokens are turned into tiktoken's ranks, where they stand for the
+same merges. Llama 2's is BPE with byte fallback on text whose blanks are "▁": the `tokenizers`
+library (extra `[hf]`) encodes it as the file says. Any other is refused.
+"""
+
+import json
+import re
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from llama.errors import ConfigError, TokenizerError
+from llama.files import read_json
+from llama.tokenizer_files.meta import WORD_PATTERN, PieceStream, Tiktoken, encode_around
+
+
+class _Content(NamedTuple):
+    """What a file holds, with its form checked."""
+
+    file: dict[str, Any]
+    model: dict[str, Any]
+    vocab: dict[str, int]  # without the added tokens
+    merges: list[tuple[str, str]]
+    special: dict[str, int]  # the added tokens, in the order of their ids
+    always: set[str]  # those of them that plain text becomes, too
+    bos: str
+    eos: str
+
+
+def open_json(path: Path, data: bytes) -> "Tiktoken | ByteFallback":
+    """The backend for a `tokenizer.json` with this content.
+
+    Its bos and eos are Llama's, or else those of the `tokenizer_config.json` beside it.
+    Raises TokenizerError for a file that is damaged or of another kind.
+    """
+    try:
+        content = _read(path, data)
+        if content.model.get("byte_fallback"):
+            return ByteFallback(content)
+        return _tiktoken(content)
+    except TokenizerError as error:
+        raise TokenizerError(f"{path}: {error}") from error
+
+
+# ---- the file --------------------------------------------------------------------------------
+
+
+def _read(path: Path, data: bytes) -> _Content:
+    try:
+        file = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise TokenizerError(f"not whole JSON: {error}") from error
+    model = file.get("model")
+    if not isinstance(model, dict):
+        raise TokenizerError("a tokenizer.json needs a model, and this has none")
+    if model.get("type", "BPE") != "BPE":
+        raise TokenizerError(f"a model of type {model['type']!r:.40}: Llama's is BPE")
+    if model.get("dropout"):
+        raise TokenizerError("the merges have dropout: the ids of a text would be random")
+    if model.get("continuing_subword_prefix") or model.get("end_of_word_suffix"):
+        raise TokenizerError("the tokens have marks for parts of words, which Llama's have not")
+    vocab = model.get("vocab")
+    if not isinstance(vocab, dict) or not vocab:
+        raise TokenizerError("the model has no vocab")
+    merges = model.get("merges")
+    if not isinstance(merges, list):
+        raise TokenizerError("the model has no list of merges")
+    added = file.get("added_tokens") or []
+    if not isinstance(added, list) or not all(isinstance(token, dict) for token in added):
+        raise TokenizerError("added_tokens is not a list of objects")
+    _check_ids([*vocab.items(), *((token.get("content"), token.get("id")) for token in added)])
+    special = {token["content"]: token["id"] for token in sorted(added, key=lambda t: t["id"])}
+    always = [token for token in added if not token.get("special")]
+    for token in always:
+        if any(token.get(flag) for flag in ("single_word", "lstrip", "rstrip")):
+            raise TokenizerError(
+                f"the added token {token['content']!r:.40} is not matched as it is"
+            )
+    return _Content(
+        file,
+        model,
+        {token: i for token, i in vocab.items() if token not in special},
+        [_pair(merge) for merge in merges],
+        special,
+        {token["content"] for token in always},
+        _name(path, special, "bos", ("<|begin_of_text|>", "<s>")),
+        _name(path, special, "eos", ("<|end_of_text|>", "</s>")),
+    )
+
+
+def _check_ids(tokens: list[tuple[Any, Any]]) -> None:
+    """Every token has one id, every id from 0 on one token."""
+    ids: dict[str, int] = {}
+    names: dict[int, str] = {}
+    for name, i in tokens:
+        if not isinstance(name, str) or not name or type(i) is not int:
+            raise TokenizerError(f"{name!r:.40} with id {i!r:.40} is no token")
+        if ids.setdefault(name, i) != i:
+            raise TokenizerError(f"the token {name!r:.40} has two ids, {ids[name]} and {i}")
+        if names.setdefault(i, name) != name:
+            raise TokenizerError(f"the id {i} has two tokens, {names[i]!r:.40} and {name!r:.40}")
+    try:
+        "".join(ids).encode()
+    except UnicodeEncodeError:
+        raise TokenizerError("a token has half a surrogate pair, which is no text") from None
+    if missing := set(range(len(names))) - names.keys():
+        raise TokenizerError(
+            f"{len(names)} tokens must have the ids 0 to {len(names) - 1}, "
+            f"but none has {min(missing)}"
+        )
+
+
+def _steps(file: dict[str, Any], key: str, steps: str) -> list[Any]:
+    """What a part of the file does in turn, where it is such a part."""
+    part = file.get(key)
+    found = part.get(steps) if isinstance(part, dict) else None
+    return found if isinstance(found, list) else []
+
+
+def _does(step: Any, wanted: dict[str, Any]) -> bool:
+    """Whether a step has these entries, whatever its others are."""
+    return isinstance(step, dict) and {key: step.get(key) for key in wanted} == wanted
+
+
+def _pair(merge: Any) -> tuple[str, str]:
+    parts = merge.split(" ") if isinstance(merge, str) else merge  # "a b" in older files
+    if not isinstance(parts, list) or [type(part) for part in parts] != [str, str]:
+        raise TokenizerError(f"the merge {merge!r:.40} is not of two tokens")
+    return parts[0], parts[1]
+
+
+def _name(path: Path, special: dict[str, int], which: str, llamas: tuple[str, ...]) -> str:
+    """The name of the bos or eos token."""
+    if name := next((name for name in llamas if name in special), None):
+        return name
+    try:
+        token = read_json(path.with_name("tokenizer_config.json")).get(f"{which}_token")
+    except ConfigError as error:
+        raise TokenizerError(f"no {which} token such as {llamas[0]}: {error}") from error
+    token = token.get("content") if isinstance(token, dict) else token
+    if not isinstance(token, str) or token not in special:
+        raise TokenizerError(f"no {which} token: neither {llamas[0]} nor {token!r:.40} is there")
+    return token
+
+
+# ---- Llama 3: byte-level BPE -----------------------------------------------------------------
+
+
+def _alphabet() -> dict[str, int]:
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    table = {chr(byte): byte for byte in printable}
+    table |= {chr(0x100 + i): byte for i, byte in enumerate(others)}
+    return table
+
+
+# The byte that each character of the `tokenizers` library's byte alphabet stands for: the printable
+# ones of Latin-1 for themselves, the others in order from U+0100 on.
+BYTE_OF_CHARACTER = _alphabet()
+
+_STEPS = (
+    {"type": "Split", "pattern": {"Regex": WORD_PATTERN}, "behavior": "Isolated", "invert": False},
+    {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False},
+)
+_LONGEST = 256  # characters of a token, twice Llama 3's longest: a bound on the work below
+
+
+def _tiktoken(content: _Content) -> Tiktoken:
+    """Raises TokenizerError where tiktoken would not give the ids that the file means."""
+    steps = _steps(content.file, "pre_tokenizer", "pretokenizers")
+    is_llama3 = (
+        content.file.get("normalizer") is None
+        and len(steps) == len(_STEPS)
+        and all(map(_does, steps, _STEPS))
+    )
+    if not is_llama3:
+        raise TokenizerError("neither the byte-level BPE of Llama 3 nor Llama 2's byte fallback")
+    try:
+        ranks = {
+            bytes(BYTE_OF_CHARACTER[character] for character in token): i
+            for token, i in content.vocab.items()
+        }
+    except KeyError as error:
+        raise TokenizerError(f"the character {error} stands for no byte") from None
+    if lacking := [byte for byte in range(256) if bytes([byte]) not in ranks]:
+        raise TokenizerError(f"no token for the single byte 0x{lacking[0]:02X}")
+    if long := next((token for token in content.vocab if len(token) > _LONGEST), None):
+        raise TokenizerError(f"the token {long!r:.40} is longer than {_LONGEST} bytes")
+    _check_merges(content.vocab, content.merges)
+    for name, other in pairwise(sorted(content.special)):
+        if other.startswith(name):  # tiktoken does not look for the longer one first
+            raise TokenizerError(f"the added token {name!r:.40} begins {other!r:.40}")
+    return Tiktoken(ranks, content.special, content.bos, content.eos, content.always)
+
+
+def _check_merges(vocab: dict[str, int], merges: list[tuple[str, str]]) -> None:
+    """Raise TokenizerError unless the list of merges says what the ids alone say to tiktoken.
+
+    tiktoken joins any neighbours that together are a token, lowest id first. So the list must have
+    this order, and hold every pair that can come up. Converted vocabularies list all pairs. Trained
+    ones list one for each token, and no other comes up if it is what is left of the token after all
+    merges to lower ids.
+    """
+    previous = 0
+    for left, right in merges:
+        if left not in vocab or right not in vocab or left + right not in vocab:
+            raise TokenizerError(f"the merge {left!r:.40} {right!r:.40} is not in the vocab")
+        if vocab[left + right] < previous:
+            raise TokenizerError(f"the merge {left!r:.40} {right!r:.40} is not in the ids' order")
+        previous = vocab[left + right]
+    known = set(merges)
+    for token, rank in vocab.items():
+        ways = ((token[:i], token[i:]) for i in range(1, len(token)))
+        lacks = any(a in vocab and b in vocab and (a, b) not in known for a, b in ways)
+        if lacks and tuple(_merge(token, vocab, rank)) not in known:
+            raise TokenizerError(f"the token {token!r:.40} has no merge that makes it")
+
+
+def _merge(token: str, vocab: dict[str, int], end: int) -> list[str]:
+    """The token's characters after all merges to ids below `end`."""
+    parts = list(token)
+    while True:
+        ranks = [vocab.get(a + b, end) for a, b in pairwise(parts)]
+        lowest = min(ranks, default=end)
+        if lowest >= end:
+            return parts
+        at = ranks.index(lowest)
+        parts[at : at + 2] = [parts[at] + parts[at + 1]]
+
+
+# ---- Llama 2: BPE with byte fallback ---------------------------------------------------------
+
+_BYTE_PIECE = re.compile(r"<0x([0-9A-F]{2})>")
+
+
+class ByteFallback:
+    """The library encodes; decoding is SentencePiece's, as for the `tokenizer.model`."""
+
+    is_llama_2 = True
+
+    def __init__(self, content: _Content):
+        try:
+            from tokenizers import Tokenizer as HuggingFaceTokenizer
+        except ImportError as error:
+            raise TokenizerError(
+                "a tokenizer.json of this kind needs the tokenizers library: "
+                "pip install 'llama-reference[hf]'"
+            ) from error
+        try:
+            self._bpe = HuggingFaceTokenizer.from_str(json.dumps(content.file))
+        except Exception as error:  # the library has no class of its own
+            raise TokenizerError(f"not a whole tokenizer: {str(error).splitlines()[0]}") from error
+        # Files keep these from the training that they were saved in.
+        self._bpe.no_truncation()
+        self._bpe.no_padding()
+        self._bpe.encode_special_tokens = True  # as plain text, that is
+        for name, i in content.special.items():
+            if self._bpe.token_to_id(name) != i:  # it numbers them anew where they are out of order
+                raise TokenizerError(f"the added token {name!r:.40} cannot have the id {i}")
+        self._drops_blank = _drops_blank(content.file)
+        self._pieces = _pieces(content)
+        self.special_tokens = content.special
+        self.n_words = len(self._pieces)
+        self.bos_id = content.special[content.bos]
+        self.eos_id = content.special[content.eos]
+        self.stop_tokens = [self.eos_id]
+
+    def encode(self, text: str, allowed: set[str]) -> list[int]:
+        return encode_around(text, allowed, self.special_tokens, self._encode)
+
+    def _encode(self, text: str) -> list[int]:
+        return self._bpe.encode(text, add_special_tokens=False).ids
+
+    def decode(self, ids: list[int]) -> str:
+        stream = self.stream()
+        return "".join(map(stream.push, ids)) + stream.flush()
+
+    def stream(self) -> "_ByteFallbackStream":
+        return _ByteFallbackStream(self._pieces, self._drops_blank)
+
+
+class _ByteFallbackStream(PieceStream):
+    def __init__(self, pieces: list[str | bytes], drops_blank: bool):
+        super().__init__()
+        self._pieces = pieces
+        self._drops_blank = drops_blank
+
+    def _byte(self, token_id: int) -> bytes:
+        piece = self._pieces[token_id]
+        return piece if isinstance(piece, bytes) else b""
+
+    def _text(self, token_id: int) -> str:
+        text = self._pieces[token_id]
+        assert isinstance(text, str)
+        if text and not self._started:
+            self._started = True
+            return text.removeprefix(" ") if self._drops_blank else text
+        return text
+
+
+def _pieces(content: _Content) -> list[str | bytes]:
+    """What each id decodes to: text, a byte, or "" for a special token."""
+    tokens = {i: token for token, i in (content.vocab | content.special).items()}
+    silent = content.special.keys() - content.always
+    pieces: list[str | bytes] = []
+    for _, token in sorted(tokens.items()):
+        if byte := _BYTE_PIECE.fullmatch(token):
+            pieces.append(bytes.fromhex(byte[1]))
+        else:
+            pieces.append("" if token in silent else token.replace("▁", " "))
+    if lacking := [byte for byte in range(256) if bytes([byte]) not in pieces]:
+        raise TokenizerError(f"no token for the single byte 0x{lacking[0]:02X}")
+    return pieces
+
+
+def _drops_blank(file: dict[str, Any]) -> bool:
+    """Whether the decoder drops the blank in front of a text; TokenizerError for one that is not
+    SentencePiece's."""
+    steps = _steps(file, "decoder", "decoders")
+    plain = [
+        {"type": "Replace", "pattern": {"String": "▁"}, "content": " "},
+        {"type": "ByteFallback"},
+        {"type": "Fuse"},
+    ]
+    strip = {"type": "Strip", "content": " ", "start": 1, "stop": 0}
+    if steps not in (plain, [*plain, strip]):
+        raise TokenizerError("the decoder is not that of Llama 2")
+    return len(steps) == 4

@@ -1,0 +1,1 @@
+"""Training: data, objective, optimizer, loop, checkpoints and logs."""

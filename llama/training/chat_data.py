@@ -1,0 +1,173 @@
+"""Dialogs as training data: what the assistant says has a loss, what it is told has none."""
+
+import random
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from llama.chat_format import ChatFormat, Dialog, Llama2ChatFormat
+from llama.errors import DataError, DialogError
+from llama.files import read_records
+from llama.training.token_files import IGNORED
+
+
+@dataclass
+class Example:
+    """Token ids of one document, and for each whether it is to be learned: has a loss."""
+
+    tokens: list[int]
+    learned: list[bool]
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+
+def encode_dialog(formatter: ChatFormat, dialog: Dialog) -> Example:
+    """<|begin_of_text|> and every message; learned: the assistant's content and its end.
+
+    Raises DialogError for a dialog without an assistant's message.
+    """
+    example = Example([formatter.tokenizer.special_tokens["<|begin_of_text|>"]], [False])
+    for message in dialog:
+        tokens = formatter.encode_message(message)
+        header = len(formatter.encode_header(message))
+        example.tokens += tokens
+        example.learned += [False] * header
+        example.learned += [message["role"] == "assistant"] * (len(tokens) - header)
+    if not any(example.learned):
+        raise DialogError("the dialog has no message of the assistant: there is nothing to learn")
+    return example
+
+
+def cut_dialog(formatter: ChatFormat, dialog: Dialog, limit: int) -> Dialog:
+    """The dialog's longest beginning of whole turns that has at most `limit` tokens and ends with
+    the assistant; empty where even the first does not fit."""
+    length, end = 1, 0
+    for i, message in enumerate(dialog):
+        length += len(formatter.encode_message(message))
+        if length > limit:
+            break
+        if message["role"] == "assistant":
+            end = i + 1
+    return dialog[:end]
+
+
+def read_dialogs(path: str | Path) -> Iterator[tuple[int, Dialog]]:
+    """The dialogs of a JSONL file, {"messages": [{"role": …, "content": …}, …]} a line, with the
+    number of the line.
+
+    Raises DataError for what is no such line, or has no message of the assistant.
+    """
+    for number, record in read_records(path):
+        if not isinstance(record.get("messages"), list):
+            raise DataError(f'{path}, line {number} has no list "messages"')
+        yield number, record["messages"]
+
+
+@dataclass
+class DialogData:
+    """Encoded dialogs, and what was left out of the file to make them fit."""
+
+    examples: list[Example]
+    cut: int  # dialogs that lost turns at their end
+    dropped: int  # dialogs whose first answer already was too long
+
+
+def load_dialogs(
+    path: str | Path, formatter: ChatFormat | Llama2ChatFormat, limit: int
+) -> DialogData:
+    """Encode every dialog of a file in at most `limit` tokens; longer ones are cut at a turn.
+
+    Raises DataError that names the line of a dialog which cannot be learned from.
+    """
+    if not isinstance(formatter, ChatFormat):
+        raise DataError("fine-tuning on dialogs knows the format of Llama 3, not that of Llama 2")
+    data = DialogData([], 0, 0)
+    for number, dialog in read_dialogs(path):
+        try:
+            example = encode_dialog(formatter, dialog)
+            if len(example) > limit:
+                shorter = cut_dialog(formatter, dialog, limit)
+                data.cut += bool(shorter)
+                data.dropped += not shorter
+                if not shorter:
+                    continue
+                example = encode_dialog(formatter, shorter)
+        except DialogError as error:
+            raise DataError(f"{path}, line {number}: {error}") from error
+        data.examples.append(example)
+    if not data.examples:
+        raise DataError(f"{path} has no dialog of at most {limit} tokens to learn from")
+    return data
+
+
+class DialogLoader:
+    """Batches of B rows of T tokens, each packed with whole dialogs, in a new order every epoch."""
+
+    def __init__(
+        self,
+        examples: list[Example],
+        pad: int,
+        B: int,
+        T: int,
+        process_rank: int = 0,
+        num_processes: int = 1,
+        seed: int = 1,
+    ) -> None:
+        self.examples, self.pad, self.B, self.T, self.seed = examples, pad, B, T, seed
+        self.process_rank, self.num_processes = process_rank, num_processes
+        self.load_state_dict({"epoch": 0, "row": 0})
+
+    @property
+    def rows_an_epoch(self) -> int:
+        return len(self._rows)
+
+    def next_batch(self) -> tuple[Tensor, Tensor]:
+        """Inputs and targets (B, T), int64."""
+        rows = []
+        for i in range(self.num_processes * self.B):
+            if self.row == len(self._rows):
+                self.load_state_dict({"epoch": self.epoch + 1, "row": 0})
+            if i // self.B == self.process_rank:
+                rows.append(self._rows[self.row])
+            self.row += 1
+        return to_batch(rows)
+
+    def state_dict(self) -> dict[str, int]:
+        return {"epoch": self.epoch, "row": self.row}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.epoch, self.row = state["epoch"], state["row"]
+        order = list(self.examples)
+        random.Random(f"{self.seed} {self.epoch}").shuffle(order)
+        self._rows = list(pack(order, self.T + 1, self.pad))
+
+
+def pack(examples: Iterable[Example], length: int, pad: int) -> Iterator[Example]:
+    """Rows of exactly `length` tokens: examples in their order, as many whole ones as fit, padded
+    with `pad`, which is never learned. None may be longer than `length`."""
+    row = Example([], [])
+    for example in examples:
+        assert len(example) <= length
+        if len(row) + len(example) > length:
+            yield _padded(row, length, pad)
+            row = Example([], [])
+        row.tokens += example.tokens
+        row.learned += example.learned
+    if row.tokens:
+        yield _padded(row, length, pad)
+
+
+def _padded(row: Example, length: int, pad: int) -> Example:
+    missing = length - len(row)
+    return Example(row.tokens + [pad] * missing, row.learned + [False] * missing)
+
+
+def to_batch(rows: list[Example]) -> tuple[Tensor, Tensor]:
+    """Inputs and targets (B, T) of rows of T + 1 tokens; not learned: -100."""
+    tokens = torch.tensor([row.tokens for row in rows])
+    learned = torch.tensor([row.learned for row in rows])
+    return tokens[:, :-1], tokens.masked_fill(~learned, IGNORED)[:, 1:]

@@ -1,0 +1,171 @@
+"""A run on disk: folders `step_00000200`, each a Meta checkpoint and what resuming needs.
+
+A folder is written under another name and renamed when all of it is on disk. So whatever is called
+step_… is whole, and a kill or a full disk leaves the ones before as they were.
+"""
+
+import re
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from llama import parallel
+from llama.checkpoints import shards
+from llama.checkpoints.params import write_params
+from llama.errors import CheckpointError, LlamaError, TrainingError
+from llama.files import atomic_file
+
+if TYPE_CHECKING:
+    from llama.training.loop import Trainer
+
+NAME = re.compile(r"step_(\d{8})")
+
+
+def checkpoints(out_dir: Path) -> list[Path]:
+    """The whole checkpoints of a run, oldest first."""
+    if not out_dir.is_dir():
+        return []
+    return sorted(path for path in out_dir.iterdir() if NAME.fullmatch(path.name))
+
+
+def save(trainer: "Trainer") -> Path:
+    """Write the run's state after its last step, then delete the oldest beyond `keep`.
+
+    Where one rank fails, all raise, and what was written of this checkpoint is removed.
+    """
+    final = trainer.out_dir / f"step_{trainer.step:08d}"
+    partial = trainer.out_dir / f"partial_{trainer.step:08d}"
+    weights = {name: _whole(weight) for name, weight in trainer.model.state_dict().items()}
+    error: Exception | None = None
+    try:
+        partial.mkdir(parents=True, exist_ok=True)
+        _write(trainer, partial, weights)
+    except (OSError, LlamaError) as caught:
+        error = caught
+    try:
+        parallel.raise_together(error, trainer.device)
+    except (OSError, LlamaError) as caught:
+        if parallel.is_main_rank():
+            shutil.rmtree(partial, ignore_errors=True)
+        raise TrainingError(f"step {trainer.step} could not be saved: {caught}") from caught
+    if parallel.is_main_rank():
+        if final.exists():  # a resumed run that comes here again
+            shutil.rmtree(final)
+        partial.rename(final)
+        for old in checkpoints(trainer.out_dir)[: -trainer.options.keep]:
+            shutil.rmtree(old)
+    _wait_for_all()
+    return final
+
+
+def _write(trainer: "Trainer", folder: Path, weights: dict[str, Tensor]) -> None:
+    is_first_replica = parallel.dp_rank() == 0
+    if is_first_replica:
+        shards.write_shard(folder / shards.shard_name(parallel.mp_rank()), weights)
+    if parallel.is_main_rank():
+        write_params(folder / "params.json", trainer.model.params)
+        if trainer.tokenizer_path is not None:
+            is_json = Path(trainer.tokenizer_path).suffix == ".json"
+            name = "tokenizer.json" if is_json else "tokenizer.model"
+            shutil.copyfile(trainer.tokenizer_path, folder / name)
+    if is_first_replica or isinstance(trainer.model, FSDPModule):
+        state = {
+            "step": trainer.step,
+            "ranks": _ranks(),
+            "loader": trainer.loader.state_dict(),
+            "optimizers": [_local(optimizer.state_dict()) for optimizer in trainer.optimizers],
+        }
+        with atomic_file(folder / _state_name(trainer)) as file:
+            torch.save(state, file)
+
+
+def load_newest(trainer: "Trainer") -> bool:
+    """Put the run's newest checkpoint into `trainer`; False where there is none.
+
+    Raises TrainingError for another number of ranks, CheckpointError for a damaged file.
+    """
+    found = checkpoints(trainer.out_dir)
+    if not found:
+        return False
+    folder = found[-1]
+    path = folder / _state_name(trainer)
+    try:
+        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # whatever a damaged file makes of the reader
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise CheckpointError(f"cannot resume from {path}: {reason}") from error
+    if state["ranks"] != _ranks():
+        raise TrainingError(
+            f"{folder} was written by {state['ranks'][0]} rank(s), {state['ranks'][1]} to a model; "
+            f"this run has {_ranks()[0]}, {_ranks()[1]} to a model"
+        )
+    weights = shards.read_shard(folder / shards.shard_name(parallel.mp_rank()))
+    with torch.no_grad():
+        for name, weight in trainer.model.state_dict().items():
+            shape = tuple(weights[name].shape) if name in weights else None
+            if shape != tuple(weight.shape):
+                raise TrainingError(
+                    f"{folder} is of another model: {name} is {shape}, not {tuple(weight.shape)}; "
+                    "name another out_dir"
+                )
+            weight.copy_(_as(weights[name].to(trainer.device), weight))
+    for optimizer, saved in zip(trainer.optimizers, state["optimizers"], strict=True):
+        parameters = [w for group in optimizer.param_groups for w in group["params"]]
+        for index, values in saved["state"].items():
+            for key, value in values.items():
+                if isinstance(parameters[index], DTensor) and value.dim() > 0:
+                    values[key] = _from_local(value.to(trainer.device), parameters[index])
+        optimizer.load_state_dict(saved)
+    trainer.loader.load_state_dict(state["loader"])
+    trainer.step = state["step"]
+    _wait_for_all()
+    return True
+
+
+def _state_name(trainer: "Trainer") -> str:
+    """Each rank of a model has its own state, and so has each replica under FSDP."""
+    rank = dist.get_rank() if isinstance(trainer.model, FSDPModule) else parallel.mp_rank()
+    return f"training.{rank:02d}.pt"
+
+
+def _ranks() -> list[int]:
+    return [dist.get_world_size(), parallel.mp_size()]
+
+
+def _wait_for_all() -> None:
+    if dist.get_world_size() > 1:
+        dist.barrier()
+
+
+# ---- FSDP's tensors, of which a rank holds some rows ------------------------------------------
+
+
+def _whole(weight: Tensor) -> Tensor:
+    return weight.full_tensor() if isinstance(weight, DTensor) else weight
+
+
+def _as(whole: Tensor, weight: Tensor) -> Tensor:
+    if not isinstance(weight, DTensor):
+        return whole
+    return distribute_tensor(whole, weight.device_mesh, weight.placements)
+
+
+def _from_local(rows: Tensor, weight: DTensor) -> DTensor:
+    return DTensor.from_local(
+        rows, weight.device_mesh, weight.placements, shape=weight.shape, stride=weight.stride()
+    )
+
+
+def _local(state: dict[str, Any]) -> dict[str, Any]:
+    """An optimizer's state with the rows that this rank holds in place of FSDP's tensors."""
+    values = {
+        index: {k: v.to_local() if isinstance(v, DTensor) else v for k, v in value.items()}
+        for index, value in state["state"].items()
+    }
+    return {**state, "state": values}

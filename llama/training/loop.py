@@ -1,0 +1,264 @@
+"""The training loop: steps, evaluation, checkpoints and exact resumption.
+
+One `Transformer` on any number of ranks: fairscale's tensor parallelism inside a model-parallel
+group, and across the groups DDP, or FSDP2 where one group's memory is not enough for weights,
+gradients and optimizer. Nothing here is random: a run is a function of its loader and options.
+"""
+
+import contextlib
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from fairscale.nn.model_parallel import initialize as fs_init
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+from torch.nn.parallel import DistributedDataParallel
+
+from llama import parallel
+from llama.errors import DataError, TrainingError
+from llama.model import Transformer, next_token_loss
+from llama.training import checkpoint
+from llama.training.optimizer import check_schedule, clip_grad_norm, learning_rate_factor
+from llama.training.token_files import IGNORED, DistributedShardedDataLoader
+
+__all__ = ["DistributedShardedDataLoader", "Loader", "Trainer", "TrainingOptions", "shard_model"]
+
+
+class Loader(Protocol):
+    """Batches without end, which can be taken up again where they were left."""
+
+    def next_batch(self) -> tuple[Tensor, Tensor]:
+        """Inputs and targets (B, T), int64; a target of -100 has no loss."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+@dataclass
+class TrainingOptions:
+    """How to train; learning rate and weight decay are the optimizer's."""
+
+    steps: int = 1000
+    warmup_steps: int = 50
+    decay_steps: int | None = None  # None: a cosine; else level, then a straight line this long
+    final_lr: float = 0.1  # share of the learning rate that is left at the end
+    accumulation: int = 1  # batches of a step, on each rank
+    clip: float = 1.0  # of the gradient's norm
+    separate_documents: bool = True  # packed documents do not see each other
+    autocast: torch.dtype | None = None  # of matrix products; the weights keep theirs
+    eval_every: int = 100
+    eval_batches: int = 20
+    checkpoint_every: int = 200
+    keep: int = 2  # checkpoints, the newest
+
+    def __post_init__(self) -> None:
+        counts = "steps accumulation eval_every eval_batches checkpoint_every keep".split()
+        for name in counts:
+            if getattr(self, name) < 1:
+                raise TrainingError(f"{name} is {getattr(self, name)}: it must be 1 or more")
+        if not self.clip > 0:
+            raise TrainingError(f"clip is {self.clip}: it must be above 0")
+        check_schedule(self.steps, self.warmup_steps, self.decay_steps, self.final_lr)
+
+
+def document_numbers(inputs: Tensor, targets: Tensor, bos_id: int) -> tuple[Tensor | None, Tensor]:
+    """Number the documents of each row, which begin with `bos_id`, and ignore the targets that
+    are another document's first token. None in place of the numbers where each row is one."""
+    is_first = inputs == bos_id
+    targets = targets.masked_fill(targets == bos_id, IGNORED)
+    return (is_first.cumsum(1) if is_first[:, 1:].any() else None), targets
+
+
+def shard_model(model: Transformer) -> Transformer:
+    """Split weights, gradients and so the optimizer's state over the data-parallel ranks, in
+    place; a layer is whole only while it computes. Before the optimizers are made."""
+    mesh = DeviceMesh.from_group(fs_init.get_data_parallel_group(), model.device.type)
+    for layer in model.layers:
+        fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    for method in ("features", "logits"):  # which generation calls, for samples on the way
+        register_fsdp_forward_method(model, method)
+    return model
+
+
+class Trainer:
+    """One run. `run()` trains to the last step and returns the losses of the steps it made.
+
+    Args:
+        model: on its device, float32 or bfloat16; after `shard_model` for FSDP.
+        optimizers: over the model's parameters; their learning rates are the schedule's peak.
+        loader: this rank's batches; ranks of one model must get the same ones.
+        bos_id: the token that begins a document.
+        out_dir: folder for the checkpoints `step_00000200` and so on.
+        tokenizer_path: copied into each checkpoint.
+        eval_loader: held-out batches, always the same ones, from where it stands now.
+        on_step: called after every step, on every rank, as on_step(trainer, StepReport).
+    """
+
+    def __init__(
+        self,
+        model: Transformer,
+        optimizers: Sequence[torch.optim.Optimizer],
+        loader: Loader,
+        bos_id: int,
+        options: TrainingOptions,
+        out_dir: str | Path,
+        tokenizer_path: str | Path | None = None,
+        eval_loader: Loader | None = None,
+        on_step: "Callable[[Trainer, StepReport], None] | None" = None,
+    ) -> None:
+        self.model, self.optimizers, self.loader = model, list(optimizers), loader
+        self.options, self.bos_id = options, bos_id
+        self.out_dir, self.tokenizer_path = Path(out_dir), tokenizer_path
+        self.eval_loader, self.on_step = eval_loader, on_step
+        self.eval_start = eval_loader.state_dict() if eval_loader is not None else {}
+        self.device = model.device
+        self.step = 0  # that were made
+        self.peak_rates = [[g["lr"] for g in o.param_groups] for o in self.optimizers]
+        self.dp_size = parallel.dp_size()
+        self.replica: nn.Module = model  # what computes logits
+        if self.dp_size > 1 and not isinstance(model, FSDPModule):
+            self.replica = DistributedDataParallel(
+                model, process_group=fs_init.get_data_parallel_group()
+            )
+
+    def run(self) -> list[float]:
+        losses = []
+        while self.step < self.options.steps:
+            start = time.perf_counter()
+            loss, norm = self.train_step()
+            losses.append(loss)
+            seconds = time.perf_counter() - start
+            is_last = self.step == self.options.steps
+            held_out = None
+            if self.eval_loader is not None and self._is_time(self.options.eval_every):
+                held_out = self.evaluate()
+            if self.on_step is not None:
+                rate = self.optimizers[0].param_groups[0]["lr"]
+                self.on_step(self, StepReport(self.step, loss, norm, rate, seconds, held_out))
+            if is_last or self._is_time(self.options.checkpoint_every):
+                self.save()
+        return losses
+
+    def _is_time(self, every: int) -> bool:
+        return self.step % every == 0 or self.step == self.options.steps
+
+    def train_step(self) -> tuple[float, float]:
+        """One update; returns the mean loss in nats a token and the gradient's norm.
+
+        Raises TrainingError, before any weight is touched, where one of them is not finite.
+        """
+        count = self.options.accumulation
+        batches = [self._prepare(*self.loader.next_batch()) for _ in range(count)]
+        n_targets = self._sum_over_replicas(sum(batch.n_targets for batch in batches))
+        if n_targets == 0:
+            raise TrainingError(f"step {self.step + 1}: no target in its batches has a loss")
+        total = 0.0
+        for i, batch in enumerate(batches):
+            with self._gradients_stay(i < len(batches) - 1):
+                loss = self._loss(batch)
+                # The mean over all targets of the step is wanted; DDP averages over the replicas.
+                (loss * (self.dp_size / n_targets)).backward()
+            total += loss.item()
+        loss_mean = self._sum_over_replicas(total) / n_targets
+        norm = clip_grad_norm(self.model, self.options.clip)
+        if not (math.isfinite(loss_mean) and math.isfinite(norm)):
+            raise TrainingError(
+                f"step {self.step + 1}: the loss is {loss_mean} and the gradient's norm {norm}; "
+                f"the checkpoints in {self.out_dir} are from before"
+            )
+        factor = learning_rate_factor(self.step, self.options)
+        for optimizer, rates in zip(self.optimizers, self.peak_rates, strict=True):
+            for group, rate in zip(optimizer.param_groups, rates, strict=True):
+                group["lr"] = rate * factor
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        self.step += 1
+        return loss_mean, norm
+
+    @torch.no_grad()
+    def evaluate(self) -> float:
+        """Mean loss of the first `eval_batches` held-out batches, in nats a token."""
+        assert self.eval_loader is not None
+        self.eval_loader.load_state_dict(self.eval_start)
+        total, count = 0.0, 0
+        for _ in range(self.options.eval_batches):
+            batch = self._prepare(*self.eval_loader.next_batch())
+            total += self._loss(batch).item()
+            count += batch.n_targets
+        return self._sum_over_replicas(total) / max(1.0, self._sum_over_replicas(count))
+
+    def save(self) -> Path:
+        """Write a checkpoint that `Llama.build` opens and `resume` continues."""
+        return checkpoint.save(self)
+
+    def resume(self) -> bool:
+        """Continue from the newest checkpoint in `out_dir`; False where there is none."""
+        return checkpoint.load_newest(self)
+
+    # ---- parts of a step ----------------------------------------------------------------------
+
+    def _prepare(self, inputs: Tensor, targets: Tensor) -> "_Batch":
+        if (largest := int(inputs.max())) >= self.model.vocab_size:
+            raise DataError(
+                f"the data has token id {largest}, but vocab_size is {self.model.vocab_size}: "
+                "was it written with another tokenizer?"
+            )
+        documents = None
+        if self.options.separate_documents:
+            documents, targets = document_numbers(inputs, targets, self.bos_id)
+            documents = None if documents is None else documents.to(self.device)
+        n_targets = int((targets != IGNORED).sum())
+        return _Batch(inputs.to(self.device), targets.to(self.device), documents, n_targets)
+
+    def _loss(self, batch: "_Batch") -> Tensor:
+        """Sum of the batch's losses, in nats."""
+        dtype = self.options.autocast
+        with torch.autocast(self.device.type, dtype, enabled=dtype is not None):
+            logits = self.replica(batch.inputs, documents=batch.documents)
+        return next_token_loss(logits, batch.targets, IGNORED, "sum")
+
+    def _gradients_stay(self, stay: bool) -> contextlib.AbstractContextManager[None]:
+        """Whether gradients wait on their rank for the step's last batch."""
+        if isinstance(self.replica, DistributedDataParallel) and stay:
+            return self.replica.no_sync()
+        if isinstance(self.replica, FSDPModule):
+            self.replica.set_requires_gradient_sync(not stay)
+        return contextlib.nullcontext()
+
+    def _sum_over_replicas(self, value: float) -> float:
+        if self.dp_size == 1:
+            return value
+        total = torch.tensor(value, dtype=torch.float64, device=self.device)
+        dist.all_reduce(total, group=fs_init.get_data_parallel_group())
+        return total.item()
+
+
+@dataclass
+class _Batch:
+    """A batch on the device, and how many of its targets have a loss."""
+
+    inputs: Tensor  # (B, T), as the two below
+    targets: Tensor
+    documents: Tensor | None
+    n_targets: int
+
+
+@dataclass
+class StepReport:
+    """What there is to say after a step."""
+
+    step: int
+    loss: float  # nats a token
+    norm: float  # of the gradient, before clipping
+    learning_rate: float
+    seconds: float
+    held_out: float | None = None  # nats a token, where it was time to evaluate

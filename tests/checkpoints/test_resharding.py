@@ -1,0 +1,254 @@
+"""Any folder at any number of ranks: the logits are those of the whole model."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers.ranks import run_ranks
+from make_checkpoint import demo_pieces, shard_of, write_tokenizer
+
+from llama import Llama, ModelArgs, Transformer
+from llama.checkpoints.params import write_params
+from llama.checkpoints.shards import shard_name, write_shard
+from llama.errors import ConfigError
+
+VOCAB = len(demo_pieces()) + 256  # 640
+BASE: dict[str, Any] = dict(dim=128, n_layers=2, n_heads=16, vocab_size=VOCAB, hidden_dim=320)
+MODELS: dict[str, dict[str, Any]] = {
+    "mha": {},
+    "gqa-2": dict(n_kv_heads=2),
+    "gqa-8": dict(n_kv_heads=8, use_scaled_rope=True),
+    "llama-2": dict(rope_theta=10000.0, embedding_shard_dim=1),
+    "tied": dict(n_kv_heads=4, tied=True),
+}
+TOKENS = torch.arange(3, 43).view(2, 20)
+
+
+def make_model(**changes: Any) -> Transformer:
+    torch.manual_seed(4)
+    model = Transformer(ModelArgs(**BASE | changes))
+    for weight in model.parameters():
+        torch.nn.init.normal_(weight, float(weight.dim() == 1), 0.08)
+    return model
+
+
+def write_meta(folder: Path, model: Transformer, n_shards: int) -> Path:
+    folder.mkdir(parents=True)
+    embedding_dim = model.params.embedding_shard_dim
+    for i in range(n_shards):
+        shard = {}
+        for name, weight in model.state_dict().items():
+            if name != "output.weight" or not model.params.tied:
+                shard[name] = shard_of(name, weight, i, n_shards, embedding_dim).clone()
+        if model.params.tied:
+            shard["output.weight"] = shard["tok_embeddings.weight"]
+        write_shard(folder / shard_name(i), shard)
+    write_params(folder / "params.json", model.params)
+    write_tokenizer(folder / "tokenizer.model", demo_pieces())
+    return folder
+
+
+def logits_of(folder: Path) -> torch.Tensor:
+    with torch.inference_mode():
+        return Llama.build(folder, max_seq_len=64).model(TOKENS, 0).clone()
+
+
+def logits_of_all(folders: list[Path]) -> list[torch.Tensor]:
+    return [logits_of(folder) for folder in folders]
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[torch.Tensor, list[Path]]]:
+    """Of each model the whole one's logits, and folders of 1, 2, 4 and 8 shards (16 where the
+    heads allow it)."""
+    made = {}
+    for name, changes in MODELS.items():
+        model = make_model(**changes)
+        root = tmp_path_factory.mktemp(name)
+        # As Meta's 16-shard folder: the shards of more ranks than key/value heads repeat them.
+        counts = [n for n in (1, 2, 4, 8, 16) if model.params.local_kv_heads(1) % n == 0]
+        paths = [write_meta(root / str(n), model, n) for n in counts]
+        with torch.inference_mode():
+            made[name] = model(TOKENS, 0).clone(), paths
+    return made
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_any_number_of_shards_on_one_rank_is_bit_equal(
+    name: str, folders: dict[str, tuple[torch.Tensor, list[Path]]]
+) -> None:
+    whole, paths = folders[name]
+    for logits in logits_of_all(paths):
+        assert torch.equal(logits, whole)
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_any_number_of_shards_on_ranks(
+    ranks: int, folders: dict[str, tuple[torch.Tensor, list[Path]]], tmp_path: Path
+) -> None:
+    """gqa-2 on four ranks has more ranks than key/value heads."""
+    paths = [path for _, paths in folders.values() for path in paths]
+    expected = [whole for whole, paths in folders.values() for _ in paths]
+    for found in run_ranks(ranks, tmp_path, logits_of_all, paths):
+        for logits, whole in zip(found, expected, strict=True):
+            torch.testing.assert_close(logits, whole, atol=1e-5, rtol=1e-5)
+
+
+def test_three_ranks_and_two_or_six_shards(tmp_path: Path) -> None:
+    """Neither number is a multiple of the other."""
+    shape = dict(dim=96, n_heads=12, n_kv_heads=6, hidden_dim=192, vocab_size=648)
+    model = make_model(**shape)
+    paths = [write_meta(tmp_path / str(n), model, n) for n in (2, 6)]
+    with torch.inference_mode():
+        whole = model(TOKENS, 0)
+    for found in run_ranks(3, tmp_path, logits_of_all, paths):
+        for logits in found:
+            torch.testing.assert_close(logits, whole, atol=1e-5, rtol=1e-5)
+
+
+def error_of(folder: Path) -> str:
+    try:
+        Llama.build(folder)
+    except ConfigError as error:
+        return str(error)
+    return "built"
+
+
+def test_ranks_that_do_not_divide_are_told_what_does(
+    folders: dict[str, tuple[torch.Tensor, list[Path]]], tmp_path: Path
+) -> None:
+    _, paths = folders["gqa-2"]
+    for error in run_ranks(3, tmp_path, error_of, paths[0]):
+        assert "cannot be split over 3 ranks, it can over 1, 2, 4, 8, 16: n_heads 16" in error
+
+
+# ---- Hugging Face's folders ---------------------------------------------------------------------
+
+
+def write_hugging_face(folder: Path, changes: dict[str, Any], max_shard_size: str) -> Any:
+    """A random model as transformers writes it, and that model."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    scaling = changes.pop("rope_scaling", None)
+    config = LlamaConfig(
+        hidden_size=128, intermediate_size=320, num_hidden_layers=2, num_attention_heads=16,
+        vocab_size=VOCAB, max_position_embeddings=16384, bos_token_id=384, eos_token_id=[5, 7],
+        **{"num_key_value_heads": 16} | changes,
+    )  # fmt: skip
+    if scaling is not None:
+        config.rope_parameters = {"rope_theta": 500000.0, **scaling}
+    torch.manual_seed(6)
+    model = LlamaForCausalLM(config).eval()
+    for weight in model.parameters():
+        torch.nn.init.normal_(weight, float(weight.dim() == 1), 0.08)
+    model.save_pretrained(folder, max_shard_size=max_shard_size)
+    write_tokenizer(folder / "tokenizer.model", demo_pieces())
+    return model
+
+
+def llama3_scaling(factor: float) -> dict[str, Any]:
+    return dict(
+        rope_type="llama3", factor=factor, low_freq_factor=1.0, high_freq_factor=4.0,
+        original_max_position_embeddings=8192,
+    )  # fmt: skip
+
+
+HF_MODELS: dict[str, dict[str, Any]] = {
+    "llama-2": dict(rope_theta=10000.0),
+    "llama-3": dict(num_key_value_heads=8, rope_theta=500000.0),
+    "llama-3.1": dict(num_key_value_heads=2, rope_scaling=llama3_scaling(8.0)),
+    "llama-3.2": dict(
+        num_key_value_heads=4, tie_word_embeddings=True, rope_scaling=llama3_scaling(32.0)
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def hf_folders(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[Path, Any]]:
+    root = tmp_path_factory.mktemp("hf")
+    sizes = ["1GB", "200KB", "300KB", "1GB"]  # one file or many with an index
+    return [
+        (root / name, write_hugging_face(root / name, dict(changes), size))
+        for (name, changes), size in zip(HF_MODELS.items(), sizes, strict=True)
+    ]
+
+
+def test_logits_equal_transformers(hf_folders: list[tuple[Path, Any]]) -> None:
+    for folder, theirs in hf_folders:
+        with torch.inference_mode():
+            want = theirs(TOKENS).logits
+        torch.testing.assert_close(logits_of(folder), want, atol=1e-4, rtol=1e-4)
+
+
+def test_logits_equal_transformers_past_position_8192(hf_folders: list[tuple[Path, Any]]) -> None:
+    for folder, theirs in hf_folders:
+        model = Llama.build(folder, max_seq_len=9020, max_batch_size=1).model
+        start = 9000
+        positions = torch.arange(start, start + 20)[None]
+        # Only the new tokens see each other: what is turned far out must still agree.
+        with torch.inference_mode():
+            want = theirs(TOKENS[:1], position_ids=positions).logits
+            table = model.rope_table(torch.device("cpu"))
+            model.freqs_cis = table[start:]
+            got = model(TOKENS[:1])
+        torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_hugging_face_folders_on_ranks(
+    ranks: int, hf_folders: list[tuple[Path, Any]], tmp_path: Path
+) -> None:
+    paths = [folder for folder, _ in hf_folders]
+    alone = logits_of_all(paths)
+    for found in run_ranks(ranks, tmp_path, logits_of_all, paths):
+        for logits, whole in zip(found, alone, strict=True):
+            torch.testing.assert_close(logits, whole, atol=1e-5, rtol=1e-5)
+
+
+def test_what_a_hugging_face_folder_says(hf_folders: list[tuple[Path, Any]]) -> None:
+    llama = Llama.build(hf_folders[3][0])
+    assert llama.tokenizer.stop_tokens == [5, 7]
+    params = llama.model.params
+    assert params.context == 16384
+    assert params.rope_scaling is not None
+    assert params.rope_scaling.factor == 32.0
+    assert llama.model.output.weight is llama.model.tok_embeddings.weight
+    meta_factor = Llama.build(hf_folders[3][0], rope_factor=8).model.params.rope_scaling
+    assert meta_factor is not None
+    assert meta_factor.factor == 8.0
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model_type": "mistral"}, "model_type is 'mistral': not a plain Llama"),
+        ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
+        ({"attention_bias": True}, "attention_bias is True"),
+        ({"mlp_bias": True}, "mlp_bias is True"),
+        ({"quantization_config": {"bits": 4}}, "it is quantized"),
+        ({"vision_config": {}}, "vision_config is {}"),
+        ({"head_dim": 64}, "head_dim is 64, but hidden_size / num_attention_heads is 8"),
+        ({"rope_parameters": {"rope_type": "yarn", "factor": 2}}, "RoPE of the kind 'yarn'"),
+        ({"rope_parameters": {"type": "linear", "factor": 2}}, "RoPE of the kind 'linear'"),
+        ({"rope_parameters": {"rope_type": "llama3", "factor": 2}}, "settings lack low_freq"),
+        ({"rope_parameters": [1]}, r"RoPE settings are \[1\]"),
+        ({"hidden_size": None}, "dim is None"),
+        ({"num_hidden_layers": 3}, r"lacks model.layers.2.self_attn.q_proj.weight"),
+        ({"num_hidden_layers": 1}, "has tensors this model has not: layers.1"),
+        ({"intermediate_size": 321}, r"model.layers.0.mlp.gate_proj.weight \(320, 128\) instead"),
+    ],
+)
+def test_what_is_not_a_plain_llama_is_refused_by_name(
+    change: dict[str, Any], message: str, hf_folders: list[tuple[Path, Any]], tmp_path: Path
+) -> None:
+    source = hf_folders[0][0]
+    for path in source.iterdir():
+        (tmp_path / path.name).symlink_to(path)
+    config = json.loads((source / "config.json").read_text()) | change
+    (tmp_path / "config.json").unlink()
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=message) as caught:
+        Llama.build(tmp_path)
+    assert "\n" not in str(caught.value)

@@ -1,0 +1,78 @@
+"""Narrow weights in the layout of a GPU stand for what was rounded, and serve every layer."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers.ranks import run_ranks
+from test_engine import make_model
+
+from llama import parallel
+from llama.errors import ConfigError
+from llama.fast.gpu.device_weights import NarrowLinear, narrow, narrow_weight
+from llama.fast.quantize import dequantize, quantize_int4, quantize_int8
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("shape", [(8, 32), (20, 96), (33, 64)])
+@pytest.mark.parametrize("width", ["int8", "int4"])
+def test_stands_for_what_the_kernels_weight_stands_for(width: str, shape: tuple[int, int]) -> None:
+    weight = torch.randn(shape)
+    quantized = quantize_int8(weight) if width == "int8" else quantize_int4(weight)
+    got = narrow_weight(weight, width, len(weight))(torch.float32)
+    assert torch.equal(got, dequantize(quantized)[: shape[0]])
+
+
+def test_fp8_rounds_to_e4m3() -> None:
+    weight = torch.randn(20, 96) * torch.logspace(-6, 6, 20)[:, None]
+    weight[3] = 0
+    rounded = narrow_weight(weight, "fp8", len(weight))
+    got = rounded(torch.float32)
+    # Three bits behind the point: 1/16 of a number, or half of the least step of a row.
+    limit = (weight.abs() / 16).maximum(rounded.scale[:, None] * 2**-10)
+    assert ((got - weight).abs() <= limit * 1.001).all()
+    torch.testing.assert_close(got.abs().amax(1), weight.abs().amax(1))
+
+
+@pytest.mark.parametrize("width", ["int8", "int4", "fp8"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_products_are_those_of_the_widened_matrix(width: str, dtype: torch.dtype) -> None:
+    layer = make_model().layers[0].feed_forward.w1
+    linear = NarrowLinear(layer, width, CPU)
+    x = torch.randn(3, 1, layer.weight.shape[1], dtype=dtype)
+    assert torch.equal(linear(x), F.linear(x, linear.weight(torch.float32).to(dtype)))
+
+
+@pytest.mark.parametrize("width", ["int8", "int4", "fp8"])
+def test_all_matrices_but_the_embedding(width: str) -> None:
+    model = make_model()
+    narrow(model, width, CPU)
+    wide = [name for name, weight in model.named_parameters() if weight.dim() > 1]
+    assert wide == ["tok_embeddings.weight"]
+    once = model.layers[0].attention.wq
+    narrow(model, width, CPU)
+    assert model.layers[0].attention.wq is once
+
+
+def logits_on_rank(width: str) -> Any:
+    parallel.initialize()
+    model = make_model()
+    narrow(model, width, CPU)
+    with torch.inference_mode():
+        return model(torch.arange(12).view(1, 12), 0)
+
+
+def test_two_ranks(tmp_path: Path) -> None:
+    first, second = run_ranks(2, tmp_path, logits_on_rank, "int8")
+    want = logits_on_rank("int8")
+    assert torch.equal(first, second)
+    assert (first - want).std() / want.std() < 0.02  # a rank has its own scales of wo and w2
+
+
+@pytest.mark.parametrize("width", ["int8", "int4", "fp8"])
+def test_what_is_not_finite(width: str) -> None:
+    with pytest.raises(ConfigError, match="not finite cannot be quantized"):
+        narrow_weight(torch.full((8, 32), torch.nan), width, 8)

@@ -1,0 +1,206 @@
+"""The kernels equal float64 sums, exact integers and themselves, whatever stands beside a row."""
+
+import subprocess
+import sys
+
+import llvmlite.binding as llvm
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from llvmlite import ir
+from torch import Tensor
+
+from llama.errors import ConfigError
+from llama.fast import quantize
+from llama.fast.cpu.kernels import matmul, tile
+from llama.fast.cpu.kernels.product import Product, Weight, linear
+
+FORMATS = {
+    "float32": lambda w: w,
+    "bfloat16": lambda w: w.bfloat16(),
+    "int8": quantize.quantize_int8,
+    "int4": quantize.quantize_int4,
+}
+CASES = [(kind, matmul.instruction_sets()[0]) for kind in ("float32", "bfloat16")] + [
+    (kind, isa) for kind in ("int8", "int4") for isa in matmul.instruction_sets()
+]
+# Sums in float32 of K products, over 16 lanes: far below this share of the products' sizes.
+BOUND = 1e-6
+
+
+def matrix(n: int, k: int, seed: int = 0) -> Tensor:
+    return torch.randn(n, k, generator=torch.Generator().manual_seed(seed))
+
+
+def exact(weight: Weight) -> Tensor:
+    return (weight if isinstance(weight, Tensor) else quantize.dequantize(weight)).double()
+
+
+def as_read(x: Tensor, weight: Weight) -> Tensor:
+    """The activations that a product reads, as float64."""
+    if isinstance(weight, Tensor):
+        return x.double()
+    groups = x.unflatten(1, (-1, 32))
+    step = groups.abs().amax(-1, keepdim=True) / 127
+    return ((groups / step).round().double() * step).flatten(1)
+
+
+def check(out: Tensor, x: Tensor, weight: Weight) -> None:
+    assert out.shape == (len(x), weight.shape[0])
+    x64, w64 = as_read(x, weight), exact(weight)
+    assert ((out - x64 @ w64.T).abs() <= BOUND * (x64.abs() @ w64.abs().T)).all()
+
+
+@pytest.mark.parametrize(("kind", "isa"), CASES)
+@pytest.mark.parametrize("n", [1, 2, 3, 4, 5, 8, 11])
+def test_product_equals_float64(kind: str, isa: str, n: int) -> None:
+    weight = FORMATS[kind](matrix(37, 192))
+    x = matrix(n, 192, seed=1)
+    check(linear(x, weight, isa=isa), x, weight)
+
+
+@pytest.mark.parametrize("kind", ["float32", "bfloat16"])
+@pytest.mark.parametrize("k", [1, 7, 15, 16, 17, 77])
+def test_floats_of_any_width(kind: str, k: int) -> None:
+    weight, x = FORMATS[kind](matrix(5, k)), matrix(5, k, seed=1)
+    check(linear(x, weight), x, weight)
+
+
+@pytest.mark.parametrize("k", [32, 96])
+def test_bytes_need_no_more_than_whole_groups(k: int) -> None:
+    for kind in ("int8", "int4"):
+        weight, x = FORMATS[kind](matrix(5, k)), matrix(5, k, seed=1)
+        check(linear(x, weight), x, weight)
+
+
+@pytest.mark.parametrize(("kind", "isa"), CASES)
+def test_several_matrices_in_one_pass(kind: str, isa: str) -> None:
+    weights = [FORMATS[kind](matrix(n, 128, seed=n)) for n in (48, 16, 24)]
+    x = matrix(3, 128)
+    out = Product(*weights, isa=isa)(x)
+    alone = [linear(x, weight, isa=isa) for weight in weights]
+    assert torch.equal(out, torch.cat(alone, 1))
+
+
+@pytest.mark.parametrize(("kind", "isa"), CASES)
+def test_swiglu(kind: str, isa: str) -> None:
+    w1, w3 = (FORMATS[kind](matrix(104, 128, seed=s)) for s in (1, 2))
+    x = matrix(5, 128)
+    gate, up = linear(x, w1, isa=isa), linear(x, w3, isa=isa)
+    torch.testing.assert_close(Product(w1, w3, swiglu=True, isa=isa)(x), F.silu(gate) * up)
+
+
+@pytest.mark.parametrize(("kind", "isa"), CASES)
+def test_a_row_does_not_depend_on_its_company(kind: str, isa: str) -> None:
+    product = Product(FORMATS[kind](matrix(37, 320)), isa=isa)
+    x = matrix(7, 320)
+    together = product(x)
+    for row in range(7):
+        assert torch.equal(product(x[row : row + 1]), together[row : row + 1])
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_nor_on_the_number_of_threads(kind: str) -> None:
+    product, x = Product(FORMATS[kind](matrix(333, 128))), matrix(2, 128)
+    before = torch.get_num_threads()
+    results = []
+    for n_threads in (1, 2, 5):
+        torch.set_num_threads(n_threads)
+        results.append(product(x))
+    torch.set_num_threads(before)
+    assert all(torch.equal(result, results[0]) for result in results)
+
+
+@pytest.mark.parametrize("isa", matmul.instruction_sets())
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_integers_are_exact(kind: str, isa: str) -> None:
+    rng = np.random.default_rng(0)
+    k = 128
+    x = rng.integers(-127, 128, (6, k), dtype=np.int32)
+    x[:, ::32] = 127  # a step of exactly one
+    x[0], x[1] = 127, -127  # with the largest weights: what saturates, if anything does
+    least, most = (-128, 127) if kind == "int8" else (-8, 7)
+    w = rng.integers(least, most + 1, (9, k), dtype=np.int32)
+    w[0], w[1] = least, most
+    rows = torch.from_numpy(np.pad(w, ((0, 7), (0, 0)))).view(2, 8, k // 32, 2, 4, 4)
+    rows = rows.permute(0, 2, 3, 4, 1, 5)  # (eight, group, half, quad, row, 4)
+    if kind == "int8":
+        weight: Weight = quantize.Int8Weight(
+            rows.to(torch.int8).reshape(2, -1, 8, 4).contiguous(), torch.ones(16)
+        )
+    else:
+        low, high = (rows + 8).to(torch.uint8).unbind(2)
+        scales = torch.ones(2, k // 32, 8, dtype=torch.bfloat16)
+        weight = quantize.Int4Weight((low | high << 4).flatten(2), scales)
+    out = linear(torch.from_numpy(x).float(), weight, isa=isa)
+    assert np.array_equal(out[:, :9].numpy().astype(np.int32), x @ w.T)
+
+
+def test_bfloat16_activations() -> None:
+    weight, x = matrix(20, 64), matrix(2, 64, seed=1).bfloat16()
+    out = linear(x, weight)
+    assert out.dtype == torch.bfloat16
+    assert torch.equal(out, linear(x.float(), weight).bfloat16())
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_what_is_not_finite_stays_so(kind: str, bad: float) -> None:
+    x = matrix(2, 64)
+    x[1, 40] = bad
+    out = linear(x, FORMATS[kind](matrix(5, 64)))
+    assert out[0].isfinite().all()
+    assert not out[1, :5].isfinite().any()
+
+
+def test_no_activation_is_no_rows_and_zeros_are_zeros() -> None:
+    weight = quantize.quantize_int4(matrix(5, 64))
+    assert linear(torch.empty(0, 64), weight).shape == (0, 8)
+    assert not linear(torch.zeros(2, 64), weight).any()
+
+
+def test_refusals() -> None:
+    w = matrix(4, 64)
+    with pytest.raises(ConfigError, match=r"x must be .* \(n, 64\) on the CPU, not .* \(2, 32\)"):
+        linear(matrix(2, 32), w)
+    with pytest.raises(ConfigError, match=r"must be float32 or bfloat16 \(N, K\), not .*float64"):
+        linear(matrix(2, 64), w.double())
+    with pytest.raises(ConfigError, match="contiguous weights on the CPU"):
+        linear(matrix(2, 4), w.T)
+    with pytest.raises(ConfigError, match="4 matrices at once, but the limit is 3"):
+        Product(w, w, w, w)
+    with pytest.raises(ConfigError, match=r"must be alike, not .*'bfloat16', 'float32'"):
+        Product(w, w.bfloat16())
+    with pytest.raises(ConfigError, match="two matrices of one shape"):
+        Product(w, w[:2], swiglu=True)
+    with pytest.raises(ConfigError, match=r"this processor has no 'amx', only .*plain"):
+        linear(matrix(2, 64), w, isa="amx")
+
+
+def test_vnni_is_one_instruction() -> None:
+    """What this processor may lack is at least translated for one that has it."""
+    module = ir.Module()
+    kind = ir.FunctionType(tile.ints8, [tile.bytes32, tile.bytes32])
+    builder = ir.IRBuilder(ir.Function(module, kind, "f").append_basic_block())
+    w, x = builder.function.args
+    builder.ret(tile.Integers(builder, "vnni", is_signed=True).add(None, w, x))
+    llvm.initialize_all_targets()
+    llvm.initialize_all_asmprinters()
+    target = llvm.Target.from_triple("x86_64-unknown-linux-gnu")
+    for cpu in ("icelake-server", "alderlake"):  # AVX-512 VNNI, and AVX-VNNI
+        machine = target.create_target_machine(cpu=cpu)
+        assembly = machine.emit_assembly(llvm.parse_assembly(str(module)))
+        assert "vpdpbusd" in assembly
+        assert "vpsignb" in assembly
+
+
+def test_without_numba_a_hint() -> None:
+    script = (
+        "import sys, torch; sys.modules['numba'] = sys.modules['llvmlite'] = None\n"
+        "from llama.fast.cpu.kernels import product\n"
+        "try: product.linear(torch.ones(1, 8), torch.ones(4, 8))\n"
+        "except ValueError as error: print(error)"
+    )
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == "the kernels need numba: pip install 'llama-reference[fast]'"

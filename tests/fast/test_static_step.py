@@ -1,0 +1,227 @@
+"""The decode step for a GPU, on a CPU: static shapes, the engine's own tokens, no look at data."""
+
+import math
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers.models import make_sharp_model
+from helpers.ranks import run_ranks
+from make_checkpoint import demo_pieces
+from torch._dynamo.utils import counters
+
+from llama import Transformer, parallel, sampling
+from llama.engine.engine import Engine
+from llama.engine.request import Request
+from llama.engine.row_sampling import RowSampler
+from llama.errors import GenerationError
+from llama.fast.gpu import static_step
+from llama.fast.gpu.device_weights import narrow
+from llama.fast.gpu.static_step import LEAST_KEYS, StaticStep
+from llama.sampling import SamplingParams
+
+VOCAB = len(demo_pieces()) + 256
+MAX_SEQ_LEN = LEAST_KEYS + 40
+CPU = torch.device("cpu")
+PARTS = static_step.run_layer, static_step.run_output
+OPTIONS: list[dict[str, Any]] = [
+    dict(temperature=0),
+    dict(temperature=0.9),
+    dict(temperature=1.3, top_p=1.0, top_k=5),
+    dict(temperature=1.0, min_p=0.05),
+    dict(temperature=2.0, top_p=0.8, top_k=40, min_p=0.001),
+    dict(temperature=1.0, top_p=0),
+    dict(temperature=0.7, presence_penalty=0.5),  # what the sampler leaves to others
+    dict(temperature=0, logit_bias={5: 3.0}),
+]
+
+
+def make_model(dtype: torch.dtype = torch.float32) -> Transformer:
+    return make_sharp_model(
+        dtype=dtype, dim=64, n_layers=3, n_heads=4, n_kv_heads=2, vocab_size=VOCAB, multiple_of=32,
+        max_seq_len=MAX_SEQ_LEN,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def model() -> Transformer:
+    return make_model()
+
+
+def random_tokens(n: int, seed: int) -> list[int]:
+    return random.Random(seed).choices(range(VOCAB), k=n)
+
+
+@torch.inference_mode()
+def largest_difference(model: Transformer, rows: int, backend: str | None = None) -> float:
+    """Of the logits of static steps and the model's own, rows at positions of their own, from the
+    first position to the cache's last and over the edges of what a step sees."""
+    cache, own = (model.make_cache(rows, MAX_SEQ_LEN) for _ in range(2))
+    for both in (cache.k, cache.v, own.k, own.v):
+        both.normal_(generator=torch.Generator().manual_seed(2))
+    step = StaticStep(model, cache, backend)
+    largest = 0.0
+    for i, position in enumerate([0, 1, LEAST_KEYS - 1, LEAST_KEYS, MAX_SEQ_LEN - 1]):
+        positions = [max(0, position - 7 * row) for row in range(rows)]
+        tokens = random_tokens(rows, seed=i)
+        got = step(tokens, positions)
+        starts = torch.tensor(positions)
+        want = model.logits(model.features(torch.tensor(tokens)[:, None], starts, own))[:, 0]
+        assert got.shape == want.shape
+        largest = max(largest, float((got - want).abs().max() / want.std()))
+    assert torch.allclose(cache.k, own.k, atol=1e-4)
+    return largest
+
+
+@pytest.mark.parametrize("rows", [1, 2, 4, 6])
+def test_logits_are_the_models(model: Transformer, rows: int) -> None:
+    assert largest_difference(model, rows) < 1e-5
+
+
+def test_logits_in_bfloat16() -> None:
+    assert largest_difference(make_model(torch.bfloat16), 4) < 0.05
+
+
+@pytest.mark.parametrize("width", [None, "int8", "int4", "fp8"])
+def test_layers_are_one_graph_without_a_break(width: str | None) -> None:
+    """And no graph more for other positions, as long as the step sees as many."""
+    model = make_model()
+    if width is not None:
+        narrow(model, width, CPU)
+    torch._dynamo.reset()
+    counters.clear()
+    assert largest_difference(model, 2, backend="aot_eager") < 1e-5
+    assert counters["stats"]["unique_graphs"] == 3  # two numbers of positions, and the output
+    assert not counters["graph_break"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("width", [None, "int8", "int4", "fp8"])
+def test_compiled_layers(width: str | None) -> None:
+    """By the compiler that a GPU's layers are given to, for the CPU."""
+    model = make_model()
+    if width is not None:
+        narrow(model, width, CPU)
+    torch._dynamo.reset()
+    assert largest_difference(model, 2, backend="inductor") < 1e-4
+
+
+def test_sizes_are_few(model: Transformer) -> None:
+    step = StaticStep(model, model.make_cache(6, MAX_SEQ_LEN))
+    assert [step.n_rows(n) for n in range(1, 7)] == [1, 2, 4, 4, 6, 6]
+    edges = [1, LEAST_KEYS, LEAST_KEYS + 1, MAX_SEQ_LEN]
+    assert [step.n_keys(n) for n in edges] == [LEAST_KEYS, LEAST_KEYS, MAX_SEQ_LEN, MAX_SEQ_LEN]
+
+
+def test_the_step_looks_at_no_data(model: Transformer) -> None:
+    """Nor do the choices: on the device `meta` there is none."""
+    with torch.device("meta"):
+        empty = Transformer(model.params)
+        tokens = torch.zeros(4, dtype=torch.long)
+        options, noise = torch.zeros(4, 4), torch.ones(4, VOCAB)
+    empty.tok_embeddings.forward = lambda ids: torch.nn.functional.embedding(
+        ids, empty.tok_embeddings.weight
+    )
+    with torch.inference_mode():
+        cache = empty.make_cache(4, MAX_SEQ_LEN)
+        logits = static_step.decode(empty, tokens, tokens, cache, *PARTS)
+        ids, finite = sampling.draw_rows(logits, options, noise)
+    assert (logits.shape, ids.shape, finite.shape) == ((4, VOCAB), (4,), (4,))
+
+
+def test_no_operation_waits_for_a_count(model: Transformer) -> None:
+    """As one that picks by a mask would on a GPU; here fairscale's embedding is seen too."""
+    step = StaticStep(model, model.make_cache(4, MAX_SEQ_LEN))
+    sampler = RowSampler(4, VOCAB, CPU)
+    requests = [request_of(options, seed=1) for options in OPTIONS[:4]]
+    with torch.inference_mode(), torch.profiler.profile() as profile:
+        sampler(step([1, 2, 3, 4], [0, 5, 2, 9]), requests)
+    called = {event.key for event in profile.key_averages()}
+    assert "aten::index_put_" in called
+    assert not called & {"aten::nonzero", "aten::masked_select", "aten::unique"}
+
+
+# ---- the engine on it -------------------------------------------------------------------------
+
+
+def results(model: Transformer, static: bool) -> list[Any]:
+    """Of requests of all kinds that join and leave, some up to the end of the cache."""
+    engine = Engine(model, 6, MAX_SEQ_LEN, prefill_chunk=48, static=static)
+    requests = []
+    for i in range(32):
+        params = SamplingParams(
+            **OPTIONS[i % len(OPTIONS)], seed=i, max_gen_len=None if i % 11 == 0 else 1 + i,
+            logprobs=2 if i % 5 == 0 else None,
+        )  # fmt: skip
+        length = LEAST_KEYS - 10 if i % 11 == 0 else 1 + i
+        requests.append(engine.submit(random_tokens(length, seed=i), params))
+        engine.step()
+    while engine.has_work:
+        engine.step()
+    return [(r.tokens, r.logprobs, r.finish_reason, r.top_logprobs) for r in requests]
+
+
+def test_the_engines_tokens_are_the_same(model: Transformer) -> None:
+    for got, want in zip(results(model, True), results(model, False), strict=True):
+        assert got[0] == want[0]
+        assert got[1] == pytest.approx(want[1], abs=1e-4)
+        assert got[2] == want[2] == "length"
+        assert len(got[3]) == len(want[3])
+
+
+def results_on_rank() -> list[Any] | None:
+    parallel.initialize()
+    model = make_model()
+    if parallel.mp_rank() > 0:
+        Engine(model, 6, MAX_SEQ_LEN, static=True).follow()
+        return None
+    try:
+        return results(model, True)
+    finally:
+        Engine(model, 1, MAX_SEQ_LEN).dismiss()
+
+
+def test_two_ranks(model: Transformer, tmp_path: Path) -> None:
+    first = run_ranks(2, tmp_path, results_on_rank)[0]
+    assert [row[0] for row in first] == [row[0] for row in results(model, False)]
+
+
+def test_broken_logits_end_their_request_alone() -> None:
+    model = make_model()
+    with torch.no_grad():
+        model.tok_embeddings.weight[7] = math.nan
+    engine = Engine(model, 2, MAX_SEQ_LEN, static=True)
+    good = engine.submit([1, 2], SamplingParams(temperature=0, max_gen_len=4))
+    bad = engine.submit([3, 7], SamplingParams(temperature=0.5, max_gen_len=4))
+    while engine.has_work:
+        engine.step()
+    assert good.finish_reason == "length"
+    assert isinstance(bad.error, GenerationError)
+    assert "not finite at temperature 0.5" in str(bad.error)
+
+
+# ---- choices ----------------------------------------------------------------------------------
+
+
+def request_of(options: dict[str, Any], seed: int) -> Request:
+    generator = torch.Generator().manual_seed(seed)
+    params = SamplingParams(**options)
+    return Request([1], params, 0, False, False, generator, frozenset(), 9, None)
+
+
+def test_choices_are_those_of_a_row_alone() -> None:
+    sampler = RowSampler(8, VOCAB, CPU)
+    plain = [options for options in OPTIONS if sampler.takes(SamplingParams(**options))]
+    assert len(plain) == len(OPTIONS) - 2
+    for n in range(1, 9):
+        for seed in range(20):
+            logits = 3 * torch.randn(n, VOCAB, generator=torch.Generator().manual_seed(seed))
+            options = [plain[(seed + i) % len(plain)] for i in range(n)]
+            drawn = sampler(logits, [request_of(o, seed + i) for i, o in enumerate(options)])
+            for i, (token, logprob) in enumerate(drawn):
+                alone = request_of(options[i], seed + i)
+                want = sampling.choose(logits[i], alone.params, [1], [], alone.generator)
+                assert token == want
+                assert logprob == pytest.approx(sampling.logprob_of(logits[i], want).item())

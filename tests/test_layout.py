@@ -1,0 +1,122 @@
+"""The house: which files lie where, and which may import which."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+LLAMA = Path(__file__).parent.parent / "llama"
+
+# Floors from the ground up. A file imports from its own room and from lower floors only.
+FLOORS: list[set[str]] = [
+    {"errors", "files", "memory"},
+    {"config", "parallel", "cache", "sampling", "chat_format"},
+    {"model", "tokenizer_files", "tokenizer"},
+    {"fast"},
+    {"engine"},
+    {"checkpoints"},
+    {"generation"},
+    {"training", "evaluation", "server", "explain"},
+    {"commands"},
+    {"__main__"},
+]
+FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
+NEVER = {
+    ("checkpoints", "engine"),
+    ("evaluation", "training"),
+    ("training", "evaluation"),
+}
+MOST_LINES = 350
+# Files of data or of one table, whose head says why they are longer.
+LONGER: set[str] = set()
+
+
+def modules() -> dict[str, Path]:
+    """Every module of the package by its dotted name without `llama.`; "" is `llama` itself."""
+    found = {}
+    for path in LLAMA.rglob("*.py"):
+        parts = path.relative_to(LLAMA).with_suffix("").parts
+        found[".".join(part for part in parts if part != "__init__")] = path
+    return found
+
+
+MODULES = modules()
+
+
+def imports_of(path: Path) -> set[str]:
+    """The modules of the package that a file imports anywhere, also inside functions and under
+    TYPE_CHECKING."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: imports are absolute"
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        else:
+            continue
+        for name in names:
+            package, _, rest = name.partition(".")
+            if package != "llama":
+                continue
+            while rest not in MODULES:  # a class or function of the module before it
+                rest = rest.rpartition(".")[0]
+            found.add(rest)
+    return found
+
+
+IMPORTS = {name: imports_of(path) for name, path in MODULES.items()}
+
+
+def room_of(module: str) -> str:
+    return module.partition(".")[0]
+
+
+def test_every_room_has_a_floor() -> None:
+    assert {room_of(name) for name in MODULES} - {""} <= FLOOR_OF.keys()
+
+
+@pytest.mark.parametrize("name", sorted(MODULES.keys() - {""}))
+def test_imports_go_down(name: str) -> None:
+    own = room_of(name)
+    for imported in IMPORTS[name]:
+        room = room_of(imported)
+        if room == own:
+            continue
+        assert imported != "", f"{name} imports the package itself: import the module instead"
+        is_below = FLOOR_OF[room] < FLOOR_OF[own]
+        is_beside = FLOOR_OF[room] == FLOOR_OF[own] and (LLAMA / f"{own}.py").exists()
+        assert is_below or is_beside, f"{name} imports {imported}, which is not below it"
+        assert (own, room) not in NEVER, f"{name} imports {imported}"
+
+
+def test_no_circles() -> None:
+    finished: set[str] = set()
+
+    def visit(name: str, path: tuple[str, ...]) -> None:
+        assert name not in path, f"a circle of imports: {' -> '.join([*path, name])}"
+        if name in finished:
+            return
+        for imported in IMPORTS[name]:
+            visit(imported, (*path, name))
+        finished.add(name)
+
+    for name in MODULES:
+        visit(name, ())
+
+
+@pytest.mark.parametrize("name", sorted(MODULES))
+def test_a_file_has_one_responsibility(name: str) -> None:
+    n_lines = len(MODULES[name].read_text(encoding="utf-8").splitlines())
+    assert n_lines <= MOST_LINES or name in LONGER, f"{name} has {n_lines} lines"
+
+
+def test_optional_packages_are_imported_in_one_file() -> None:
+    places: dict[str, set[str]] = {"tensorboard": set(), "lm_eval": set(), "huggingface_hub": set()}
+    for name, path in MODULES.items():
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom) and node.module:
+                top = node.module.partition(".")[0]
+                if top in places:
+                    places[top].add(name)
+    assert all(len(files) <= 1 for files in places.values()), places

@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from llama.checkpoints.shards import Checkpoint
 from llama.config import ModelArgs, RopeScaling
-from llama.model import scale_frequencies
+from llama.model import apply_scaling
 
 TYPES = {
     "BF16": gguf.GGMLQuantizationType.BF16,
@@ -52,7 +52,7 @@ def gguf_name(name: str) -> str:
 def rope_divisors(args: ModelArgs, scaling: RopeScaling) -> np.ndarray:
     """What llama.cpp divides the frequencies of RoPE by: float32 (hd / 2,)."""
     freqs = 1.0 / args.rope_theta ** (torch.arange(0, args.head_dim, 2).float() / args.head_dim)
-    return (freqs / scale_frequencies(freqs, scaling)).numpy()
+    return (freqs / apply_scaling(freqs, scaling)).numpy()
 
 
 def pack(weight: Tensor, width: str) -> tuple[np.ndarray, gguf.GGMLQuantizationType]:

@@ -100,14 +100,10 @@ class ModelArgs:
 
     @property
     def ffn_dim(self) -> int:
-        """The feed-forward width F: `hidden_dim` where given, else two thirds of 4 * dim, scaled
-        and rounded up, in Meta's order of integer cuts."""
+        """The feed-forward width F: `hidden_dim` where given, else `ffn_width` of 4 * dim."""
         if self.hidden_dim is not None:
             return self.hidden_dim
-        width = int(2 * (4 * self.dim) / 3)
-        if self.ffn_dim_multiplier is not None:
-            width = int(self.ffn_dim_multiplier * width)
-        return math.ceil(width / self.multiple_of) * self.multiple_of
+        return ffn_width(4 * self.dim, self.multiple_of, self.ffn_dim_multiplier)
 
     def metas_width(self) -> dict[str, float]:
         """The feed-forward width as Meta's files say it, which have no key for the width itself:
@@ -209,6 +205,16 @@ class ModelArgs:
         if self.use_scaled_rope:
             return 131072
         return 4096 if self.rope_theta == LLAMA_2_THETA else 8192
+
+
+def ffn_width(hidden_dim: int, multiple_of: int, ffn_dim_multiplier: float | None) -> int:
+    """Two thirds of `hidden_dim`, times the multiplier, rounded up to a multiple of `multiple_of`.
+
+    The order in which the numbers are cut to integers is Meta's."""
+    width = int(2 * hidden_dim / 3)
+    if ffn_dim_multiplier is not None:
+        width = int(ffn_dim_multiplier * width)
+    return math.ceil(width / multiple_of) * multiple_of
 
 
 def _require_number(name: str, value: Any, whole: bool = False) -> None:

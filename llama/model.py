@@ -1,8 +1,12 @@
-"""The Llama transformer, whole, for inference and training, split over fairscale's ranks.
+"""The Llama transformer, whole, split over fairscale's tensor-parallel ranks.
+
+Names, constructors and calls are those of Meta's `model.py`. The calls take one argument more: the
+KV cache, an object that the caller may pass. Without it every attention layer keeps its own, as
+Meta's do. The file is long because the whole model stands in one place.
 
 Shapes in comments, per rank: B batch rows, S new tokens, T visible keys, D dim, H query heads,
-K key/value heads, hd head_dim, F feed-forward width, V vocabulary. H, K and F are what one of
-mp_size ranks holds.
+K key/value heads, hd head_dim, F feed-forward width, V vocabulary. H, K and F are the share of one
+of mp_size ranks.
 """
 
 import math
@@ -19,8 +23,8 @@ from fairscale.nn.model_parallel.layers import (
 from torch import Tensor, nn
 
 from llama import parallel
-from llama.cache import KVCache
-from llama.config import ModelArgs, RopeScaling
+from llama.cache import KVCache, LayerCache
+from llama.config import ModelArgs, RopeScaling, ffn_width
 from llama.errors import ConfigError, GenerationError
 
 
@@ -32,120 +36,173 @@ class RMSNorm(nn.Module):
         self.eps = eps
         self.weight = nn.Parameter(torch.ones(dim))
 
+    def _norm(self, x: Tensor) -> Tensor:
+        return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.eps)
+
     def forward(self, x: Tensor) -> Tensor:
-        x32 = x.float()
-        normed = x32 * torch.rsqrt(x32.pow(2).mean(-1, keepdim=True) + self.eps)
-        return normed.type_as(x) * self.weight
+        return self._norm(x.float()).type_as(x) * self.weight  # (B, S, D)
 
 
 # ---- rotary position embedding: Su et al. 2021, arxiv.org/abs/2104.09864 ------------------------
 
 
-def scale_frequencies(freqs: Tensor, scaling: RopeScaling) -> Tensor:
-    """Llama 3.1's stretching of RoPE for long contexts: slow waves are slowed by `factor`, fast
-    ones stay, those in between are blended. freqs: (hd / 2,) radians a position."""
-    wavelen = 2 * math.pi / freqs
-    turns = scaling.original_context_length / wavelen  # full turns within the old context
-    low, high = scaling.low_freq_factor, scaling.high_freq_factor
-    smooth = (turns - low) / (high - low)
-    blended = (1 - smooth) * freqs / scaling.factor + smooth * freqs
+def apply_scaling(freqs: Tensor, scaling: RopeScaling | None = None) -> Tensor:
+    """Stretch RoPE for a longer context, as Llama 3.1 does.
+
+    Low frequencies are divided by `scaling.factor`, high ones stay, those between are interpolated.
+    freqs: (hd / 2,) radians a position. scaling None: Meta's constants, factor 8.
+    """
+    scaling = RopeScaling() if scaling is None else scaling
     context = scaling.original_context_length
-    is_slow, is_fast = wavelen > context / low, wavelen < context / high
-    return torch.where(is_slow, freqs / scaling.factor, torch.where(is_fast, freqs, blended))
+    low, high = scaling.low_freq_factor, scaling.high_freq_factor
+    wavelen = 2 * math.pi / freqs  # positions a turn
+    smooth = (context / wavelen - low) / (high - low)
+    interpolated = (1 - smooth) * freqs / scaling.factor + smooth * freqs
+    is_low, is_high = wavelen > context / low, wavelen < context / high
+    return torch.where(is_low, freqs / scaling.factor, torch.where(is_high, freqs, interpolated))
 
 
 def precompute_freqs_cis(
-    head_dim: int,
+    dim: int,
     end: int,
     theta: float = 10000.0,
+    use_scaled: bool = False,
+    *,
     scaling: RopeScaling | None = None,
     device: torch.device | None = None,
 ) -> Tensor:
-    """The rotations exp(i * position * frequency): complex64 (end, hd / 2)."""
-    exponents = torch.arange(0, head_dim, 2, device=device).float() / head_dim
-    freqs = 1.0 / theta**exponents
-    if scaling is not None:
-        freqs = scale_frequencies(freqs, scaling)
-    angles = torch.outer(torch.arange(end, device=device, dtype=torch.float32), freqs)
+    """The rotations exp(i * position * frequency): complex64 (end, dim / 2).
+
+    dim: of one head. end: number of positions. use_scaled: scale with Meta's constants.
+    scaling: scale with these constants instead.
+    """
+    freqs = 1.0 / theta ** (torch.arange(0, dim, 2, device=device).float() / dim)
+    if use_scaled or scaling is not None:
+        freqs = apply_scaling(freqs, scaling)
+    positions = torch.arange(end, device=device, dtype=torch.float32)
+    angles = torch.outer(positions, freqs)
     return torch.polar(torch.ones_like(angles), angles)
 
 
-def apply_rotary_emb(xq: Tensor, xk: Tensor, freqs_cis: Tensor) -> tuple[Tensor, Tensor]:
-    """Turn neighbouring pairs of features by their position's angles, in float32.
+def reshape_for_broadcast(freqs_cis: Tensor, x: Tensor) -> Tensor:
+    """Give the rotations a dimension for the heads, and one for the rows where they have none.
 
-    xq: (B, S, H, hd), xk: (B, S, K, hd), freqs_cis: (S, hd / 2) or (B, S, hd / 2); shapes stay.
+    x: (B, S, H, hd / 2) complex. freqs_cis: (S, hd / 2) -> (1, S, 1, hd / 2), or rotations of each
+    row, (B, S, hd / 2) -> (B, S, 1, hd / 2).
     """
-    rotation = freqs_cis.unsqueeze(-2)  # one for all heads, and for all rows where it has none
+    shape = (x.shape[1], x.shape[-1]) if freqs_cis.dim() == 2 else (*x.shape[:2], x.shape[-1])
+    assert freqs_cis.shape == shape, (freqs_cis.shape, x.shape)
+    return freqs_cis.view(-1, x.shape[1], 1, x.shape[-1])
+
+
+def apply_rotary_emb(xq: Tensor, xk: Tensor, freqs_cis: Tensor) -> tuple[Tensor, Tensor]:
+    """Rotate each pair of neighbouring features by the angle of its position, in float32.
+
+    xq: (B, S, H, hd), xk: (B, S, K, hd), freqs_cis: (S, hd / 2) or (B, S, hd / 2). Shapes and
+    dtypes stay.
+    """
 
     def rotate(x: Tensor) -> Tensor:
-        pairs = torch.view_as_complex(x.float().reshape(*x.shape[:-1], -1, 2))
-        return torch.view_as_real(pairs * rotation).flatten(-2).type_as(x)
+        pairs = torch.view_as_complex(x.float().reshape(*x.shape[:-1], -1, 2))  # (B, S, H, hd / 2)
+        rotated = pairs * reshape_for_broadcast(freqs_cis, pairs)
+        return torch.view_as_real(rotated).flatten(3).type_as(x)  # (B, S, H, hd)
 
     return rotate(xq), rotate(xk)
 
 
+# ---- attention ----------------------------------------------------------------------------------
+
+
 def repeat_kv(x: Tensor, n_rep: int) -> Tensor:
-    """Give each query head its key/value head: (B, T, K, hd) -> (B, T, K * n_rep, hd), every head
-    n_rep times in a row."""
+    """Repeat each key/value head for the query heads that share it.
+
+    (B, T, K, hd) -> (B, T, K * n_rep, hd), the copies of a head next to each other.
+    """
     return x if n_rep == 1 else x.repeat_interleave(n_rep, dim=2)
 
 
 def causal_mask(positions: Tensor, n_keys: int, dtype: torch.dtype) -> Tensor:
-    """Added to the scores: a query sees keys whose position is not after its own.
+    """0 where a query sees a key, minus infinity where the key comes after the query.
 
-    positions: (..., S) of the queries; the keys are at 0…T - 1 -> (..., S, T).
+    positions: (..., S) of the queries; the keys stand at 0 to T - 1 -> (..., S, T).
     """
-    hidden = torch.arange(n_keys, device=positions.device) > positions.unsqueeze(-1)
-    return torch.zeros(hidden.shape, dtype=dtype, device=positions.device).masked_fill_(
-        hidden, -math.inf
+    is_after = torch.arange(n_keys, device=positions.device) > positions.unsqueeze(-1)
+    mask = torch.zeros(is_after.shape, dtype=dtype, device=positions.device)
+    return mask.masked_fill_(is_after, -math.inf)
+
+
+def meta_attention(xq: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
+    """softmax(q k^T / sqrt(hd) + mask) v by Meta's operations, equal to the last bit.
+
+    xq: (B, S, H, hd), keys and values: (B, T, K, hd), mask: (S, T) to add -> (B, S, H, hd).
+    """
+    n_rep = xq.shape[2] // keys.shape[2]
+    xq = xq.transpose(1, 2)  # (B, H, S, hd)
+    keys = repeat_kv(keys, n_rep).transpose(1, 2)  # (B, H, T, hd)
+    values = repeat_kv(values, n_rep).transpose(1, 2)  # (B, H, T, hd)
+    # The scores are the largest tensor of a prefill. They are changed in place to save memory.
+    scores = xq @ keys.transpose(2, 3)  # (B, H, S, T)
+    scores /= math.sqrt(xq.shape[-1])
+    if mask is not None:
+        scores += mask
+    weights = scores.float().softmax(-1).type_as(xq)  # (B, H, S, T)
+    return (weights @ values).transpose(1, 2)  # (B, S, H, hd)
+
+
+def fused_attention(xq: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
+    """The same by PyTorch's fused kernel, which never stores the scores; other last bits.
+
+    xq: (B, S, H, hd), keys and values: (B, T, K, hd), mask: (B or 1, 1, S, T), to add or True where
+    a query sees a key; None: causal, and T is S -> (B, S, H, hd).
+    """
+    bsz, seqlen, _, head_dim = xq.shape
+    if mask is not None and torch.is_grad_enabled():  # the kernel has no such gradient for groups
+        n_rep = xq.shape[2] // keys.shape[2]
+        keys, values = repeat_kv(keys, n_rep), repeat_kv(values, n_rep)
+    xq, keys, values = (x.transpose(1, 2) for x in (xq, keys, values))  # (B, H or K, S or T, hd)
+    if seqlen == 1 and mask is not None:
+        # A group's query heads see the same keys. As queries of one head they suit all kernels.
+        xq = xq.reshape(bsz, keys.shape[1], -1, head_dim)  # (B, K, H / K, hd)
+    is_grouped = xq.shape[1] != keys.shape[1]
+    heads = F.scaled_dot_product_attention(
+        xq, keys, values, mask, is_causal=mask is None, enable_gqa=is_grouped
     )
+    return heads.reshape(bsz, -1, seqlen, head_dim).transpose(1, 2)  # (B, S, H, hd)
 
 
-def document_mask(documents: Tensor) -> Tensor:
-    """The same rule within documents (B, S), True where a query may look, (B, 1, S, S)."""
-    same = documents[:, :, None] == documents[:, None, :]
-    return same.tril()[:, None]
+# ---- the layers ---------------------------------------------------------------------------------
 
 
-def document_positions(documents: Tensor) -> Tensor:
-    """Positions (B, S) that begin again at 0 with every document of a row."""
-    index = torch.arange(documents.shape[1], device=documents.device).expand_as(documents)
-    is_first = documents[:, 1:] != documents[:, :-1]
-    start = F.pad(torch.where(is_first, index[:, 1:], 0), (1, 0)).cummax(1).values
-    return index - start
+def _init_weight(weight: Tensor) -> Tensor:
+    return nn.init.normal_(weight, std=0.02)
 
 
-# ---- the layers -------------------------------------------------------------------------------
-
-
-def _no_init(weight: Tensor) -> Tensor:
-    return weight  # `Transformer.init_weights` does it, without the full matrix on every rank
-
-
-# How fairscale's layers are used: a column-parallel one leaves each rank its own features, and a
-# row-parallel one takes them as they are. Only the last gathers, so that all ranks have all logits.
-COLUMN: dict[str, Any] = dict(bias=False, gather_output=False, init_method=_no_init)
-ROW: dict[str, Any] = dict(bias=False, input_is_parallel=True, init_method=_no_init)
+# A column-parallel layer leaves each rank with its own output features. A row-parallel layer takes
+# the features of its rank, and its output is summed over the ranks.
+COLUMN: dict[str, Any] = dict(bias=False, gather_output=False, init_method=_init_weight)
+ROW: dict[str, Any] = dict(bias=False, input_is_parallel=True, init_method=_init_weight)
 
 
 class Attention(nn.Module):
     """Causal attention with grouped key/value heads; Vaswani et al. 2017, arxiv.org/abs/1706.03762,
     Ainslie et al. 2023, arxiv.org/abs/2305.13245."""
 
-    def __init__(self, args: ModelArgs, layer_id: int) -> None:
+    def __init__(self, args: ModelArgs) -> None:
         super().__init__()
+        parallel.initialize()
         mp_size = parallel.mp_size()
-        self.layer_id = layer_id
-        self.head_dim = args.head_dim
+        self.n_kv_heads = args.local_kv_heads(1)
         self.n_local_heads = args.n_heads // mp_size
         self.n_local_kv_heads = args.local_kv_heads(mp_size)
         self.n_rep = self.n_local_heads // self.n_local_kv_heads
+        self.head_dim = args.head_dim
+        self.max_batch_size, self.max_seq_len = args.max_batch_size, args.max_seq_len
+        self._cache: LayerCache | None = None  # made by the first call without a cache
 
-        kv_dim = args.local_kv_heads(1) * args.head_dim
-        self.wq = ColumnParallelLinear(args.dim, args.dim, **COLUMN)
-        self.wk = ColumnParallelLinear(args.dim, kv_dim, **COLUMN)
-        self.wv = ColumnParallelLinear(args.dim, kv_dim, **COLUMN)
-        self.wo = RowParallelLinear(args.dim, args.dim, **ROW)
+        self.wq = ColumnParallelLinear(args.dim, args.n_heads * self.head_dim, **COLUMN)
+        self.wk = ColumnParallelLinear(args.dim, self.n_kv_heads * self.head_dim, **COLUMN)
+        self.wv = ColumnParallelLinear(args.dim, self.n_kv_heads * self.head_dim, **COLUMN)
+        self.wo = RowParallelLinear(args.n_heads * self.head_dim, args.dim, **ROW)
 
     def forward(
         self,
@@ -153,83 +210,96 @@ class Attention(nn.Module):
         start_pos: int | Tensor | None,
         freqs_cis: Tensor,
         mask: Tensor | None,
-        cache: KVCache | None,
+        cache: LayerCache | None = None,
     ) -> Tensor:
+        """x (B, S, D) -> (B, S, D); see `Transformer.forward`.
+
+        start_pos: position of the first new token; or the positions (B, S) of all; or None for
+        whole sequences, which need no cache.
+        """
+        bsz, seqlen, _ = x.shape
         # Column-parallel: each rank projects to its own heads and attends with them alone.
-        qkv = self.wq(x), self.wk(x), self.wv(x)
-        # Row-parallel: every rank adds its heads' share of the output, summed over the ranks.
-        return self.wo(self.attend(*qkv, start_pos, freqs_cis, mask, cache))  # (B, S, D)
-
-    def attend(
-        self,
-        xq: Tensor,
-        xk: Tensor,
-        xv: Tensor,
-        start_pos: int | Tensor | None,
-        freqs_cis: Tensor,
-        mask: Tensor | None,
-        cache: KVCache | None,
-    ) -> Tensor:
-        """What lies between the projections: (B, S, H * hd), twice (B, S, K * hd) -> heads."""
-        bsz, seqlen, _ = xq.shape
-        xq = xq.view(bsz, seqlen, self.n_local_heads, self.head_dim)  # (B, S, H, hd)
-        xk = xk.view(bsz, seqlen, self.n_local_kv_heads, self.head_dim)  # (B, S, K, hd)
-        xv = xv.view(bsz, seqlen, self.n_local_kv_heads, self.head_dim)
+        xq = self.wq(x).view(bsz, seqlen, self.n_local_heads, self.head_dim)  # (B, S, H, hd)
+        xk = self.wk(x).view(bsz, seqlen, self.n_local_kv_heads, self.head_dim)  # (B, S, K, hd)
+        xv = self.wv(x).view(bsz, seqlen, self.n_local_kv_heads, self.head_dim)  # (B, S, K, hd)
         xq, xk = apply_rotary_emb(xq, xk, freqs_cis)
+        if start_pos is not None:
+            cache = self._own_cache(x.dtype, x.device) if cache is None else cache
+            xk, xv = cache.update(start_pos, xk, xv)  # (B, T, K, hd)
+        # Meta's call has one number for all rows, and gets Meta's bits.
+        attend = meta_attention if isinstance(start_pos, int) else fused_attention
+        heads = attend(xq, xk, xv, mask)  # (B, S, H, hd)
+        # Row-parallel: the output is the sum of what all ranks' heads contribute.
+        return self.wo(heads.flatten(2))  # (B, S, D)
 
-        if cache is not None and start_pos is not None:
-            xk, xv = cache.update(self.layer_id, start_pos, xk, xv)  # (B, T, K, hd)
-        is_metas = isinstance(start_pos, int)  # Meta's call: Meta's operations, to the bit
-        # Else PyTorch's kernel groups the heads by itself, but not for gradients under a mask.
-        is_grouped = not is_metas and (mask is None or cache is not None)
-        n_rep = 1 if is_grouped else self.n_rep
-        keys = repeat_kv(xk, n_rep).transpose(1, 2)  # (B, H, T, hd)
-        values = repeat_kv(xv, n_rep).transpose(1, 2)
+    def _own_cache(self, dtype: torch.dtype, device: torch.device) -> LayerCache:
+        """This layer's cache, in the dtype and on the device of the activations."""
+        cache, rows = self._cache, (self.max_batch_size, self.max_seq_len)
+        if cache is None:
+            shape = (*rows, self.n_local_kv_heads, self.head_dim)
+            cache = LayerCache.zeros(shape, dtype, device)
+        self._cache = cache.to(dtype, device)
+        return self._cache
 
-        if not is_metas:  # the same sum without ever holding the scores
-            queries = xq.transpose(1, 2)  # (B, H, S, hd)
-            if seqlen == 1 and mask is not None:
-                # Then a group's heads are as good as queries of one head, which all kernels take.
-                queries = queries.reshape(bsz, keys.shape[1], -1, self.head_dim)
-            heads = F.scaled_dot_product_attention(
-                queries,
-                keys,
-                values,
-                mask,
-                is_causal=mask is None,
-                enable_gqa=queries.shape[1] != keys.shape[1],
-            ).reshape(bsz, -1, seqlen, self.head_dim)
-        else:
-            # The scores are the largest tensor there is: they are changed in place.
-            scores = xq.transpose(1, 2) @ keys.transpose(2, 3)  # (B, H, S, T)
-            scores /= math.sqrt(self.head_dim)
-            if mask is not None:
-                scores += mask
-            weights = scores.float().softmax(-1).type_as(xq)
-            heads = weights @ values  # (B, H, S, hd)
-        return heads.transpose(1, 2).flatten(2)  # (B, S, H * hd)
+    # Meta's names for the layer's own cache, (max_batch_size, max_seq_len, K, hd).
+
+    @property
+    def cache_k(self) -> Tensor:
+        weight = self.wq.weight
+        return (self._cache or self._own_cache(weight.dtype, weight.device)).k
+
+    @cache_k.setter
+    def cache_k(self, keys: Tensor) -> None:
+        self._cache = LayerCache(keys, self.cache_v)
+
+    @property
+    def cache_v(self) -> Tensor:
+        weight = self.wq.weight
+        return (self._cache or self._own_cache(weight.dtype, weight.device)).v
+
+    @cache_v.setter
+    def cache_v(self, values: Tensor) -> None:
+        self._cache = LayerCache(self.cache_k, values)
 
 
 class FeedForward(nn.Module):
-    """SwiGLU: down(silu(gate(x)) * up(x)); Shazeer 2020, arxiv.org/abs/2002.05202."""
+    """SwiGLU: down(silu(gate(x)) * up(x)); Shazeer 2020, arxiv.org/abs/2002.05202.
 
-    def __init__(self, dim: int, hidden_dim: int) -> None:
+    The width F is two thirds of `hidden_dim`, scaled by `ffn_dim_multiplier` and rounded up to a
+    multiple of `multiple_of`. multiple_of None: F is `hidden_dim`.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        hidden_dim: int,
+        multiple_of: int | None = None,
+        ffn_dim_multiplier: float | None = None,
+    ) -> None:
         super().__init__()
+        parallel.initialize()
+        if multiple_of is not None:
+            hidden_dim = ffn_width(hidden_dim, multiple_of, ffn_dim_multiplier)
         self.w1 = ColumnParallelLinear(dim, hidden_dim, **COLUMN)  # gate
         self.w2 = RowParallelLinear(hidden_dim, dim, **ROW)  # down
         self.w3 = ColumnParallelLinear(dim, hidden_dim, **COLUMN)  # up
 
     def forward(self, x: Tensor) -> Tensor:
-        # Gate and up are column-parallel: the product of a rank's F features stays local.
+        # Gate and up are column-parallel, so the product of a rank's F features stays local. w2 is
+        # row-parallel and sums the ranks' partial results.
         return self.w2(F.silu(self.w1(x)) * self.w3(x))  # (B, S, D)
 
 
 class TransformerBlock(nn.Module):
-    """Attention and feed-forward, each normed before and added to the residual stream after."""
+    """Attention, then feed-forward. Each reads the normed residual stream and is added to it."""
 
     def __init__(self, layer_id: int, args: ModelArgs) -> None:
         super().__init__()
-        self.attention = Attention(args, layer_id)
+        self.n_heads = args.n_heads
+        self.dim = args.dim
+        self.head_dim = args.head_dim
+        self.layer_id = layer_id
+        self.attention = Attention(args)
         self.feed_forward = FeedForward(args.dim, args.ffn_dim)
         self.attention_norm = RMSNorm(args.dim, args.norm_eps)
         self.ffn_norm = RMSNorm(args.dim, args.norm_eps)
@@ -240,18 +310,20 @@ class TransformerBlock(nn.Module):
         start_pos: int | Tensor | None,
         freqs_cis: Tensor,
         mask: Tensor | None,
-        cache: KVCache | None,
+        cache: LayerCache | None = None,
     ) -> Tensor:
-        h = x + self.attention(self.attention_norm(x), start_pos, freqs_cis, mask, cache)
+        """x (B, S, D) -> (B, S, D); the arguments are those of `Attention.forward`."""
+        passed = () if cache is None else (cache,)  # Meta's call, which a subclass may expect
+        h = x + self.attention(self.attention_norm(x), start_pos, freqs_cis, mask, *passed)
         return h + self.feed_forward(self.ffn_norm(h))  # (B, S, D)
 
 
 class Transformer(nn.Module):
     """Token ids in, logits of the next token out.
 
-    The weights are random (normal, 0.02), the same at any number of ranks for one seed; under
+    The weights are random (normal, 0.02) and, for one seed, the same at any number of ranks. Under
     `torch.device("meta")` they take no memory and wait for a checkpoint. Where no process group
-    exists, one rank is set up.
+    exists, a group of one rank is made.
     """
 
     def __init__(self, params: ModelArgs) -> None:
@@ -261,16 +333,16 @@ class Transformer(nn.Module):
         self.params = params
         self.vocab_size = params.vocab_size
         self.n_layers = params.n_layers
-        self.freqs_cis: Tensor | None = None  # made on the weights' device by the first forward
-        self.cache: KVCache | None = None  # for Meta's call without one, made by the first
+        self._freqs_cis: Tensor | None = None  # made on the weights' device by the first use
 
         with parallel.on_meta_device():
             embedding = ParallelEmbedding if params.embedding_shard_dim else VocabParallelEmbedding
-            self.tok_embeddings = embedding(params.vocab_size, params.dim, init_method=_no_init)
+            self.tok_embeddings = embedding(params.vocab_size, params.dim, init_method=_init_weight)
             self.layers = nn.ModuleList(
                 TransformerBlock(layer_id, params) for layer_id in range(params.n_layers)
             )
             self.norm = RMSNorm(params.dim, params.norm_eps)
+            # This layer gathers its output: every rank has the logits of the whole vocabulary.
             self.output = ColumnParallelLinear(
                 params.dim, params.vocab_size, **(COLUMN | {"gather_output": True})
             )
@@ -279,10 +351,118 @@ class Transformer(nn.Module):
             self.init_weights()
         self.tie_weights()
 
+    def forward(
+        self,
+        tokens: Tensor,
+        start_pos: int | Tensor | None = None,
+        cache: KVCache | None = None,
+        *,
+        positions: Tensor | None = None,
+        mask: Tensor | None = None,
+    ) -> Tensor:
+        """Logits after each of the tokens, float32 (B, S, V).
+
+        tokens: (B, S) ids. Without start_pos they are whole sequences for training, and gradients
+            flow.
+        start_pos: position of the first token. Keys and values of earlier tokens are read from the
+            cache, those of the new ones are stored in it. No gradients flow. A number counts for
+            all rows, and the operations are Meta's own. A tensor (B,) has one number for each row.
+        cache: holds the keys and values. None: each layer's own, of `params.max_batch_size` rows
+            and `params.max_seq_len` positions; this is Meta's call.
+        positions: (B, S) of the tokens of whole sequences. None: 0 to S - 1.
+        mask: (B, 1, S, S) bool, True where a token of a whole sequence may look. None: causal.
+        Raises GenerationError where the tokens do not fit the cache or the RoPE table.
+        """
+        with torch.set_grad_enabled(start_pos is None and torch.is_grad_enabled()):
+            return self.logits(
+                self.features(tokens, start_pos, cache, positions=positions, mask=mask)
+            )
+
+    def features(
+        self,
+        tokens: Tensor,
+        start_pos: int | Tensor | None = None,
+        cache: KVCache | None = None,
+        *,
+        positions: Tensor | None = None,
+        mask: Tensor | None = None,
+    ) -> Tensor:
+        """What `logits` is computed from, (B, S, D); the arguments are those of `forward`."""
+        self._check_fits(tokens, start_pos, cache)
+        h = self.tok_embeddings(tokens)  # (B, S, D)
+        if start_pos is not None:
+            n_keys = self.params.max_seq_len if cache is None else cache.max_seq_len
+            start_pos, freqs_cis, mask = self.layer_inputs(h, start_pos, n_keys)
+        else:
+            table = self.freqs_cis
+            freqs_cis = table[: h.shape[1]] if positions is None else table[positions]
+        for layer_id, layer in enumerate(self.layers):
+            passed = () if cache is None else (cache.layer(layer_id),)
+            h = layer(h, start_pos, freqs_cis, mask, *passed)
+        return self.norm(h)
+
+    def logits(self, features: Tensor) -> Tensor:
+        """(…, D) -> float32 (…, V), the whole vocabulary on every rank."""
+        return self.output(features).float()
+
+    def layer_inputs(
+        self, h: Tensor, start_pos: int | Tensor, n_keys: int
+    ) -> tuple[int | Tensor, Tensor, Tensor | None]:
+        """What every layer takes besides h (B, S, D): start_pos, freqs_cis and mask.
+
+        start_pos: as for `forward`. A number stays, and a tensor (B,) becomes all tokens' positions
+            (B, S), whose mask (B, 1, S, n_keys) covers the whole cache.
+        """
+        steps = torch.arange(h.shape[1], device=h.device)
+        if isinstance(start_pos, int):
+            end = start_pos + len(steps)
+            # A single new token sees every key there is.
+            mask = causal_mask(start_pos + steps, end, h.dtype) if len(steps) > 1 else None
+            return start_pos, self.freqs_cis[start_pos:end], mask
+        positions = start_pos[:, None] + steps  # (B, S)
+        mask = causal_mask(positions, n_keys, h.dtype)[:, None]  # (B, 1, S, T)
+        return positions, self.freqs_cis[positions], mask
+
     @property
     def device(self) -> torch.device:
         """Where the weights are."""
         return self.norm.weight.device
+
+    @property
+    def freqs_cis(self) -> Tensor:
+        """The rotations of 2 * max_seq_len positions, complex64 (positions, hd / 2)."""
+        if self._freqs_cis is None:
+            args = self.params
+            # A table made under inference_mode could not be used by a training step later.
+            with torch.inference_mode(False):
+                self._freqs_cis = precompute_freqs_cis(
+                    args.head_dim,
+                    args.max_seq_len * 2,  # Meta's length
+                    args.rope_theta,
+                    scaling=args.rope_scaling,
+                    device=self.device,
+                )
+        elif self._freqs_cis.device != self.device:
+            self._freqs_cis = self._freqs_cis.to(self.device)
+        return self._freqs_cis
+
+    @freqs_cis.setter
+    def freqs_cis(self, table: Tensor) -> None:
+        self._freqs_cis = table
+
+    def make_cache(
+        self, max_batch_size: int, max_seq_len: int, dtype: torch.dtype | None = None
+    ) -> KVCache:
+        """A cache of this rank's heads on the weights' device. dtype None: that of the weights."""
+        return KVCache.zeros(
+            self.n_layers,
+            max_batch_size,
+            max_seq_len,
+            self.params.local_kv_heads(parallel.mp_size()),
+            self.params.head_dim,
+            dtype or self.norm.weight.dtype,
+            self.device,
+        )
 
     def tie_weights(self) -> None:
         """Make the output matrix the embedding itself, where the model is `tied`."""
@@ -291,115 +471,68 @@ class Transformer(nn.Module):
 
     @torch.no_grad()
     def init_weights(self) -> None:
-        """Draw every weight anew; what adds to the residual stream starts smaller with depth.
+        """Draw every weight anew. Matrices that write to the residual stream get a deviation that
+        falls with the number of layers.
 
-        Each matrix is drawn whole and cut, so that a seed gives one model at any number of ranks.
+        Every rank draws the whole matrix and keeps its part, so that a seed gives the same model at
+        any number of ranks.
         """
         for name, weight in self.named_parameters():
             if weight.dim() == 1:
                 weight.fill_(1.0)
                 continue
-            into_residual = name.endswith(("wo.weight", "w2.weight"))
-            std = 0.02 / math.sqrt(2 * self.n_layers) if into_residual else 0.02
+            writes_residual = name.endswith(("wo.weight", "w2.weight"))
+            std = 0.02 / math.sqrt(2 * self.n_layers) if writes_residual else 0.02
             dim = parallel.shard_dim(name, self.params.embedding_shard_dim)
             assert dim is not None, name
-            whole = list(weight.shape)
-            whole[dim] *= parallel.mp_size()
-            drawn = weight.new_empty(whole).normal_(std=std)
-            weight.copy_(drawn.chunk(parallel.mp_size(), dim)[parallel.mp_rank()])
+            shape = list(weight.shape)
+            shape[dim] *= parallel.mp_size()
+            whole = weight.new_empty(shape).normal_(std=std)
+            weight.copy_(whole.chunk(parallel.mp_size(), dim)[parallel.mp_rank()])
 
-    def forward(
-        self,
-        tokens: Tensor,
-        start_pos: int | Tensor | None = None,
-        cache: KVCache | None = None,
-        documents: Tensor | None = None,
-    ) -> Tensor:
-        """Logits after each of the tokens, float32 (B, S, V).
-
-        tokens: (B, S) ids. Without start_pos they are whole sequences, and gradients flow:
-            training.
-        start_pos: position of the first token; the keys and values of the earlier ones are read
-            from the cache, those of the new ones stored in it. No gradients. A number counts for
-            all rows, and the operations are Meta's own; a tensor (B,) says it for each row.
-        cache: where they are kept; None: in the model's own, sized by `params.max_batch_size` and
-            `max_seq_len`, which is Meta's call.
-        documents: (B, S) the number of the document each token of a whole sequence belongs to;
-            documents do not see each other and each begins at position 0. None: a row is one.
-        Raises GenerationError where the tokens do not fit the cache or the RoPE table.
-        """
-        with torch.set_grad_enabled(start_pos is None and torch.is_grad_enabled()):
-            return self.logits(self.features(tokens, start_pos, cache, documents))
-
-    def features(
-        self,
-        tokens: Tensor,
-        start_pos: int | Tensor | None = None,
-        cache: KVCache | None = None,
-        documents: Tensor | None = None,
-    ) -> Tensor:
-        """What `logits` is computed from, (B, S, D); the arguments are those of `forward`."""
+    def _check_fits(
+        self, tokens: Tensor, start_pos: int | Tensor | None, cache: KVCache | None
+    ) -> None:
+        bsz, seqlen = tokens.shape
+        max_rows, max_positions = self.params.max_batch_size, self.params.max_seq_len
         if start_pos is None:
             if cache is not None:
                 raise GenerationError("a cache needs a start_pos: the first new token's position")
-            self._check_fits(tokens, 0, tokens.shape[0], self.params.max_seq_len)
-        else:
-            if documents is not None:
-                raise GenerationError("documents are for whole sequences: leave out start_pos")
-            cache = self._own_cache() if cache is None else cache
-            positions = min(cache.max_seq_len, self.params.max_seq_len)
-            # What a tensor holds is not looked at: a GPU would have to be waited for.
-            start = start_pos if isinstance(start_pos, int) else 0
-            self._check_fits(tokens, start, cache.max_batch_size, positions)
-        h = self.tok_embeddings(tokens)  # (B, S, D)
-        place, freqs_cis, mask = self.place(h, start_pos, cache, documents)
-        for layer in self.layers:
-            h = layer(h, place, freqs_cis, mask, cache)
-        return self.norm(h)
+            max_rows = bsz  # nothing is stored
+        elif cache is not None:
+            max_rows = cache.max_batch_size
+            max_positions = min(cache.max_seq_len, max_positions)
+        if bsz > max_rows:
+            raise GenerationError(f"a batch of {bsz} rows, but the KV cache has {max_rows}")
+        # Tensor contents are never read here, because that would synchronise with the GPU.
+        start = start_pos if isinstance(start_pos, int) else 0
+        if start < 0 or start + seqlen > max_positions:
+            raise GenerationError(
+                f"tokens at positions {start} to {start + seqlen - 1}, but max_seq_len "
+                f"is {max_positions}"
+            )
 
-    def logits(self, features: Tensor) -> Tensor:
-        """(…, D) -> float32 (…, V), those of all ranks."""
-        return self.output(features).float()
-
-    def place(
-        self,
-        h: Tensor,
-        start_pos: int | Tensor | None,
-        cache: KVCache | None,
-        documents: Tensor | None = None,
-    ) -> tuple[int | Tensor | None, Tensor, Tensor | None]:
-        """Where the tokens stand: the place in the cache, the rotations, and who sees whom."""
-        seqlen = h.shape[1]
-        table = self.rope_table(h.device)
-        if start_pos is None:
-            if documents is None:
-                return None, table[:seqlen], None
-            return None, table[document_positions(documents)], document_mask(documents)
-        steps = torch.arange(seqlen, device=h.device)
-        if isinstance(start_pos, int):
-            end = start_pos + seqlen
-            # A single new token may see every key there is.
-            mask = causal_mask(start_pos + steps, end, h.dtype) if seqlen > 1 else None
-            return start_pos, table[start_pos:end], mask
-        assert cache is not None
-        positions = start_pos[:, None] + steps  # (B, S)
-        mask = causal_mask(positions, cache.max_seq_len, h.dtype)
-        return positions, table[positions], mask[:, None]
+    # ---- training: inference needs nothing below ------------------------------------------------
 
     def forward_loss(
         self,
         inputs: Tensor,
         targets: Tensor,
         ignore_index: int = -100,
-        documents: Tensor | None = None,
         reduction: str = "mean",
+        *,
+        positions: Tensor | None = None,
+        mask: Tensor | None = None,
     ) -> Tensor:
         """Cross-entropy of the next token in nats, over the targets that are not `ignore_index`.
 
-        inputs, targets, documents: (B, S), as for `forward`. reduction: "mean" or "sum".
+        inputs, targets: (B, S) ids. reduction: "mean" or "sum" over the targets. positions, mask:
+        as for `forward`. Returns a scalar.
         """
-        logits = self(inputs, documents=documents)
-        return next_token_loss(logits, targets, ignore_index, reduction)
+        logits = self(inputs, positions=positions, mask=mask)  # (B, S, V)
+        return F.cross_entropy(
+            logits.flatten(0, 1), targets.flatten(), ignore_index=ignore_index, reduction=reduction
+        )
 
     def configure_optimizers(
         self,
@@ -409,11 +542,12 @@ class Transformer(nn.Module):
         device_type: str = "cpu",
         train: Literal["all", "norms", "all_but_embeddings"] = "all",
     ) -> torch.optim.AdamW:
-        """AdamW over what is to be trained; all else stops taking gradients.
+        """AdamW over the weights to be trained; every other weight stops taking gradients.
 
-        Only matrices decay: the norms' weights lie around one, not zero.
-        train: "norms" trains the norms alone, "all_but_embeddings" leaves the embedding as it is
-            (and the output matrix, where that is the embedding).
+        Only matrices decay. The norms' weights do not, because they lie around one.
+        train: "all"; "norms"; "all_but_embeddings" leaves out the embedding matrix, which is also
+            the output matrix where the model is tied.
+        Raises ConfigError for another value of train.
         """
         everything = list(self.parameters())
         choices = {
@@ -434,56 +568,3 @@ class Transformer(nn.Module):
         groups = [group for group in groups if group["params"]]
         fused = device_type == "cuda"
         return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=fused)
-
-    def rope_table(self, device: torch.device) -> Tensor:
-        """The rotations of all positions; see `precompute_freqs_cis`."""
-        if self.freqs_cis is None or self.freqs_cis.device != device:
-            args = self.params
-            # Training may use a table that generation made: it must not be an inference tensor.
-            with torch.inference_mode(False):
-                self.freqs_cis = precompute_freqs_cis(
-                    args.head_dim, args.max_seq_len, args.rope_theta, args.rope_scaling, device
-                )
-        return self.freqs_cis
-
-    def _own_cache(self) -> KVCache:
-        weight, cache = next(self.parameters()), self.cache
-        if cache is None or (cache.k.dtype, cache.k.device) != (weight.dtype, weight.device):
-            cache = self.make_cache(self.params.max_batch_size, self.params.max_seq_len)
-            self.cache = cache
-        return cache
-
-    def make_cache(
-        self, max_batch_size: int, max_seq_len: int, dtype: torch.dtype | None = None
-    ) -> KVCache:
-        """A cache of this rank's heads on the weights' device; dtype None: theirs."""
-        weight = self.norm.weight
-        return KVCache.zeros(
-            self.n_layers,
-            max_batch_size,
-            max_seq_len,
-            self.params.local_kv_heads(parallel.mp_size()),
-            self.params.head_dim,
-            dtype or weight.dtype,
-            weight.device,
-        )
-
-    @staticmethod
-    def _check_fits(tokens: Tensor, start_pos: int, max_rows: int, max_positions: int) -> None:
-        bsz, seqlen = tokens.shape
-        if bsz > max_rows:
-            raise GenerationError(f"a batch of {bsz} rows, but the KV cache has {max_rows}")
-        if start_pos < 0 or start_pos + seqlen > max_positions:
-            raise GenerationError(
-                f"tokens at positions {start_pos} to {start_pos + seqlen - 1}, but max_seq_len "
-                f"is {max_positions}"
-            )
-
-
-def next_token_loss(
-    logits: Tensor, targets: Tensor, ignore_index: int = -100, reduction: str = "mean"
-) -> Tensor:
-    """Cross-entropy in nats: logits (B, S, V), targets (B, S) -> a number."""
-    return F.cross_entropy(
-        logits.flatten(0, 1), targets.flatten(), ignore_index=ignore_index, reduction=reduction
-    )

@@ -28,7 +28,7 @@ def test_what_is_stored() -> None:
         assert scale is not None
         assert (scale.dtype, scale.shape) == (torch.float32, (2, 3, 8, 2))
     k = torch.tensor([[1.0, -2.0, 0.5, 254.0], [0.0, 0.0, 0.0, 0.0]]).expand(1, 1, 2, 4)
-    keys, values = cache.update(1, 5, k, -k / 2)
+    keys, values = cache.layer(1).update(5, k, -k / 2)
     assert cache.k[1, 0, 5].tolist() == [[0, -1, 0, 127], [0] * 4]  # halves go to the even number
     assert cache.v[1, 0, 5].tolist() == [[0, 1, 0, -127], [0] * 4]
     assert cache.k_scale[1, 0, 5].tolist() == [2, 0]
@@ -47,9 +47,9 @@ def test_positions_of_each_row(dtype: torch.dtype) -> None:
     one, two = make_cache(), make_cache()
     for row, start in enumerate((4, 1)):
         part = two.part(row, 1, 8)
-        part.update(0, start, k[row : row + 1], v[row : row + 1])
+        part.layer(0).update(start, k[row : row + 1], v[row : row + 1])
     positions = torch.tensor([[4, 5, 6], [1, 2, 3]])
-    keys, values = one.update(0, positions, k, v)
+    keys, values = one.layer(0).update(positions, k, v)
     for first, second in zip(one.tensors(), two.tensors(), strict=True):
         assert torch.equal(first, second)
     assert keys.dtype == values.dtype == dtype
@@ -63,9 +63,9 @@ def test_positions_of_each_row(dtype: torch.dtype) -> None:
 def test_rows_are_copied_with_their_scales() -> None:
     cache = make_cache()
     x = torch.randn(1, 8, 2, 4)
-    keys, _ = cache.part(0, 1, 8).update(0, 0, x, x)
+    keys, _ = cache.part(0, 1, 8).layer(0).update(0, x, x)
     cache.copy_row(0, 2, 5)
-    copied, _ = cache.part(2, 1, 8).update(0, 7, x[:, :1], x[:, :1])
+    copied, _ = cache.part(2, 1, 8).layer(0).update(7, x[:, :1], x[:, :1])
     assert torch.equal(copied[:, :5], keys[:, :5])
     assert not copied[:, 5:7].any()
 
@@ -74,7 +74,7 @@ def test_what_is_not_finite_stays_so() -> None:
     x = torch.ones(1, 1, 2, 4)
     x[0, 0, 0, 2] = float("nan")
     x[0, 0, 1, 1] = float("inf")
-    keys, _ = make_cache().update(0, 0, x, x)
+    keys, _ = make_cache().layer(0).update(0, x, x)
     assert not keys.isfinite().all(-1).any()
 
 

@@ -210,8 +210,10 @@ def test_generation_first_does_not_spoil_training() -> None:
 def test_training_makes_no_cache_and_no_state_is_added() -> None:
     model = Transformer(ModelArgs(**SMALL))
     model(torch.randint(0, 160, (2, 20)))
-    assert model.cache is None
+    attentions = [layer.attention for layer in model.layers]
+    assert all(attention._cache is None for attention in attentions)
     model(torch.randint(0, 160, (2, 20)), 0)
+    assert all(attention._cache is not None for attention in attentions)
     assert set(model.state_dict()) == {name for name, _ in model.named_parameters()}
 
 
@@ -237,9 +239,7 @@ def test_the_cache_follows_the_models_dtype() -> None:
     model(tokens, 0)
     model.bfloat16()
     model(tokens, 0)
-    assert model.cache is not None
-    assert model.cache.k.dtype == torch.bfloat16
-    assert model.freqs_cis is not None
+    assert model.layers[0].attention.cache_k.dtype == torch.bfloat16
     assert model.freqs_cis.dtype == torch.complex64
 
 

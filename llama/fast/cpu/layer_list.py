@@ -55,7 +55,7 @@ class Step:
         self._heads = torch.empty(most, heads * self._head_dim)
         self._hidden = torch.empty(2 * most, layers[0][-1].features)
         self._delta = torch.empty(most, dim)
-        self._rotations = torch.view_as_real(model.rope_table(model.device))
+        self._rotations = torch.view_as_real(model.freqs_cis)
         self._weights: list[Tensor] = []  # of the norms
         self._starts = np.zeros(most, np.int64)
         self._cache = np.zeros(layer_ops.CACHE_LENGTH, np.int64)
@@ -196,7 +196,7 @@ class Step:
             raise GenerationError(
                 f"token ids from {min(ids)} to {max(ids)}, but vocab_size is {vocab_size}"
             )
-        positions = min(cache.max_seq_len, len(self._rotations))
+        positions = min(cache.max_seq_len, self.model.params.max_seq_len)
         if min(starts) < 0 or max(starts) + seqlen > positions:
             raise GenerationError(
                 f"tokens at positions {min(starts)} to {max(starts) + seqlen - 1}, but the limit "

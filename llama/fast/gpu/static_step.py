@@ -87,21 +87,10 @@ def decode(
     """One token for each row: ids (B,), positions (B,) -> logits, float32 (B, V). Nothing that the
     tensors hold is looked at. layer, output: `run_layer` and `run_output`, or these compiled."""
     h = model.tok_embeddings(tokens[:, None])  # (B, 1, D)
-    place = model.place(h, positions, cache)
-    for number, block in enumerate(model.layers):
-        h = layer(block, h, *place, _LayerCache(cache.layer(number)))
+    inputs = model.layer_inputs(h, positions, cache.max_seq_len)
+    for layer_id, block in enumerate(model.layers):
+        h = layer(block, h, *inputs, cache.layer(layer_id))
     return output(model, h)
-
-
-class _LayerCache:
-    """One layer's part of a cache. It knows no numbers of layers, so that all layers are the same
-    code to a compiler, compiled once."""
-
-    def __init__(self, cache: KVCache) -> None:
-        self.cache = cache
-
-    def update(self, _: int, start_pos: int | Tensor, k: Tensor, v: Tensor) -> Any:
-        return self.cache.update(0, start_pos, k, v)
 
 
 def run_layer(block: Any, h: Tensor, *rest: Any) -> Tensor:

@@ -6,8 +6,9 @@ step_… is whole, and a kill or a full disk leaves the ones before as they were
 
 import re
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -20,11 +21,23 @@ from llama.checkpoints import shards
 from llama.checkpoints.params import write_params
 from llama.errors import CheckpointError, LlamaError, TrainingError
 from llama.files import atomic_file
-
-if TYPE_CHECKING:
-    from llama.training.loop import Trainer
+from llama.model import Transformer
+from llama.training.token_files import Loader
 
 NAME = re.compile(r"step_(\d{8})")
+
+
+@dataclass
+class Run:
+    """What a checkpoint holds of a training run, and where it lies."""
+
+    out_dir: Path
+    model: Transformer
+    optimizers: list[torch.optim.Optimizer]
+    loader: Loader
+    tokenizer_path: str | Path | None  # copied into each checkpoint
+    keep: int  # checkpoints, the newest
+    step: int = 0  # steps that were made
 
 
 def checkpoints(out_dir: Path) -> list[Path]:
@@ -34,67 +47,67 @@ def checkpoints(out_dir: Path) -> list[Path]:
     return sorted(path for path in out_dir.iterdir() if NAME.fullmatch(path.name))
 
 
-def save(trainer: "Trainer") -> Path:
+def save(run: Run) -> Path:
     """Write the run's state after its last step, then delete the oldest beyond `keep`.
 
     Where one rank fails, all raise, and what was written of this checkpoint is removed.
     """
-    final = trainer.out_dir / f"step_{trainer.step:08d}"
-    partial = trainer.out_dir / f"partial_{trainer.step:08d}"
-    weights = {name: _whole(weight) for name, weight in trainer.model.state_dict().items()}
+    final = run.out_dir / f"step_{run.step:08d}"
+    partial = run.out_dir / f"partial_{run.step:08d}"
+    weights = {name: _whole(weight) for name, weight in run.model.state_dict().items()}
     error: Exception | None = None
     try:
         partial.mkdir(parents=True, exist_ok=True)
-        _write(trainer, partial, weights)
+        _write(run, partial, weights)
     except (OSError, LlamaError) as caught:
         error = caught
     try:
-        parallel.raise_together(error, trainer.device)
+        parallel.raise_together(error, run.model.device)
     except (OSError, LlamaError) as caught:
         if parallel.is_main_rank():
             shutil.rmtree(partial, ignore_errors=True)
-        raise TrainingError(f"step {trainer.step} could not be saved: {caught}") from caught
+        raise TrainingError(f"step {run.step} could not be saved: {caught}") from caught
     if parallel.is_main_rank():
         if final.exists():  # a resumed run that comes here again
             shutil.rmtree(final)
         partial.rename(final)
-        for old in checkpoints(trainer.out_dir)[: -trainer.options.keep]:
+        for old in checkpoints(run.out_dir)[: -run.keep]:
             shutil.rmtree(old)
     _wait_for_all()
     return final
 
 
-def _write(trainer: "Trainer", folder: Path, weights: dict[str, Tensor]) -> None:
+def _write(run: Run, folder: Path, weights: dict[str, Tensor]) -> None:
     is_first_replica = parallel.dp_rank() == 0
     if is_first_replica:
         shards.write_shard(folder / shards.shard_name(parallel.mp_rank()), weights)
     if parallel.is_main_rank():
-        write_params(folder / "params.json", trainer.model.params)
-        if trainer.tokenizer_path is not None:
-            is_json = Path(trainer.tokenizer_path).suffix == ".json"
+        write_params(folder / "params.json", run.model.params)
+        if run.tokenizer_path is not None:
+            is_json = Path(run.tokenizer_path).suffix == ".json"
             name = "tokenizer.json" if is_json else "tokenizer.model"
-            shutil.copyfile(trainer.tokenizer_path, folder / name)
-    if is_first_replica or isinstance(trainer.model, FSDPModule):
+            shutil.copyfile(run.tokenizer_path, folder / name)
+    if is_first_replica or isinstance(run.model, FSDPModule):
         state = {
-            "step": trainer.step,
+            "step": run.step,
             "ranks": _ranks(),
-            "loader": trainer.loader.state_dict(),
-            "optimizers": [_local(optimizer.state_dict()) for optimizer in trainer.optimizers],
+            "loader": run.loader.state_dict(),
+            "optimizers": [_local(optimizer.state_dict()) for optimizer in run.optimizers],
         }
-        with atomic_file(folder / _state_name(trainer)) as file:
+        with atomic_file(folder / _state_name(run)) as file:
             torch.save(state, file)
 
 
-def load_newest(trainer: "Trainer") -> bool:
-    """Put the run's newest checkpoint into `trainer`; False where there is none.
+def load_newest(run: Run) -> bool:
+    """Put the run's newest checkpoint into `run`; False where there is none.
 
     Raises TrainingError for another number of ranks, CheckpointError for a damaged file.
     """
-    found = checkpoints(trainer.out_dir)
+    found = checkpoints(run.out_dir)
     if not found:
         return False
     folder = found[-1]
-    path = folder / _state_name(trainer)
+    path = folder / _state_name(run)
     try:
         state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # whatever a damaged file makes of the reader
@@ -107,30 +120,30 @@ def load_newest(trainer: "Trainer") -> bool:
         )
     weights = shards.read_shard(folder / shards.shard_name(parallel.mp_rank()))
     with torch.no_grad():
-        for name, weight in trainer.model.state_dict().items():
+        for name, weight in run.model.state_dict().items():
             shape = tuple(weights[name].shape) if name in weights else None
             if shape != tuple(weight.shape):
                 raise TrainingError(
                     f"{folder} is of another model: {name} is {shape}, not {tuple(weight.shape)}; "
                     "name another out_dir"
                 )
-            weight.copy_(_as(weights[name].to(trainer.device), weight))
-    for optimizer, saved in zip(trainer.optimizers, state["optimizers"], strict=True):
+            weight.copy_(_as(weights[name].to(run.model.device), weight))
+    for optimizer, saved in zip(run.optimizers, state["optimizers"], strict=True):
         parameters = [w for group in optimizer.param_groups for w in group["params"]]
         for index, values in saved["state"].items():
             for key, value in values.items():
                 if isinstance(parameters[index], DTensor) and value.dim() > 0:
-                    values[key] = _from_local(value.to(trainer.device), parameters[index])
+                    values[key] = _from_local(value.to(run.model.device), parameters[index])
         optimizer.load_state_dict(saved)
-    trainer.loader.load_state_dict(state["loader"])
-    trainer.step = state["step"]
+    run.loader.load_state_dict(state["loader"])
+    run.step = state["step"]
     _wait_for_all()
     return True
 
 
-def _state_name(trainer: "Trainer") -> str:
+def _state_name(run: Run) -> str:
     """Each rank of a model has its own state, and so has each replica under FSDP."""
-    rank = dist.get_rank() if isinstance(trainer.model, FSDPModule) else parallel.mp_rank()
+    rank = dist.get_rank() if isinstance(run.model, FSDPModule) else parallel.mp_rank()
     return f"training.{rank:02d}.pt"
 
 

@@ -11,7 +11,6 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -23,23 +22,18 @@ from torch.nn.parallel import DistributedDataParallel
 
 from llama import parallel
 from llama.errors import DataError, TrainingError
-from llama.model import Transformer, next_token_loss
+from llama.model import Transformer
 from llama.training import checkpoint
+from llama.training.objective import (
+    document_mask,
+    document_numbers,
+    document_positions,
+    next_token_loss,
+)
 from llama.training.optimizer import check_schedule, clip_grad_norm, learning_rate_factor
-from llama.training.token_files import IGNORED, DistributedShardedDataLoader
+from llama.training.token_files import IGNORED, DistributedShardedDataLoader, Loader
 
 __all__ = ["DistributedShardedDataLoader", "Loader", "Trainer", "TrainingOptions", "shard_model"]
-
-
-class Loader(Protocol):
-    """Batches without end, which can be taken up again where they were left."""
-
-    def next_batch(self) -> tuple[Tensor, Tensor]:
-        """Inputs and targets (B, T), int64; a target of -100 has no loss."""
-
-    def state_dict(self) -> dict[str, Any]: ...
-
-    def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
 
 @dataclass
@@ -67,14 +61,6 @@ class TrainingOptions:
         if not self.clip > 0:
             raise TrainingError(f"clip is {self.clip}: it must be above 0")
         check_schedule(self.steps, self.warmup_steps, self.decay_steps, self.final_lr)
-
-
-def document_numbers(inputs: Tensor, targets: Tensor, bos_id: int) -> tuple[Tensor | None, Tensor]:
-    """Number the documents of each row, which begin with `bos_id`, and ignore the targets that
-    are another document's first token. None in place of the numbers where each row is one."""
-    is_first = inputs == bos_id
-    targets = targets.masked_fill(targets == bos_id, IGNORED)
-    return (is_first.cumsum(1) if is_first[:, 1:].any() else None), targets
 
 
 def shard_model(model: Transformer) -> Transformer:
@@ -198,11 +184,20 @@ class Trainer:
 
     def save(self) -> Path:
         """Write a checkpoint that `Llama.build` opens and `resume` continues."""
-        return checkpoint.save(self)
+        return checkpoint.save(self._run())
 
     def resume(self) -> bool:
         """Continue from the newest checkpoint in `out_dir`; False where there is none."""
-        return checkpoint.load_newest(self)
+        run = self._run()
+        is_found = checkpoint.load_newest(run)
+        self.step = run.step
+        return is_found
+
+    def _run(self) -> checkpoint.Run:
+        return checkpoint.Run(
+            self.out_dir, self.model, self.optimizers, self.loader, self.tokenizer_path,
+            self.options.keep, self.step,
+        )  # fmt: skip
 
     # ---- parts of a step ----------------------------------------------------------------------
 
@@ -215,15 +210,19 @@ class Trainer:
         documents = None
         if self.options.separate_documents:
             documents, targets = document_numbers(inputs, targets, self.bos_id)
-            documents = None if documents is None else documents.to(self.device)
         n_targets = int((targets != IGNORED).sum())
-        return _Batch(inputs.to(self.device), targets.to(self.device), documents, n_targets)
+        inputs, targets = inputs.to(self.device), targets.to(self.device)
+        if documents is None:
+            return _Batch(inputs, targets, None, None, n_targets)
+        documents = documents.to(self.device)
+        positions, mask = document_positions(documents), document_mask(documents)
+        return _Batch(inputs, targets, positions, mask, n_targets)
 
     def _loss(self, batch: "_Batch") -> Tensor:
         """Sum of the batch's losses, in nats."""
         dtype = self.options.autocast
         with torch.autocast(self.device.type, dtype, enabled=dtype is not None):
-            logits = self.replica(batch.inputs, documents=batch.documents)
+            logits = self.replica(batch.inputs, positions=batch.positions, mask=batch.mask)
         return next_token_loss(logits, batch.targets, IGNORED, "sum")
 
     def _gradients_stay(self, stay: bool) -> contextlib.AbstractContextManager[None]:
@@ -246,9 +245,10 @@ class Trainer:
 class _Batch:
     """A batch on the device, and how many of its targets have a loss."""
 
-    inputs: Tensor  # (B, T), as the two below
-    targets: Tensor
-    documents: Tensor | None
+    inputs: Tensor  # (B, T)
+    targets: Tensor  # (B, T)
+    positions: Tensor | None  # (B, T); None: 0 to T - 1
+    mask: Tensor | None  # (B, 1, T, T); None: causal
     n_targets: int
 
 

@@ -3,6 +3,7 @@
 import glob
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -61,6 +62,17 @@ def read_token_file(path: str | Path) -> np.ndarray:
     if count == 0:
         return np.zeros(0, dtype=TOKEN)
     return np.memmap(path, dtype=TOKEN, mode="r", offset=HEADER_BYTES)
+
+
+class Loader(Protocol):
+    """An endless source of batches, whose position can be saved and restored."""
+
+    def next_batch(self) -> tuple[Tensor, Tensor]:
+        """Inputs and targets (B, T), int64. A target of -100 has no loss."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
 
 class DistributedShardedDataLoader:

@@ -18,7 +18,8 @@ from llama.engine.engine import Engine
 from llama.errors import ConfigError, LlamaError, TrainingError
 from llama.sampling import SamplingParams
 from llama.training import checkpoint
-from llama.training.loop import Trainer, TrainingOptions, document_numbers, shard_model
+from llama.training.loop import Trainer, TrainingOptions, shard_model
+from llama.training.objective import document_mask, document_numbers, document_positions
 from llama.training.optimizer import Muon, clip_grad_norm, learning_rate_factor, orthogonalize
 
 BOS = 0
@@ -131,8 +132,12 @@ def test_training_makes_no_cache_and_equals_the_cached_path() -> None:
     model = make_model()
     tokens = torch.randint(0, VOCAB, (2, 20))
     logits = model(tokens)
-    assert model.cache is None
+    assert model.layers[0].attention._cache is None
     torch.testing.assert_close(logits, model(tokens, 0), atol=1e-5, rtol=1e-5)
+
+
+def where(documents: Tensor) -> dict[str, Tensor]:
+    return dict(positions=document_positions(documents), mask=document_mask(documents))
 
 
 def test_packed_documents_equal_the_documents_alone() -> None:
@@ -144,11 +149,11 @@ def test_packed_documents_equal_the_documents_alone() -> None:
     row = torch.cat(documents)[None]
     numbers, targets = document_numbers(row[:, :-1], row[:, 1:], BOS)
     assert numbers is not None
-    packed = model(row[:, :-1], documents=numbers)
+    packed = model(row[:, :-1], **where(numbers))
     alone = torch.cat([model(document[None])[0] for document in documents])[None, :-1]
     torch.testing.assert_close(packed, alone, atol=1e-5, rtol=1e-5)
 
-    model.forward_loss(row[:, :-1], targets, documents=numbers, reduction="sum").backward()
+    model.forward_loss(row[:, :-1], targets, reduction="sum", **where(numbers)).backward()
     gradients = [weight.grad.clone() for weight in model.parameters()]
     model.zero_grad()
     for document in documents:
@@ -525,7 +530,7 @@ def test_held_out_loss(tmp_path: Path) -> None:
         inputs, targets = loader.next_batch()
         numbers, targets = document_numbers(inputs, targets, BOS)
         total += trainer.model.forward_loss(
-            inputs, targets, documents=numbers, reduction="sum"
+            inputs, targets, reduction="sum", **where(numbers)
         ).item()
         count += int((targets != -100).sum())
     assert reports[-1].held_out == pytest.approx(total / count, rel=1e-5)

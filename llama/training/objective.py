@@ -1,0 +1,42 @@
+"""The training objective: next-token cross-entropy, and which documents see each other."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from llama.training.token_files import IGNORED
+
+
+def next_token_loss(
+    logits: Tensor, targets: Tensor, ignore_index: int = IGNORED, reduction: str = "mean"
+) -> Tensor:
+    """Cross-entropy in nats: logits (B, S, V), targets (B, S) -> a scalar."""
+    return F.cross_entropy(
+        logits.flatten(0, 1), targets.flatten(), ignore_index=ignore_index, reduction=reduction
+    )
+
+
+def document_numbers(inputs: Tensor, targets: Tensor, bos_id: int) -> tuple[Tensor | None, Tensor]:
+    """Number the documents in each row of inputs (B, S). Every document begins with `bos_id`.
+
+    Returns the numbers (B, S), or None where every row is one document, and the targets (B, S),
+    where the first token of another document is ignored.
+    """
+    is_first = inputs == bos_id
+    targets = targets.masked_fill(targets == bos_id, IGNORED)
+    return (is_first.cumsum(1) if is_first[:, 1:].any() else None), targets
+
+
+def document_mask(documents: Tensor) -> Tensor:
+    """Document numbers (B, S) -> (B, 1, S, S), True where a token may look: at tokens of its own
+    document that are not after it."""
+    is_same = documents[:, :, None] == documents[:, None, :]
+    return is_same.tril()[:, None]
+
+
+def document_positions(documents: Tensor) -> Tensor:
+    """Document numbers (B, S) -> positions (B, S), which start at 0 in every document."""
+    index = torch.arange(documents.shape[1], device=documents.device).expand_as(documents)
+    is_first = documents[:, 1:] != documents[:, :-1]
+    start = F.pad(torch.where(is_first, index[:, 1:], 0), (1, 0)).cummax(1).values
+    return index - start

@@ -5,9 +5,9 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.folders import make_setup
 from helpers.ranks import run_ranks
 from make_checkpoint import demo_pieces, make_checkpoint, write_tokenizer
-from test_doctor import make_setup
 
 from llama import Llama
 from llama.cache import KVCache

@@ -11,11 +11,10 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.folders import MODELS, TOKENS, logits_of, make_model, make_setup, write_meta
 from helpers.ranks import run_ranks
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from test_doctor import make_setup
-from test_resharding import MODELS, TOKENS, logits_of, make_model, write_meta
 from torch.multiprocessing import ProcessExitedException
 
 from llama import Llama, Transformer

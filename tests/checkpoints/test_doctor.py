@@ -7,15 +7,14 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.folders import VOCAB, make_model, make_setup, write_meta
 from helpers.ranks import run_ranks
-from test_resharding import VOCAB, make_model, write_meta
 
 from llama import Llama, Tokenizer
 from llama.__main__ import main
 from llama.checkpoints import doctor
 from llama.checkpoints.convert import convert
-from llama.checkpoints.doctor import PROBLEM, WARNING, Setup
-from llama.checkpoints.folder import open_checkpoint
+from llama.checkpoints.doctor import PROBLEM, WARNING
 from llama.checkpoints.inspect import size
 from llama.config import PRESETS, ModelArgs
 from llama.errors import ConfigError
@@ -28,13 +27,6 @@ CPU = torch.device("cpu")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two shards of float32."""
     return write_meta(tmp_path_factory.mktemp("doctor") / "Tiny", make_model(n_kv_heads=4), 2)
-
-
-def make_setup(
-    folder: Path, mp: int = 1, dtype: str | None = None, rows: int = 4, **options: Any
-) -> Setup:
-    opened = open_checkpoint(folder)
-    return Setup.make(opened, mp, mp, 128, rows, CPU, dtype, **options)
 
 
 # ---- memory -----------------------------------------------------------------------------------

@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.folders import TOKENS, make_model, write_meta
 from helpers.ranks import run_ranks
-from test_resharding import TOKENS, make_model, write_meta
 
 from llama import Llama
 from llama.__main__ import main

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_resharding import make_model, write_meta
+from helpers.folders import make_model, write_meta
 
 from llama.checkpoints import shards
 from llama.checkpoints.convert import convert

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.models import make_sharp_model
+from helpers.models import MAX_SEQ_LEN, SHAPE, VOCAB, make_model
 from helpers.ranks import run_ranks
 from make_checkpoint import demo_pieces, write_tokenizer
 
@@ -18,16 +18,6 @@ from llama.engine.engine import Engine
 from llama.engine.request import Event, Request
 from llama.errors import GenerationError
 from llama.sampling import SamplingParams
-
-VOCAB = len(demo_pieces()) + 256
-MAX_SEQ_LEN = 96
-SHAPE: dict[str, Any] = dict(
-    dim=64, n_layers=2, n_heads=4, n_kv_heads=2, vocab_size=VOCAB, multiple_of=32
-)
-
-
-def make_model() -> Transformer:
-    return make_sharp_model(**SHAPE, max_seq_len=MAX_SEQ_LEN)
 
 
 @pytest.fixture(scope="module")

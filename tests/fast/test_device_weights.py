@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers.models import make_model
 from helpers.ranks import run_ranks
-from test_engine import make_model
 
 from llama import parallel
 from llama.errors import ConfigError

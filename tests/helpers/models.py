@@ -3,8 +3,15 @@
 from typing import Any
 
 import torch
+from make_checkpoint import demo_pieces
 
 from llama import ModelArgs, Transformer
+
+VOCAB = len(demo_pieces()) + 256
+MAX_SEQ_LEN = 96
+SHAPE: dict[str, Any] = dict(
+    dim=64, n_layers=2, n_heads=4, n_kv_heads=2, vocab_size=VOCAB, multiple_of=32
+)
 
 
 def make_sharp_model(
@@ -19,3 +26,8 @@ def make_sharp_model(
             if weight.dim() > 1:
                 weight *= sharpness
     return model.to(dtype)
+
+
+def make_model() -> Transformer:
+    """The model of the engine's tests."""
+    return make_sharp_model(**SHAPE, max_seq_len=MAX_SEQ_LEN)

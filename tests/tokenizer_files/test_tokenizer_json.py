@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.texts import ANY_TEXT, NAMES, repaired, sentencepiece_model, streamed
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_tokenizer import ANY_TEXT, NAMES, repaired, sentencepiece_model, streamed
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, trainers
 from tokenizers import Tokenizer as Library
 

@@ -5,9 +5,11 @@ python example_chat_completion.py --ckpt_dir Meta-Llama-3-8B-Instruct/original
 torchrun --nproc_per_node 2 example_chat_completion.py --ckpt_dir llama-2-13b-chat
 """
 
-import fire
+import sys
+from contextlib import closing
 
 from llama import Dialog, Llama
+from llama.commands.command_line import run
 from llama.commands.terminal import in_turn
 from llama.errors import one_line
 
@@ -55,13 +57,13 @@ def main(
     """Answer four dialogs with an instruction-tuned Llama model.
 
     Args:
-        ckpt_dir: folder with params.json and the consolidated.*.pth shards; without it, the small
+        ckpt_dir: folder with params.json and the consolidated.*.pth shards; by default the small
             model that comes with the package is asked four things it can answer.
-        tokenizer_path: tokenizer.model; by default the one inside ckpt_dir.
+        tokenizer_path: tokenizer.model; by default the one in ckpt_dir.
         temperature: randomness of the choice; 0 always takes the likeliest token.
         top_p: choose among the likeliest tokens that together reach this probability.
         max_seq_len: longest dialog plus answer, in tokens.
-        max_gen_len: longest answer, in tokens; by default as long as max_seq_len allows.
+        max_gen_len: longest answer, in tokens; by default up to max_seq_len.
         max_batch_size: how many dialogs the model has room for at once; there are four.
     """
     dialogs = TALES if ckpt_dir is None else DIALOGS
@@ -75,15 +77,16 @@ def main(
     events = generator.stream(
         dialogs, max_gen_len=max_gen_len, temperature=temperature, top_p=top_p
     )
-    for row, of_row in in_turn(events):  # on the first rank; the others only compute along
-        for message in dialogs[row]:
-            print(f"{message['role'].capitalize()}: {message['content']}\n")
-        print("> Assistant: ", end="")
-        for event in of_row:
-            print(event.text, end="", flush=True)
-        print("\n\n==================================\n")
+    with closing(events):
+        for row, row_events in in_turn(events):  # on the first rank; the others only compute
+            for message in dialogs[row]:
+                print(f"{message['role'].capitalize()}: {message['content']}\n")
+            print("> Assistant: ", end="")
+            for event in row_events:
+                print(event.text, end="", flush=True)
+            print("\n\n==================================\n")
 
 
 if __name__ == "__main__":
     with one_line():
-        fire.Fire(main)
+        run(main, sys.argv[1:], "python example_chat_completion.py")

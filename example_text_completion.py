@@ -5,9 +5,11 @@ python example_text_completion.py --ckpt_dir Meta-Llama-3-8B/original
 torchrun --nproc_per_node 2 example_text_completion.py --ckpt_dir llama-2-13b
 """
 
-import fire
+import sys
+from contextlib import closing
 
 from llama import Llama
+from llama.commands.command_line import run
 from llama.commands.terminal import in_turn
 from llama.errors import one_line
 
@@ -48,9 +50,9 @@ def main(
     """Complete four prompts with a pretrained Llama model.
 
     Args:
-        ckpt_dir: folder with params.json and the consolidated.*.pth shards; without it, the small
+        ckpt_dir: folder with params.json and the consolidated.*.pth shards; by default the small
             model that comes with the package continues four beginnings of tales.
-        tokenizer_path: tokenizer.model; by default the one inside ckpt_dir.
+        tokenizer_path: tokenizer.model; by default the one in ckpt_dir.
         temperature: randomness of the choice; 0 always takes the likeliest token.
         top_p: choose among the likeliest tokens that together reach this probability.
         max_seq_len: longest prompt plus answer, in tokens.
@@ -68,13 +70,14 @@ def main(
     events = generator.text_completion(
         prompts, max_gen_len=max_gen_len, temperature=temperature, top_p=top_p, stream=True
     )
-    for row, of_row in in_turn(events):  # on the first rank; the others only compute along
-        print(f"{prompts[row]}\n> ", end="")
-        for event in of_row:
-            print(event.text, end="", flush=True)
-        print("\n\n==================================\n")
+    with closing(events):
+        for row, row_events in in_turn(events):  # on the first rank; the others only compute
+            print(f"{prompts[row]}\n> ", end="")
+            for event in row_events:
+                print(event.text, end="", flush=True)
+            print("\n\n==================================\n")
 
 
 if __name__ == "__main__":
     with one_line():
-        fire.Fire(main)
+        run(main, sys.argv[1:], "python example_text_completion.py")

@@ -4,7 +4,7 @@ import contextlib
 import logging
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -230,7 +230,7 @@ class Llama:
         self, prompts: Sequence[str], temperature: float = ..., top_p: float = ...,
         max_gen_len: int | None = ..., logprobs: bool = ..., echo: bool = ...,
         *, stream: Literal[True], **options: Any,
-    ) -> Iterator[Event]: ...  # fmt: skip
+    ) -> Generator[Event, None, None]: ...  # fmt: skip
 
     def text_completion(
         self,
@@ -243,7 +243,7 @@ class Llama:
         *,
         stream: bool = False,
         **options: Any,
-    ) -> list[CompletionPrediction] | Iterator[Event]:
+    ) -> list[CompletionPrediction] | Generator[Event, None, None]:
         """Continue each text. The arguments are those of `generate`; max_gen_len None: until a
         stop token or the end of the cache. stream: give what `stream` gives, of these prompts,
         without an echo."""
@@ -300,7 +300,7 @@ class Llama:
         *,
         is_private: bool = False,
         **options: Any,
-    ) -> Iterator[Event]:
+    ) -> Generator[Event, None, None]:
         """Continue a text, token ids or a dialog, or several of them, and give each token as it
         comes: events with row, token, text, logprob, top_logprobs and finish_reason.
 
@@ -406,14 +406,14 @@ class Llama:
 
     def _stream(
         self, prompts: Sequence[Sequence[int]], params: SamplingParams, is_private: bool = False
-    ) -> Iterator[Event]:
+    ) -> Generator[Event, None, None]:
         for row, prompt in enumerate(prompts):
             self.engine.check(prompt, params, row)  # now, not with the first event
         return self._events(prompts, params, is_private)
 
     def _events(
         self, prompts: Sequence[Sequence[int]], params: SamplingParams, is_private: bool
-    ) -> Iterator[Event]:
+    ) -> Generator[Event, None, None]:
         """Submit when the first event is asked for, and cancel what is left at the end."""
         requests = self._submit(prompts, params, self._is_exact(prompts, params), is_private)
         inbox: deque[Event] = deque()

@@ -1,187 +1,55 @@
-"""How fast a model runs here: loading, prefill, decoding, memory, beside the speed of reading."""
+"""llama bench: how fast a model runs on this machine."""
 
-import platform
-import statistics
-import time
-from collections.abc import Callable, Iterator
-from typing import Any
+import json
 
-import torch
-from torch import Tensor, nn
-from tqdm import tqdm
-
-from llama import parallel
-from llama.checkpoints import hub
-from llama.checkpoints.folder import BUNDLED, find_folder, read_args
-from llama.engine.engine import Engine
-from llama.errors import ConfigError
-from llama.generation import Llama
-from llama.memory import used_memory
-from llama.model import Transformer
-from llama.sampling import SamplingParams
-
-BATCHES = (1, 4, 8)
-PROMPT = 16  # tokens before those that are decoded
-READ = 1 << 28  # bytes of the loop that only reads
+from llama.commands.flags import as_text
 
 
-def measure(
-    ckpt_dir: str | None, prefill: int, decode: int, rounds: int, **build: Any
-) -> dict[str, Any] | None:
-    """Build the model and measure it; medians of rounds, after one that warms up.
+@as_text
+def bench(
+    ckpt_dir: str | None = None,
+    tokenizer_path: str | None = None,
+    prefill: int = 512,
+    decode: int = 32,
+    rounds: int = 3,
+    mode: str = "fast",
+    quantize: str | None = None,
+    kv_cache: str | None = None,
+    device: str | None = None,
+    dtype: str | None = None,
+    out: str | None = None,
+) -> None:
+    """How fast a model runs on this machine: loading, the first token, prefill, decoding one, four
+    and eight prompts at a time, memory, and how near that is to the speed at which memory can be
+    read, which is the limit of decoding.
+
+    Example: llama bench Llama3.2-1B --quantize int8
+
+    Medians of rounds, after one that warms up. Under torchrun the ranks share the model.
 
     Args:
-        ckpt_dir: as of `Llama.build`, which gets `build` too.
-        prefill: tokens of the long prompt, fewer where the model's context is shorter.
-        decode: tokens for each row.
-
-    Returns figures in tokens, seconds and bytes on the first rank, None on the others. Raises
-    ConfigError for numbers below 1, and what `Llama.build` raises.
+        ckpt_dir: a checkpoint folder; by default the bundled model.
+        tokenizer_path: tokenizer.model; by default the one in ckpt_dir.
+        prefill: tokens of the long prompt.
+        decode: tokens decoded for each prompt.
+        rounds: of every measurement.
+        mode: fast or reference.
+        quantize: int8 or int4, on a newer GPU also fp8, with mode fast.
+        kv_cache: int8, with mode fast.
+        device: cpu or cuda; by default the best there is.
+        dtype: float32, bfloat16 or float16; by default as in Llama.build.
+        out: file for the figures as JSON.
     """
-    for name, number in (("prefill", prefill), ("decode", decode), ("rounds", rounds)):
-        if not isinstance(number, int) or number < 1:
-            raise ConfigError(f"{name} is {number!r}: it must be 1 or above")
-    folder = find_folder(hub.local_folder(ckpt_dir or BUNDLED))
-    context = read_args(folder).max_seq_len
-    longest = PROMPT + decode + 2
-    if longest > context:
-        raise ConfigError(
-            f"decode is {decode}, which takes {longest} positions, but the model's context is "
-            f"{context}"
-        )
-    prefill = min(prefill, context)
-    start = time.perf_counter()
-    llama = Llama.build(
-        ckpt_dir, max_seq_len=max(prefill, longest), max_batch_size=max(BATCHES), **build
-    )
-    load = time.perf_counter() - start
-    engine = llama.engine
-    engine.tokenizer = None  # random ids need not be text
-    buffer = torch.ones(READ // 4, device=llama.model.device)
-    works: dict[str, Callable[[], float]] = {
-        "read": lambda: _seconds(lambda: buffer.sum().item()),
-        "prefill": lambda: _seconds(lambda: list(_steps(engine, 1, prefill, 1))),
-    }
-    for rows in BATCHES:
-        works[f"decode {rows}"] = lambda rows=rows: _decode(engine, rows, decode)  # type: ignore[misc]
-    times: dict[str, list[float]] = {name: [] for name in works}
-    with llama.lead([]) as is_first:
-        if not is_first:
-            return None
-        for number in tqdm(range(rounds + 1), desc="bench", unit="round"):
-            for name, work in works.items():
-                seconds = work()
-                if number > 0:
-                    times[name].append(seconds)
-    medians = {name: statistics.median(taken) for name, taken in times.items()}
-    weights = read_bytes(llama.model)
-    positions = PROMPT + decode // 2  # of a row, on average
-    a_position = sum(
-        tensor.nbytes // (tensor.shape[1] * tensor.shape[2]) for tensor in engine.cache.tensors()
-    )
-    figures: dict[str, Any] = {
-        "load_s": load,
-        "prefill": {
-            "tokens": prefill,
-            "first_token_s": medians["prefill"],
-            "tokens_per_s": prefill / medians["prefill"],
-        },
-        "read_bytes_per_s": READ / medians["read"],
-        "decode": {},
-    }
-    for rows in BATCHES:
-        step = medians[f"decode {rows}"] / decode
-        read = (weights + rows * positions * a_position) / step
-        figures["decode"][rows] = {
-            "tokens_per_s": rows / step,
-            "bytes_per_s": read,
-            "of_read": read / figures["read_bytes_per_s"],
-        }
-    return figures | {
-        "weight_bytes": weights,
-        "cache_bytes": sum(tensor.nbytes for tensor in engine.cache.tensors()),
-        "memory": used_memory(llama.model.device),
-        "ranks": parallel.mp_size(),
-        "threads": torch.get_num_threads(),
-        "device": _device_name(llama.model.device),
-        "torch": torch.__version__,
-    }
+    from llama.commands.measure import measure, report
+    from llama.files import atomic_file
 
-
-def report(figures: dict[str, Any]) -> str:
-    """A table for people."""
-    prefill, read = figures["prefill"], figures["read_bytes_per_s"]
-    lines = [
-        f"{figures['device']}, {figures['ranks']} ranks of {figures['threads']} threads, "
-        f"which read {read / 1e9:.1f} GB/s each",
-        f"loading                  {figures['load_s']:8.2f} s",
-        f"first token after {prefill['tokens']:6,} {prefill['first_token_s']:8.2f} s",
-        "",
-        f"{'':22}{'tokens/s':>10}{'GB/s read':>12}{'of that':>10}",
-        f"{'prefill':22}{prefill['tokens_per_s']:10.1f}",
-    ]
-    for rows, row in figures["decode"].items():
-        lines.append(
-            f"{f'decode, {rows} at a time':22}{row['tokens_per_s']:10.1f}"
-            f"{row['bytes_per_s'] / 1e9:12.1f}{row['of_read']:10.0%}"
-        )
-    lines += ["", f"weights read a step    {figures['weight_bytes'] / 1e6:10,.1f} MB"]
-    lines += [f"KV cache               {figures['cache_bytes'] / 1e6:10,.1f} MB"]
-    names = {"private": "private memory", "peak": "peak, files' pages too"}
-    for name, size in figures["memory"].items():
-        lines.append(f"{names[name]:22} {size / 1e6:10,.1f} MB")
-    return "\n".join(lines)
-
-
-def read_bytes(model: Transformer) -> int:
-    """Of the weights that one decode step of this rank reads: all but the embedding, of which it
-    takes single rows."""
-    total = 0
-    for module in model.modules():
-        weight = getattr(module, "weight", None)
-        if module is not model.tok_embeddings and weight is not None:
-            total += sum(tensor.nbytes for tensor in _tensors(weight))
-    return total
-
-
-def _tensors(weight: Any) -> Iterator[Tensor]:
-    """Of a weight as it is, or quantized for a CPU, or for a GPU."""
-    if isinstance(weight, Tensor):
-        yield weight
-    elif isinstance(weight, nn.Module):
-        yield from weight.buffers()
-    else:
-        yield from weight
-
-
-def _seconds(work: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    work()
-    return time.perf_counter() - start
-
-
-def _steps(engine: Engine, rows: int, n_tokens: int, n_new: int) -> Iterator[int]:
-    """Run prompts of random ids to their end; after each step, the tokens that came."""
-    generator = torch.Generator().manual_seed(rows)
-    params = SamplingParams(temperature=0, max_gen_len=n_new, ignore_eos=True)
-    for row in range(rows):
-        ids = torch.randint(0, engine.model.vocab_size, (n_tokens,), generator=generator)
-        engine.submit(ids.tolist(), params, row, is_private=True)
-    while engine.has_work:
-        yield sum(event.token is not None for event in engine.step())
-
-
-def _decode(engine: Engine, rows: int, n_tokens: int) -> float:
-    """Seconds in which each of so many rows gets so many tokens, after the step that takes in the
-    prompts and gives each row its first two."""
-    steps = _steps(engine, rows, PROMPT, n_tokens + 2)
-    next(steps)
-    start = time.perf_counter()
-    came = sum(steps)
-    return (time.perf_counter() - start) * rows * n_tokens / came
-
-
-def _device_name(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"{device.type} {platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
+    figures = measure(
+        ckpt_dir and str(ckpt_dir), prefill, decode, rounds, tokenizer_path=tokenizer_path,
+        mode=mode, quantize=quantize, kv_cache=kv_cache, device=device, dtype=dtype,
+    )  # fmt: skip
+    if figures is None:
+        return
+    print(report(figures))
+    if out is not None:
+        with atomic_file(str(out)) as file:
+            file.write((json.dumps(figures, indent=2) + "\n").encode())

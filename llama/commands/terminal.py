@@ -6,10 +6,10 @@ import sys
 import threading
 import time
 from collections import defaultdict, deque
-from collections.abc import Collection, Generator, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import fields
 from enum import IntEnum
-from typing import Any, TextIO, cast
+from typing import Any, TextIO
 
 import torch
 
@@ -167,7 +167,7 @@ def stream(
     """`llama.stream` of a prompt that only this rank knows; leaving the block cancels it."""
     events = llama.stream(prompt, **vars(params))  # raises before anybody follows
     _send(llama, _Signal.STREAM)
-    return contextlib.closing(cast(Generator[Event], events))
+    return contextlib.closing(events)
 
 
 def read_line(llama: Llama, prompt: str) -> str:

@@ -17,8 +17,8 @@ from make_checkpoint import demo_pieces, make_checkpoint, write_tokenizer
 
 from llama import Llama
 from llama.__main__ import main
-from llama.commands.batch import Task, _bar, _run, run_batch
 from llama.commands.batch_files import BatchFiles, Part
+from llama.commands.batch_run import Task, _bar, _run, run_batch
 from llama.errors import DataError, LlamaError
 
 OPTIONS = {"temperature": 0.8, "max_gen_len": 12}

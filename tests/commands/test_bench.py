@@ -13,7 +13,7 @@ from make_checkpoint import SHAPES, make_checkpoint
 from llama import Llama
 from llama.__main__ import main
 from llama.checkpoints.folder import open_checkpoint
-from llama.commands.bench import measure, read_bytes, report
+from llama.commands.measure import measure, read_bytes, report
 from llama.errors import ConfigError
 
 FEW: dict[str, Any] = dict(prefill=40, decode=3, rounds=1)

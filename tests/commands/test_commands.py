@@ -11,8 +11,8 @@ import torch
 from make_checkpoint import demo_pieces, write_tokenizer
 
 from llama import Llama
-from llama.__main__ import COMMANDS, main
-from llama.commands.train import PretrainConfig
+from llama.__main__ import main
+from llama.commands.train_config import PretrainConfig
 from llama.evaluation.perplexity import score
 from llama.tokenizer import Tokenizer
 from llama.training.chat_data import load_dialogs
@@ -186,7 +186,7 @@ def test_mistakes_in_training(folder: Path, fail: Run) -> None:
     out = ["--out_dir", folder / "run", "--device=cpu"]
     assert "out_dir is missing" in fail("train", *where)
     assert "no file matches" in fail("train", *where, *out)
-    assert "unknown option(s): speed" in fail("train", *where, *out, "--speed=3")
+    assert "unknown option --speed" in fail("train", *where, *out, "--speed=3")
     many = fail("train", *where, *out, "--steps=many")
     assert many == "error: steps is 'many': it must be int"
     small = ["--ckpt_dir", make_base(folder), "--data", folder / "dialogs.jsonl", *out]
@@ -224,7 +224,7 @@ def test_mistakes_in_the_other_commands(folder: Path, fail: Run) -> None:
         "perplexity", folder / "a.txt", "--ckpt_dir", folder / "none"
     )
     tokenizer = ["--tokenizer", folder / "tokenizer.model"]
-    assert "no files" in fail("tokenize", *tokenizer, "--out", folder / "o.bin")
+    assert "FILES is missing" in fail("tokenize", *tokenizer, "--out", folder / "o.bin")
     assert "no text in 'body'" in fail(
         "tokenize", folder / "b.jsonl", *tokenizer, "--out", folder / "o.bin", "--field=body"
     )
@@ -240,7 +240,7 @@ def test_mistakes_in_the_other_commands(folder: Path, fail: Run) -> None:
 def test_an_unknown_flag_stops_a_command_before_it_runs(folder: Path, run: Run, fail: Run) -> None:
     base = make_base(folder)
     words = ["convert", base, folder / "new", "--to", "hf"]
-    assert fail(*words, "--froce") == "error: unknown option(s): froce"
+    assert "unknown option --froce, did you mean --force?" in fail(*words, "--froce")
     assert not (folder / "new").exists()
     run(*words, "--dtype=bfloat16", "--noforce")
     assert (folder / "new").is_dir()
@@ -257,20 +257,3 @@ def test_over_long_dialogs_are_counted(folder: Path, run: Run) -> None:
     assert "0 dialogs cut at a turn and 1 left out, to fit into 64 tokens" in printed
     formatter = Tokenizer(folder / "tokenizer.model").chat_format()
     assert load_dialogs(folder / "dialogs.jsonl", formatter, 65).dropped == 1
-
-
-@pytest.mark.parametrize(
-    "command", ["batch", "train", "finetune", "perplexity", "evaluate", "tokenize", "vocab"]
-)
-def test_help_shows_an_example_or_every_argument(
-    command: str,
-    run: Run,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    for one in COMMANDS.values():  # help takes it from them; here others come after
-        monkeypatch.setitem(vars(one), "FIRE_METADATA", vars(one).get("FIRE_METADATA", {}))
-    with pytest.raises(SystemExit) as exit_:
-        run(command, "--help")
-    assert exit_.value.code == 0
-    assert "python -m llama" in "".join(capsys.readouterr())

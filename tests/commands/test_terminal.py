@@ -21,7 +21,7 @@ from helpers.ranks import run_ranks
 from llama import Llama, Message
 from llama.__main__ import main
 from llama.commands import terminal
-from llama.commands.chat import Chat
+from llama.commands.chat_session import Chat
 from llama.engine.engine import Engine
 from llama.engine.request import Request
 from llama.sampling import SamplingParams
@@ -160,11 +160,14 @@ def test_whoever_has_enough_of_it_ends_it() -> None:
         ("complete hi --temperature=-1", "temperature is -1: it must be 0 (greedy) or above"),
         ("complete hi --n=0", "n is 0: it must be 1 to 1024"),
         ("complete hi --seed=x", "seed is 'x': it must be 0 to 2**63 - 1"),
-        ("complete hi --tempreature=1", "unknown option(s): tempreature"),
+        (
+            "complete hi --tempreature=1",
+            "unknown option --tempreature, did you mean --temperature?; see llama complete --help",
+        ),
         ("complete hi --ckpt_dir=nowhere", "no such checkpoint folder: nowhere"),
         ("complete two words", "unexpected 'words': put a text in quotes"),
-        ("chat --n=2", "n is 2: a chat has one answer to each message"),
-        ("chat hello", "unexpected 'hello': put a text in quotes"),
+        ("chat --nn=2", "unknown option --nn; see llama chat --help"),
+        ("chat hello", "unexpected 'hello': type messages when the chat has started"),
         ("chat --mode=slow", "mode is 'slow': reference or fast"),
     ],
 )

@@ -1,0 +1,191 @@
+"""A chat in the terminal: a dialog that grows, its commands, and what is sent of it."""
+
+import contextlib
+import json
+import os
+import sys
+import time
+from collections.abc import Callable
+
+from llama.chat_format import ChatFormat, Message
+from llama.commands import terminal
+from llama.engine.request import Request
+from llama.errors import DataError, GenerationError, LlamaError
+from llama.files import atomic_file
+from llama.generation import Llama
+from llama.sampling import SamplingParams
+
+HELP = """\
+/system TEXT   set the system message, for the whole dialog; without TEXT, remove it
+/retry         answer the last message again
+/save FILE     write the dialog as a line of JSON, as `python -m llama finetune` reads it
+/clear         begin a new dialog; the system message stays
+/help          this list
+/quit          leave, as does Ctrl-D
+A line that ends with \\ goes on in the next; lines between two lines of \"\"\" are one message.
+Ctrl-C stops an answer; what there is of it stays in the dialog."""
+
+BLOCK = '"""'
+
+
+class Chat:
+    """A dialog with a model, typed and shown in the terminal.
+
+    Attributes: `system` (the system message, may be empty), `messages` (user and assistant in
+    turn), `answers` (the ids of each answer's message).
+    """
+
+    def __init__(self, llama: Llama, params: SamplingParams):
+        self.llama = llama
+        self.params = params
+        self.system = ""
+        self.messages: list[Message] = []
+        self.answers: list[list[int]] = []
+        self._commands: dict[str, Callable[[str], None]] = {
+            "/system": self._set_system,
+            "/retry": self._retry,
+            "/save": self._save,
+            "/clear": self._clear,
+            "/help": lambda _: terminal.note(HELP),
+            "/quit": self._quit,
+        }
+
+    def run(self) -> None:
+        """Read and answer until the input ends."""
+        with contextlib.suppress(ImportError):
+            import readline  # noqa: F401  # lines can be edited, and earlier ones come back
+        if sys.stdin.isatty():
+            terminal.note("/help lists the commands, Ctrl-C stops an answer, Ctrl-D leaves")
+        while True:
+            try:
+                self._take(terminal.read_line(self.llama, "> "))
+            except EOFError:
+                break
+            except KeyboardInterrupt:
+                print()
+            except UnicodeDecodeError:
+                print("error: the input is not UTF-8 text", file=sys.stderr)
+            except LlamaError as error:
+                print(f"error: {error}", file=sys.stderr)
+        if sys.stdin.isatty():
+            print()
+
+    def _take(self, line: str) -> None:
+        """A command, or the first line of a message."""
+        if line.startswith("/"):
+            name, _, argument = line.strip().partition(" ")
+            if name not in self._commands:
+                raise GenerationError(f"unknown command {name}: /help lists them")
+            self._commands[name](argument.strip())
+        elif text := self._read_message(line).strip():
+            self._answer([*self.messages, {"role": "user", "content": text}])
+
+    def _read_message(self, line: str) -> str:
+        lines = []
+        if line.strip() == BLOCK:
+            while (line := terminal.read_line(self.llama, ". ")).strip() != BLOCK:
+                lines.append(line)
+            return "\n".join(lines)
+        while line.endswith("\\"):
+            lines.append(line[:-1])
+            line = terminal.read_line(self.llama, ". ")
+        return "\n".join([*lines, line])
+
+    # ---- commands -----------------------------------------------------------------------------
+
+    def _set_system(self, text: str) -> None:
+        self.system = text
+        terminal.note("the system message is set" if text else "no system message")
+
+    def _retry(self, _: str) -> None:
+        if not self.messages:
+            raise GenerationError("there is nothing to answer again")
+        self._answer(self.messages[:-1])
+
+    def _save(self, name: str) -> None:
+        if not name or not self.messages:
+            raise DataError("/save needs the name of a file" if not name else "no dialog to save")
+        path = os.path.expanduser(name)
+        if os.path.exists(path):
+            raise DataError(f"{path} exists: choose another name")
+        with atomic_file(path) as file:
+            record = {"messages": self._with_system(self.messages)}
+            file.write((json.dumps(record, ensure_ascii=False) + "\n").encode())
+        terminal.note(f"saved in {path}")
+
+    def _clear(self, _: str) -> None:
+        self.messages, self.answers = [], []
+        terminal.note("a new dialog")
+
+    def _quit(self, _: str) -> None:
+        raise EOFError
+
+    # ---- an answer ----------------------------------------------------------------------------
+
+    def _answer(self, messages: list[Message]) -> None:
+        """Show the answer to the last message; from then on, the dialog is these and the answer."""
+        prompt = self._encode(messages)
+        limit = self.llama.engine.max_seq_len
+        if len(prompt) >= limit:
+            raise GenerationError(
+                f"the dialog has {len(prompt)} tokens, but max_seq_len is {limit}: "
+                "/clear begins a new one, /save FILE keeps this one"
+            )
+        # The first prompt goes as messages, so that Llama can say that the model is no chat model.
+        sent = prompt if self.answers else self._with_system(messages)
+        tokens: list[int] = []
+        text, stop_token, end = "", None, ""
+        requests: set[Request] = set()
+        start = time.perf_counter()
+        first = 0.0
+        try:
+            with terminal.stream(self.llama, sent, self.params) as events:
+                for event in events:
+                    first = first or time.perf_counter() - start
+                    requests.add(event.request)
+                    tokens += [] if event.token is None else [event.token]
+                    text += event.text
+                    terminal.show(event.text)
+                    stop_token = event.request.stop_token
+                    if event.finish_reason == "length":
+                        end = "; cut at max_gen_len or max_seq_len"
+        except KeyboardInterrupt:
+            end = "; stopped"
+        print(flush=True)
+        terminal.note(
+            f"{terminal.speed(len(tokens), start)}, the first token after {first:.2f} s"
+            f"{terminal.guessed(requests)}{end}"
+        )
+        answer = self.llama.formatter.decode_message(tokens, stop_token)
+        answer["content"] = text  # which a stop string may have cut
+        self.answers = [*self.answers[: len(messages) // 2], self._answer_ids(answer, tokens)]
+        self.messages = [*messages, answer]
+
+    def _encode(self, messages: list[Message]) -> list[int]:
+        """The prompt. In Llama 3's format it has the answers' own ids: their texts, encoded again,
+        may give others, and then the cache would be of no use from there on."""
+        formatter = self.llama.formatter
+        dialog = self._with_system(messages)
+        tokens = formatter.encode_dialog_prompt(dialog)
+        if not isinstance(formatter, ChatFormat):
+            return tokens
+        answers = iter(self.answers)
+        tokens = tokens[:1]  # <|begin_of_text|>
+        for message in dialog:
+            is_answer = message["role"] == "assistant"
+            tokens += next(answers) if is_answer else formatter.encode_message(message)
+        return tokens + formatter.encode_header({"role": "assistant", "content": ""})
+
+    def _answer_ids(self, answer: Message, tokens: list[int]) -> list[int]:
+        """The answer as a message of a prompt: as it was generated, where all of it was shown."""
+        formatter = self.llama.formatter
+        if not isinstance(formatter, ChatFormat):
+            return []
+        encoded = formatter.encode_message(answer)
+        if self.llama.tokenizer.decode(tokens) != answer["content"]:
+            return encoded
+        return [*formatter.encode_header(answer), *tokens, encoded[-1]]
+
+    def _with_system(self, messages: list[Message]) -> list[Message]:
+        system: list[Message] = [{"role": "system", "content": self.system}]
+        return [*system, *messages] if self.system else messages

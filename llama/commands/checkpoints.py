@@ -1,0 +1,125 @@
+"""llama inspect, convert, verify, doctor: look at checkpoint folders and change them."""
+
+import sys
+
+from llama.commands.flags import as_text
+
+
+def inspect(
+    model: str,
+    mp: int = 1,
+    max_seq_len: int | None = None,
+    max_batch_size: int = 4,
+    dtype: str = "bfloat16",
+) -> None:
+    """Show what a model is made of: modules, sizes, split over ranks, KV cache, FLOPs.
+
+    Example: llama inspect llama-3.1-70b --mp 8
+
+    Args:
+        model: a published model (llama-2-7b, llama-3-8b, llama-3.1-405b, llama-3.2-1b, …) or a
+            checkpoint folder; no weight is read.
+        mp: ranks that share the model.
+        max_seq_len: tokens of a row of the KV cache; by default the model's context.
+        max_batch_size: rows of the KV cache.
+        dtype: float32, bfloat16 or float16, for the sizes in bytes.
+    """
+    from llama.checkpoints.inspect import describe
+
+    print(describe(str(model), mp, max_seq_len, max_batch_size, dtype))
+
+
+@as_text
+def convert(
+    src: str,
+    dst: str,
+    to: str = "meta",
+    mp: int = 1,
+    dtype: str | None = None,
+    force: bool = False,
+    quantize: str | None = None,
+) -> None:
+    """Write a checkpoint anew, in Meta's or Hugging Face's layout, or quantized.
+
+    Example: llama convert Llama-2-70b Llama-2-70b-hf --to hf
+
+    Args:
+        src: a checkpoint folder of either layout.
+        dst: the new folder.
+        to: meta (params.json and consolidated.NN.pth) or hf (config.json and .safetensors).
+        mp: number of shards of a Meta folder.
+        dtype: float32, bfloat16 or float16; by default the weights stay as they are.
+        force: replace dst where it exists.
+        quantize: int8 or int4: round the matrices once and for all, for mode fast on a CPU; to meta
+            alone, as params.json and consolidated.NN.safetensors.
+    """
+    from llama.checkpoints.convert import convert as run
+
+    written = run(str(src), str(dst), to, mp, dtype, force, quantize)  # type: ignore[arg-type]
+    print(f"Written to {written}")
+
+
+def verify(folder: str, manifest: bool = True) -> None:
+    """Check a checkpoint folder: every tensor, its numbers, and the files' checksums.
+
+    Ends with exit code 1 where something is wrong.
+
+    Args:
+        folder: a checkpoint folder, Meta's or Hugging Face's.
+        manifest: write SHA256SUMS where there is none and nothing is wrong.
+    """
+    from llama.checkpoints.verify import verify as run
+
+    title, problems = run(str(folder), manifest)
+    print(title)
+    for problem in problems:
+        print(f"wrong: {problem}")
+    print(f"{len(problems)} problem(s)" if problems else "all is well")
+    if problems:
+        sys.exit(1)
+
+
+@as_text
+def doctor(
+    folder: str,
+    mp: int = 1,
+    max_seq_len: int | None = None,
+    max_batch_size: int = 4,
+    tokenizer_path: str | None = None,
+    mode: str = "reference",
+    quantize: str | None = None,
+    kv_cache: str | None = None,
+    draft: str | None = None,
+    device: str | None = None,
+    dtype: str | None = None,
+) -> None:
+    """Tell whether a checkpoint will run here: memory, tokenizer, kind of model, device.
+
+    Ends with exit code 1 where it will not.
+
+    Example: llama doctor Meta-Llama-3-8B --max_seq_len 8192
+
+    Args:
+        folder: a checkpoint folder, Meta's or Hugging Face's, or the id of one on the Hub.
+        mp: ranks of this machine that share the model.
+        max_seq_len: tokens of a row of the KV cache; by default as in Llama.build.
+        max_batch_size: rows of the KV cache.
+        tokenizer_path: tokenizer.model; by default the one in the folder.
+        mode: reference or fast.
+        quantize: int8 or int4, on a newer GPU also fp8, with mode fast.
+        kv_cache: int8, with mode fast.
+        draft: folder of a smaller model that is to propose tokens; with mode fast.
+        device: cuda, mps or cpu; by default the best there is.
+        dtype: float32, bfloat16 or float16; by default as in Llama.build.
+    """
+    from llama.checkpoints.doctor import PROBLEM, examine, report
+    from llama.parallel import is_main_rank
+
+    findings = examine(
+        str(folder), tokenizer_path, max_seq_len, max_batch_size, mp, device, dtype,
+        mode, quantize, kv_cache, draft,  # type: ignore[arg-type]
+    )  # fmt: skip
+    if is_main_rank():
+        print(report(findings))
+    if any(found.level == PROBLEM for found in findings):
+        sys.exit(1)

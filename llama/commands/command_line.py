@@ -1,0 +1,124 @@
+"""Run a command from the words of a command line: help, checks, and fire, which binds the words."""
+
+import difflib
+import inspect
+import re
+import textwrap
+from collections.abc import Iterable, Sequence
+
+import fire
+
+from llama.commands.flags import Command, Flag, all_flags, groups_of, own_flags
+from llama.errors import LlamaError
+
+WIDTH = 100
+IS_FLAG = re.compile(r"--?([A-Za-z][\w-]*)(=.*)?", re.DOTALL)
+
+
+def run(command: Command, words: Sequence[str], usage: str) -> None:
+    """Run a command, or print its help where `--help` is among the words.
+
+    usage: what a user types before the words, such as "llama chat".
+    Raises LlamaError for an unknown flag, a flag without its value and a missing argument.
+    """
+    if "--help" in words or "-h" in words:
+        print(help_text(command, usage))
+        return
+    fire.Fire(command, checked(command, words, usage), name=usage)
+
+
+def nearest(name: str, known: Iterable[str], prefix: str = "") -> str:
+    """ ", did you mean …?" where a known name is near; else nothing."""
+    found = difflib.get_close_matches(name, list(known), 1)
+    return f", did you mean {prefix}{found[0]}?" if found else ""
+
+
+# ---- checks -------------------------------------------------------------------------------------
+
+
+def checked(command: Command, words: Sequence[str], usage: str) -> list[str]:
+    """The words for fire. fire itself would run a command first and complain afterwards."""
+    flags = all_flags(command)
+    arguments, _ = own_flags(command)
+    result: list[str] = []
+    given: set[str] = set()
+    n_plain = 0
+    index = 0
+    while index < len(words):
+        word = words[index]
+        index += 1
+        match = IS_FLAG.fullmatch(word)
+        if match is None:
+            name = arguments[n_plain].name if n_plain < len(arguments) else None
+            n_plain += 1
+            # fire would take a text such as "-- he said" for a flag.
+            result.append(f"--{name}={word}" if name and word.startswith("-") else word)
+            continue
+        flag = _find(match[1].replace("-", "_"), flags, usage)
+        given.add(flag.name)
+        result.append(word)
+        if match[2] is not None:
+            continue
+        if index < len(words) and not IS_FLAG.fullmatch(words[index]):
+            result.append(words[index])
+            index += 1
+        elif not flag.is_switch:
+            raise LlamaError(f"--{flag.name} needs a value ({flag.kind}); see {usage} --help")
+    by_position = {flag.name for flag in arguments[:n_plain]}
+    # What a configuration file may hold is not missing on the command line.
+    needed = [*arguments, *own_flags(command)[1]]
+    for flag in needed:
+        if flag.default is None and flag.name not in given | by_position:
+            shown = f"--{flag.name}" if flag not in arguments else flag.name.upper()
+            raise LlamaError(f"{shown} is missing: {flag.meaning}; see {usage} --help")
+    return result
+
+
+def _find(name: str, flags: dict[str, Flag], usage: str) -> Flag:
+    """The flag of that name. Also --noforce for --force, and -f where one flag alone begins so."""
+    if name in flags:
+        return flags[name]
+    switch = flags.get(name.removeprefix("no"))
+    if name.startswith("no") and switch is not None and switch.is_switch:
+        return switch
+    beginning = [flag for flag in flags.values() if flag.name.startswith(name)]
+    if len(name) == 1 and len(beginning) == 1:
+        return beginning[0]
+    raise LlamaError(f"unknown option --{name}{nearest(name, flags, '--')}; see {usage} --help")
+
+
+# ---- help ---------------------------------------------------------------------------------------
+
+
+def help_text(command: Command, usage: str) -> str:
+    """Usage, description, example and every flag with its type, default and unit."""
+    arguments, flags = own_flags(command)
+    shown = [_argument(flag, command) for flag in arguments]
+    has_flags = bool(flags or groups_of(command))
+    parts = [" ".join(["usage:", usage, *shown, *["[--FLAG VALUE …]"] * has_flags])]
+    parts.append((inspect.getdoc(command) or "").partition("Args:")[0].rstrip())
+    if arguments:
+        rows = [_row(flag.name.upper(), flag) for flag in arguments]
+        parts.append("\n".join(["Arguments:", *rows]))
+    groups = [("Flags", flags), *((group.title, group.flags) for group in groups_of(command))]
+    for title, members in groups:
+        if members:
+            rows = [_row(f"--{flag.name}", flag) for flag in members]
+            parts.append("\n".join([f"{title}:", *rows]))
+    return "\n\n".join(parts)
+
+
+def _argument(flag: Flag, command: Command) -> str:
+    kind = inspect.signature(command).parameters[flag.name].kind
+    name = flag.name.upper() + (" …" if kind is inspect.Parameter.VAR_POSITIONAL else "")
+    return name if flag.default is None else f"[{name}]"
+
+
+def _row(name: str, flag: Flag) -> str:
+    default = "required" if flag.default is None else f"default: {flag.default}"
+    text = f"{flag.meaning} ({flag.kind}; {default})"
+    indent = " " * 26
+    lines = textwrap.wrap(text, WIDTH - len(indent))
+    first, *rest = lines
+    gap = f"  {name:<23} " if len(name) <= 23 else f"  {name}\n{indent}"
+    return "\n".join([gap + first, *(indent + line for line in rest)])

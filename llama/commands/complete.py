@@ -1,0 +1,28 @@
+"""llama complete: continue a text."""
+
+import sys
+from typing import Any
+
+from llama.commands.flags import MODEL, SAMPLING, SPECULATION, as_text, takes
+from llama.errors import GenerationError
+
+
+@as_text
+@takes(MODEL, SPECULATION, SAMPLING)
+def complete(prompt: str | None = None, *words: str, **flags: Any) -> None:
+    """Continue a text. The continuation is shown as it is generated. Ctrl-C ends it.
+
+    Example: llama complete "Once upon a time" --max_gen_len 100
+
+    In a pipe nothing but the generated texts is printed.
+
+    Args:
+        prompt: the text, in quotes; by default standard input.
+    """
+    from llama.commands import terminal
+    from llama.generation import Llama
+
+    build, params = terminal.read_flags(words, flags)
+    if prompt is None and sys.stdin.isatty():
+        raise GenerationError("no prompt: give a text in quotes, or one on standard input")
+    terminal.complete(Llama.build(**build, max_batch_size=min(params.n, 4)), prompt, params)

@@ -1,0 +1,43 @@
+"""llama tokenize, vocab: token files and vocabularies for training."""
+
+from pathlib import Path
+
+
+def tokenize(
+    *files: str, tokenizer: str, out: str, shard_tokens: int = 100_000_000, field: str = "text"
+) -> None:
+    """Write token files for training: every document after a <|begin_of_text|>.
+
+    Example: llama tokenize a.jsonl --tokenizer tokenizer.model --out 'a_{:04d}.bin'
+
+    Args:
+        files: UTF-8 texts, each one document, or .jsonl with a document a line.
+        tokenizer: the tokenizer.model.
+        out: name of the token files, with {} (or {:04d}) where their number goes.
+        shard_tokens: tokens of a file at most.
+        field: key of the text in a .jsonl line.
+    """
+    from llama.tokenizer import Tokenizer
+    from llama.training.documents import read_documents, write_token_files
+
+    documents = read_documents(map(str, files), str(field))
+    names, count = write_token_files(documents, Tokenizer(tokenizer), str(out), shard_tokens)
+    print(f"{count:,} tokens in {', '.join(names)}")
+
+
+def vocab(*files: str, ranks: int, out: str, field: str = "text") -> None:
+    """Train a vocabulary in the format of Llama 3's tokenizer.model.
+
+    Example: llama vocab tales.jsonl --ranks 4096 --out tokenizer.model
+
+    Args:
+        files: UTF-8 texts, or .jsonl with a document a line.
+        ranks: number of byte sequences, 257 or more; Llama 3's 256 special tokens come after them.
+        out: the file to write.
+        field: key of the text in a .jsonl line.
+    """
+    from llama.training.documents import read_documents
+    from llama.training.vocabulary import train_vocabulary
+
+    train_vocabulary(read_documents(map(str, files), str(field)), ranks, Path(str(out)))
+    print(f"{ranks:,} ranks and 256 special tokens in {out}")

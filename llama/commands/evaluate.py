@@ -1,0 +1,96 @@
+"""llama perplexity, evaluate: score a text, run the tasks of the lm-evaluation-harness."""
+
+from collections.abc import Sequence
+
+from llama.commands.flags import as_text
+
+
+@as_text
+def perplexity(
+    file: str,
+    ckpt_dir: str | None = None,
+    tokenizer_path: str | None = None,
+    window: int | None = None,
+    mode: str = "reference",
+    quantize: str | None = None,
+    kv_cache: str | None = None,
+    device: str | None = None,
+    dtype: str | None = None,
+) -> None:
+    """Score a text: nats a token, perplexity, and bits a byte.
+
+    Args:
+        file: any UTF-8 text.
+        ckpt_dir: a checkpoint folder; by default the bundled model.
+        tokenizer_path: tokenizer.model; by default the one in ckpt_dir.
+        window: tokens seen at a time, each time after a <|begin_of_text|>; by default 512.
+        mode: reference, or fast (kernels on a CPU).
+        quantize: int8 or int4, on a newer GPU also fp8, with mode fast.
+        kv_cache: int8, with mode fast.
+        device: cpu or cuda; by default the best there is.
+        dtype: float32, bfloat16 or float16; by default the checkpoint's own on the CPU.
+    """
+    from llama.evaluation.perplexity import WINDOW, score
+    from llama.files import read_text
+    from llama.generation import Llama
+    from llama.parallel import is_main_rank
+
+    text = read_text(str(file))
+    max_seq_len = window if isinstance(window, int) and window > WINDOW else None
+    llama = Llama.build(
+        ckpt_dir, tokenizer_path, max_seq_len, max_batch_size=1,
+        mode=mode, quantize=quantize, kv_cache=kv_cache,  # type: ignore[arg-type]
+        device=device, dtype=dtype,
+    )  # fmt: skip
+    result = score(llama, [text], window)
+    if is_main_rank():
+        print(f"tokens          {result.tokens:,} in {result.bytes:,} bytes")
+        print(f"nats a token    {result.nats_per_token:.4f}")
+        print(f"perplexity      {result.perplexity:.3f}")
+        print(f"bits a byte     {result.bits_per_byte:.4f}")
+
+
+@as_text
+def evaluate(
+    tasks: str | Sequence[str],
+    ckpt_dir: str | None = None,
+    tokenizer_path: str | None = None,
+    include_path: str | None = None,
+    limit: float | None = None,
+    num_fewshot: int | None = None,
+    out: str | None = None,
+    max_seq_len: int | None = None,
+    batch_size: int = 4,
+    device: str | None = None,
+    dtype: str | None = None,
+) -> None:
+    """Run tasks of the lm-evaluation-harness (extra [eval]) and show its table.
+
+    Example: llama evaluate hellaswag,arc_easy --ckpt_dir Meta-Llama-3-8B --limit 100
+
+    The harness fetches the data of its own tasks from the Hugging Face Hub. Contexts longer than
+    max_seq_len lose their beginning. No chat format is applied.
+
+    Args:
+        tasks: names of tasks, groups or tags, with commas between.
+        ckpt_dir: a checkpoint folder; by default the bundled model.
+        tokenizer_path: tokenizer.model; by default the one in ckpt_dir.
+        include_path: a folder with tasks of your own, as YAML files; they may run Python code.
+        limit: documents of a task at most, or their share if below 1.
+        num_fewshot: examples in front of each question; by default as the task says.
+        out: a file for the results as JSON.
+        max_seq_len: tokens of prompt and answer together; by default as in Llama.build.
+        batch_size: prompts that are continued at once.
+        device: cpu or cuda; by default the best there is.
+        dtype: float32, bfloat16 or float16; by default as in Llama.build.
+    """
+    from llama.evaluation.harness import evaluate as run
+
+    names = tasks.split(",") if isinstance(tasks, str) else list(map(str, tasks))
+    table = run(
+        names, include_path, limit, num_fewshot, out and str(out), ckpt_dir=ckpt_dir,
+        batch_size=batch_size, tokenizer_path=tokenizer_path, max_seq_len=max_seq_len,
+        device=device, dtype=dtype,
+    )  # fmt: skip
+    if table:
+        print(table)

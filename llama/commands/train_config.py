@@ -1,0 +1,254 @@
+"""Training from a configuration: flags or a TOML file become a model, loaders and a run."""
+
+import tomllib
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import torch
+
+from llama import parallel
+from llama.config import PRESETS, ModelArgs
+from llama.errors import ConfigError, TrainingError
+from llama.generation import Llama
+from llama.model import Transformer
+from llama.tokenizer import Tokenizer
+from llama.training.chat_data import DialogLoader, load_dialogs
+from llama.training.checkpoint import checkpoints
+from llama.training.log import TrainingLog
+from llama.training.loop import Loader, Trainer, TrainingOptions, shard_model
+from llama.training.token_files import DistributedShardedDataLoader
+
+
+@dataclass(kw_only=True)
+class RunConfig:
+    """What every training run understands. Batches are counted for one rank."""
+
+    out_dir: str  # folder of the run; where it holds a checkpoint, the run goes on from there
+    batch: int = 8  # rows computed at a time
+    seq_len: int = 512  # tokens of a row
+    accumulation: int = 1  # batches of a step
+    steps: int = 1000
+    learning_rate: float = 1e-3  # its peak
+    warmup_steps: int = 50
+    decay_steps: int | None = None  # None: a cosine; else level, then a straight line this long
+    final_lr: float = 0.1  # share of the learning rate that is left at the end
+    weight_decay: float = 0.1  # of matrices
+    beta1: float = 0.9
+    beta2: float = 0.95
+    clip: float = 1.0  # the gradient's norm at most
+    train: Literal["all", "norms", "all_but_embeddings"] = "all"
+    separate_documents: bool = True  # packed documents do not see each other
+    autocast: bool | None = None  # matrix products in bfloat16; None: on a GPU
+    eval_every: int = 100
+    eval_batches: int = 20
+    checkpoint_every: int = 200
+    keep: int = 2  # checkpoints, the newest
+    seed: int = 1
+    device: str | None = None  # None: this rank's GPU, else the CPU
+    model_parallel_size: int = 1  # ranks that share one model; the others are replicas
+    fsdp: bool | None = None  # split over the replicas; None: where a GPU is too small
+    log_dir: str | None = None  # for TensorBoard
+    sample_every: int = 0  # steps between sample texts; 0: none
+    sample_prompt: str = "Once upon a time"
+
+    @classmethod
+    def read(cls, path: str | Path | None, flags: Mapping[str, Any]) -> Self:
+        """The TOML file's keys, then the flags; ConfigError for one that is unknown or wrong."""
+        given: dict[str, Any] = {}
+        if path is not None:
+            try:
+                given |= tomllib.loads(Path(path).read_bytes().decode("utf-8"))
+            except OSError as error:
+                raise ConfigError(f"cannot read {path}: {error.strerror}") from error
+            except ValueError as error:  # TOML's and Unicode's errors are both
+                raise ConfigError(f"{path} is not TOML: {error}") from error
+        given |= flags
+        known = {f.name: f for f in fields(cls)}
+        if unknown := sorted(given.keys() - known.keys()):
+            raise ConfigError(f"unknown option(s): {', '.join(unknown)}")
+        for name, f in known.items():
+            if name not in given:
+                if f.default is f.default_factory:  # both MISSING
+                    raise ConfigError(f"{name} is missing: give it as a flag or in the TOML file")
+                continue
+            kind = f.type.__name__ if isinstance(f.type, type) else str(f.type)
+            given[name] = _convert(name, given[name], kind)
+        return cls(**given)
+
+    def options(self, device: torch.device) -> TrainingOptions:
+        autocast = device.type == "cuda" if self.autocast is None else self.autocast
+        same = {f.name for f in fields(TrainingOptions)} - {"autocast"}
+        values = {name: value for name, value in asdict(self).items() if name in same}
+        return TrainingOptions(**values, autocast=torch.bfloat16 if autocast else None)
+
+
+def _convert(name: str, value: Any, kind: str) -> Any:
+    """The value as the field wants it; whole numbers are numbers too."""
+    if value is None and "None" in kind:
+        return None
+    if "float" in kind and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    if ("str" in kind or "Literal" in kind) and isinstance(value, int | float | Path):
+        value = str(value)  # a folder named 1, which the command line takes for a number
+    for word, types in {"bool": bool, "int": int, "float": float}.items():
+        if word in kind and "Literal" not in kind:
+            if not isinstance(value, types) or isinstance(value, bool) != (types is bool):
+                raise ConfigError(f"{name} is {value!r}: it must be {kind}")
+            return value
+    if not isinstance(value, str):
+        raise ConfigError(f"{name} is {value!r}: it must be {kind}")
+    return value
+
+
+@dataclass(kw_only=True)
+class PretrainConfig(RunConfig):
+    """A new model: a preset's shape, or one given in numbers."""
+
+    data: str  # pattern of token files
+    tokenizer: str  # its tokenizer.model, which gives vocab_size and goes into the checkpoints
+    eval_data: str | None = None
+    preset: str | None = None
+    dim: int = 256
+    n_layers: int = 4
+    n_heads: int = 4
+    n_kv_heads: int | None = None
+    hidden_dim: int | None = None
+    multiple_of: int = 32
+    rope_theta: float = 500000.0
+    tied: bool = False
+
+
+@dataclass(kw_only=True)
+class FinetuneConfig(RunConfig):
+    """A checkpoint that goes on learning, from dialogs."""
+
+    data: str  # JSONL of dialogs
+    ckpt_dir: str | None = None  # None: the bundled model
+    tokenizer: str | None = None  # None: the one in ckpt_dir
+    eval_data: str | None = None
+    learning_rate: float = 1e-4
+    weight_decay: float = 0.0
+    steps: int = 100
+    warmup_steps: int = 10
+
+
+def pretrain(config: PretrainConfig) -> Path:
+    """Train a model from scratch; returns the last checkpoint."""
+    device = _start(config)
+    tokenizer = Tokenizer(config.tokenizer)
+    if config.preset is not None:
+        if config.preset not in PRESETS:
+            raise ConfigError(f"preset is {config.preset!r}: one of {', '.join(PRESETS)}")
+        args = ModelArgs(**vars(PRESETS[config.preset]))
+    else:
+        names = "dim n_layers n_heads n_kv_heads hidden_dim multiple_of rope_theta tied".split()
+        args = ModelArgs(**{name: getattr(config, name) for name in names})
+        args.context_length = config.seq_len
+    args.vocab_size = tokenizer.n_words
+    args.max_seq_len = config.seq_len
+    args.check()
+    rank, ranks = parallel.dp_rank(), parallel.dp_size()
+    loader = DistributedShardedDataLoader(config.data, config.batch, config.seq_len, rank, ranks)
+    eval_loader = None
+    if config.eval_data is not None:
+        eval_loader = DistributedShardedDataLoader(
+            config.eval_data, config.batch, config.seq_len, rank, ranks
+        )
+    torch.manual_seed(config.seed)
+    with device:
+        model = Transformer(args)
+    return _run(config, model, tokenizer, loader, eval_loader)
+
+
+def finetune(config: FinetuneConfig) -> Path:
+    """Teach a checkpoint the assistant's part of dialogs; returns the last checkpoint."""
+    device = _start(config)
+    llama = Llama.build(
+        config.ckpt_dir,
+        config.tokenizer,
+        max_seq_len=config.seq_len,
+        max_batch_size=1,
+        model_parallel_size=config.model_parallel_size,
+        device=device,
+        dtype="float32",  # small updates would vanish in bfloat16
+    )
+    pad = llama.tokenizer.eos_id
+
+    def load(path: str) -> DialogLoader:
+        data = load_dialogs(path, llama.formatter, config.seq_len + 1)
+        if parallel.is_main_rank() and data.cut + data.dropped:
+            print(
+                f"{path}: {data.cut} dialogs cut at a turn and {data.dropped} left out, to fit "
+                f"into {config.seq_len} tokens"
+            )
+        rank, ranks = parallel.dp_rank(), parallel.dp_size()
+        sizes = (config.batch, config.seq_len, rank, ranks)
+        return DialogLoader(data.examples, pad, *sizes, seed=config.seed)
+
+    eval_loader = None if config.eval_data is None else load(config.eval_data)
+    return _run(config, llama.model, llama.tokenizer, load(config.data), eval_loader)
+
+
+def _start(config: RunConfig) -> torch.device:
+    device = parallel.local_device(config.device)
+    parallel.initialize(config.model_parallel_size, device)
+    return device
+
+
+def _run(
+    config: RunConfig,
+    model: Transformer,
+    tokenizer: Tokenizer,
+    loader: Loader,
+    eval_loader: Loader | None,
+) -> Path:
+    device = model.device
+    if _needs_fsdp(config, model, device):
+        shard_model(model)
+    try:
+        optimizer = model.configure_optimizers(
+            config.learning_rate,
+            config.weight_decay,
+            (config.beta1, config.beta2),
+            device.type,
+            config.train,
+        )
+    except ValueError as error:  # a rate or a beta that is out of range
+        raise TrainingError(str(error)) from error
+    replicas = parallel.dp_size()
+    step_tokens = config.batch * config.seq_len * config.accumulation * replicas
+    report = TrainingLog(
+        tokenizer, step_tokens, config.log_dir, config.sample_every, [config.sample_prompt]
+    )
+    trainer = Trainer(
+        model,
+        [optimizer],
+        loader,
+        tokenizer.bos_id,
+        config.options(device),
+        config.out_dir,
+        tokenizer.model_path,
+        eval_loader,
+        report,
+    )
+    if trainer.resume() and parallel.is_main_rank():
+        print(f"Going on after step {trainer.step} of {config.out_dir}")
+    try:
+        trainer.run()
+    finally:
+        report.close()
+    return checkpoints(trainer.out_dir)[-1]
+
+
+def _needs_fsdp(config: RunConfig, model: Transformer, device: torch.device) -> bool:
+    """As asked; else where weights, gradients and AdamW's two moments fill the GPU."""
+    if parallel.dp_size() == 1:
+        if config.fsdp:
+            raise TrainingError("fsdp splits a model over replicas, and there is one: use torchrun")
+        return False
+    if config.fsdp is not None or device.type != "cuda":
+        return bool(config.fsdp)
+    needed = 4 * sum(weight.nbytes for weight in model.parameters())
+    return needed > 0.8 * torch.cuda.get_device_properties(device).total_memory

@@ -1,0 +1,168 @@
+"""Help lists every flag with its type and default, and a mistake names what was meant."""
+
+import dataclasses
+import importlib
+import inspect
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from llama import Llama
+from llama.__main__ import COMMANDS, main
+from llama.commands import flags
+from llama.commands.command_line import checked, help_text
+from llama.commands.flags import Command, Flag, all_flags
+from llama.commands.train_config import FinetuneConfig, PretrainConfig
+from llama.errors import LlamaError
+from llama.sampling import SamplingParams
+
+
+def command_named(name: str) -> Command:
+    module = importlib.import_module(f"llama.commands.{COMMANDS[name][0]}")
+    command: Command = getattr(module, name)
+    return command
+
+
+def run(monkeypatch: pytest.MonkeyPatch, *words: str) -> None:
+    monkeypatch.setattr(sys, "argv", ["llama", *words])
+    main()
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_lists_every_flag_once(
+    name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(monkeypatch, name, "--help")
+    shown = capsys.readouterr().out
+    command = command_named(name)
+    assert shown.startswith(f"usage: llama {name}")
+    for flag in all_flags(command).values():
+        assert flag.meaning, flag.name
+        names = [f"--{flag.name}", flag.name.upper()]
+        assert sum(line.split()[:1] in ([n] for n in names) for line in shown.splitlines()) == 1
+    assert "INFO" not in shown
+    assert max(map(len, shown.splitlines())) <= 100
+
+
+def fields_of(config: Any) -> dict[str, Any]:
+    return {f.name: f.default for f in dataclasses.fields(config)}
+
+
+def agree(listed: dict[str, Flag], defaults: dict[str, Any]) -> None:
+    """The names are the same, and a default that is no None is the one shown."""
+    assert listed.keys() == defaults.keys()
+    for name, default in defaults.items():
+        if default is dataclasses.MISSING:
+            assert listed[name].default is None, name
+        elif isinstance(default, bool):
+            assert listed[name].default == ("yes" if default else "no"), name
+        elif isinstance(default, int | float | str):
+            assert listed[name].default == str(default), name
+
+
+@pytest.mark.parametrize(
+    ("name", "config"), [("train", PretrainConfig), ("finetune", FinetuneConfig)]
+)
+def test_flags_of_training_are_the_configurations(name: str, config: Any) -> None:
+    listed = all_flags(command_named(name))
+    del listed["config"]
+    agree(listed, fields_of(config))
+
+
+def test_flags_of_sampling_are_the_parameters() -> None:
+    listed = {f.name: f for group in (flags.SAMPLING, flags.REPORTING) for f in group.flags}
+    defaults = fields_of(SamplingParams)
+    del defaults["logits_processor"]  # a function
+    del defaults["seed"]  # `batch` has its own, and the others give it to `Llama.build`
+    defaults["logit_bias"] = "{}"
+    agree(listed, defaults)
+
+
+def test_flags_of_the_model_are_those_of_build() -> None:
+    from llama.commands.terminal import BUILD_FLAGS
+
+    listed = {f.name: f for group in (flags.MODEL, flags.SPECULATION) for f in group.flags}
+    assert listed.keys() == set(BUILD_FLAGS)
+    parameters = inspect.signature(Llama.build).parameters
+    assert listed.keys() <= parameters.keys()
+    assert listed["seed"].default == str(parameters["seed"].default)
+
+
+def test_the_overview_names_every_command(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(monkeypatch, "--help")
+    shown = capsys.readouterr().out
+    assert all(f"  {name} " in shown for name in COMMANDS)
+
+
+@pytest.mark.parametrize("command", [["llama"], [sys.executable, "-m", "llama"]], ids=str)
+def test_the_console_script_and_the_module(command: list[str]) -> None:
+    program = Path(sys.executable).parent / "llama" if command == ["llama"] else command[0]
+    shown = subprocess.run(
+        [program, *command[1:], "inspect"], capture_output=True, text=True, check=False
+    )
+    assert shown.returncode == 2
+    assert "MODEL is missing" in shown.stderr
+
+
+def test_the_version(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    run(monkeypatch, "--version")
+    assert capsys.readouterr().out.startswith("llama-reference 0.")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["chatt"], "unknown command 'chatt', did you mean chat?; see llama --help"),
+        (["zzz"], "unknown command 'zzz'; see llama --help"),
+        (["chat", "--ckpt_dri", "x"],
+         "unknown option --ckpt_dri, did you mean --ckpt_dir?; see llama chat --help"),
+        (["complete", "--temprature=1"],
+         "unknown option --temprature, did you mean --temperature?; see llama complete --help"),
+        (["bench", "--ckpt_dir", "--rounds", "3"],
+         "--ckpt_dir needs a value (text); see llama bench --help"),
+        (["convert", "a"], "DST is missing: the new folder; see llama convert --help"),
+        (["tokenize", "a.txt", "--out=b"],
+         "--tokenizer is missing: the tokenizer.model; see llama tokenize --help"),
+        (["chat", "Hello"], "unexpected 'Hello': type messages when the chat has started"),
+        (["train", "--out_dirr=x"],
+         "unknown option --out_dirr, did you mean --out_dir?; see llama train --help"),
+        (["batch", "a", "b", "--temprature", "1"],
+         "unknown option --temprature, did you mean --temperature?; see llama batch --help"),
+    ],
+)  # fmt: skip
+def test_mistakes(
+    words: list[str],
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        run(monkeypatch, *words)
+    assert exit_.value.code == 2
+    assert capsys.readouterr().err.splitlines() == [f"error: {message}"]
+
+
+def test_a_text_may_begin_with_dashes() -> None:
+    command = command_named("complete")
+    assert checked(command, ["-- he said"], "llama complete") == ["--prompt=-- he said"]
+    assert checked(command, ["--n", "2", "-5 degrees"], "")[-1] == "--prompt=-5 degrees"
+
+
+def test_values_may_be_negative() -> None:
+    assert checked(command_named("train"), ["--learning_rate", "-1"], "")
+    with pytest.raises(LlamaError, match="needs a value"):
+        checked(command_named("train"), ["--learning_rate"], "")
+
+
+def test_usage_shows_what_must_be_given() -> None:
+    assert help_text(command_named("convert"), "llama convert").startswith(
+        "usage: llama convert SRC DST [--FLAG VALUE …]"
+    )
+    assert help_text(command_named("complete"), "llama complete").startswith(
+        "usage: llama complete [PROMPT] [--FLAG VALUE …]"
+    )

@@ -27,9 +27,9 @@ from make_checkpoint import main as make_checkpoint
 
 from llama import parallel
 from llama.checkpoints import shards
-from llama.checkpoints.doctor import Setup
 from llama.checkpoints.folder import open_checkpoint
 from llama.checkpoints.load import load_weights
+from llama.checkpoints.setup import Setup
 from llama.memory import used_memory
 from llama.model import Transformer
 

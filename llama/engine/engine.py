@@ -10,7 +10,6 @@ Not for several threads at a time: one thread calls all of an engine's methods.
 
 from collections import deque
 from collections.abc import Sequence
-from typing import SupportsIndex
 
 import numpy as np
 import torch
@@ -18,25 +17,24 @@ from torch import Tensor
 
 from llama import sampling
 from llama.cache import KVCache
+from llama.engine.admission import check_prompt, choose_slot
 from llama.engine.plan import Action, Plan, Wanted, filled_up
 from llama.engine.proposer import Proposer
 from llama.engine.request import Event, FinishReason, Request
 from llama.engine.row_sampling import RowSampler
 from llama.engine.slot import Slot
-from llama.engine.speculative import MOST, choose, n_alike
+from llama.engine.speculative import MOST
 from llama.engine.text_stream import TextStream
-from llama.errors import GenerationError, ParallelError, TokenizerError
-from llama.fast.cpu.transformer import FastTransformer
+from llama.engine.token_choice import TokenChooser
+from llama.engine.worker import Network, Worker
+from llama.errors import GenerationError, TokenizerError
 from llama.fast.gpu.static_step import StaticStep
 from llama.fast.mode import check_draft
 from llama.model import Transformer
 from llama.sampling import SamplingParams
 from llama.tokenizer import Tokenizer
 
-Network = Transformer | FastTransformer
-
 PREFILL_CHUNK = 512  # tokens of prompts that one step takes in, at most
-LEAST_REUSE = 16  # tokens: a shorter common beginning is not worth giving up another's row for
 
 
 class Engine:
@@ -87,22 +85,25 @@ class Engine:
         self.max_seq_len = max_seq_len
         self.prefill_chunk = prefill_chunk
         self.cache: KVCache = model.make_cache(max_batch_size, max_seq_len, cache_dtype)
-        self._networks = [(model, self.cache)]
+        networks = [(model, self.cache)]
         if draft is not None:
-            drafts = draft.make_cache(max_batch_size, max_seq_len, cache_dtype)
-            self._networks.append((draft, drafts))
-        self._proposer: Proposer | None = None
-        if draft is not None or lookup:
-            self._proposer = Proposer(self._run, max_seq_len, prefill_chunk, draft is not None)
-        # What an idle row keeps: steps of the rows beside it store something after its tokens.
-        self._kept = max_seq_len - 1 - (MOST if self._proposer else 0)
+            networks.append((draft, draft.make_cache(max_batch_size, max_seq_len, cache_dtype)))
         self._static: StaticStep | None = None
-        self._sampler: RowSampler | None = None
+        sampler: RowSampler | None = None
         if static:
             assert isinstance(model, Transformer)
             self._static = StaticStep(model, self.cache)
             if draft is None:  # whose tokens are drawn from another distribution
-                self._sampler = RowSampler(max_batch_size, model.vocab_size, model.device)
+                sampler = RowSampler(max_batch_size, model.vocab_size, model.device)
+        self._worker = Worker(networks, self._static)
+        self._choose = TokenChooser(sampler)
+        self._proposer: Proposer | None = None
+        if draft is not None or lookup:
+            self._proposer = Proposer(
+                self._worker.run, max_seq_len, prefill_chunk, draft is not None
+            )
+        # Tokens that an idle row keeps. Steps of the rows beside it may overwrite what follows.
+        self._kept = max_seq_len - 1 - (MOST if self._proposer else 0)
         self._seed = seed
         self._slots = [Slot(i) for i in range(max_batch_size)]
         self._waiting: deque[Request] = deque()
@@ -178,27 +179,10 @@ class Engine:
         self, prompt_tokens: Sequence[int], params: SamplingParams, row: int = 0
     ) -> list[int]:
         """The prompt's ids, after the checks that `submit` makes."""
-        params.check_vocabulary(self.model.vocab_size)
         if params.stop and self.tokenizer is None:
             raise GenerationError("stop strings need a tokenizer: give the engine one")
-        if isinstance(prompt_tokens, str) or not isinstance(prompt_tokens, Sequence):
-            raise GenerationError(f"prompt {row} is {prompt_tokens!r}, not a list of token ids")
-        if not prompt_tokens:
-            raise GenerationError(f"prompt {row} is empty: it needs at least one token")
-        # The last token of what is only scored does not go through the model.
-        if len(prompt_tokens) > self.max_seq_len + (params.max_gen_len == 0):
-            raise GenerationError(
-                f"prompt {row} has {len(prompt_tokens)} tokens, but max_seq_len is "
-                f"{self.max_seq_len}"
-            )
-        for token in prompt_tokens:
-            if not isinstance(token, SupportsIndex):
-                raise GenerationError(f"prompt {row} has {token!r}, which is no token id")
-            if not 0 <= token.__index__() < self.model.vocab_size:
-                raise GenerationError(
-                    f"prompt {row} has token id {token}, but vocab_size is {self.model.vocab_size}"
-                )
-        return [token.__index__() for token in prompt_tokens]
+        vocab_size = self.model.vocab_size
+        return check_prompt(prompt_tokens, params, row, vocab_size, self.max_seq_len)
 
     def _generator(self, seed: int | None) -> torch.Generator:
         """Random numbers that depend on no other request."""
@@ -238,23 +222,13 @@ class Engine:
         return self._prefilling
 
     def _admit(self, request: Request, free: list[Slot]) -> Slot:
-        """Give the request the free slot that saves it most, and what is there of its prompt."""
-        prompt = request.prompt_tokens
-        needs_all = request.is_exact or request.is_private or request.params.prompt_logprobs
-        needs_none = request.max_gen_len == 0
-        slot = min(free, key=lambda slot: (slot.last_used, slot.index))
-        source, reused = slot, 0
-        if not (needs_all or needs_none):
-            # The last token is always computed: its logits are wanted. Free slots win a tie.
-            shared = {s: n_alike(s.tokens, prompt[:-1]) for s in self._slots if _is_open(s)}
-            best = max(shared, key=lambda s: (shared[s], s.request is None), default=slot)
-            if shared.get(best, 0) >= LEAST_REUSE:
-                source, reused = best, shared[best]
-        if source.request is None:
-            slot = source
-        else:
-            self._run(Plan(Action.COPY, row=slot.index, source=source.index, n_keys=reused))
-        slot.admit(request, reused, min(source.n_drafted, reused))
+        """Give the request a free slot, with the prefix of its prompt that another slot holds."""
+        slot, source, n_reused = choose_slot(request, self._slots, free)
+        if slot is not source:
+            self._worker.run(
+                Plan(Action.COPY, row=slot.index, source=source.index, n_keys=n_reused)
+            )
+        slot.admit(request, n_reused, min(source.n_drafted, n_reused))
         return slot
 
     def _prefill(self, slot: Slot, budget: int) -> tuple[int, Event | None]:
@@ -263,7 +237,8 @@ class Engine:
         request = slot.running
         prompt, start = request.prompt_tokens, len(slot.tokens)
         wants_prompt = request.params.prompt_logprobs
-        # What nothing is to follow need not go through the model: the last token, or all of them.
+        # A prompt that is only scored skips its last token. One that is neither scored nor
+        # continued skips the model.
         n_fed = len(prompt) if request.max_gen_len > 0 else (len(prompt) - 1) * wants_prompt
         end = n_fed if request.is_exact else min(start + budget, n_fed)
         is_last = end == n_fed
@@ -272,7 +247,7 @@ class Engine:
             wanted = Wanted.ALL
         logits = None
         if end > start:
-            logits = self._run(
+            logits = self._worker.run(
                 Plan(
                     Action.FORWARD,
                     row=slot.index,
@@ -316,7 +291,7 @@ class Engine:
         fed = {s: [s.running.tokens[-1], *proposed.get(s, ())] for s in decoding}
         seqlen = max(map(len, fed.values()))
         start_pos = [len(slot.tokens) for slot in rows]
-        logits = self._run(
+        logits = self._worker.run(
             Plan(
                 Action.FORWARD,
                 row=first,
@@ -344,38 +319,11 @@ class Engine:
         return events
 
     def _next_tokens(self, slots: list[Slot], logits: Tensor, at: int = 0) -> list[Event]:
-        """Choose a token for each slot from its logits (B, V), in the place of the proposal with
-        the number `at`. A request whose own options fail ends with the error; the others go on."""
-        if self._sampler is not None:
-            takes = [self._sampler.takes(slot.running.params) for slot in slots]
-            if all(takes):
-                drawn = self._sampler(logits, [slot.running for slot in slots])
-                return [
-                    self._advance(slot, token, logprob, row)
-                    for slot, (token, logprob), row in zip(slots, drawn, logits, strict=True)
-                ]
-            if any(takes):  # the two kinds one after the other
-                kinds = [
-                    [i for i, taken in enumerate(takes) if taken == kind] for kind in (True, False)
-                ]
-                events = [
-                    self._next_tokens([slots[i] for i in rows], logits[rows], at) for rows in kinds
-                ]
-                return [event for some in events for event in some]
-        chosen: list[Tensor] = []
-        for slot, row in zip(slots, logits, strict=True):
-            request = slot.running
-            try:
-                token = choose(row, request, slot.guesses, at)
-            except Exception as error:  # a logits_processor may raise anything
-                request.error = error
-                token = torch.zeros((), dtype=torch.long, device=logits.device)
-            chosen.append(token)
-        ids = torch.stack(chosen)
-        logprobs = sampling.logprob_of(logits, ids).tolist()
+        """Give each slot's request its next token, from logits (B, V)."""
+        chosen = self._choose(slots, logits, at)
         return [
             self._advance(slot, token, logprob, row)
-            for slot, token, logprob, row in zip(slots, ids.tolist(), logprobs, logits, strict=True)
+            for slot, (token, logprob), row in zip(slots, chosen, logits, strict=True)
         ]
 
     def _advance(self, slot: Slot, token: int, logprob: float, logits: Tensor) -> Event:
@@ -421,54 +369,20 @@ class Engine:
     # ---- ranks --------------------------------------------------------------------------------
 
     def follow(self) -> None:
-        """On all ranks of a model but the first: do what the first one's steps do, until it calls
-        `dismiss`. What was submitted here is the first rank's to run."""
+        """On all ranks of a model but the first: execute what the first one plans, until it calls
+        `dismiss`. Requests that were submitted here are the first rank's to run."""
         self._waiting.clear()
-        with torch.inference_mode():
-            while (plan := Plan.receive(self.model.device)).action is not Action.DONE:
-                if plan.action is Action.FAILED:
-                    raise ParallelError("the first rank failed: its own message says why")
-                self._execute(plan)
+        self._worker.follow()
 
     def dismiss(self, failed: bool = False) -> None:
         """On the first rank: let the others return from `follow`, with an error where it failed."""
-        Plan(Action.FAILED if failed else Action.DONE).send(self.model.device)
-
-    def _run(self, plan: Plan) -> Tensor | None:
-        plan.send(self.model.device)
-        return self._execute(plan)
-
-    def _execute(self, plan: Plan) -> Tensor | None:
-        """This rank's part of a plan; the logits it wants, of all ranks, (B, S or 1, V)."""
-        if plan.action is Action.COPY:
-            for _, cache in self._networks:
-                cache.copy_row(plan.source, plan.row, plan.n_keys)
-        if plan.action is not Action.FORWARD:
-            return None
-        model, cache = self._networks[plan.is_draft]
-        is_decode = plan.wanted is Wanted.LAST and not plan.is_exact and len(plan.tokens[0]) == 1
-        if self._static is not None and plan.row == 0 and is_decode and not plan.is_draft:
-            return self._static([row[0] for row in plan.tokens], plan.start_pos)[:, None]
-        tokens = torch.tensor(plan.tokens, device=model.device)  # (B, S)
-        part = cache.part(plan.row, len(plan.tokens), plan.n_keys)
-        start_pos: int | Tensor = plan.start_pos[0]
-        if not plan.is_exact:
-            start_pos = torch.tensor(plan.start_pos, device=model.device)
-        features = model.features(tokens, start_pos, part)  # (B, S, D)
-        if plan.wanted is Wanted.NOTHING:
-            return None
-        return model.logits(features if plan.wanted is Wanted.ALL else features[:, -1:])
+        self._worker.dismiss(failed)
 
 
 def _goes_on(slot: Slot, proposal: list[int]) -> bool:
-    """Whether the slot's request has not ended and its last token is the one proposed, if any."""
+    """Whether the request goes on, and its last token is the one proposed, if any was."""
     request = slot.request
     if request is None or request.tokens[-1:] != proposal:
         return False
     request.accepted += 1
     return True
-
-
-def _is_open(slot: Slot) -> bool:
-    """Whether others may share what the slot holds."""
-    return slot.request is None or not slot.request.is_private

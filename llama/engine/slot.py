@@ -24,6 +24,11 @@ class Slot:
         assert self.request is not None
         return self.request
 
+    @property
+    def may_be_shared(self) -> bool:
+        """Whether another request may reuse the tokens of this slot."""
+        return self.request is None or not self.request.is_private
+
     def admit(self, request: Request, reused: int, n_drafted: int) -> None:
         """Take a request; the row holds the first `reused` tokens of its prompt already."""
         self.request, self.tokens = request, request.prompt_tokens[:reused]

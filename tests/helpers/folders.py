@@ -7,9 +7,9 @@ import torch
 from make_checkpoint import demo_pieces, shard_of, write_tokenizer
 
 from llama import Llama, ModelArgs, Transformer
-from llama.checkpoints.doctor import Setup
 from llama.checkpoints.folder import open_checkpoint
 from llama.checkpoints.params import write_params
+from llama.checkpoints.setup import Setup
 from llama.checkpoints.shards import shard_name, write_shard
 
 CPU = torch.device("cpu")

@@ -1,0 +1,64 @@
+"""Admission: which prompts the engine takes, and which KV cache slot a request gets."""
+
+from collections.abc import Sequence
+from typing import SupportsIndex
+
+from llama.engine.request import Request
+from llama.engine.slot import Slot
+from llama.engine.speculative import n_alike
+from llama.errors import GenerationError
+from llama.sampling import SamplingParams
+
+MIN_REUSE = 16  # tokens; a shorter common prefix is not worth the loss of another slot's tokens
+
+
+def check_prompt(
+    prompt_tokens: Sequence[int],
+    params: SamplingParams,
+    row: int,
+    vocab_size: int,
+    max_seq_len: int,
+) -> list[int]:
+    """The prompt's ids as a list. Raises GenerationError where the model cannot take them.
+
+    row: the prompt's number, for the message.
+    """
+    params.check_vocabulary(vocab_size)
+    if isinstance(prompt_tokens, str) or not isinstance(prompt_tokens, Sequence):
+        raise GenerationError(f"prompt {row} is {prompt_tokens!r}, not a list of token ids")
+    if not prompt_tokens:
+        raise GenerationError(f"prompt {row} is empty: it needs at least one token")
+    # A prompt that is only scored skips its last token.
+    if len(prompt_tokens) > max_seq_len + (params.max_gen_len == 0):
+        raise GenerationError(
+            f"prompt {row} has {len(prompt_tokens)} tokens, but max_seq_len is {max_seq_len}"
+        )
+    for token in prompt_tokens:
+        if not isinstance(token, SupportsIndex):
+            raise GenerationError(f"prompt {row} has {token!r}, which is no token id")
+        if not 0 <= token.__index__() < vocab_size:
+            raise GenerationError(
+                f"prompt {row} has token id {token}, but vocab_size is {vocab_size}"
+            )
+    return [token.__index__() for token in prompt_tokens]
+
+
+def choose_slot(request: Request, slots: list[Slot], free: list[Slot]) -> tuple[Slot, Slot, int]:
+    """A free slot for the request, the slot whose prefix it reuses, and the length of the prefix.
+
+    Both are one slot where the prefix lies in a free one. Nothing is reused by a request that is
+    exact, private, or scored.
+    """
+    least_recent = min(free, key=lambda slot: (slot.last_used, slot.index))
+    is_scored = request.params.prompt_logprobs or request.max_gen_len == 0
+    if request.is_exact or request.is_private or is_scored:
+        return least_recent, least_recent, 0
+    # The last token of the prompt is always computed, because its logits are needed.
+    prompt = request.prompt_tokens[:-1]
+    shared = {slot: n_alike(slot.tokens, prompt) for slot in slots if slot.may_be_shared}
+    # A free slot wins a tie, because its tokens need no copy.
+    best = max(shared, key=lambda slot: (shared[slot], slot.request is None), default=least_recent)
+    if shared.get(best, 0) < MIN_REUSE:
+        return least_recent, least_recent, 0
+    slot = best if best.request is None else least_recent
+    return slot, best, shared[best]

@@ -1,0 +1,58 @@
+"""The next token of every row of a step, from its logits."""
+
+import torch
+from torch import Tensor
+
+from llama import sampling
+from llama.engine.row_sampling import RowSampler
+from llama.engine.slot import Slot
+from llama.engine.speculative import choose
+
+
+class TokenChooser:
+    """Chooses a token for each slot.
+
+    sampler: draws for many rows at once on a GPU, where their options allow it; None: each row is
+        drawn by itself.
+    """
+
+    def __init__(self, sampler: RowSampler | None = None) -> None:
+        self._sampler = sampler
+
+    def __call__(self, slots: list[Slot], logits: Tensor, at: int = 0) -> list[tuple[int, float]]:
+        """Logits (B, V) of the slots -> the token and its logprob of each.
+
+        at: number of the proposal that the token stands in the place of. A request whose own
+        options fail gets its `error`, and any token.
+        """
+        if self._sampler is None:
+            return self._one_by_one(slots, logits, at)
+        is_taken = [self._sampler.takes(slot.running.params) for slot in slots]
+        chosen: dict[int, tuple[int, float]] = {}
+        for kind in (True, False):
+            rows = [row for row, taken in enumerate(is_taken) if taken == kind]
+            if not rows:
+                continue
+            members = [slots[row] for row in rows]
+            part = logits if len(rows) == len(slots) else logits[rows]
+            if kind:
+                drawn = self._sampler(part, [slot.running for slot in members])
+            else:
+                drawn = self._one_by_one(members, part, at)
+            chosen |= dict(zip(rows, drawn, strict=True))
+        return [chosen[row] for row in range(len(slots))]
+
+    @staticmethod
+    def _one_by_one(slots: list[Slot], logits: Tensor, at: int) -> list[tuple[int, float]]:
+        chosen: list[Tensor] = []
+        for slot, row in zip(slots, logits, strict=True):
+            request = slot.running
+            try:
+                token = choose(row, request, slot.guesses, at)
+            except Exception as error:  # a logits_processor of the caller may raise anything
+                request.error = error
+                token = torch.zeros((), dtype=torch.long, device=logits.device)
+            chosen.append(token)
+        ids = torch.stack(chosen)
+        logprobs = sampling.logprob_of(logits, ids).tolist()
+        return list(zip(ids.tolist(), logprobs, strict=True))

@@ -97,6 +97,14 @@ class Tokenizer:
         self._check(ids)
         return self._backend.decode(ids)
 
+    def token_texts(self, ids: Sequence[int]) -> list[str]:
+        """Return the text that each id completes. Joined, the texts are `decode(ids)`."""
+        decoder = TextDecoder(self)
+        texts = [decoder.push(token_id) for token_id in ids]
+        if texts:
+            texts[-1] += decoder.flush()
+        return texts
+
     @property
     def is_llama_2(self) -> bool:
         """Whether it is of Llama 2's kind, pieces of SentencePiece, or else of Llama 3's."""

@@ -359,7 +359,7 @@ def test_streams_can_take_turns_and_a_closed_one_is_cancelled(llama: Llama) -> N
     left.close()
     assert not [slot for slot in llama.engine._slots if slot.request]
     llama.generate(random_prompts(3), max_gen_len=2)
-    assert not llama._inboxes
+    assert not llama.runner._inboxes
 
 
 def test_several_samples_of_a_prompt(llama: Llama) -> None:

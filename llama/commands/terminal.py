@@ -37,14 +37,11 @@ def read_flags(
 ) -> tuple[dict[str, Any], SamplingParams]:
     """The flags as options of `Llama.build` and as `SamplingParams`.
 
-    Raises GenerationError for a flag that neither knows, and for any of the words, which are what
-    a command line has more than it should.
+    words: what the command line has more than it should. Raises GenerationError for any of them.
     """
     if words:
         raise GenerationError(f"unexpected {next(iter(words))!r}: put a text in quotes")
     sampling = {field.name for field in fields(SamplingParams)} - {"seed"}
-    if unknown := sorted(flags.keys() - sampling - set(BUILD_FLAGS)):
-        raise GenerationError(f"unknown option(s): {', '.join(unknown)}")
     options = {name: value for name, value in flags.items() if name in sampling}
     if "stop" in options:
         options["stop"] = [options["stop"]]

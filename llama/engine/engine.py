@@ -1,11 +1,11 @@
-"""The engine: one token loop for everything; requests join and leave between its steps.
+"""The engine: the one token loop, which every way of generating text goes through.
 
-The key/value cache has one row, a slot, for each request that is under way. A request waits for a
-free slot, has its prompt prefilled in chunks, then decodes one token a step together with all
-others, each at its own position, and leaves its slot when it is done. What the row holds stays:
-the next request that begins with the same tokens goes on from there.
+The KV cache has one row, a slot, for each request in flight. A request waits for a free slot. Its
+prompt is prefilled in chunks. Then it decodes one token a step, together with all other requests,
+each at its own position. When it ends, its slot is free, but keeps its tokens: a later request with
+the same prefix reuses them.
 
-Not for several threads at a time: one thread calls all of an engine's methods.
+Only one thread may call an engine's methods.
 """
 
 from collections import deque
@@ -20,14 +20,14 @@ from llama.cache import KVCache
 from llama.engine.admission import check_prompt, choose_slot
 from llama.engine.plan import Action, Plan, Wanted, filled_up
 from llama.engine.proposer import Proposer
-from llama.engine.request import Event, FinishReason, Request
+from llama.engine.request import Event, Request
 from llama.engine.row_sampling import RowSampler
 from llama.engine.slot import Slot
 from llama.engine.speculative import MOST
 from llama.engine.text_stream import TextStream
 from llama.engine.token_choice import TokenChooser
 from llama.engine.worker import Network, Worker
-from llama.errors import GenerationError, TokenizerError
+from llama.errors import GenerationError
 from llama.fast.gpu.static_step import StaticStep
 from llama.fast.mode import check_draft
 from llama.model import Transformer
@@ -44,15 +44,15 @@ class Engine:
         model: the transformer, on its device.
         max_batch_size: slots; more requests than that wait for their turn.
         max_seq_len: tokens of prompt and answer together, at most the model's own max_seq_len.
-        tokenizer: gives events their text and requests their stop tokens; without it only those
-            that the params name.
-        seed: requests without a seed of their own draw from one made of this and their number.
+        tokenizer: gives events their text and requests their stop tokens. Without it there is no
+            text, and only the params name stop tokens.
+        seed: a request without a seed gets one made of this and its number.
         prefill_chunk: tokens of prompts taken in by one step.
         cache_dtype: of the keys and values, int8 too; None: as the model computes.
         draft: a smaller model with the same vocabulary, which proposes tokens to this one.
-        lookup: without one, propose what followed the last tokens where they stood before.
-        static: decode in steps of static shapes and choose on the device, for a GPU; the model is
-            a Transformer then.
+        lookup: propose the tokens that followed the last ones earlier in the text.
+        static: decode in steps of static shapes and sample on the device; for a Transformer on a
+            GPU.
 
     Raises GenerationError where a number is out of its range, ConfigError for a draft model that
     does not go with this one.
@@ -99,22 +99,21 @@ class Engine:
         self._choose = TokenChooser(sampler)
         self._proposer: Proposer | None = None
         if draft is not None or lookup:
-            self._proposer = Proposer(
-                self._worker.run, max_seq_len, prefill_chunk, draft is not None
-            )
+            has_draft = draft is not None
+            self._proposer = Proposer(self._worker.run, max_seq_len, prefill_chunk, has_draft)
         # Tokens that an idle row keeps. Steps of the rows beside it may overwrite what follows.
         self._kept = max_seq_len - 1 - (MOST if self._proposer else 0)
         self._seed = seed
         self._slots = [Slot(i) for i in range(max_batch_size)]
         self._waiting: deque[Request] = deque()
         self._prefilling: Slot | None = None  # one at a time, so that the next can share with it
-        self._cancelled: list[Event] = []  # to be told by the next step
+        self._cancelled: list[Event] = []  # reported by the next step
         self._submitted = 0
         self._steps = 0
 
     @property
     def has_work(self) -> bool:
-        """Whether a step would do or tell anything."""
+        """Whether a step would compute or report anything."""
         return bool(self._waiting or self._cancelled or any(slot.request for slot in self._slots))
 
     # ---- requests -----------------------------------------------------------------------------
@@ -135,9 +134,9 @@ class Engine:
             params: how to continue it; several samples (n) are several requests.
             row: any number; events carry it.
             generator: of random numbers; None: the request's own, from its seed.
-            is_private: its tokens are kept for no other request, and no other's for it.
-            is_exact: Meta's own forwards: the prompt in one piece with all its logits, nothing
-                reused, Meta's operations while it decodes alone.
+            is_private: no prefix is reused, neither by this request nor from it.
+            is_exact: Meta's own forwards: the prompt in one piece with all its logits, no prefix
+                reuse, and Meta's operations while it decodes alone.
 
         Raises GenerationError where the prompt or the params do not fit the model.
         """
@@ -165,7 +164,7 @@ class Engine:
         return request
 
     def cancel(self, request: Request) -> None:
-        """End a request; its slot is free at once, and the next step tells of its end."""
+        """End a request. Its slot is free at once; the next step reports the end."""
         if request.finish_reason is not None:
             return
         if request in self._waiting:
@@ -173,7 +172,7 @@ class Engine:
         for slot in self._slots:
             if slot.request is request:
                 self._release(slot)
-        self._cancelled.append(self._end(request, "cancelled"))
+        self._cancelled.append(request.end("cancelled"))
 
     def check(
         self, prompt_tokens: Sequence[int], params: SamplingParams, row: int = 0
@@ -185,7 +184,7 @@ class Engine:
         return check_prompt(prompt_tokens, params, row, vocab_size, self.max_seq_len)
 
     def _generator(self, seed: int | None) -> torch.Generator:
-        """Random numbers that depend on no other request."""
+        """A generator whose numbers depend on no other request."""
         if seed is None:
             mixed = np.random.SeedSequence([self._seed % 2**64, self._submitted])
             seed = int(mixed.generate_state(1, np.uint64)[0] >> np.uint64(1))
@@ -195,26 +194,26 @@ class Engine:
 
     @torch.inference_mode()
     def step(self) -> list[Event]:
-        """Take in up to `prefill_chunk` tokens of prompts and give every request that has all of
-        its prompt one token more. Returns what happened, in no order of requests."""
+        """Prefill up to `prefill_chunk` prompt tokens, then decode one token for every request
+        whose prompt is complete. Returns what happened; the order of requests is not fixed."""
         events, self._cancelled = self._cancelled, []
         self._steps += 1
         is_idle = True
         budget = self.prefill_chunk
         while budget > 0 and (slot := self._next_to_prefill()) is not None:
-            taken, event = self._prefill(slot, budget)
-            budget -= taken
+            length, event = self._prefill(slot, budget)
+            budget -= length
             events += [event] if event else []
             is_idle = False
         if decoding := [s for s in self._slots if s.request and s is not self._prefilling]:
             events += self._decode(decoding)
             is_idle = False
         if is_idle:
-            Plan(Action.NOTHING).send(self.model.device)  # so that nobody waits too long for us
+            self._worker.run(Plan(Action.NOTHING))  # a sign of life for the ranks that wait
         return events
 
     def _next_to_prefill(self) -> Slot | None:
-        """The slot whose prompt is not all in, else a free one with the next request in it."""
+        """The slot whose prompt is incomplete, else a free slot that takes the next request."""
         if self._prefilling is None and self._waiting:
             free = [slot for slot in self._slots if slot.request is None]
             if free:
@@ -225,15 +224,14 @@ class Engine:
         """Give the request a free slot, with the prefix of its prompt that another slot holds."""
         slot, source, n_reused = choose_slot(request, self._slots, free)
         if slot is not source:
-            self._worker.run(
-                Plan(Action.COPY, row=slot.index, source=source.index, n_keys=n_reused)
-            )
+            copy = Plan(Action.COPY, row=slot.index, source=source.index, n_keys=n_reused)
+            self._worker.run(copy)
         slot.admit(request, n_reused, min(source.n_drafted, n_reused))
         return slot
 
     def _prefill(self, slot: Slot, budget: int) -> tuple[int, Event | None]:
-        """Take in the next part of the slot's prompt; returns its length and, after the last
-        part, the event of the first token."""
+        """Compute the next chunk of the slot's prompt. Returns the chunk's length and, after the
+        last chunk, the event of the first generated token."""
         request = slot.running
         prompt, start = request.prompt_tokens, len(slot.tokens)
         wants_prompt = request.params.prompt_logprobs
@@ -268,24 +266,26 @@ class Engine:
             return end - start, None
         self._prefilling = None
         if wants_prompt:
-            request.prompt_logprobs.insert(0, 0.0)  # nothing predicts the first
+            request.prompt_logprobs.insert(0, 0.0)  # no logits predict the first token
             request.prompt_is_greedy.insert(0, False)
         if request.max_gen_len == 0:
             self._release(slot)
-            return end - start, self._end(request, "length")
+            return end - start, request.end("length")
         assert logits is not None
         return end - start, self._next_tokens([slot], logits[:, -1])[0]
 
     def _decode(self, decoding: list[Slot]) -> list[Event]:
-        """One more token for each of the slots, and one for each that was rightly proposed, in one
-        forward of all rows from the first to the last of them. A row between that is idle, or has
-        fewer proposals, is computed along and forgotten: what it stores stands where its next
-        tokens will overwrite it."""
+        """Decode one token for each slot, and one for each accepted proposal, in one forward.
+
+        The forward covers all rows from the first slot to the last. Rows between them that are idle
+        or have fewer proposals are computed too, and their results are dropped. What they store in
+        the cache is overwritten by their next tokens.
+        """
         first, last = decoding[0].index, decoding[-1].index
         if self._static is not None:
             first, last = 0, self._static.n_rows(last + 1) - 1
         rows = self._slots[first : last + 1]
-        for slot in decoding:  # a step that was interrupted may have stored tokens already
+        for slot in decoding:  # an interrupted step may have stored tokens already
             slot.cut(len(slot.running.prompt_tokens) + len(slot.running.tokens) - 1)
         proposed = self._proposer.propose(decoding, rows) if self._proposer else {}
         fed = {s: [s.running.tokens[-1], *proposed.get(s, ())] for s in decoding}
@@ -308,10 +308,10 @@ class Engine:
             for slot in decoding:
                 slot.tokens.append(fed[slot][at])
             of_slots = [logits[slot.index - first, at] for slot in decoding]
-            # Stacked, as a GPU would have to wait for a list of indices.
+            # Indexing with a list would make a GPU wait, stacking does not.
             events += self._next_tokens(decoding, torch.stack(of_slots), at)
-            # The next logits count where they were computed after the token that came.
-            decoding = [slot for slot in decoding if _goes_on(slot, fed[slot][at + 1 : at + 2])]
+            # The next logits hold only where the proposal they follow was accepted.
+            decoding = [slot for slot in decoding if slot.goes_on(fed[slot][at + 1 : at + 2])]
             if not decoding:
                 break
         if self._proposer is not None:
@@ -319,44 +319,15 @@ class Engine:
         return events
 
     def _next_tokens(self, slots: list[Slot], logits: Tensor, at: int = 0) -> list[Event]:
-        """Give each slot's request its next token, from logits (B, V)."""
+        """Give each slot's request its next token, from logits (B, V), and free what has ended."""
         chosen = self._choose(slots, logits, at)
-        return [
-            self._advance(slot, token, logprob, row)
-            for slot, (token, logprob), row in zip(slots, chosen, logits, strict=True)
-        ]
-
-    def _advance(self, slot: Slot, token: int, logprob: float, logits: Tensor) -> Event:
-        """Give the slot's request its next token, which may end it."""
-        request = slot.running
-        if request.error is None and token in request.stop_tokens:
-            self._release(slot)
-            request.stop_token = token
-            return self._end(request, "stop")
-        text = ""
-        if request.error is None:
-            try:
-                text = request.push(token, logprob)
-            except TokenizerError as error:  # the model's vocabulary may be the larger one
-                request.error = error
-        if request.error is not None:
-            self._release(slot)
-            return self._end(request, "error")
-        top = None
-        if request.params.logprobs is not None:
-            top = sampling.top_logprobs(logits, request.params.logprobs)
-            request.top_logprobs.append(top)
-        is_full = len(request.tokens) == request.max_gen_len
-        if not is_full and not request.has_stop_string:
-            return Event(request, token, text, logprob, top)
-        self._release(slot)
-        text += request.finish("length")
-        return Event(request, token, text, logprob, top, request.finish_reason)
-
-    def _end(self, request: Request, reason: FinishReason) -> Event:
-        """The event of an end without a token."""
-        text = request.finish(reason)
-        return Event(request, None, text, finish_reason=request.finish_reason)
+        events: list[Event] = []
+        for slot, (token, logprob), row in zip(slots, chosen, logits, strict=True):
+            event = slot.running.advance(token, logprob, row)
+            if event.finish_reason is not None:
+                self._release(slot)
+            events.append(event)
+        return events
 
     def _release(self, slot: Slot) -> None:
         request = slot.running
@@ -377,12 +348,3 @@ class Engine:
     def dismiss(self, failed: bool = False) -> None:
         """On the first rank: let the others return from `follow`, with an error where it failed."""
         self._worker.dismiss(failed)
-
-
-def _goes_on(slot: Slot, proposal: list[int]) -> bool:
-    """Whether the request goes on, and its last token is the one proposed, if any was."""
-    request = slot.request
-    if request is None or request.tokens[-1:] != proposal:
-        return False
-    request.accepted += 1
-    return True

@@ -6,10 +6,11 @@ from itertools import islice
 from typing import Literal, get_args
 
 import torch
+from torch import Tensor
 
-from llama import parallel
+from llama import parallel, sampling
 from llama.engine.text_stream import TextStream
-from llama.errors import ParallelError
+from llama.errors import ParallelError, TokenizerError
 from llama.sampling import SamplingParams
 
 FinishReason = Literal["stop", "length", "cancelled", "error"]
@@ -63,6 +64,32 @@ class Request:
         self.logprobs.append(logprob)
         self.text += text
         return text
+
+    def advance(self, token: int, logprob: float, logits: Tensor) -> "Event":
+        """Take the next token, which may end the request; logits (V,) are those it came from."""
+        if self.error is None and token in self.stop_tokens:
+            self.stop_token = token
+            return self.end("stop")
+        text = ""
+        if self.error is None:
+            try:
+                text = self.push(token, logprob)
+            except TokenizerError as error:  # the model's vocabulary may be larger
+                self.error = error
+        if self.error is not None:
+            return self.end("error")
+        top = None
+        if self.params.logprobs is not None:
+            top = sampling.top_logprobs(logits, self.params.logprobs)
+            self.top_logprobs.append(top)
+        if len(self.tokens) < self.max_gen_len and not self.has_stop_string:
+            return Event(self, token, text, logprob, top)
+        text += self.finish("length")
+        return Event(self, token, text, logprob, top, self.finish_reason)
+
+    def end(self, reason: FinishReason) -> "Event":
+        """End the request without another token."""
+        return Event(self, None, self.finish(reason), finish_reason=self.finish_reason)
 
     @property
     def has_stop_string(self) -> bool:

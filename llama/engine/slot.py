@@ -29,6 +29,15 @@ class Slot:
         """Whether another request may reuse the tokens of this slot."""
         return self.request is None or not self.request.is_private
 
+    def goes_on(self, proposal: list[int]) -> bool:
+        """Whether the request goes on, and its last token is the one proposed, if any was. Counts
+        an accepted proposal."""
+        request = self.request
+        if request is None or request.tokens[-1:] != proposal:
+            return False
+        request.accepted += 1
+        return True
+
     def admit(self, request: Request, reused: int, n_drafted: int) -> None:
         """Take a request; the row holds the first `reused` tokens of its prompt already."""
         self.request, self.tokens = request, request.prompt_tokens[:reused]

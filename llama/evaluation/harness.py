@@ -150,7 +150,7 @@ class LlamaLM(TemplateLM):
         with tqdm(total=len(prompts), unit="prompt", delay=2, disable=not is_main) as bar:
             for start in range(0, len(prompts), QUEUED):
                 queued = [prompt[-longest:] for prompt in prompts[start : start + QUEUED]]
-                yield from self.llama.complete(queued, params, is_exact=False)
+                yield from self.llama.runner.complete(queued, params, is_exact=False)
                 bar.update(len(queued))
 
 

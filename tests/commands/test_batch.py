@@ -129,7 +129,7 @@ def test_options_of_a_line(batch: Batch, tmp_path: Path, ckpt_dir: str) -> None:
         ({"messages": 3}, '"messages" must be a list, not 3'),
         ({"messages": []}, "the dialog is empty"),
         ({"messages": [{"role": "robot", "content": "a"}]}, "role 'robot'"),
-        ({"prompt": "a", "speed": 3}, "unknown option --speed"),
+        ({"prompt": "a", "speed": 3}, "unknown option speed"),
         ({"prompt": "a", "logits_processor": 3}, "logits_processor is 3"),
         ({"prompt": "a", "temperature": "hot"}, "temperature is 'hot'"),
         ({"prompt": "a", "logit_bias": {"a": 3}}, "its keys must be token ids"),

@@ -178,7 +178,7 @@ def test_fast_mode(monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]) -> 
             want = one.text_completion(prompts, **how, **more)
             assert two.text_completion(prompts, **how, **more) == want
     params = SamplingParams(temperature=0, **how)
-    (request,) = two.complete([two.encode_prompt(texts[2])], params)
+    (request,) = two.runner.complete([two.encode_prompt(texts[2])], params)
     assert request.accepted > 0
 
 

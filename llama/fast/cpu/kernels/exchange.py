@@ -21,9 +21,9 @@ from torch import Tensor
 from llama import parallel
 from llama.errors import ParallelError
 from llama.fast.cpu.kernels import pool
+from llama.fast.cpu.kernels.instructions import pointer
 from llama.fast.cpu.kernels.matmul import VERSION, compile_task
 from llama.fast.cpu.kernels.task_list import SPINS, Task, call, change, look
-from llama.fast.cpu.kernels.tile import pointer
 from llama.fast.cpu.shared_memory import SharedMemory
 
 RANK, RANKS, FLAGS, PLACES, PLACE_BYTES, COUNT, ROWS, WIDTH, X, OUT, YIELD, IS_THERE, IS_DONE = (

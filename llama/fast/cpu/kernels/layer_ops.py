@@ -13,8 +13,8 @@ from numba import carray, njit
 
 from llama.fast.cpu.kernels.attention import mix, score
 from llama.fast.cpu.kernels.exponential import exp
+from llama.fast.cpu.kernels.instructions import fetch_add, pointer
 from llama.fast.cpu.kernels.matmul import VERSION, compile_task, step_of
-from llama.fast.cpu.kernels.tile import pointer, take
 
 TAKEN, N = 0, 1
 # of add_and_norm
@@ -54,7 +54,7 @@ def add_and_norm() -> Task:
         eps = np.int32(job[EPS]).view(np.float32)
         weight = carray(pointer(job[WEIGHT], np.float32), dim)
         while True:
-            token = take(address)
+            token = fetch_add(address)
             if token >= n:
                 break
             row = 4 * token * dim
@@ -116,7 +116,7 @@ def store() -> Task:
         heads, width = group * kv_heads, 4 * head_dim
         cache = carray(pointer(job[CACHE], np.int64), CACHE_LENGTH)
         while True:
-            chunk = take(address)
+            chunk = fetch_add(address)
             if chunk >= n * kv_heads:
                 break
             token, head = chunk // kv_heads, chunk % kv_heads
@@ -169,7 +169,7 @@ def attend(head_dim: int) -> Task:
         step, scale_step = size * cache[TO_POSITION], cache[TO_POSITION] // head_dim
         width, to_row = 4 * head_dim, 4 * (BLOCK + STATS)
         while True:
-            chunk = take(address)
+            chunk = fetch_add(address)
             if chunk >= n * kv_heads:
                 break
             token, head = chunk % n, chunk // n  # neighbours may read the same keys

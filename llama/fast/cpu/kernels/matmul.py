@@ -17,7 +17,8 @@ from numba import carray, cfunc, njit, types
 
 from llama.fast import quantize
 from llama.fast.cpu.kernels.exponential import exp
-from llama.fast.cpu.kernels.tile import pointer, take, tile, tile_rows
+from llama.fast.cpu.kernels.instructions import fetch_add, pointer
+from llama.fast.cpu.kernels.tile import tile, tile_rows
 from llama.fast.quantize import GROUP, LANES, OFFSET
 
 TAKEN, N, K, X, STEPS, OUT, TOTAL, CHUNK, MATRICES = range(9)
@@ -120,7 +121,7 @@ def product(kind: str, isa: str, swiglu: bool) -> Callable[[int], None]:
         band = 1 if bits <= 8 else chunk if depth < k else BAND
         sums = np.empty(chunk * block * LANES if depth < k else 0, np.float32)
         while True:
-            begin = take(address) * chunk
+            begin = fetch_add(address) * chunk
             end = min(begin + chunk, total)
             if begin >= total:
                 break
@@ -196,7 +197,7 @@ def to_bytes() -> Callable[[int], None]:
         steps = carray(pointer(job[STEPS], np.float32), (groups, 2))
         offsets = carray(pointer(job[STEPS], np.int32), (groups, 2))
         while True:
-            begin = take(address) * GROUPS
+            begin = fetch_add(address) * GROUPS
             if begin >= groups:
                 break
             for group in range(begin, min(begin + GROUPS, groups)):

@@ -17,75 +17,30 @@ from llvmlite.ir import Value
 from numba.core import cgutils, types
 from numba.extending import intrinsic
 
+from llama.fast.cpu.kernels.instructions import (
+    add_const,
+    broadcast,
+    bytes32,
+    call_instruction,
+    f32,
+    floats8,
+    i8,
+    i16,
+    i32,
+    i64,
+    ints8,
+    load_at,
+    mul_const,
+    multiply_add,
+    prefetch,
+    shorts16,
+    splat,
+    sum_lanes,
+    widen,
+)
 from llama.fast.quantize import GROUP, LANES, QUAD
 
 AHEAD = 2048  # bytes
-
-i8, i16, i32, i64, f32 = *(ir.IntType(bits) for bits in (8, 16, 32, 64)), ir.FloatType()
-bytes32, shorts16 = ir.VectorType(i8, 32), ir.VectorType(i16, 16)
-ints8, floats8 = ir.VectorType(i32, LANES), ir.VectorType(f32, LANES)
-
-
-def _splat(vector: ir.VectorType, value: float) -> ir.Constant:
-    return ir.Constant(vector, [value] * vector.count)
-
-
-def _instruction(b: Builder, name: str, returns: ir.Type, *operands: Value) -> Value:
-    function = b.module.globals.get(name) or ir.Function(
-        b.module, ir.FunctionType(returns, [operand.type for operand in operands]), name
-    )
-    return b.call(function, operands)
-
-
-def _load(b: Builder, kind: ir.Type, base: Value, offset: Value) -> Value:
-    address = b.bitcast(b.gep(base, [offset]), kind.as_pointer())
-    return b.load(address, align=1)
-
-
-def _prefetch(b: Builder, base: Value, offset: Value) -> None:
-    """Ask for memory early: the processor by itself looks ahead to the end of a page at most."""
-    address = b.gep(base, [offset])
-    read, keep, data = (ir.Constant(i32, number) for number in (0, 3, 1))
-    _instruction(b, "llvm.prefetch.p0", ir.VoidType(), address, read, keep, data)
-
-
-def _times(b: Builder, number: Value, factor: int) -> Value:
-    return b.mul(number, ir.Constant(i64, factor))
-
-
-def _plus(b: Builder, number: Value, term: int) -> Value:
-    return b.add(number, ir.Constant(i64, term))
-
-
-def _fill(b: Builder, scalar: Value) -> Value:
-    """Eight lanes of one number."""
-    lanes = ir.Constant(ir.VectorType(scalar.type, LANES), ir.Undefined)
-    one = b.insert_element(lanes, scalar, ir.Constant(i32, 0))
-    return b.shuffle_vector(one, one, _splat(ints8, 0))
-
-
-def _widen(b: Builder, halves: Value) -> Value:
-    """bfloat16 is the upper half of a float32: eight of them, or one."""
-    wide = ints8 if isinstance(halves.type, ir.VectorType) else i32
-    shift = _splat(wide, 16) if wide is ints8 else ir.Constant(i32, 16)
-    return b.bitcast(b.shl(b.zext(halves, wide), shift), floats8 if wide is ints8 else f32)
-
-
-def _sum(b: Builder, lanes: Value) -> Value:
-    """The sum of eight lanes, always in the same order."""
-    half = LANES // 2
-    while half:
-        order = ir.Constant(ints8, [*range(half, 2 * half), *[0] * (LANES - half)])
-        lanes = b.fadd(lanes, b.shuffle_vector(lanes, lanes, order))
-        half //= 2
-    return b.extract_element(lanes, ir.Constant(i32, 0))
-
-
-def _multiply_add(b: Builder, a: Value, c: Value, total: Value) -> Value:
-    """total += a * c, for an alloca; one rounding where the processor can."""
-    kind = a.type
-    name = "llvm.fmuladd.v8f32" if kind == floats8 else "llvm.fmuladd.f32"
-    b.store(_instruction(b, name, kind, a, c, b.load(total)), total)
 
 
 class Integers:
@@ -99,7 +54,7 @@ class Integers:
 
     def __init__(self, b: Builder, isa: str, is_signed: bool) -> None:
         self.b, self.isa, self.is_signed = b, isa, is_signed
-        self.psign = functools.partial(_instruction, b, "llvm.x86.avx2.psign.b", bytes32)
+        self.psign = functools.partial(call_instruction, b, "llvm.x86.avx2.psign.b", bytes32)
 
     def add(self, total: Value | None, w: Value, x: Value) -> Value:
         """total, None at first, and the products of 32 weights and 32 x."""
@@ -112,9 +67,9 @@ class Integers:
         if self.is_signed:
             w, x = self.psign(w, w), self.psign(x, w)
         if self.isa == "vnni":
-            total = _splat(ints8, 0) if total is None else total
-            return _instruction(b, "llvm.x86.avx512.vpdpbusd.256", ints8, total, w, x)
-        more = _instruction(b, "llvm.x86.avx2.pmadd.ub.sw", shorts16, w, x)
+            total = splat(ints8, 0) if total is None else total
+            return call_instruction(b, "llvm.x86.avx512.vpdpbusd.256", ints8, total, w, x)
+        more = call_instruction(b, "llvm.x86.avx2.pmadd.ub.sw", shorts16, w, x)
         if self.is_signed:
             more = self._add_pairs(more)
         return more if total is None else b.add(total, more)
@@ -124,8 +79,8 @@ class Integers:
         return self._add_pairs(total) if total.type == shorts16 else total
 
     def _add_pairs(self, pairs: Value) -> Value:
-        ones = _splat(shorts16, 1)
-        return _instruction(self.b, "llvm.x86.avx2.pmadd.wd", ints8, pairs, ones)
+        ones = splat(shorts16, 1)
+        return call_instruction(self.b, "llvm.x86.avx2.pmadd.wd", ints8, pairs, ones)
 
 
 def _add_quads(b: Builder, products: Value) -> Value:
@@ -151,33 +106,33 @@ class _Tile:
         self.w, self.scales = b.inttoptr(w, pointer), b.inttoptr(scales, pointer)
         self.x, self.steps = b.inttoptr(x, pointer), b.inttoptr(steps, pointer)
         self.out, self.partial = b.inttoptr(out, pointer), b.inttoptr(partial, pointer)
-        self.inputs = [_plus(b, first, i) for i in range(n)]
-        self.rows = [_times(b, apart, row) for row in range(rows)]
+        self.inputs = [add_const(b, first, i) for i in range(n)]
+        self.rows = [mul_const(b, apart, row) for row in range(rows)]
 
     def floats(self, width: int) -> None:
         """x float32; w float32 or bfloat16, by its width in bytes. Any K."""
         b = self.b
         half = ir.VectorType(i16, LANES)
-        x_starts = [b.mul(_times(b, number, 4), self.k) for number in self.inputs]
-        w_starts = [b.mul(_times(b, row, width), self.k) for row in self.rows]
+        x_starts = [b.mul(mul_const(b, number, 4), self.k) for number in self.inputs]
+        w_starts = [b.mul(mul_const(b, row, width), self.k) for row in self.rows]
 
         def zeros(zero: ir.Constant) -> list[list[Value]]:
             return [[cgutils.alloca_once_value(b, zero) for _ in x_starts] for _ in w_starts]
 
-        sums, rest = zeros(_splat(floats8, 0)), zeros(ir.Constant(f32, 0))
+        sums, rest = zeros(splat(floats8, 0)), zeros(ir.Constant(f32, 0))
 
         def multiply(i: Value, kind: ir.Type, half: ir.Type, totals: list[list[Value]]) -> None:
             weights = []  # they stay in registers, while one row of x after the other passes by
             for start in w_starts:
-                offset = b.add(start, _times(b, i, width))
+                offset = b.add(start, mul_const(b, i, width))
                 if width == 4:
-                    weights.append(_load(b, kind, self.w, offset))
+                    weights.append(load_at(b, kind, self.w, offset))
                 else:
-                    weights.append(_widen(b, _load(b, half, self.w, offset)))
+                    weights.append(widen(b, load_at(b, half, self.w, offset)))
             for number, start in enumerate(x_starts):
-                x = _load(b, kind, self.x, b.add(start, _times(b, i, 4)))
+                x = load_at(b, kind, self.x, b.add(start, mul_const(b, i, 4)))
                 for w, row in zip(weights, totals, strict=True):
-                    _multiply_add(b, w, x, row[number])
+                    multiply_add(b, w, x, row[number])
 
         places = [
             (total, b.gep(self.partial, [ir.Constant(i64, 32 * number)]))
@@ -185,17 +140,17 @@ class _Tile:
         ]
         with b.if_then(b.icmp_signed("!=", self.begin, ir.Constant(i64, 0))):
             for total, place in places:
-                b.store(_load(b, floats8, place, ir.Constant(i64, 0)), total)
+                b.store(load_at(b, floats8, place, ir.Constant(i64, 0)), total)
 
         line = 64 // width  # weights
         lines = b.udiv(b.sub(self.end, self.begin), ir.Constant(i64, line))
         with cgutils.for_range(b, lines) as loop:
-            i = b.add(self.begin, _times(b, loop.index, line))
+            i = b.add(self.begin, mul_const(b, loop.index, line))
             for start in w_starts:
-                _prefetch(b, self.w, b.add(start, _plus(b, _times(b, i, width), AHEAD)))
+                prefetch(b, self.w, b.add(start, add_const(b, mul_const(b, i, width), AHEAD)))
             for j in range(0, line, LANES):
-                multiply(_plus(b, i, j), floats8, half, sums)
-        done = b.add(self.begin, _times(b, lines, line))
+                multiply(add_const(b, i, j), floats8, half, sums)
+        done = b.add(self.begin, mul_const(b, lines, line))
 
         with b.if_else(b.icmp_signed("==", self.end, self.k)) as (is_all, is_part):
             with is_all:
@@ -203,8 +158,8 @@ class _Tile:
                     multiply(b.add(done, loop.index), f32, i16, rest)
                 for row, (lanes, scalars) in enumerate(zip(sums, rest, strict=True)):
                     for i, (vector, scalar) in enumerate(zip(lanes, scalars, strict=True)):
-                        total = b.fadd(_sum(b, b.load(vector)), b.load(scalar))
-                        self._store(total, i, _times(b, self.rows[row], 4))
+                        total = b.fadd(sum_lanes(b, b.load(vector)), b.load(scalar))
+                        self._store(total, i, mul_const(b, self.rows[row], 4))
             with is_part:
                 for total, place in places:
                     b.store(b.load(total), b.bitcast(place, floats8.as_pointer()), align=4)
@@ -213,13 +168,13 @@ class _Tile:
         """x in groups of int8; w int8, a scale a row."""
         b = self.b
         integers = Integers(b, self.isa, is_signed=True)
-        scale = _load(b, floats8, self.scales, ir.Constant(i64, 0))
+        scale = load_at(b, floats8, self.scales, ir.Constant(i64, 0))
 
         def products(group: Value, inputs: list[Value]) -> list[Value]:
             start = self._weights(group, LANES * GROUP)
             sums: list[Any] = [None] * self.n
             for quad in range(GROUP // QUAD):
-                w = _load(b, bytes32, self.w, _plus(b, start, 32 * quad))
+                w = load_at(b, bytes32, self.w, add_const(b, start, 32 * quad))
                 sums = [
                     integers.add(total, w, self._quad(x, quad))
                     for total, x in zip(sums, inputs, strict=True)
@@ -238,9 +193,9 @@ class _Tile:
             start = self._weights(group, LANES * GROUP // 2)
             sums: list[Any] = [None] * self.n
             for quad in range(GROUP // QUAD // 2):
-                packed = _load(b, bytes32, self.w, _plus(b, start, 32 * quad))
-                low = b.and_(packed, _splat(bytes32, 15))
-                high = b.lshr(packed, _splat(bytes32, 4))
+                packed = load_at(b, bytes32, self.w, add_const(b, start, 32 * quad))
+                low = b.and_(packed, splat(bytes32, 15))
+                high = b.lshr(packed, splat(bytes32, 4))
                 for w, place in ((low, quad), (high, quad + GROUP // QUAD // 2)):
                     sums = [
                         integers.add(total, w, self._quad(x, place))
@@ -249,23 +204,23 @@ class _Tile:
             return [integers.result(total) for total in sums]
 
         def scales(group: Value) -> Value:
-            place = _times(b, group, 2 * LANES)
-            return _widen(b, _load(b, ir.VectorType(i16, LANES), self.scales, place))
+            place = mul_const(b, group, 2 * LANES)
+            return widen(b, load_at(b, ir.VectorType(i16, LANES), self.scales, place))
 
         for i, total in enumerate(self._groups(products, scales)):
             self._store(total, i)
 
     def _weights(self, group: Value, size: int) -> Value:
         """Where a group's weights start; those to come are asked for."""
-        start = _times(self.b, group, size)
+        start = mul_const(self.b, group, size)
         for line in range(0, size, 64):
-            _prefetch(self.b, self.w, _plus(self.b, start, AHEAD + line))
+            prefetch(self.b, self.w, add_const(self.b, start, AHEAD + line))
         return start
 
     def _quad(self, x: Value, quad: int) -> Value:
         """Four neighbours of a group of activations, eight times."""
-        four = _load(self.b, i32, x, ir.Constant(i64, QUAD * quad))
-        return self.b.bitcast(_fill(self.b, four), bytes32)
+        four = load_at(self.b, i32, x, ir.Constant(i64, QUAD * quad))
+        return self.b.bitcast(broadcast(self.b, four), bytes32)
 
     def _groups(
         self,
@@ -275,20 +230,21 @@ class _Tile:
         """The sums over all groups of the products in integers, times the steps of x and, where
         groups have scales, times those; then weights have an offset too, which is taken off."""
         b = self.b
-        totals = [cgutils.alloca_once_value(b, _splat(floats8, 0)) for _ in self.inputs]
+        totals = [cgutils.alloca_once_value(b, splat(floats8, 0)) for _ in self.inputs]
         groups = b.udiv(self.k, ir.Constant(i64, GROUP))
         with cgutils.for_range(b, groups) as loop:
             places = [b.add(b.mul(number, groups), loop.index) for number in self.inputs]
-            inputs = [b.gep(self.x, [_times(b, place, GROUP)]) for place in places]
+            inputs = [b.gep(self.x, [mul_const(b, place, GROUP)]) for place in places]
             sums = products(loop.index, inputs)
             scale = scales(loop.index) if scales else None
             for place, total, integers in zip(places, totals, sums, strict=True):
-                factor = _fill(b, _load(b, f32, self.steps, _times(b, place, 8)))
+                factor = broadcast(b, load_at(b, f32, self.steps, mul_const(b, place, 8)))
                 if scale is not None:
-                    offset = _fill(b, _load(b, i32, self.steps, _plus(b, _times(b, place, 8), 4)))
+                    after = add_const(b, mul_const(b, place, 8), 4)
+                    offset = broadcast(b, load_at(b, i32, self.steps, after))
                     integers = b.sub(integers, offset)
                     factor = b.fmul(factor, scale)
-                _multiply_add(b, b.sitofp(integers, floats8), factor, total)
+                multiply_add(b, b.sitofp(integers, floats8), factor, total)
         return [b.load(total) for total in totals]
 
     def _store(self, result: Value, i: int, offset: Value | None = None) -> None:
@@ -342,24 +298,3 @@ def tile(
 def tile_rows(kind: str) -> int:
     """Rows of weights in a tile: of floats, with four of x, as many as there are registers for."""
     return LANES if kind in ("int8", "int4") else 3
-
-
-@intrinsic
-def take(context: Any, counter: Any) -> tuple[Any, Callable[..., Value]]:
-    """What an int64 behind a pointer was; it is now one more, also between threads."""
-
-    def generate(context: Any, b: Builder, signature: Any, operands: list[Value]) -> Value:
-        return b.atomic_rmw("add", operands[0], ir.Constant(i64, 1), "monotonic")
-
-    return types.int64(counter), generate
-
-
-@intrinsic
-def pointer(context: Any, address: Any, number: Any) -> tuple[Any, Callable[..., Value]]:
-    """An address as a pointer to numbers of a type, as np.float32."""
-    kind = types.CPointer(number.dtype)
-
-    def generate(context: Any, b: Builder, signature: Any, operands: list[Value]) -> Value:
-        return b.inttoptr(operands[0], context.get_value_type(kind))
-
-    return kind(types.int64, number), generate

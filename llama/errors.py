@@ -63,5 +63,9 @@ class DataError(LlamaError):
     """Data that cannot be read or written: token files, dialogs, text, batch jobs, tasks."""
 
 
+class BenchmarkError(LlamaError):
+    """A benchmark whose work was not done, or whose figure this machine cannot reach."""
+
+
 class TrainingError(LlamaError):
     """Training options that do not fit together, or a run that cannot go on."""

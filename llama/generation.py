@@ -11,18 +11,15 @@ import torch
 
 from llama import parallel
 from llama.chat_format import ChatFormat, Dialog, Llama2ChatFormat, Message
-from llama.checkpoints import doctor, hub
-from llama.checkpoints.build import load_model, open_tokenizer
-from llama.checkpoints.folder import BUNDLED, open_checkpoint
-from llama.checkpoints.setup import Setup
+from llama.checkpoints import doctor
+from llama.checkpoints.build import load_model, open_model
+from llama.checkpoints.folder import BUNDLED
 from llama.checkpoints.verify import kind_of
-from llama.engine.engine import Engine
+from llama.engine.build import make_engine
 from llama.engine.request import Event
 from llama.engine.runner import Runner
 from llama.errors import GenerationError
-from llama.fast.cpu.transformer import FastTransformer
-from llama.fast.gpu import device_weights
-from llama.fast.mode import CacheWidth, Mode, cache_dtype, check_mode, check_proposing, drawback
+from llama.fast.mode import CacheWidth, Mode, check_proposing, drawback
 from llama.fast.quantize import Width
 from llama.model import Transformer
 from llama.sampling import SamplingParams, sample_top_p
@@ -108,34 +105,22 @@ class Llama:
         """
         check_proposing(mode, draft is not None, lookup)
         start = time.perf_counter()
-        target = parallel.local_device(device)
-        parallel.initialize(model_parallel_size, target)
-        if ckpt_dir is None:
-            ckpt_dir = BUNDLED
-            dtype = torch.float32 if dtype is None and target.type == "cpu" else dtype
-        with parallel.failing_together(target):
-            folder = hub.local_folder(ckpt_dir)
-            draft_folder = None if draft is None else hub.local_folder(draft)
-        # All ranks measure free memory before any of them allocates.
-        with parallel.failing_together(target):
-            opened = open_checkpoint(folder, rope_factor)
-            tokenizer = open_tokenizer(tokenizer_path, opened.folder, folder)
-            setup = Setup.make(
-                opened, parallel.mp_size(), parallel.local_size(), max_seq_len, max_batch_size,
-                target, dtype, mode, quantize, kv_cache,
-            )  # fmt: skip
-            doctor.require(setup, tokenizer)
-            draft_setup = draft_folder and doctor.require_draft(draft_folder, setup, tokenizer)
-        with parallel.failing_together(target):
+        opened = open_model(
+            ckpt_dir, tokenizer_path, max_seq_len, max_batch_size, model_parallel_size,
+            mode, quantize, kv_cache, device, dtype, rope_factor, draft,
+        )  # fmt: skip
+        setup, tokenizer, draft_setup = opened
+        assert tokenizer is not None
+        with parallel.failing_together(setup.device):
             llama = Llama(
                 load_model(setup), tokenizer, seed, mode, quantize=setup.quantize,
                 kv_cache=kv_cache, draft=load_model(draft_setup) if draft_setup else None,
                 lookup=lookup,
             )  # fmt: skip
-        llama._is_base = kind_of(opened.folder) == "base"
+        llama._is_base = kind_of(setup.opened.folder) == "base"
         if parallel.is_main_rank():
-            log.info("Loaded %s in %.2f seconds", ckpt_dir, time.perf_counter() - start)
-            if reason := drawback(mode, setup.quantize, target, setup.dtype):
+            log.info("Loaded %s in %.2f seconds", ckpt_dir or BUNDLED, time.perf_counter() - start)
+            if reason := drawback(mode, setup.quantize, setup.device, setup.dtype):
                 log.info(reason)
         return llama
 
@@ -155,21 +140,9 @@ class Llama:
         self.tokenizer = tokenizer
         self.mode = mode
         self._is_base = False  # a base model: the first dialog logs a warning
-        rows = model.params.max_batch_size if max_batch_size is None else max_batch_size
-        weight = model.norm.weight
-        is_fast = check_mode(mode, quantize, weight.device, weight.dtype)
-        on_gpu = mode == "fast" and weight.device.type == "cuda"
-
-        def network(model: Transformer) -> Transformer | FastTransformer:
-            if on_gpu and quantize is not None:
-                device_weights.narrow(model, quantize, weight.device)
-            return FastTransformer(model, quantize) if is_fast else model
-
-        self.engine = Engine(
-            network(model), rows, model.params.max_seq_len, tokenizer, seed,
-            cache_dtype=cache_dtype(mode, kv_cache),
-            draft=draft and network(draft), lookup=lookup, static=on_gpu,
-        )  # fmt: skip
+        self.engine = make_engine(
+            model, tokenizer, seed, mode, max_batch_size, quantize, kv_cache, draft, lookup
+        )
         self.runner = Runner(self.engine, seed, is_reference=mode == "reference")
 
     @cached_property

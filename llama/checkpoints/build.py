@@ -5,13 +5,65 @@ from pathlib import Path
 
 import torch
 
-from llama.checkpoints.folder import find_tokenizer
+from llama import parallel
+from llama.checkpoints import hub
+from llama.checkpoints.doctor import require, require_draft
+from llama.checkpoints.folder import BUNDLED, find_tokenizer, open_checkpoint
 from llama.checkpoints.hugging_face import read_stop_tokens
 from llama.checkpoints.load import load_weights
 from llama.checkpoints.setup import Setup
 from llama.fast.gpu.device_weights import narrow
+from llama.fast.mode import CacheWidth, Mode
+from llama.fast.quantize import Width
 from llama.model import Transformer
 from llama.tokenizer import Tokenizer
+
+
+def open_model(
+    ckpt_dir: str | Path | None,
+    tokenizer_path: str | Path | None,
+    max_seq_len: int | None,
+    max_batch_size: int,
+    model_parallel_size: int | None,
+    mode: Mode,
+    quantize: Width | None,
+    kv_cache: CacheWidth | None,
+    device: str | torch.device | None,
+    dtype: str | torch.dtype | None,
+    rope_factor: float | None = None,
+    draft: str | Path | None = None,
+    *,
+    needs_tokenizer: bool = True,
+) -> tuple[Setup, Tokenizer | None, Setup | None]:
+    """Start the ranks, open the folders and check that all will fit. No weight is read.
+
+    The options are those of `Llama.build`. needs_tokenizer: False where a folder without one will
+    do. Returns the model's setup, its tokenizer and the draft model's setup.
+    """
+    target = parallel.local_device(device)
+    parallel.initialize(model_parallel_size, target)
+    if ckpt_dir is None:
+        ckpt_dir = BUNDLED
+        dtype = torch.float32 if dtype is None and target.type == "cpu" else dtype
+    with parallel.failing_together(target):
+        folder = hub.local_folder(ckpt_dir)
+        draft_folder = None if draft is None else hub.local_folder(draft)
+    # All ranks measure free memory before any of them allocates.
+    with parallel.failing_together(target):
+        opened = open_checkpoint(folder, rope_factor)
+        tokenizer = None
+        if needs_tokenizer or tokenizer_path is not None:
+            tokenizer = open_tokenizer(tokenizer_path, opened.folder, folder)
+        setup = Setup.make(
+            opened, parallel.mp_size(), parallel.local_size(), max_seq_len, max_batch_size,
+            target, dtype, mode, quantize, kv_cache,
+        )  # fmt: skip
+        require(setup, tokenizer)
+        draft_setup = None
+        if draft_folder is not None:
+            assert tokenizer is not None
+            draft_setup = require_draft(draft_folder, setup, tokenizer)
+    return setup, tokenizer, draft_setup
 
 
 def open_tokenizer(path: str | Path | None, folder: Path, ckpt_dir: Path) -> Tokenizer:

@@ -155,10 +155,12 @@ def _has_fast_bfloat16(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
 # ---- the report -------------------------------------------------------------------------------
 
 
-def require(setup: Setup, tokenizer: Tokenizer) -> None:
+def require(setup: Setup, tokenizer: Tokenizer | None) -> None:
     """What `Llama.build` asks before it loads; warnings go to the log."""
     available = available_memory(setup.device)
-    _warn(check_tokenizer(setup.opened.args, tokenizer), check_memory(setup, available))
+    if tokenizer is not None:
+        _warn(check_tokenizer(setup.opened.args, tokenizer))
+    _warn(check_memory(setup, available))
 
 
 def require_draft(folder: Path, setup: Setup, tokenizer: Tokenizer) -> Setup:

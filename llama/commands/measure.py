@@ -1,5 +1,6 @@
 """How fast a model runs here: loading, prefill, decoding, memory, beside the speed of reading."""
 
+import math
 import platform
 import statistics
 import time
@@ -12,10 +13,13 @@ from tqdm import tqdm
 
 from llama import parallel
 from llama.checkpoints import hub
+from llama.checkpoints.build import load_model, open_model
 from llama.checkpoints.folder import BUNDLED, find_folder, read_args
+from llama.commands.limits import check_count, check_rate, count_tokens, product_rate, read_rate
+from llama.engine.build import make_engine
 from llama.engine.engine import Engine
+from llama.engine.runner import Runner
 from llama.errors import ConfigError
-from llama.generation import Llama
 from llama.memory import used_memory
 from llama.model import Transformer
 from llama.sampling import SamplingParams
@@ -42,30 +46,37 @@ def measure(
         if not isinstance(number, int) or number < 1:
             raise ConfigError(f"{name} is {number!r}: it must be 1 or above")
     folder = find_folder(hub.local_folder(ckpt_dir or BUNDLED))
-    context = read_args(folder).max_seq_len
+    context = read_args(folder).context
     longest = PROMPT + decode + 2
     if longest > context:
         raise ConfigError(
             f"decode is {decode}, which takes {longest} positions, but the model's context is "
             f"{context}"
         )
-    prefill = min(prefill, context)
+    prefill = min(prefill, context - 1)  # the token after the prompt needs a position too
     start = time.perf_counter()
-    llama = Llama.build(
-        ckpt_dir, max_seq_len=max(prefill, longest), max_batch_size=max(BATCHES), **build
-    )
+    setup, _, _ = open_model(
+        ckpt_dir, build.get("tokenizer_path"), max(prefill + 1, longest), max(BATCHES), None,
+        build.get("mode", "fast"), build.get("quantize"), build.get("kv_cache"),
+        build.get("device"), build.get("dtype"), needs_tokenizer=False,
+    )  # fmt: skip
+    with parallel.failing_together(setup.device):
+        model = load_model(setup)
+        engine = make_engine(
+            model, mode=build.get("mode", "fast"), quantize=setup.quantize,
+            kv_cache=build.get("kv_cache"),
+        )  # fmt: skip
     load = time.perf_counter() - start
-    engine = llama.engine
-    engine.tokenizer = None  # random ids need not be text
-    buffer = torch.ones(READ // 4, device=llama.model.device)
+    runner = Runner(engine, seed=1, is_reference=False)
+    buffer = torch.ones(READ // 4, device=model.device)
     works: dict[str, Callable[[], float]] = {
         "read": lambda: _seconds(lambda: buffer.sum().item()),
-        "prefill": lambda: _seconds(lambda: list(_steps(engine, 1, prefill, 1))),
+        "prefill": lambda: _prefill(engine, prefill),
     }
     for rows in BATCHES:
         works[f"decode {rows}"] = lambda rows=rows: _decode(engine, rows, decode)  # type: ignore[misc]
     times: dict[str, list[float]] = {name: [] for name in works}
-    with llama.runner.leading([]) as is_first:
+    with runner.leading([]) as is_first:
         if not is_first:
             return None
         for number in tqdm(range(rounds + 1), desc="bench", unit="round"):
@@ -74,7 +85,7 @@ def measure(
                 if number > 0:
                     times[name].append(seconds)
     medians = {name: statistics.median(taken) for name, taken in times.items()}
-    weights = read_bytes(llama.model)
+    weights = read_bytes(model)
     positions = PROMPT + decode // 2  # of a row, on average
     a_position = sum(
         tensor.nbytes // (tensor.shape[1] * tensor.shape[2]) for tensor in engine.cache.tensors()
@@ -89,9 +100,19 @@ def measure(
         "read_bytes_per_s": READ / medians["read"],
         "decode": {},
     }
+    numbers = sum(math.prod(shape) for shape in setup.opened.args.whole_shapes().values())
+    embedding = setup.opened.args.vocab_size * setup.opened.args.dim
+    check_rate(
+        "prefill",
+        2 * (numbers - embedding) / parallel.mp_size() * prefill / medians["prefill"],
+        product_rate(model.device),
+        "operations",
+    )
+    read_limit = read_rate(weights, model.device)
     for rows in BATCHES:
         step = medians[f"decode {rows}"] / decode
         read = (weights + rows * positions * a_position) / step
+        check_rate(f"decode, {rows} at a time", weights / step, read_limit, "bytes")
         figures["decode"][rows] = {
             "tokens_per_s": rows / step,
             "bytes_per_s": read,
@@ -100,16 +121,16 @@ def measure(
     return figures | {
         "weight_bytes": weights,
         "cache_bytes": sum(tensor.nbytes for tensor in engine.cache.tensors()),
-        "memory": used_memory(llama.model.device),
+        "memory": used_memory(model.device),
         "ranks": parallel.mp_size(),
         "threads": torch.get_num_threads(),
-        "device": _device_name(llama.model.device),
+        "device": _device_name(model.device),
         "torch": torch.__version__,
     }
 
 
 def report(figures: dict[str, Any]) -> str:
-    """A table for people."""
+    """The report that `llama bench` prints."""
     prefill, read = figures["prefill"], figures["read_bytes_per_s"]
     lines = [
         f"{figures['device']}, {figures['ranks']} ranks of {figures['threads']} threads, "
@@ -168,17 +189,30 @@ def _steps(engine: Engine, rows: int, n_tokens: int, n_new: int) -> Iterator[int
         ids = torch.randint(0, engine.model.vocab_size, (n_tokens,), generator=generator)
         engine.submit(ids.tolist(), params, row, is_private=True)
     while engine.has_work:
-        yield sum(event.token is not None for event in engine.step())
+        yield count_tokens(engine.step())
+
+
+def _prefill(engine: Engine, n_tokens: int) -> float:
+    """Seconds until the first token after a prompt."""
+    start = time.perf_counter()
+    count = sum(_steps(engine, 1, n_tokens, 1))
+    seconds = time.perf_counter() - start
+    check_count("prefill", count, 1)
+    return seconds
 
 
 def _decode(engine: Engine, rows: int, n_tokens: int) -> float:
-    """Seconds in which each of so many rows gets so many tokens, after the step that takes in the
-    prompts and gives each row its first two."""
+    """Seconds in which each row decodes so many tokens.
+
+    The first step is not timed: it prefills the prompts and gives each row its first two tokens.
+    """
     steps = _steps(engine, rows, PROMPT, n_tokens + 2)
-    next(steps)
+    first = next(steps)
     start = time.perf_counter()
-    came = sum(steps)
-    return (time.perf_counter() - start) * rows * n_tokens / came
+    count = sum(steps)
+    seconds = time.perf_counter() - start
+    check_count(f"decode, {rows} at a time", first + count, rows * (n_tokens + 2))
+    return seconds * rows * n_tokens / count
 
 
 def _device_name(device: torch.device) -> str:

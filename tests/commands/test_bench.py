@@ -13,8 +13,10 @@ from make_checkpoint import SHAPES, make_checkpoint
 from llama import Llama
 from llama.__main__ import main
 from llama.checkpoints.folder import open_checkpoint
-from llama.commands.measure import measure, read_bytes, report
-from llama.errors import ConfigError
+from llama.commands.limits import check_rate, product_rate, read_rate
+from llama.commands.measure import _steps, measure, read_bytes, report
+from llama.engine.build import make_engine
+from llama.errors import BenchmarkError, ConfigError
 
 FEW: dict[str, Any] = dict(prefill=40, decode=3, rounds=1)
 
@@ -33,6 +35,43 @@ def test_figures_agree_with_each_other(build: dict[str, Any]) -> None:
         assert row["of_read"] == pytest.approx(row["bytes_per_s"] / figures["read_bytes_per_s"])
     assert figures["memory"]["peak"] > figures["cache_bytes"]
     assert "decode, 8 at a time" in report(figures)
+
+
+def test_a_prompt_as_long_as_the_context_is_computed() -> None:
+    """It once filled the cache, so that no token was generated and nothing was computed."""
+    figures = measure(None, prefill=10**6, decode=2, rounds=1)
+    assert figures is not None
+    assert figures["prefill"]["tokens"] == 511
+    assert figures["prefill"]["first_token_s"] > 1e-3
+
+
+def test_work_that_was_not_done_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("llama.engine.engine.Engine.step", lambda engine: engine._waiting.clear())
+    monkeypatch.setattr("llama.commands.measure.count_tokens", lambda events: 0)
+    with pytest.raises(BenchmarkError, match="prefill: 0 tokens came, but 1 were asked for"):
+        measure(None, **FEW)
+
+
+def test_impossible_rates_are_an_error() -> None:
+    device = torch.device("cpu")
+    check_rate("read", 1e9, read_rate(1 << 20, device), "bytes")
+    with pytest.raises(BenchmarkError, match="prefill: 1e\\+18 operations a second, but this"):
+        check_rate("prefill", 1e18, product_rate(device, 256), "operations")
+    with pytest.raises(BenchmarkError, match="the work was not done"):
+        check_rate("nothing", 0.0, 1.0, "tokens")
+
+
+def test_logits_that_are_not_finite_are_an_error() -> None:
+    model = Llama.build().model
+    torch.nn.init.constant_(model.norm.weight, float("nan"))
+    with pytest.raises(BenchmarkError, match=r"a request failed|has the logprob"):
+        list(_steps(make_engine(model, mode="fast"), 1, 5, 3))
+
+
+def test_no_tokenizer_is_needed(tmp_path: Path) -> None:
+    make_checkpoint(tmp_path / "model", SHAPES["demo"])
+    assert not list((tmp_path / "model").glob("tokenizer*"))
+    assert measure(str(tmp_path / "model"), **FEW) is not None
 
 
 def test_bytes_of_the_weights_that_a_step_reads() -> None:

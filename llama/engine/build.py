@@ -1,0 +1,42 @@
+"""An engine for a model in a mode: which network computes, and in which cache."""
+
+from llama.engine.engine import Engine
+from llama.engine.worker import Network
+from llama.fast.cpu.transformer import FastTransformer
+from llama.fast.gpu import device_weights
+from llama.fast.mode import CacheWidth, Mode, cache_dtype, check_mode
+from llama.fast.quantize import Width
+from llama.model import Transformer
+from llama.tokenizer import Tokenizer
+
+
+def make_engine(
+    model: Transformer,
+    tokenizer: Tokenizer | None = None,
+    seed: int = 1,
+    mode: Mode = "reference",
+    max_batch_size: int | None = None,
+    quantize: Width | None = None,
+    kv_cache: CacheWidth | None = None,
+    draft: Transformer | None = None,
+    lookup: bool = False,
+) -> Engine:
+    """The options are those of `Llama.build`; max_batch_size None: the model's.
+
+    In mode fast the models become `FastTransformer`s on a CPU, and take narrow weights on a GPU.
+    """
+    rows = model.params.max_batch_size if max_batch_size is None else max_batch_size
+    weight = model.norm.weight
+    is_fast_on_cpu = check_mode(mode, quantize, weight.device, weight.dtype)
+    is_fast_on_gpu = mode == "fast" and weight.device.type == "cuda"
+
+    def network(model: Transformer) -> Network:
+        if is_fast_on_gpu and quantize is not None:
+            device_weights.narrow(model, quantize, weight.device)
+        return FastTransformer(model, quantize) if is_fast_on_cpu else model
+
+    return Engine(
+        network(model), rows, model.params.max_seq_len, tokenizer, seed,
+        cache_dtype=cache_dtype(mode, kv_cache), draft=draft and network(draft), lookup=lookup,
+        static=is_fast_on_gpu,
+    )  # fmt: skip

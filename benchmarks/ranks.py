@@ -2,7 +2,7 @@
 
 python benchmarks/ranks.py FOLDER --out benchmarks/results/ranks_1.5b.json
 
-Each is `python -m llama bench` in processes of its own, interleaved; the ratio is of decoding.
+Each is `llama bench` in processes of its own, interleaved; the ratio is of decoding.
 """
 
 import json

@@ -24,7 +24,7 @@ FIRST_TOKEN = """
 import time; start = time.perf_counter()
 import json, sys
 from llama import Llama
-from llama.bench import read_bytes
+from llama.commands.measure import read_bytes
 from llama.memory import used_memory
 from llama.sampling import SamplingParams
 imported = time.perf_counter()

@@ -3,6 +3,7 @@
 from llama.errors import LlamaError
 from llama.generation import ChatPrediction, CompletionPrediction, Llama
 from llama.model import ModelArgs, Transformer
+from llama.sampling import SamplingParams
 from llama.tokenizer import ChatFormat, Dialog, Message, Tokenizer
 
 __all__ = [
@@ -14,6 +15,7 @@ __all__ = [
     "LlamaError",
     "Message",
     "ModelArgs",
+    "SamplingParams",
     "Tokenizer",
     "Transformer",
 ]

@@ -1,7 +1,7 @@
 """Will it run, and as what: memory, tokenizer, kind of model and device, before a weight is read.
 
 Each check raises a LlamaError for what cannot work and returns a Finding for all else: so
-`Llama.build` and `python -m llama doctor` say the same.
+`Llama.build` and `llama doctor` say the same.
 """
 
 import logging

@@ -104,7 +104,7 @@ def describe(
     max_batch_size: int = 4,
     dtype: str = "bfloat16",
 ) -> str:
-    """The whole report, as `python -m llama inspect` prints it."""
+    """The whole report, as `llama inspect` prints it."""
     title, args, quantization = resolve(name)
     args.check_split(mp)
     kind = parse_dtype(dtype)

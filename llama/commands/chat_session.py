@@ -18,7 +18,7 @@ from llama.sampling import SamplingParams
 HELP = """\
 /system TEXT   set the system message, for the whole dialog; without TEXT, remove it
 /retry         answer the last message again
-/save FILE     write the dialog as a line of JSON, as `python -m llama finetune` reads it
+/save FILE     write the dialog as a line of JSON, as `llama finetune` reads it
 /clear         begin a new dialog; the system message stays
 /help          this list
 /quit          leave, as does Ctrl-D

@@ -1,4 +1,4 @@
-"""`python -m llama bench` measures what it says, on a real model."""
+"""`llama bench` measures what it says, on a real model."""
 
 import json
 from pathlib import Path

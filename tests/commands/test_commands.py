@@ -1,4 +1,4 @@
-"""python -m llama: from texts to a model and its score, and one line for every mistake."""
+"""The command `llama`: from texts to a model and its score, and one line for every mistake."""
 
 import json
 import math

@@ -9,7 +9,7 @@ BIN    := $(VENV)/bin
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-slow lint format clean
+.PHONY: help demo test test-slow test-gpu lint format clean
 
 help: ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1|/p' $(MAKEFILE_LIST) | \
@@ -25,6 +25,9 @@ test: $(VENV)/installed-test ## run the tests (ARGS="-k name" narrows them)
 test-slow: $(VENV)/installed-test ## run the tests that take minutes
 	$(BIN)/python -m pytest -m slow $(ARGS)
 
+test-gpu: $(VENV)/installed-test ## run the tests that need a GPU, on this machine's
+	LLAMA_TEST_GPU=1 $(BIN)/python -m pytest -m gpu $(ARGS)
+
 lint: $(VENV)/installed-lint ## check style and types
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
@@ -38,9 +41,14 @@ clean: ## remove .venv, build and every cache
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-$(VENV)/created:
+# Made anew where PYTHON is another version than the one that made it.
+VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
+$(VENV)/created: $(if $(wildcard $(VENV)/python-$(VERSION)),,always)
 	$(PYTHON) -m venv --clear $(VENV)
-	@touch $@
+	@touch $(VENV)/python-$(VERSION) $@
+
+.PHONY: always
+always:
 
 $(VENV)/installed: pyproject.toml $(VENV)/created
 	@echo "Installing llama-reference into $(VENV) (minutes the first time)"

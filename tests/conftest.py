@@ -18,6 +18,8 @@ import torch
 from helpers.oracle import import_oracle
 
 torch.set_num_threads(1)
+if "LLAMA_TEST_GPU" not in os.environ:  # also the GPU of a Mac
+    torch.backends.mps.is_available = lambda: False
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,4 @@
-"""From one checkpoint folder to another: Meta's or Hugging Face's layout, any number of shards.
+"""Convert a checkpoint: Meta's or Hugging Face's layout, any number of shards, quantized or not.
 
 The new folder is written beside its place under another name and renamed when all of it is on disk,
 so a kill or a full disk leaves nothing that could be taken for it.
@@ -96,7 +96,7 @@ def convert(
 
 
 def _cast(weight: Tensor, dtype: torch.dtype | None) -> Tensor:
-    """A tensor of its own memory, for a writer that stores the whole of it."""
+    """A copy with memory of its own, because the writer stores the whole storage."""
     cast = weight if dtype is None else weight.to(dtype)
     is_view = cast.untyped_storage().nbytes() != cast.nbytes or not cast.is_contiguous()
     return cast.clone(memory_format=torch.contiguous_format) if is_view else cast
@@ -165,7 +165,7 @@ def _bytes(source: Checkpoint, name: str, dtype: torch.dtype | None) -> int:
 
 
 def _cut(source: Checkpoint, names: list[str], dtype: torch.dtype | None) -> list[list[str]]:
-    """The names in groups whose weights fill at most one file, in order."""
+    """The names in order, in groups that fit into one file."""
     groups: list[list[str]] = [[]]
     filled = 0
     for name in names:
@@ -194,7 +194,7 @@ def _sync(path: Path) -> None:
 
 
 def _rename(partial: Path, destination: Path) -> None:
-    """Put the finished folder in its place; the one that was there goes only then."""
+    """Move the finished folder to its place, and delete the old one afterwards."""
     old = None
     if os.path.lexists(destination):
         old = Path(tempfile.mkdtemp(prefix=f".{destination.name}.old.", dir=destination.parent))

@@ -21,14 +21,14 @@ from llama.fast.quantize import (
 )
 from llama.files import read_json
 
-BUNDLED = Path(__file__).parent.parent / "bundled"  # the trained model that comes with the package
+BUNDLED = Path(__file__).parent.parent / "bundled"  # the trained model of the package
 
 
 def find_folder(ckpt_dir: str | Path) -> Path:
     """The folder that holds the weights: `ckpt_dir` with Meta's or Hugging Face's files, or the
     `original/` inside it, where Hugging Face's repositories keep Meta's."""
     folder = Path(ckpt_dir)
-    if not os.path.isdir(folder):  # False too for a name that no file can have
+    if not os.path.isdir(folder):  # also False for a name that is no valid file name
         raise CheckpointError(f"no such checkpoint folder: {folder}")
     if is_metas(folder):
         return folder
@@ -62,14 +62,14 @@ def is_metas(folder: Path) -> bool:
 
 
 def read_args(folder: Path, rope_factor: float | None = None) -> ModelArgs:
-    """The model's shape, from the file that says it."""
+    """The model's shape, from params.json or config.json."""
     if is_metas(folder):
         return read_params(folder / "params.json", rope_factor)
     return hugging_face.read_config(folder / "config.json", rope_factor)
 
 
 def read_quantization(folder: Path) -> Width | None:
-    """What the matrices of a folder are saved in, by its `params.json`; None: not quantized."""
+    """The width that a folder's matrices are quantized to, from `params.json`; None: not."""
     path = folder / "params.json"
     said = read_json(path).get("quantization") if is_metas(folder) else None
     if said is None:
@@ -98,7 +98,7 @@ def open_checkpoint(ckpt_dir: str | Path, rope_factor: float | None = None) -> C
         return Checkpoint(folder, args, shards, quantization=quantization)
     if is_metas(folder):
         shards = [read_shard(path) for path in find_shards(folder)]
-        if len(shards) > 1:  # with one, the family's way stays
+        if len(shards) > 1:  # one shard does not tell; the default of the family stays
             args.embedding_shard_dim = _embedding_shard_dim(shards[0], args)
         args.tied = all(_is_tied(shard) for shard in shards) or _is_tied_in_effect(shards, args)
         return Checkpoint(folder, args, shards)
@@ -117,7 +117,7 @@ def open_checkpoint(ckpt_dir: str | Path, rope_factor: float | None = None) -> C
 
 
 def _read_quantized(path: Path) -> dict[str, Tensor]:
-    """A shard of a quantized folder, mapped; `check_complete` looks at what is quantized."""
+    """A shard of a quantized folder, mapped. `check_complete` checks the quantized tensors."""
     tensors = hugging_face.map_file(path)
     for name, tensor in tensors.items():
         if not is_quantized(name):
@@ -126,7 +126,7 @@ def _read_quantized(path: Path) -> dict[str, Tensor]:
 
 
 def _embedding_shard_dim(shard: dict[str, Tensor], args: ModelArgs) -> int:
-    """How `tok_embeddings` is split, by its shape: narrower than `dim` means by features."""
+    """The dimension that splits `tok_embeddings`: 1, features, where it is narrower than `dim`."""
     embedding = shard.get("tok_embeddings.weight")
     return int(embedding is not None and embedding.shape[-1:] != (args.dim,))
 
@@ -139,8 +139,10 @@ def _is_tied(shard: dict[str, Tensor]) -> bool:
 
 
 def _is_tied_in_effect(shards: list[dict[str, Tensor]], args: ModelArgs) -> bool:
-    """Whether a shape that is published tied has equal matrices: Meta's files of Llama 3.2 hold
-    theirs twice. In a fine-tune they may differ, and only reading all of both tells."""
+    """Whether a model whose published shape is tied has equal matrices.
+
+    Meta's files of Llama 3.2 hold the matrix twice. A fine-tune may change one of them, so both are
+    read whole and compared."""
     names = ("tok_embeddings.weight", "output.weight")
     return any(config.PRESETS[name].tied for name in args.published()) and all(
         all(name in shard for name in names) and torch.equal(*(shard[name] for name in names))

@@ -87,7 +87,7 @@ def local_folder(name: str | Path) -> Path:
             f"{name} is no folder and not all in Hugging Face's cache, and the Hub cannot be "
             f"reached: check the network and HF_HUB_OFFLINE"
         ) from error
-    except Exception as error:  # of the network library, which is not always the same one
+    except Exception as error:  # the network library is not always the same
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise CheckpointError(f"cannot fetch {name} from the Hugging Face Hub: {reason}") from error
     if not any(folder.glob("*.safetensors")):

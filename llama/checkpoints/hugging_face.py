@@ -46,7 +46,7 @@ def their_name(name: str) -> str:
 
 
 def metas_name(name: str) -> str:
-    """The way back; a name that no Llama has stays as it is."""
+    """Meta's name of a tensor. An unknown name stays as it is."""
     module = name.removesuffix(".weight")
     if found := re.fullmatch(r"model\.layers\.(\d+)\.(.+)", module):
         layer, inner = found.groups()

@@ -1,4 +1,4 @@
-"""What a model is made of, before any weight is read: modules, sizes, splits, cache and FLOPs."""
+"""Describe a model without reading a weight: modules, sizes, splits, KV cache and FLOPs."""
 
 import os
 from dataclasses import dataclass, replace
@@ -69,15 +69,15 @@ def cache_bytes(args: ModelArgs, mp_size: int, dtype: torch.dtype) -> int:
 
 
 def bytes_of(name: str, dtype: torch.dtype, quantization: Width | None) -> float:
-    """Of one number of a weight, with its share of the scales."""
+    """Bytes of one number of a weight, with its share of the scales."""
     if quantization is not None and is_quantized(name):
         return BYTES[quantization]
     return dtype.itemsize
 
 
 def flops_per_token(args: ModelArgs, context: int) -> int:
-    """Of a forward pass: two for each weight of a matrix product, and the products of one query
-    with `context` keys and values."""
+    """Operations of one token: two for each weight of a product, and the products of its query with
+    `context` keys and values."""
     matrices = sum(w.parameters for w in weights_of(args, 1) if len(w.shape) == 2)
     embedding = 0 if args.tied else args.vocab_size * args.dim  # a look-up, not a product
     return 2 * (matrices - embedding) + 4 * args.n_layers * args.dim * context

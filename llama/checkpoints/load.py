@@ -22,7 +22,7 @@ def parse_dtype(dtype: str | torch.dtype) -> torch.dtype:
 
 
 def default_dtype(device: torch.device) -> torch.dtype | None:
-    """What weights become where nobody asks for a dtype; None: they stay as they are."""
+    """The dtype of weights where none is asked for. None: that of the checkpoint."""
     if device.type != "cuda":
         return None
     return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
@@ -47,7 +47,7 @@ def load_weights(
     check_complete(checkpoint)
     dtype = dtype or checkpoint.dtype
     state: dict[str, Tensor] = {}
-    # One at a time, so that a copy never stands beside all the others.
+    # One tensor at a time, so that memory never holds all files and all copies at once.
     args = checkpoint.args
     names = args.parameter_shapes() if quantize is None else args.whole_shapes()
     for name in tqdm(names, "Loading", unit="tensor", delay=2, disable=not parallel.is_main_rank()):
@@ -57,7 +57,7 @@ def load_weights(
             set_quantized(layer, checkpoint.quantized_part(name, *place, quantize))
             continue
         part = checkpoint.part(name, *place).to(device, dtype)
-        # A product of one row differs in its last bit where a matrix is not aligned.
+        # A product with one row has other last bits where the matrix is not aligned.
         is_multiplied = quantize is None
         state[name] = part.clone() if is_multiplied and part.data_ptr() % ALIGNMENT else part
     if params.tied and quantize is None:
@@ -70,13 +70,13 @@ def load_weights(
 def check_complete(checkpoint: Checkpoint) -> None:
     """Raise CheckpointError where the shards' names or shapes are not those of the model."""
     args, folder, shards = checkpoint.args, checkpoint.folder, checkpoint.shards
-    if args.n_layers > (held := len(shards[0])):  # each has nine: no need to name them all
+    if args.n_layers > (held := len(shards[0])):  # far too few to name each missing tensor
         raise CheckpointError(f"{folder} has {held} tensors, n_layers is {args.n_layers}")
     expected: dict[str, tuple[tuple[int, ...], torch.dtype | None]] = {}
     for name, whole in args.whole_shapes().items():
         dim = parallel.shard_dim(name, args.embedding_shard_dim)
         shape = list(whole)
-        if dim is not None:  # what one file must hold: its part of the whole tensor
+        if dim is not None:  # a shard holds its part of the whole tensor
             if shape[dim] % len(shards):
                 raise CheckpointError(
                     f"{folder}: {name} has {shape[dim]} rows or columns in all, which cannot come "

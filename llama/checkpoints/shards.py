@@ -29,7 +29,7 @@ from llama.files import atomic_file, why_unreadable
 from llama.memory import with_huge_pages
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-ROTATED = ("wq.weight", "wk.weight")  # what RoPE turns
+ROTATED = ("wq.weight", "wk.weight")  # the projections that RoPE rotates
 KEYS_AND_VALUES = ("wk.weight", "wv.weight")
 ALIGNMENT = 64  # bytes; safetensors aligns to 8
 IGNORED = "rope.freqs"  # a table that Llama 2's files carry; it is computed here
@@ -65,7 +65,7 @@ def read_shard(path: Path) -> dict[str, Tensor]:
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
     except pickle.UnpicklingError as error:
         raise CheckpointError(f"{path} is not a file of plain tensors and was not run") from error
-    except Exception as error:  # whatever a damaged file makes of the reader
+    except Exception as error:  # a damaged file may raise anything
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise CheckpointError(f"{path} is damaged or incomplete: {reason}") from error
     if not isinstance(state, dict) or not state.keys() - {IGNORED}:
@@ -81,7 +81,7 @@ def check_kind(path: Path, name: Any, tensor: Any) -> None:
     kind = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
     if kind not in DTYPES:
         raise CheckpointError(f"{path}: {name} is {kind}, not a tensor of floating point")
-    # A few bytes can stand for any shape: as a sparse tensor, or with strides of zero.
+    # A sparse tensor, or strides of zero, can give a few bytes any shape.
     is_plain = tensor.layout == torch.strided and not tensor.is_meta
     if not is_plain or tensor.nbytes > tensor.untyped_storage().nbytes():
         raise CheckpointError(
@@ -106,7 +106,7 @@ class Checkpoint:
     quantization: Width | None = None
 
     def called(self, name: str) -> str:
-        """What the folder's files call a tensor."""
+        """The name of a tensor in the folder's files."""
         return hugging_face.their_name(name) if self.is_hugging_face else name
 
     def file_of(self, shard: int) -> Path:
@@ -117,28 +117,28 @@ class Checkpoint:
     def stored(
         self, name: str, shape: Sequence[int]
     ) -> dict[str, tuple[tuple[int, ...], torch.dtype | None]]:
-        """The tensors that a shard has for one of the model's of that shape, by their names: the
-        shape of each, and the dtype where it must be that."""
+        """The tensors of a shard that hold one tensor of the model: their names and shapes, and the
+        dtype where it is fixed."""
         if self.quantization is None or not is_quantized(name):
             return {name: (tuple(shape), None)}
         weight = KINDS[self.quantization].empty(shape, torch.device("meta"))
         return {f"{name}.{f}": (t.shape, t.dtype) for f, t in weight._asdict().items()}
 
     def settle_vocabulary(self) -> None:
-        """Take the size that Llama 2's files leave to the tokenizer from the output matrix."""
+        """Take vocab_size from the output matrix, where Llama 2's params.json says -1."""
         output = self.shards[0].get("output.weight")
         if self.args.vocab_size == -1 and output is not None and output.dim() == 2:
             self.args.vocab_size = output.shape[0] * len(self.shards)
 
     @property
     def dtype(self) -> torch.dtype:
-        """The output matrix's, which all weights get where no other is asked for; the embedding's
-        where that one is quantized."""
+        """The default dtype of all weights: that of the output matrix, or of the embedding where
+        the output matrix is quantized."""
         name = "output.weight" if self.quantization is None else "tok_embeddings.weight"
         return self.shards[0][name].dtype
 
     def is_mapped(self, name: str, n_parts: int, dtype: torch.dtype) -> bool:
-        """Whether the part of a tensor that `load` takes on the CPU is the file's own pages."""
+        """Whether the part of a tensor that a CPU rank loads is mapped from the file."""
         if self.quantization is not None and is_quantized(name):
             parts = self._quantized_pieces(name, n_parts, 0)
             return len(parts) == 1 and all(tensor.is_contiguous() for tensor in parts[0])
@@ -170,7 +170,7 @@ class Checkpoint:
         return torch.cat(pieces, dim, out=with_huge_pages(pieces[0].new_empty(shape)))
 
     def quantized_part(self, name: str, n_parts: int, index: int, width: Width) -> Quantized:
-        """A part of a matrix as it is saved quantized, else rounded now.
+        """A part of a quantized matrix, as it is saved or else rounded now.
 
         The scale of a row is the whole row's, so that any number of parts is the same weights.
         Raises ConfigError where it cannot be rounded or so cut.
@@ -188,7 +188,7 @@ class Checkpoint:
             raise ConfigError(f"{self.folder}: {name}: {error}") from error
 
     def _pieces(self, name: str, n_parts: int, index: int) -> list[Tensor]:
-        """What the shards hold of a part, in their order, as views."""
+        """The pieces of a part that the shards hold, in order, as views."""
         whole = [shard[name] for shard in self.shards]
         dim = parallel.shard_dim(name, self.args.embedding_shard_dim)
         if dim is None:
@@ -197,7 +197,7 @@ class Checkpoint:
         return [whole[i].narrow(dim, low, length) for i, low, length in cuts]
 
     def _quantized_pieces(self, name: str, n_parts: int, index: int) -> list[Quantized]:
-        """The same of a matrix that the folder has quantized."""
+        """The same for a matrix that the folder has quantized."""
         assert self.quantization is not None
         kind = KINDS[self.quantization]
         whole = [
@@ -213,7 +213,10 @@ class Checkpoint:
     def _cuts(
         self, name: str, size: int, n_parts: int, index: int
     ) -> Iterator[tuple[int, int, int]]:
-        """Which shards hold a part, from where on, and how much of it; size: of each shard."""
+        """The shards that hold a part, each with the first index and the length.
+
+        size: of each shard along the split dimension.
+        """
         n_kv_heads = self.args.local_kv_heads(1)
         if name.endswith(KEYS_AND_VALUES) and n_parts > n_kv_heads:
             n_parts, index = n_kv_heads, index * n_kv_heads // n_parts

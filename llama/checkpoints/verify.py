@@ -1,4 +1,4 @@
-"""Is a checkpoint folder whole: names, shapes, finite numbers, equal copies, and checksums."""
+"""Verify a checkpoint folder: names, shapes, finite numbers, equal copies, and checksums."""
 
 import hashlib
 import os
@@ -22,11 +22,11 @@ MANIFEST = "SHA256SUMS"  # what `sha256sum --check` reads too
 CHECKLIST = "checklist.chk"  # Meta's, with MD5
 SUFFIXES = (".pth", ".safetensors", ".json", ".model")  # the files that make up a checkpoint
 PART = "layers.0.attention.wq.weight"  # a matrix of which each shard has another part
-CHUNK = 1 << 24  # bytes or elements looked at at a time
+CHUNK = 1 << 24  # bytes or elements that are read at a time
 
 
 def verify(folder: str | Path, write_manifest: bool = True) -> tuple[str, list[str]]:
-    """What the folder is, and all that is wrong with it, a line each.
+    """A title for the folder, and a line for each problem.
 
     write_manifest: where there is no SHA256SUMS and nothing is wrong, write it. The next call
         checks the files against it.
@@ -142,7 +142,7 @@ def _write_manifest(folder: Path) -> None:
         file.write("".join(lines).encode())
 
 
-# ---- what it is -------------------------------------------------------------------------------
+# ---- the title -------------------------------------------------------------------------------
 
 
 def title_of(opened: Checkpoint) -> str:

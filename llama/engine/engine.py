@@ -23,7 +23,7 @@ from llama.engine.proposer import Proposer
 from llama.engine.request import Event, Request
 from llama.engine.row_sampling import RowSampler
 from llama.engine.slot import Slot
-from llama.engine.speculative import MOST
+from llama.engine.speculative import MAX_PROPOSALS
 from llama.engine.text_stream import TextStream
 from llama.engine.token_choice import TokenChooser
 from llama.engine.worker import Network, Worker
@@ -102,7 +102,7 @@ class Engine:
             has_draft = draft is not None
             self._proposer = Proposer(self._worker.run, max_seq_len, prefill_chunk, has_draft)
         # Tokens that an idle row keeps. Steps of the rows beside it may overwrite what follows.
-        self._kept = max_seq_len - 1 - (MOST if self._proposer else 0)
+        self._kept = max_seq_len - 1 - (MAX_PROPOSALS if self._proposer else 0)
         self._seed = seed
         self._slots = [Slot(i) for i in range(max_batch_size)]
         self._waiting: deque[Request] = deque()

@@ -1,4 +1,4 @@
-"""What all ranks of a model do next, as numbers: the first rank sends it, the others receive it."""
+"""Plans: what all ranks of a model do next. The first rank sends them as numbers."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,17 +11,17 @@ from llama import parallel
 
 
 class Action(IntEnum):
-    """What is to be done."""
+    """What a plan does."""
 
     NOTHING = 0
     FORWARD = 1
-    COPY = 2  # the beginning of a row of the cache into another
+    COPY = 2  # the first positions of one cache row to another
     DONE = 3
     FAILED = 4
 
 
 class Wanted(IntEnum):
-    """The logits that a forward is for."""
+    """The logits that a forward must return."""
 
     NOTHING = 0
     LAST = 1  # of each row's last token
@@ -30,7 +30,7 @@ class Wanted(IntEnum):
 
 @dataclass(frozen=True)
 class Plan:
-    """One action. Its tensors are small: it names rows of the cache, and brings only token ids.
+    """One action. It is small: cache rows by their index, and token ids.
 
     row: of the cache, the first that a forward uses or the one a copy goes to.
     source: the row that a copy comes from.
@@ -51,7 +51,7 @@ class Plan:
     tokens: Sequence[Sequence[int]] = ()
 
     def send(self, device: torch.device) -> None:
-        """Tell the other ranks, which call `receive`."""
+        """Send the plan to the other ranks, which call `receive`."""
         if parallel.mp_size() == 1:
             return
         flags = [self.is_exact, self.is_draft]
@@ -74,5 +74,5 @@ class Plan:
 
 
 def filled_up(tokens: list[int], length: int) -> list[int]:
-    """A row of a plan's tokens, with ids that do not matter up to the others' length."""
+    """Pad a row of tokens to the length of the others. The results of padding are dropped."""
     return tokens + [0] * (length - len(tokens))

@@ -1,4 +1,4 @@
-"""Which tokens the engine's next step is to check, and how many: those that pay.
+"""Which tokens the next step of the engine checks, and how many of them pay.
 
 What is looked up costs next to nothing, and shows unchecked whether it would have been right. A
 draft model has to run for that. So once it does not pay it rests for a number of steps, twice as
@@ -12,13 +12,13 @@ from torch import Tensor
 
 from llama.engine.plan import Action, Plan, Wanted, filled_up
 from llama.engine.slot import Slot
-from llama.engine.speculative import MOST, Lookup, StepTimes, best_length, draft_token
+from llama.engine.speculative import MAX_PROPOSALS, Lookup, StepTimes, best_length, draft_token
 
-LONGEST_REST = 128  # steps
+MAX_REST = 128  # steps without a draft model that does not pay
 
 
 class Proposer:
-    """Proposes tokens for the slots of an engine: looked up, or drafted by a smaller model.
+    """Proposes tokens for the slots of an engine, by lookup or by a draft model.
 
     Args:
         run: does a plan on all ranks; returns the logits that it wants.
@@ -40,23 +40,23 @@ class Proposer:
         self._drafts = drafts
         self._times = StepTimes()
         self._start = 0.0
-        self._rest = 1  # steps without the draft model when it next fails to pay
-        self._resting = 0  # steps of that which are left
+        self._rest = 1  # steps without the draft model, the next time it does not pay
+        self._resting = 0  # steps left of the current rest
 
     def propose(self, decoding: list[Slot], rows: list[Slot]) -> dict[Slot, list[int]]:
-        """Tokens that may follow in each of the slots that decode, which are among the rows."""
+        """Propose tokens for the decoding slots, which are some of the rows."""
         room = self._max_seq_len - 1 - max(len(slot.tokens) for slot in rows)
         limits: dict[Slot, int] = {}
         for slot in decoding:
             request, guesses = slot.running, slot.guesses
-            limit = min(MOST, room, request.max_gen_len - len(request.tokens) - 1)
+            limit = min(MAX_PROPOSALS, room, request.max_gen_len - len(request.tokens) - 1)
             came = guesses.review(request.tokens)
             if not self._drafts:
                 if slot.lookup is None:
                     slot.lookup = Lookup()
                     slot.lookup.extend(request.prompt_tokens)
                 slot.lookup.extend(came)
-                guesses.proposed = slot.lookup.propose(MOST)
+                guesses.proposed = slot.lookup.propose(MAX_PROPOSALS)
                 limit = min(limit, len(guesses.proposed))
             limits[slot] = 0 if request.is_exact else limit
         length = self._length(limits, len(rows))
@@ -72,7 +72,7 @@ class Proposer:
         return proposed
 
     def _length(self, limits: dict[Slot, int], n_rows: int) -> int:
-        """How many tokens to propose for each slot, within the limits."""
+        """The number of tokens to propose for each slot, within the limits."""
         if self._resting > 0:
             self._resting -= 1
             return 0
@@ -84,17 +84,16 @@ class Proposer:
             self._rest = max(1, self._rest - 1)
         elif self._drafts and any(limits.values()):
             self._resting = self._rest
-            self._rest = min(2 * self._rest, LONGEST_REST)
+            self._rest = min(2 * self._rest, MAX_REST)
         return length
 
     def end_step(self, n_rows: int, length: int) -> None:
-        """Note how long the step took, drafting included, that checked up to `length` proposals for
-        each row."""
+        """Record the time of a step with up to `length` proposals a row, drafting included."""
         self._times.add(n_rows, length, time.perf_counter() - self._start)
 
     def _draft(self, drafting: list[Slot], rows: list[Slot], length: int) -> None:
-        """Let the draft model propose `length` tokens for each of the slots."""
-        # The last two tokens first: it lacks both, if all that it proposed was right.
+        """Draft `length` tokens for each slot."""
+        # The last two tokens come first: where all proposals were accepted, its cache lacks both.
         fed = {slot: [slot.tokens[-1], slot.running.tokens[-1]] for slot in drafting}
         positions = {slot: len(slot.tokens) - 1 for slot in drafting}
         seqlen = 2
@@ -124,15 +123,17 @@ class Proposer:
             slot.n_drafted = positions[slot]
 
     def _caught_up(self, slots: list[Slot]) -> list[Slot]:
-        """Those of the slots whose text the draft model knows, after it has seen more of them."""
+        """Prefill the draft model's cache. Returns the slots whose text it holds completely."""
         budget = self._prefill_chunk
         for slot in slots:
             budget -= self._catch_up(slot, budget)
         return [slot for slot in slots if slot.n_drafted >= len(slot.tokens) - 1]
 
     def _catch_up(self, slot: Slot, budget: int) -> int:
-        """Show the draft model the next part of the slot's tokens that it has not seen, all but the
-        last; returns its length."""
+        """Prefill the next chunk of the slot's tokens that the draft model's cache lacks.
+
+        The last token is left out. Returns the chunk's length.
+        """
         start = slot.n_drafted
         tokens = slot.tokens[start:-1][:budget]
         if tokens:

@@ -1,4 +1,4 @@
-"""A request under way, and the events that tell of its progress."""
+"""A request in flight, and the events of its progress."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -18,19 +18,19 @@ FinishReason = Literal["stop", "length", "cancelled", "error"]
 
 @dataclass(eq=False)
 class Request:
-    """A prompt and, as the engine goes on, what was generated for it.
+    """A prompt and what the engine has generated for it so far.
 
     Attributes to read:
         tokens, logprobs: the generated ids, without the stop token, and the natural logarithm of
             each one's probability under the model, whatever the sampling.
         top_logprobs: the likeliest ids at each place with theirs, where the params ask for them.
         prompt_logprobs: of the prompt's tokens, where asked for; 0.0 for the first.
-        prompt_is_greedy: with these, whether each was the likeliest at its place.
+        prompt_is_greedy: whether each prompt token was the likeliest one, beside prompt_logprobs.
         text: of the tokens, up to a stop string.
-        finish_reason: None while it is under way; "stop" (a stop token or string), "length" (of the
+        finish_reason: None while it is in flight; "stop" (a stop token or string), "length" (of the
             params or the cache), "cancelled", or "error", then `error` says which.
-        stop_token: the one that ended it.
-        proposed, accepted: how many tokens speculation proposed, and how many of them were right.
+        stop_token: the id that ended it.
+        proposed, accepted: numbers of proposed and of accepted tokens.
     """
 
     prompt_tokens: list[int]
@@ -55,7 +55,7 @@ class Request:
     error: Exception | None = None
 
     def push(self, token: int, logprob: float) -> str:
-        """Add a generated token; returns the text that can be shown by now.
+        """Add a generated token. Returns the text that can be shown now.
 
         Raises TokenizerError, and adds nothing, where the id is not the tokenizer's.
         """
@@ -96,15 +96,15 @@ class Request:
         return self.stream is not None and self.stream.stopped
 
     def finish(self, reason: FinishReason) -> str:
-        """End it; returns the text that was held back."""
+        """End the request. Returns the text that was held back."""
         text = self.stream.finish() if self.stream else ""
         self.text += text
         self.finish_reason = "stop" if self.has_stop_string else reason
         return text
 
     def share(self, device: torch.device) -> None:
-        """Give a finished request's results on the first rank of a model to the other ranks, where
-        it is as it was submitted. All of them call this."""
+        """Send the results of a finished request from the first rank of a model to the others. All
+        ranks call this."""
         if parallel.mp_size() == 1:
             return
         if parallel.mp_rank() == 0:
@@ -113,7 +113,7 @@ class Request:
             self._fill(iter(parallel.broadcast_numbers(None, torch.float64, device)))
 
     def _numbers(self) -> Iterator[float]:
-        """All results as numbers, ids exact in a float64, for `_fill` to read."""
+        """All results as numbers, which `_fill` reads. Ids are exact in a float64."""
         assert self.finish_reason is not None
         yield get_args(FinishReason).index(self.finish_reason)
         yield -1 if self.stop_token is None else self.stop_token
@@ -147,8 +147,8 @@ class Request:
 class Event:
     """One step of one request: a token, the end, or both.
 
-    token: None where the step only ended the request. text: what can be shown of it by now, whole
-    characters that are no beginning of a stop string.
+    token: None where the step only ended the request. text: whole characters that can be shown now;
+    none of them may begin a stop string.
     """
 
     request: Request

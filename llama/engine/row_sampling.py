@@ -1,4 +1,4 @@
-"""Choosing the next token of many rows at once, on their device, with one wait at the end.
+"""Sample the next token of many rows at once, on their device, with one synchronisation.
 
 For the requests that `RowSampler.takes` it is what `sampling.choose` does for one: the same
 operations on rows, each with the random numbers of its own request. So the tokens are the same, as
@@ -20,7 +20,7 @@ OTHERS = ("repetition_penalty", "presence_penalty", "frequency_penalty", "logit_
 
 
 class RowSampler:
-    """Chooses for up to max_rows requests at a time; on a GPU in CUDA graphs."""
+    """Samples for up to max_rows requests at a time; on a GPU in CUDA graphs."""
 
     def __init__(self, max_rows: int, vocab_size: int, device: torch.device) -> None:
         on_gpu = device.type == "cuda"
@@ -52,7 +52,7 @@ class RowSampler:
         self._options.copy_(self._numbers, non_blocking=True)
         is_greedy = all(request.params.temperature == 0 for request in requests)
         self._run(min(next_power_of_two(n), self._max_rows), is_greedy)
-        ids, logprobs, finite = self._chosen[:, :n].tolist()  # the wait
+        ids, logprobs, finite = self._chosen[:, :n].tolist()  # synchronises
         for request, is_finite in zip(requests, finite, strict=True):
             if not is_finite:
                 request.error = sampling.not_finite(request.params)

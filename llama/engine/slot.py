@@ -1,4 +1,4 @@
-"""A slot of the engine: one row of the key/value cache and the request that has it."""
+"""A slot of the engine: one row of the KV cache, and the request that uses it."""
 
 from dataclasses import dataclass, field
 
@@ -8,19 +8,19 @@ from llama.engine.speculative import Guesses, Lookup
 
 @dataclass(eq=False)
 class Slot:
-    """A row of the cache, the tokens whose keys and values it holds, and whose it is."""
+    """A row of the cache, the tokens whose keys and values it holds, and its request."""
 
     index: int
     tokens: list[int] = field(default_factory=list)
     request: Request | None = None
     last_used: int = 0
-    n_drafted: int = 0  # how many of the tokens the draft model's cache holds too
-    lookup: Lookup | None = None  # of the request's text, made with its first proposals
+    n_drafted: int = 0  # number of these tokens that the draft model's cache holds too
+    lookup: Lookup | None = None  # made with the request's first proposals
     guesses: Guesses = field(default_factory=Guesses)
 
     @property
     def running(self) -> Request:
-        """The request of a slot that has one."""
+        """The request of this slot, which must have one."""
         assert self.request is not None
         return self.request
 
@@ -39,11 +39,11 @@ class Slot:
         return True
 
     def admit(self, request: Request, reused: int, n_drafted: int) -> None:
-        """Take a request; the row holds the first `reused` tokens of its prompt already."""
+        """Take a request. The row holds the first `reused` tokens of its prompt already."""
         self.request, self.tokens = request, request.prompt_tokens[:reused]
         self.n_drafted, self.lookup, self.guesses = n_drafted, None, Guesses()
 
     def cut(self, length: int) -> None:
-        """Forget the tokens from some place on."""
+        """Keep the first `length` tokens only."""
         del self.tokens[max(0, length) :]
         self.n_drafted = min(self.n_drafted, len(self.tokens))

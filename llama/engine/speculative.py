@@ -1,15 +1,16 @@
-"""Speculative decoding: tokens are proposed cheaply, and one forward of the model checks them all.
+"""Speculative decoding: cheap proposals, which one forward of the model checks together.
 
 Leviathan et al. 2023, arxiv.org/abs/2211.17192; Chen et al. 2023, arxiv.org/abs/2302.01318. A
-forward of a few tokens costs hardly more than one of a single token, as both read all weights, and
-gives the logits after each of them. Tokens are drawn from these one after the other, for as long as
-what is drawn is what was proposed. So all come from the model's own distribution.
+forward of a few tokens costs little more than a forward of one, because both read all weights. It
+gives the logits after each token. The model draws a token from each, in order, until a draw differs
+from its proposal. All tokens therefore come from the model's own distribution.
 
-Greedy tokens and proposals that are looked up need nothing else: the draws are those of plain
-decoding, by the same random numbers. A draft model's proposals are draws too, of which `choose`
-keeps more, at the price that a seed then gives another text of the same distribution.
+Greedy decoding and lookup draw as plain decoding does, with the same random numbers. The proposals
+of a draft model are draws themselves. `choose` accepts more of them; a seed then gives another text
+of the same distribution.
 
-Here is what is proposed and how much of it pays; `proposer` decides, the engine does the forwards.
+This file holds the proposals and the estimate of what pays. `proposer` decides, the engine runs the
+forwards.
 """
 
 from collections import deque
@@ -25,22 +26,24 @@ from llama import sampling
 from llama.engine.request import Request
 from llama.errors import GenerationError
 
-MOST = 15  # proposals for a row in one step
-NGRAM = 3  # tokens that must stand in the text already for a look-up
-GAIN = 1.05  # speed over plain decoding from which proposals are worth it
+MAX_PROPOSALS = 15  # for a row in one step
+NGRAM = 3  # tokens that a lookup must find earlier in the text
+GAIN = 1.05  # the least speedup over plain decoding for which tokens are proposed
 
-ROW_COST = 0.17  # of a plain step, what each proposal costs: until that is measured
-PRIOR = 0.6  # share of proposals that are right: until that is known, or forgotten
-MEMORY = 0.97  # of what is known about a share from one step to the next
+ROW_COST = 0.17  # assumed cost of a proposal, as a share of a plain step, until measured
+PRIOR = 0.6  # assumed acceptance rate, until measured
+MEMORY = 0.97  # weight of the past in the acceptance rate, at each step
 
 
 class Lookup:
-    """Prompt look-up (Saxena 2023, github.com/apoorvumang/prompt-lookup-decoding): proposes what
-    followed the last NGRAM tokens where they stood before, in the prompt or the answer."""
+    """Prompt lookup; Saxena 2023, github.com/apoorvumang/prompt-lookup-decoding.
+
+    It proposes the tokens that followed the last NGRAM tokens earlier in the prompt or answer.
+    """
 
     def __init__(self) -> None:
         self._text: list[int] = []
-        self._next: dict[tuple[int, ...], int] = {}  # place of the token after an n-gram
+        self._next: dict[tuple[int, ...], int] = {}  # index of the token after an n-gram
 
     def extend(self, tokens: Sequence[int]) -> None:
         """Add tokens to the text."""
@@ -50,11 +53,11 @@ class Lookup:
             self._text.append(token)
 
     def propose(self, most: int) -> list[int]:
-        """The tokens that may follow: `most`, or none where the last NGRAM are new."""
+        """Propose `most` tokens, or none where the last NGRAM tokens are new."""
         start = self._next.get(tuple(self._text[-NGRAM:]))
         if start is None:
             return []
-        # A text that repeats itself up to its end is thought to go on so.
+        # Where the match reaches the end of the text, the text is assumed to repeat.
         period = len(self._text) - start
         return [self._text[start + i % period] for i in range(most)]
 
@@ -62,23 +65,26 @@ class Lookup:
 def draft_token(
     logits: Tensor, request: Request, proposed: Sequence[int]
 ) -> tuple[int, Tensor | None]:
-    """What a draft model proposes after the request's tokens and `proposed`, from its logits (V,);
-    at a temperature above 0 drawn from q (V,), which is returned too."""
+    """The draft model's next proposal, after the request's tokens and `proposed`.
+
+    logits: the draft model's (V,). At a temperature above 0 the proposal is drawn from the
+    distribution q (V,), which is returned too.
+    """
     params = request.params
-    if params.logits_processor is not None:  # the caller's, who wants it called once a token
+    if params.logits_processor is not None:  # the caller expects one call a token
         params = replace(params, logits_processor=None)
     text = (params, request.prompt_tokens, [*request.tokens, *proposed])
     try:
         if params.temperature == 0:
             return int(sampling.choose(logits, *text)), None
         q = sampling.distribution(logits, *text)
-    except GenerationError:  # not finite: any token will do
+    except GenerationError:  # the logits are not finite; the model will reject any token
         return 0, None
     return int(torch.multinomial(q, 1, generator=request.generator)), q
 
 
 class Guesses:
-    """What is proposed to follow a request's tokens, and how that fares.
+    """The proposals for a request, and their acceptance rate.
 
     Attributes: `proposed`, the latest, of which a step may check only a part; `drawn_from`, the
     distribution (V,) of each, where a draft model drew them; `rate`, about the probability that a
@@ -127,13 +133,13 @@ def choose(logits: Tensor, request: Request, guesses: Guesses, at: int = 0) -> T
     if number.item() * q[token].item() < p[token].item():
         return torch.tensor(token, device=p.device)
     rest = (p - q).clamp(min=0)
-    rest = rest if rest.any() else p  # p and q are the same up to rounding
+    rest = rest if rest.any() else p  # p and q are equal up to rounding
     return torch.multinomial(rest, 1, generator=request.generator).squeeze(0)
 
 
 @dataclass
 class _Timed:
-    """The last seconds of one kind of step."""
+    """The latest times of one kind of step, in seconds."""
 
     latest: deque[float]
     at: int  # number of the last one among all steps
@@ -141,12 +147,11 @@ class _Timed:
 
 
 class StepTimes:
-    """Seconds that steps take, of so many rows with so many proposals for each, from those that
-    were timed."""
+    """Estimates the seconds of a step by its rows and its proposals a row, from timed steps."""
 
-    LAST = 8  # times of a kind that count
-    FEW = 3  # as long as there are fewer, the expected time counts too: the first may be slow
-    AGE = 256  # steps after which what was not timed again is forgotten
+    LAST = 8  # latest times of a kind that are kept
+    FEW = 3  # with fewer times the expected time counts too, because the first may be slow
+    AGE = 256  # steps after which a time is dropped
 
     def __init__(self) -> None:
         self._known: dict[int, dict[int, _Timed]] = {}  # by rows, by proposals
@@ -160,7 +165,7 @@ class StepTimes:
             timed = lengths[length] = _Timed(deque(maxlen=self.LAST), self._count)
         timed.latest.append(seconds)
         timed.at = self._count
-        # Disturbances are seldom; the least would be a step that kept no proposal.
+        # The median, because the minimum would be a step that accepted no proposal.
         timed.median = sorted(timed.latest)[len(timed.latest) // 2]
 
     def seconds(self, n_rows: int, length: int) -> float:
@@ -206,7 +211,7 @@ def best_length(
         return 0
     best, most = 0, GAIN * len(rates) / plain
     expected = [1.0] * len(rates)  # tokens
-    # However many are proposed, there come no more.
+    # No request takes more tokens than it has left.
     bound = sum(1 / (1 - rate) if rate < 1 else 1 + longest for rate in rates)
     for length in range(1, longest + 1):
         took = seconds(length)
@@ -220,5 +225,5 @@ def best_length(
 
 
 def n_alike(a: Sequence[int], b: Sequence[int]) -> int:
-    """Length of the common beginning."""
+    """The length of the common prefix."""
     return sum(1 for _ in takewhile(bool, map(eq, a, b)))

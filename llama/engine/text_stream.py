@@ -1,4 +1,4 @@
-"""Text that is shown while it is generated, up to a stop string."""
+"""The text of a request while it is generated, up to a stop string."""
 
 from collections.abc import Sequence
 

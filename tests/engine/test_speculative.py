@@ -17,7 +17,7 @@ from llama import Llama, ModelArgs, Tokenizer, Transformer
 from llama.checkpoints.folder import BUNDLED
 from llama.engine.engine import Engine
 from llama.engine.request import Event, Request
-from llama.engine.speculative import MOST, NGRAM, Guesses, Lookup, StepTimes, best_length
+from llama.engine.speculative import MAX_PROPOSALS, NGRAM, Guesses, Lookup, StepTimes, best_length
 from llama.errors import ConfigError
 from llama.sampling import SamplingParams, truncate_logits
 
@@ -49,7 +49,7 @@ def propose(monkeypatch: pytest.MonkeyPatch, length: int | None = None) -> None:
     numbers = random.Random(0)
 
     def chosen(rates: Any, limits: Sequence[int], seconds: Any) -> int:
-        wanted = numbers.randrange(MOST + 1) if length is None else length
+        wanted = numbers.randrange(MAX_PROPOSALS + 1) if length is None else length
         return min(wanted, max(limits))
 
     monkeypatch.setattr("llama.engine.proposer.best_length", chosen)
@@ -129,7 +129,7 @@ def plain() -> dict[str, list[Any]]:
     return {"lookup": run_many(None, sampled=True), "draft": run_many(None, sampled=False)}
 
 
-@pytest.mark.parametrize("length", [1, 4, MOST, None])
+@pytest.mark.parametrize("length", [1, 4, MAX_PROPOSALS, None])
 @pytest.mark.parametrize("proposer", PROPOSERS)
 def test_tokens_are_those_of_plain_decoding(
     monkeypatch: pytest.MonkeyPatch, plain: dict[str, list[Any]], proposer: str, length: int | None
@@ -319,7 +319,7 @@ def test_ends_inside_what_was_proposed(
 @pytest.mark.parametrize("proposer", PROPOSERS)
 def test_the_end_of_the_cache(monkeypatch: pytest.MonkeyPatch, proposer: str) -> None:
     """Rows that end there beside others with room, one that is idle and full, one in its prompt."""
-    propose(monkeypatch, MOST)
+    propose(monkeypatch, MAX_PROPOSALS)
     prompts = [[5, 6, 7] * 22, [1, 2] * 45, [8, 9, 9] * 30, [3] * 60, [4] * MAX_SEQ_LEN]
     params = SamplingParams(temperature=0, max_gen_len=None)
     plain, engine = (make_engine(p, prefill_chunk=16) for p in (None, proposer))

@@ -104,7 +104,7 @@ def test_more_tokens_than_are_computed_at_once(monkeypatch: pytest.MonkeyPatch) 
     tokens = torch.randint(0, VOCAB, (5, 9))
     want = logits_of(FastTransformer(make_model()), tokens, [9])
     for most in (1, 3, 11, 44):
-        monkeypatch.setattr("llama.fast.cpu.transformer.MOST", most)
+        monkeypatch.setattr("llama.fast.cpu.transformer.MAX_TOKENS", most)
         assert torch.equal(logits_of(FastTransformer(make_model()), tokens, [9]), want)
 
 

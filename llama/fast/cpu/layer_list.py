@@ -20,13 +20,14 @@ from llama.fast.quantize import GROUP
 from llama.model import RMSNorm, Transformer, TransformerBlock
 
 
-class Step:
-    """What lies between the embedding and the output matrix, for up to `most` tokens at a time.
+class LayerList:
+    """Everything between embedding and output matrix, for up to `max_tokens` tokens at a time.
 
-    Made once for a model; it holds the weights' addresses, the results on the way and the list.
+    It is made once for a model. It holds the addresses of the weights, the buffers of all
+    intermediate results, and the list of tasks.
 
-    layers: each one's products: queries, keys and values, wo, gate and up with SwiGLU, and down.
-    exchange: where the ranks add up theirs.
+    layers: four products a layer: queries, keys and values; wo; gate and up with SwiGLU; down.
+    exchange: sums the partial results of the ranks.
     """
 
     def __init__(
@@ -34,38 +35,38 @@ class Step:
         model: Transformer,
         layers: Sequence[Sequence[Product]],
         exchange: Exchange,
-        most: int,
+        max_tokens: int,
     ) -> None:
         blocks = [cast(TransformerBlock, block) for block in model.layers]
         attention = blocks[0].attention
         self.model = model
-        self.most = most
+        self.max_tokens = max_tokens
         self._exchange = exchange
         self._kv_heads, self._head_dim = attention.n_local_kv_heads, attention.head_dim
         heads, dim = attention.n_local_heads, model.params.dim
         products = [product for layer in layers for product in layer]
         widest = max(product.features for product in products)
 
-        self._h = torch.empty(most, dim)
-        self._normed = torch.empty(most, dim)
-        self._rounded = torch.empty(most, widest, dtype=torch.int8)
-        self._steps = torch.empty(most, widest // GROUP, 2)
-        self._qkv = torch.empty(most, layers[0][0].rows)
-        self._scores = torch.empty(most, heads, layer_ops.BLOCK + layer_ops.STATS)
-        self._heads = torch.empty(most, heads * self._head_dim)
-        self._hidden = torch.empty(2 * most, layers[0][-1].features)
-        self._delta = torch.empty(most, dim)
+        self._h = torch.empty(max_tokens, dim)
+        self._normed = torch.empty(max_tokens, dim)
+        self._rounded = torch.empty(max_tokens, widest, dtype=torch.int8)
+        self._steps = torch.empty(max_tokens, widest // GROUP, 2)
+        self._qkv = torch.empty(max_tokens, layers[0][0].rows)
+        self._scores = torch.empty(max_tokens, heads, layer_ops.BLOCK + layer_ops.STATS)
+        self._heads = torch.empty(max_tokens, heads * self._head_dim)
+        self._hidden = torch.empty(2 * max_tokens, layers[0][-1].features)
+        self._delta = torch.empty(max_tokens, dim)
         self._rotations = torch.view_as_real(model.freqs_cis)
         self._weights: list[Tensor] = []  # of the norms
-        self._starts = np.zeros(most, np.int64)
+        self._starts = np.zeros(max_tokens, np.int64)
         self._cache = np.zeros(layer_ops.CACHE_LENGTH, np.int64)
         self._cache[layer_ops.STARTS] = self._starts.ctypes.data
 
         self._tasks: list[Task] = []
         self._jobs: list[list[int]] = []
-        # Of products, by their places in the list: what they multiply, and where it goes.
+        # The products by their index in the list, with their input and output.
         self._products: dict[int, tuple[Product, Tensor, Tensor]] = {}
-        cuts = []  # where the ranks add up what each has
+        cuts = []  # indices of tasks before which the ranks are summed
         for number, (block, layer) in enumerate(zip(blocks, layers, strict=True)):
             qkv, wo, gate_and_up, down = layer
             self._add_norm(block.attention_norm, is_first=number == 0)
@@ -83,7 +84,7 @@ class Step:
         is_bfloat16 = layers[0][0].kind == "bfloat16"
         self._uses_onednn = is_bfloat16 and matmul.may_use_onednn()
         self._n_threads = pool.threads()
-        self._lock = threading.Lock()  # there is one place for the results
+        self._lock = threading.Lock()  # the buffers serve one call at a time
 
     def _add(self, task: Task, fields: dict[int, int]) -> None:
         self._tasks.append(task)
@@ -104,9 +105,9 @@ class Step:
 
     def _add_product(self, product: Product, x: Tensor, out: Tensor) -> None:
         fields = dict(enumerate(product.job)) | {matmul.X: x.data_ptr()}
-        if product.to_bytes is not None:
+        if product.round_to_int8 is not None:
             rounded = {matmul.STEPS: self._steps.data_ptr(), matmul.OUT: self._rounded.data_ptr()}
-            self._add(product.to_bytes, fields | rounded)
+            self._add(product.round_to_int8, fields | rounded)
             fields |= {matmul.STEPS: self._steps.data_ptr(), matmul.X: self._rounded.data_ptr()}
         fields |= {matmul.CHUNK: product.chunk(), matmul.OUT: out.data_ptr()}
         self._products[len(self._tasks)] = product, x, out
@@ -128,10 +129,10 @@ class Step:
         self._add(layer_ops.attend(self._head_dim), fields)
 
     def __call__(self, tokens: Tensor, start_pos: int | Tensor, cache: KVCache) -> Tensor:
-        """Ids (B, S), at most `most` -> float32 (B, S, D); see `Transformer.features`.
+        """Ids (B, S), at max_tokens `max_tokens` -> float32 (B, S, D); see `Transformer.features`.
 
-        Row r of the cache takes the keys and values of row r. Raises GenerationError for what is
-        not in the vocabulary or does not fit the cache.
+        Row r of the tokens uses row r of the cache. Raises GenerationError for an id outside the
+        vocabulary and for tokens that do not fit the cache.
         """
         n, (bsz, seqlen) = tokens.numel(), tokens.shape
         starts = [start_pos] * bsz if isinstance(start_pos, int) else start_pos.tolist()
@@ -157,20 +158,20 @@ class Step:
         return out
 
     def _run(self, first: int, last: int, n: int) -> None:
-        """The tasks from `first` to before `last`; some products of many tokens by PyTorch."""
-        if self._uses_onednn and n > matmul.FEW:
+        """Run tasks `first` to `last - 1`. oneDNN takes products of many tokens, where allowed."""
+        if self._uses_onednn and n > matmul.FEW_ROWS:
             for place in [place for place in self._products if first <= place < last]:
                 self._list.run(first, place)
                 product, x, out = self._products[place]
-                product.by_library(x[:n], out[:n])
+                product.by_onednn(x[:n], out[:n])
                 first = place + 1
         self._list.run(first, last)
 
     def _embed(self, tokens: Tensor) -> None:
-        """Ids (n) -> the first n rows of h."""
+        """Write the embedding of ids (n) to the first n rows of h."""
         embedding, h = self.model.tok_embeddings, self._h[: len(tokens)]
         is_of_words = isinstance(embedding, VocabParallelEmbedding)
-        if self._exchange.is_alone or not is_of_words:  # each rank has some of the features
+        if self._exchange.is_alone or not is_of_words:  # each rank holds part of the features
             h.copy_(self._exchange.join(F.embedding(tokens, embedding.weight).float()))
             return
         first = embedding.vocab_start_index
@@ -186,7 +187,7 @@ class Step:
         self._cache[layer_ops.KEYS :] = [0 if t is None else t.data_ptr() for t in held]
 
     def _check(self, ids: list[int], starts: list[int], seqlen: int, cache: KVCache) -> None:
-        """The tasks look at no limits: they would write anywhere."""
+        """Check every limit here, because the tasks check none and would write out of bounds."""
         vocab_size = self.model.vocab_size
         if len(starts) > cache.max_batch_size:
             raise GenerationError(

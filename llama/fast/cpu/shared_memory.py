@@ -1,4 +1,4 @@
-"""Memory that the ranks of one machine have in common."""
+"""A block of memory that the ranks of one machine share."""
 
 import mmap
 import os
@@ -15,7 +15,7 @@ from llama import parallel
 
 
 class SharedMemory:
-    """Zeros at first, at another address in each rank; they are gone when the last one ends.
+    """A block of zeros, at another address in each rank. It is freed when the last rank ends.
 
     Each rank locks one byte of the file behind it. The system unlocks it when the rank ends, in
     whatever way, so that the others see it.
@@ -31,8 +31,10 @@ class SharedMemory:
 
     @classmethod
     def of_all_ranks(cls, n_bytes: int) -> Self | None:
-        """All model-parallel ranks call it at the same time; None where one of them is on another
-        machine, or the system has no such memory to give."""
+        """Make the block. All model-parallel ranks call this together.
+
+        None where a rank is on another machine, or the system has no shared memory left.
+        """
         file, name = None, None
         if parallel.mp_rank() == 0:
             file = _make(n_bytes)
@@ -48,7 +50,7 @@ class SharedMemory:
             dist.all_reduce(n_found, group=fs_init.get_model_parallel_group())
         finally:
             if file is not None:
-                path.unlink()  # who is there has opened it
+                path.unlink()  # all ranks have opened it
         return memory if n_found.item() == parallel.mp_size() else None
 
     def has_left(self, rank: int) -> bool:
@@ -64,7 +66,7 @@ class SharedMemory:
 
 
 def _make(n_bytes: int) -> BinaryIO | None:
-    """A new file of that size, kept in memory where the system does so; None without room."""
+    """A new file of that size, in memory where the system has /dev/shm. None without room."""
     folder = Path("/dev/shm")
     try:
         descriptor, path = tempfile.mkstemp(
@@ -73,7 +75,7 @@ def _make(n_bytes: int) -> BinaryIO | None:
     except OSError:
         return None
     try:
-        os.posix_fallocate(descriptor, 0, n_bytes)  # now, not when it is written
+        os.posix_fallocate(descriptor, 0, n_bytes)  # reserve the space now, not at the first write
         return Path(path).open("r+b")
     except (OSError, AttributeError):
         os.unlink(path)

@@ -1,7 +1,7 @@
-"""The same network for speed on a CPU, in compiled code, with the weights as they are or quantized.
+"""The network in compiled kernels on a CPU, with its weights as they are or quantized.
 
-Activations and cache are float32 whatever the weights are: a CPU gains nothing from rounding them
-in between.
+Activations and KV cache are float32 whatever the weights are, because rounding them saves a CPU no
+time.
 """
 
 from typing import Any
@@ -15,19 +15,19 @@ from llama.fast.cpu.kernels.product import Product, Weight
 from llama.fast.quantize import QUANTIZERS, Width, set_quantized
 from llama.model import Transformer
 
-MOST = 512  # tokens computed at once
+MAX_TOKENS = 512  # of one call of the layer list
 
 
 class FastTransformer:
-    """A `Transformer` on the CPU with other products; for inference, the engine calls it alike.
+    """A `Transformer` on a CPU with compiled kernels, for inference. The engine calls both alike.
 
-    quantize: round to eight or four bits what matrices `checkpoint.load` has not rounded.
+    quantize: round the matrices that are not rounded yet to eight or four bits.
     Raises ConfigError where the kernels cannot take the weights, or numba is not installed.
     """
 
     def __init__(self, model: Transformer, quantize: Width | None = None) -> None:
         from llama.fast.cpu.kernels.exchange import Exchange
-        from llama.fast.cpu.layer_list import Step
+        from llama.fast.cpu.layer_list import LayerList
 
         self.model = model
         self.params = model.params
@@ -36,7 +36,7 @@ class FastTransformer:
         self.output = _product([model.output], quantize)
         self.products = [_products(block, quantize) for block in model.layers]
         self.exchange = Exchange(widest=self.output.rows)
-        self.step = Step(model, self.products, self.exchange, MOST)
+        self.layer_list = LayerList(model, self.products, self.exchange, MAX_TOKENS)
 
     def make_cache(
         self, max_batch_size: int, max_seq_len: int, dtype: torch.dtype | None = None
@@ -49,25 +49,27 @@ class FastTransformer:
         bsz, seqlen = tokens.shape
         out = torch.empty(bsz, seqlen, self.params.dim)
         starts = torch.as_tensor(start_pos).expand(bsz)
-        for row in range(0, bsz, MOST):
-            rows = slice(row, min(row + MOST, bsz))
+        for row in range(0, bsz, MAX_TOKENS):
+            rows = slice(row, min(row + MAX_TOKENS, bsz))
             part = cache.part(row, rows.stop - row, cache.max_seq_len)
-            width = max(1, MOST // part.max_batch_size)
+            width = max(1, MAX_TOKENS // part.max_batch_size)
             for column in range(0, seqlen, width):
                 columns = slice(column, column + width)
-                out[rows, columns] = self.step(tokens[rows, columns], starts[rows] + column, part)
+                out[rows, columns] = self.layer_list(
+                    tokens[rows, columns], starts[rows] + column, part
+                )
         return out
 
     def logits(self, features: Tensor) -> Tensor:
         """(…, D) -> float32 (…, V), those of all ranks."""
         rows = self.output(features.flatten(0, -2))
         size = self.vocab_size // parallel.mp_size()
-        rows = rows[:, :size]  # what fills up eights is no token
+        rows = rows[:, :size]  # int8 and int4 rows are padded to multiples of eight
         return self.exchange.join(rows).unflatten(0, features.shape[:-1])
 
 
 def _products(block: Any, quantize: Width | None) -> list[Product]:
-    """A TransformerBlock's seven matrices, to be read in four passes."""
+    """The four products of a TransformerBlock's seven matrices."""
     attention, feed_forward = block.attention, block.feed_forward
     return [
         _product([attention.wq, attention.wk, attention.wv], quantize),
@@ -78,11 +80,11 @@ def _products(block: Any, quantize: Width | None) -> list[Product]:
 
 
 def _product(
-    layers: list[Any],  # fairscale's, which have no types
+    layers: list[Any],  # fairscale has no types
     quantize: Width | None,
     swiglu: bool = False,
 ) -> Product:
-    """Of the weights of one or several linear layers with the same input."""
+    """One product of the weights of one or several linear layers with the same input."""
     for layer in layers:
         if quantize is not None and isinstance(layer.weight, Tensor):
             set_quantized(layer, QUANTIZERS[quantize](layer.weight.detach()))

@@ -89,7 +89,7 @@ def _float(b: Builder, address: Value, index: Value) -> Value:
 
 
 @intrinsic(prefer_literal=True)
-def score(
+def score_keys(
     context: Any, kind: Any, head_dim: Any, group: Any, queries: Any, count: Any, keys: Any,
     step: Any, scores: Any, scores_step: Any,
 ) -> tuple[Any, Callable[..., Value]]:  # fmt: skip
@@ -119,7 +119,7 @@ def score(
 
 
 @intrinsic(prefer_literal=True)
-def mix(
+def add_values(
     context: Any, kind: Any, head_dim: Any, weights: Any, count: Any, values: Any, step: Any,
     out: Any,
 ) -> tuple[Any, Callable[..., Value]]:  # fmt: skip

@@ -1,4 +1,4 @@
-"""What the ranks of one machine compute from each other's results, through memory they share.
+"""All-reduce and all-gather between the ranks of one machine, through shared memory.
 
 gloo hands a few numbers from thread to thread and socket to socket: where each must wake up first,
 that takes longer than half a layer of a decode step. Here each rank writes its numbers where all
@@ -23,16 +23,16 @@ from llama.errors import ParallelError
 from llama.fast.cpu.kernels import pool
 from llama.fast.cpu.kernels.instructions import pointer
 from llama.fast.cpu.kernels.matmul import VERSION, compile_task
-from llama.fast.cpu.kernels.task_list import SPINS, Task, call, change, look
+from llama.fast.cpu.kernels.task_list import SPINS, Task, atomic_add, atomic_load, call
 from llama.fast.cpu.shared_memory import SharedMemory
 
 RANK, RANKS, FLAGS, PLACES, PLACE_BYTES, COUNT, ROWS, WIDTH, X, OUT, YIELD, IS_THERE, IS_DONE = (
     range(13)
 )
 LENGTH = 13
-LINE = 64  # bytes, so that no two flags share one
-LEAST = 1 << 18  # numbers that a rank has room for, at least
-LOOKS = 100_000  # at a flag, before Python sees whether its rank still lives
+LINE = 64  # bytes of a cache line; each flag has one of its own
+MIN_ROOM = 1 << 18  # numbers of a rank
+POLLS = 100_000  # of a flag, before Python checks whether its rank still runs
 
 
 @functools.cache
@@ -54,13 +54,13 @@ def _pass_on() -> Task:
             mine = carray(pointer(job[PLACES] + job[RANK] * job[PLACE_BYTES], np.float32), n)
             for i in range(n):
                 mine[i] = x[i]
-            change(job[FLAGS] + LINE * job[RANK], 1)
+            atomic_add(job[FLAGS] + LINE * job[RANK], 1)
             job[IS_THERE] = 1
         for rank in range(ranks):
             looks = 0
-            while look(job[FLAGS] + LINE * rank) < job[COUNT]:
+            while atomic_load(job[FLAGS] + LINE * rank) < job[COUNT]:
                 looks += 1
-                if looks > LOOKS:
+                if looks > POLLS:
                     return
                 if looks > SPINS and job[YIELD] != 0:
                     call(job[YIELD], 0)
@@ -92,7 +92,7 @@ class Exchange:
 
     def __init__(self, widest: int) -> None:
         self._ranks = parallel.mp_size()
-        self._size = max(LEAST, widest)
+        self._size = max(MIN_ROOM, widest)
         # A flag and two places for each rank: one is written while the other may still be read.
         self._all_flags = LINE * self._ranks
         self._all_places = 4 * self._size * self._ranks
@@ -107,11 +107,11 @@ class Exchange:
 
     @property
     def is_alone(self) -> bool:
-        """Whether there is one rank only."""
+        """Whether this is the only rank."""
         return self._ranks == 1
 
     def sum(self, x: Tensor) -> None:
-        """Replace x, contiguous, by the sum of all ranks' x."""
+        """All-reduce: replace x, contiguous, by the sum of all ranks' x."""
         if self._memory is None:
             reduce_from_model_parallel_region(x)  # in place
             return
@@ -119,7 +119,7 @@ class Exchange:
             self._pass_on(part)
 
     def join(self, x: Tensor) -> Tensor:
-        """(N, D) of each rank -> (N, ranks D), the columns in the order of the ranks."""
+        """All-gather: (N, D) of each rank -> (N, ranks D), columns in the order of the ranks."""
         if self.is_alone:
             return x
         if self._memory is None:

@@ -1,8 +1,8 @@
-"""What a decode step computes between its matrix products, as tasks like them; see `loops`.
+"""Tasks of a layer besides its matrix products: norm, RoPE, storing in the KV cache, attention.
 
 Shapes: n tokens, each with a row and a position of the cache; H query heads, K key/value heads,
-hd head_dim, D dim. All is float32, but the cache may be int8. A token's result depends, to the
-last bit, on no other's.
+hd head_dim, D dim. Numbers are float32; the cache may be int8. The result of a token does not
+depend on the other tokens, to the last bit.
 """
 
 import functools
@@ -11,29 +11,29 @@ from collections.abc import Callable
 import numpy as np
 from numba import carray, njit
 
-from llama.fast.cpu.kernels.attention import mix, score
+from llama.fast.cpu.kernels.attention import add_values, score_keys
 from llama.fast.cpu.kernels.exponential import exp
 from llama.fast.cpu.kernels.instructions import fetch_add, pointer
 from llama.fast.cpu.kernels.matmul import VERSION, compile_task, step_of
 
-TAKEN, N = 0, 1
+CURSOR, N = 0, 1
 # of add_and_norm
 DIM, H, DELTA, WEIGHT, EPS, OUT = range(2, 8)
 # of store and of attend
 LAYER, GROUP, KV_HEADS, HEAD_DIM, QKV, ROTATIONS, CACHE, SCORES, HEADS = range(2, 11)
 LENGTH = 11
 
-# What the layers share: tokens a row of the cache, the address of each row's first position, the
-# numbers from one layer, row and position to the next, and the addresses of keys and values, and
-# of their scales where they are int8, else 0. Scales lie like the heads that they belong to.
+# What all layers share: tokens of a row; the address of every row's first position; the strides of
+# layers, rows and positions, in numbers; the addresses of keys and values; the addresses of their
+# scales, 0 where the cache is not int8. There is one scale for each head.
 SEQLEN, STARTS, TO_LAYER, TO_ROW, TO_POSITION, KEYS, VALUES, KEY_SCALES, VALUE_SCALES = range(9)
 CACHE_LENGTH = 9
 
-BLOCK = 64  # keys scored at a time
-STATS = 2  # after a block's scores: their largest so far, the sum of the weights
+BLOCK = 64  # keys of one pass of the online softmax
+STATS = 2  # behind a block's scores: the running maximum, and the running sum of the weights
 LEAST = np.float32(-3e38)
 
-# Sums in the order that suits the processor, but NaN stays NaN.
+# The compiler may reorder sums, in the same way each time. NaN stays NaN.
 SUMS = frozenset({"reassoc", "contract", "nsz"})
 
 Task = Callable[[int], None]
@@ -75,8 +75,8 @@ def add_and_norm() -> Task:
 
 
 @njit(error_model="numpy")
-def place(job, token):  # type: ignore[no-untyped-def]
-    """A token's position, and how many numbers before its row of the layer's cache."""
+def locate(job, token):  # type: ignore[no-untyped-def]
+    """A token's position, and the offset of its row in the cache of the layer, in numbers."""
     cache = carray(pointer(job[CACHE], np.int64), CACHE_LENGTH)
     row, step = token // cache[SEQLEN], token % cache[SEQLEN]
     start = carray(pointer(cache[STARTS], np.int64), row + 1)[row]
@@ -84,8 +84,8 @@ def place(job, token):  # type: ignore[no-untyped-def]
 
 
 @njit(error_model="numpy")
-def keep(address, head_dim, cached, scales, at):  # type: ignore[no-untyped-def]
-    """Put a head's float32 into the cache, or as int8 and the size of a step."""
+def store_head(address, head_dim, cached, scales, at):  # type: ignore[no-untyped-def]
+    """Store a head in the cache: as float32, or as int8 and its scale."""
     x = carray(pointer(address, np.float32), head_dim)
     if scales == 0:
         plain = carray(pointer(cached + 4 * at, np.float32), head_dim)
@@ -102,8 +102,8 @@ def keep(address, head_dim, cached, scales, at):  # type: ignore[no-untyped-def]
 
 @functools.cache
 def store() -> Task:
-    """Turn queries and keys of qkv (n, H + 2 K, hd) by their positions' angles, in place, and put
-    keys and values into the cache.
+    """Rotate queries and keys of qkv (n, H + 2 K, hd) in place, by RoPE, and store keys and values
+    in the cache.
 
     rotations: (positions, hd / 2, 2), cosines and sines.
     """
@@ -120,7 +120,7 @@ def store() -> Task:
             if chunk >= n * kv_heads:
                 break
             token, head = chunk // kv_heads, chunk % kv_heads
-            position, at = place(job, token)
+            position, at = locate(job, token)
             at += position * cache[TO_POSITION] + head * head_dim
             turns = carray(
                 pointer(job[ROTATIONS] + position * width, np.float32), (head_dim // 2, 2)
@@ -134,15 +134,15 @@ def store() -> Task:
                     x, y = pairs[j, 0], pairs[j, 1]
                     pairs[j, 0] = x * turns[j, 0] - y * turns[j, 1]
                     pairs[j, 1] = x * turns[j, 1] + y * turns[j, 0]
-            keep(key, head_dim, cache[KEYS], cache[KEY_SCALES], at)
-            keep(key + kv_heads * width, head_dim, cache[VALUES], cache[VALUE_SCALES], at)
+            store_head(key, head_dim, cache[KEYS], cache[KEY_SCALES], at)
+            store_head(key + kv_heads * width, head_dim, cache[VALUES], cache[VALUE_SCALES], at)
 
     return compile_task(task)
 
 
 @njit(error_model="numpy")
-def scale(numbers, count, scales, first, step):  # type: ignore[no-untyped-def]
-    """numbers[i] *= scales[first + i * step]; the last are those at an address."""
+def scale_by(numbers, count, scales, first, step):  # type: ignore[no-untyped-def]
+    """numbers[i] *= scales[first + i * step]; `scales` is an address."""
     factors = carray(pointer(scales + 4 * first, np.float32), count * step)
     for i in range(count):
         numbers[i] *= factors[i * step]
@@ -172,8 +172,8 @@ def attend(head_dim: int) -> Task:
             chunk = fetch_add(address)
             if chunk >= n * kv_heads:
                 break
-            token, head = chunk % n, chunk // n  # neighbours may read the same keys
-            position, at = place(job, token)
+            token, head = chunk % n, chunk // n  # neighbouring chunks may read the same keys
+            position, at = locate(job, token)
             at += head * head_dim
             queries = job[QKV] + width * (token * (group + 2) * kv_heads + head * group)
             first = (token * kv_heads + head) * group
@@ -191,12 +191,12 @@ def attend(head_dim: int) -> Task:
                 values = cache[VALUES] + size * at + begin * step
                 scale_at = at // head_dim + begin * scale_step
                 if is_rounded:
-                    score("int8", head_dim, group, queries, count, keys, step, rows, to_row)
+                    score_keys("int8", head_dim, group, queries, count, keys, step, rows, to_row)
                 else:
-                    score("float32", head_dim, group, queries, count, keys, step, rows, to_row)
+                    score_keys("float32", head_dim, group, queries, count, keys, step, rows, to_row)
                 for h in range(group):
                     if is_rounded:
-                        scale(scores[h], count, cache[KEY_SCALES], scale_at, scale_step)
+                        scale_by(scores[h], count, cache[KEY_SCALES], scale_at, scale_step)
                     before = scores[h, BLOCK]
                     most = before
                     for i in range(count):
@@ -214,10 +214,10 @@ def attend(head_dim: int) -> Task:
                         out[h, d] *= shrink
                     weights, sums = rows + h * to_row, heads_address + h * width
                     if is_rounded:
-                        scale(scores[h], count, cache[VALUE_SCALES], scale_at, scale_step)
-                        mix("int8", head_dim, weights, count, values, step, sums)
+                        scale_by(scores[h], count, cache[VALUE_SCALES], scale_at, scale_step)
+                        add_values("int8", head_dim, weights, count, values, step, sums)
                     else:
-                        mix("float32", head_dim, weights, count, values, step, sums)
+                        add_values("float32", head_dim, weights, count, values, step, sums)
             for h in range(group):
                 inverse = np.float32(1) / scores[h, BLOCK + 1]
                 for d in range(head_dim):

@@ -1,7 +1,7 @@
-"""The compiled loops around the tiles: each a C function of one job, kept on disk.
+"""Matrix products: the loops around the register tiles, each compiled to a C function of one job.
 
 A job is a row of int64: numbers and addresses, in the order of the names below. The threads of a
-job take chunks of its rows of weights until none is left, so that a slow thread holds up no other.
+job take chunks of its rows of weights from a cursor until none is left. A slow thread takes fewer.
 """
 
 import ctypes
@@ -21,24 +21,25 @@ from llama.fast.cpu.kernels.instructions import fetch_add, pointer
 from llama.fast.cpu.kernels.tile import tile, tile_rows
 from llama.fast.quantize import GROUP, LANES, OFFSET
 
-TAKEN, N, K, X, STEPS, OUT, TOTAL, CHUNK, MATRICES = range(9)
+CURSOR, N, K, X, STEPS, OUT, TOTAL, CHUNK, MATRICES = range(9)
 FIRST = 9  # then for each matrix: its rows, and the addresses of its weights and its scales
 LENGTH = FIRST + 3 * 3
-GROUPS = 64  # of activations, rounded at a time
+GROUPS = 64  # groups of activations that a thread rounds at a time
 
-FEW = 8  # rows of x
-BAND = 3  # tiles
-IN_CACHE = 1 << 15  # activations
+FEW_ROWS = 8  # rows of x
+BAND = 3  # tiles that a block of activation rows passes at once
+IN_CACHE = 1 << 15  # activations that stay in a core's cache
 DEPTH = 1024  # floats of a row
 
-# Numba looks only at a task's own file to see whether what it kept is still right.
+# Numba compares only a task's own file with its cache. VERSION stands for all of these files.
 SOURCES = [*sorted(Path(__file__).parent.glob("*.py")), Path(quantize.__file__)]
 VERSION = hashlib.sha256(b"".join(path.read_bytes() for path in SOURCES)).hexdigest()
 
 
 @functools.cache
 def instruction_sets() -> list[str]:
-    """What can multiply bytes here, the best first; "plain" code runs anywhere."""
+    """The instruction sets of this processor that multiply bytes, the fastest first. "plain" code
+    runs on every processor."""
     has = llvmlite.binding.get_host_cpu_features().get
     vnni = has("avxvnni") or (has("avx512vnni") and has("avx512vl"))
     found = {"vnni": has("avx2") and vnni, "avx2": has("avx2"), "plain": True}
@@ -47,13 +48,13 @@ def instruction_sets() -> list[str]:
 
 @functools.cache
 def has_bfloat16() -> bool:
-    """Whether the processor multiplies bfloat16, several times as fast as float32."""
+    """Whether the processor has instructions that multiply bfloat16."""
     has = llvmlite.binding.get_host_cpu_features().get
     return bool(has("avx512bf16") or has("amx-bf16"))
 
 
 def may_use_onednn() -> bool:
-    """Whether PyTorch's bfloat16 products (oneDNN) may take more than FEW rows of x.
+    """Whether PyTorch's bfloat16 products (oneDNN) may take more than FEW_ROWS rows of x.
 
     Only where LLAMA_ONEDNN is 1 and the processor has such instructions: prompts are faster then,
     but a token's last bits depend on how many rows are computed with it.
@@ -64,8 +65,8 @@ def may_use_onednn() -> bool:
 def compile_task(
     function: Callable[..., None], fastmath: frozenset[str] = frozenset()
 ) -> Callable[[int], None]:
-    """As a C function, read from numba's cache: in NUMBA_CACHE_DIR, else beside this file, else,
-    where that is read-only, in the user's own cache folder."""
+    """Compile a task to a C function, or read it from numba's cache: NUMBA_CACHE_DIR, else
+    the folder of this file, else, where that is read-only, the user's cache folder."""
     compile_cached = functools.partial(
         cfunc,
         types.void(types.CPointer(types.int64)),
@@ -75,20 +76,20 @@ def compile_task(
     )
     try:
         compiled = compile_cached(cache=True)(function)
-    except RuntimeError:  # none of them can be written
+    except RuntimeError:  # no cache folder can be written
         compiled = compile_cached()(function)
     call = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(compiled.address)
-    call.compiled = compiled  # type: ignore[attr-defined]  # or its code would be freed
+    call.compiled = compiled  # type: ignore[attr-defined]  # keeps the code from being freed
     return call
 
 
 @njit(error_model="numpy")
 def tile_place(number, tiles, high, is_apart):  # type: ignore[no-untyped-def]
-    """How many rows the tile of that number has, how many the tiles before it, and its first row.
+    """The rows of a tile, the rows of all tiles before it, and its first row.
 
-    What is left after `tiles` of `high` rows are tiles of one. The rows of a tile may lie apart, so
-    that each is followed in memory by the next tile's: the processor guesses what comes next where
-    it comes one by one, and short rows are then read half as fast again.
+    After `tiles` tiles of `high` rows, every row left is a tile of its own. is_apart: the rows of a
+    tile do not lie side by side; each is followed in memory by a row of the next tile. Each is then
+    a sequential stream, which the processor prefetches: short rows are read 1.5 times as fast.
     """
     if number >= tiles:
         done = number + tiles * (high - 1)
@@ -98,9 +99,10 @@ def tile_place(number, tiles, high, is_apart):  # type: ignore[no-untyped-def]
 
 @functools.cache
 def product(kind: str, isa: str, swiglu: bool) -> Callable[[int], None]:
-    """x times each matrix, (n, all their rows); or, of two, silu(first) * second.
+    """The task that multiplies x (n, K) with each matrix: out (n, all rows). swiglu: with two
+    matrices, out (n, rows) is silu(x first) * (x second).
 
-    The second then needs a place of its own: out has 2 * n rows.
+    The second product is kept behind the result, so out needs 2 * n rows.
     """
     version = VERSION
     bits = {"float32": 32, "bfloat16": 16, "int8": 8, "int4": 4}[kind]
@@ -113,11 +115,11 @@ def product(kind: str, isa: str, swiglu: bool) -> Callable[[int], None]:
         x, steps, out_step = job[X], job[STEPS], 4 * total
         width = k * bits // 8  # bytes of a row of weights, and of its scales
         scale_width = 2 * k // GROUP if kind == "int4" else 4
-        # The few rows of a decode step pass by with all of each row of weights; of many rows of
-        # floats, as much at a time as stays in a core's caches.
-        depth = k if bits <= 8 or n <= FEW else min(k, DEPTH)
+        # A decode step reads each row of weights whole. A prefill of floats reads part of a row
+        # at a time, as much as stays in a core's caches.
+        depth = k if bits <= 8 or n <= FEW_ROWS else min(k, DEPTH)
         block = max(4, IN_CACHE // depth & ~3)
-        # Tiles that four rows of x pass one after the other.
+        # Each block of four activation rows passes over all tiles of the band.
         band = 1 if bits <= 8 else chunk if depth < k else BAND
         sums = np.empty(chunk * block * LANES if depth < k else 0, np.float32)
         while True:
@@ -167,22 +169,22 @@ def product(kind: str, isa: str, swiglu: bool) -> Callable[[int], None]:
 
 @njit(error_model="numpy")
 def step_of(bits):  # type: ignore[no-untyped-def]
-    """The largest / 127 of float32 numbers, from their bits as int32.
+    """The scale of a group: its largest absolute value / 127, from the bits of float32 as int32.
 
-    NaN and infinity are larger than any number, also as bits: then the step is not finite.
+    As bits too, NaN and infinity are larger than any number. The scale is then not finite.
     """
     most = np.int32(0)
     for i in range(len(bits)):
         most = max(most, np.int32(bits[i] & np.int32(0x7FFFFFFF)))
-    largest = np.int32(most)  # numba views only what is assigned once
+    largest = np.int32(most)  # numba reinterprets only a variable that is assigned once
     return largest.view(np.float32) / np.float32(127)
 
 
 @functools.cache
-def to_bytes() -> Callable[[int], None]:
-    """Round each group of 32 activations to steps of its largest / 127.
+def round_to_int8() -> Callable[[int], None]:
+    """The task that rounds activations to int8, in groups of 32 with a scale each.
 
-    Beside each step goes what a stored offset of the weights adds to a product with them.
+    Beside each scale stands the correction for int4 weights, which are stored with an offset.
     """
     version = VERSION
 

@@ -1,9 +1,8 @@
-"""Products with large matrices, next to the speed at which memory can be read.
+"""Products with large matrices, for few rows of activations.
 
-`F.linear` is made for many rows. A decode step has one to eight, and its time is that of reading
-every weight once: these kernels do that, on all of PyTorch's threads, from float32, bfloat16, int8
-or int4 weights; with more rows they compute next to the speed of the processor's arithmetic. They
-need the extra `[fast]` and weights on the CPU.
+`F.linear` is made for many rows. A decode step has one to eight rows, and takes as long as reading
+every weight once. These kernels reach that, on all of PyTorch's threads, with weights in float32,
+bfloat16, int8 or int4. They need the extra `[fast]` and weights on the CPU.
 """
 
 import ctypes
@@ -23,19 +22,19 @@ Weight = Tensor | Int8Weight | Int4Weight
 
 CPU = torch.device("cpu")
 FLOATS = (torch.float32, torch.bfloat16)
-MOST_MATRICES = 3
-UNIT = 24  # rows of weights: whole tiles of every kind
-MOST_AT_ONCE = 48  # rows of weights: they stay in the cache while activations pass by
-CHUNKS = 8  # a thread's share in pieces: who is done early takes more
+MAX_MATRICES = 3
+UNIT = 24  # rows of weights; a multiple of the tile height of every kind
+MAX_CHUNK = 48  # rows of weights that stay in the cache while all activations pass
+CHUNKS = 8  # of a thread's share; a thread that is done early takes another one
 
 
 def is_installed() -> bool:
-    """Whether numba is there to compile them."""
+    """Whether numba is installed, which compiles the kernels."""
     return importlib.util.find_spec("numba") is not None
 
 
 def has_vnni() -> bool:
-    """Whether the processor adds up products of bytes in one instruction."""
+    """Whether the processor has VNNI, which multiplies and adds four bytes in one instruction."""
     return _matmul().instruction_sets()[0] == "vnni"
 
 
@@ -51,10 +50,10 @@ def _matmul() -> ModuleType:
 
 
 class Product:
-    """x times one to three matrices transposed, in one pass, made once for many x.
+    """x times one to three matrices, transposed, in one pass. One object serves many x.
 
     weights: each (N, K), of one kind and one K: float32, bfloat16, int8 or
-        int4, contiguous, on the CPU. They are neither copied nor joined.
+        int4, contiguous, on the CPU. They are not copied.
     swiglu: of two matrices w1 and w3, silu(x w1^T) * (x w3^T) instead.
     isa: "vnni", "avx2" or "plain" in place of the best that the processor has, for bytes.
     Raises ConfigError where that does not hold, or numba is not installed.
@@ -70,7 +69,7 @@ class Product:
             raise ConfigError(f"SwiGLU needs two matrices of one shape, not of {rows} rows")
         self.features = weights[0].shape[1]
         self.rows = rows[0] if swiglu else sum(rows)
-        self.weights = weights  # the job holds bare addresses
+        self.weights = weights  # kept alive, because the job holds their addresses
         self.job = (ctypes.c_int64 * matmul.LENGTH)()
         self.job[matmul.K], self.job[matmul.TOTAL] = self.features, self.rows
         self.job[matmul.MATRICES] = len(weights)
@@ -82,7 +81,7 @@ class Product:
         if isa is not None and isa not in available:
             raise ConfigError(f"this processor has no {isa!r}, only {', '.join(available)}")
         self.task = matmul.product(self.kind, isa or available[0], swiglu)
-        self.to_bytes = matmul.to_bytes() if self.is_quantized else None
+        self.round_to_int8 = matmul.round_to_int8() if self.is_quantized else None
 
     def __call__(self, x: Tensor) -> Tensor:
         """x (n, K) -> (n, all matrices' N), or (n, N) with swiglu; float32 or bfloat16, as x is.
@@ -101,12 +100,12 @@ class Product:
         out = torch.empty(2 * n if self.swiglu else n, self.rows)
         job = type(self.job).from_buffer_copy(self.job)
         job[matmul.N], job[matmul.X] = n, x32.data_ptr()
-        if self.to_bytes is not None:
+        if self.round_to_int8 is not None:
             values = torch.empty(n, self.features, dtype=torch.int8)
             steps = torch.empty(n, self.features // GROUP, 2)
             job[matmul.STEPS], job[matmul.OUT] = steps.data_ptr(), values.data_ptr()
-            pool.run(self.to_bytes, ctypes.addressof(job))
-            job[matmul.TAKEN], job[matmul.X] = 0, values.data_ptr()
+            pool.run(self.round_to_int8, ctypes.addressof(job))
+            job[matmul.CURSOR], job[matmul.X] = 0, values.data_ptr()
         job[matmul.OUT] = out.data_ptr()
         job[matmul.CHUNK] = self.chunk()
         pool.run(self.task, ctypes.addressof(job))
@@ -114,17 +113,18 @@ class Product:
             out = out[:n]
         return out if x.dtype == out.dtype else out.to(x.dtype)
 
-    def by_library(self, x: Tensor, out: Tensor) -> None:
-        """The same from bfloat16 weights, into out (n, rows), by PyTorch: for many x on a processor
-        that multiplies bfloat16. All results are rounded to bfloat16."""
+    def by_onednn(self, x: Tensor, out: Tensor) -> None:
+        """Compute the same with PyTorch's bfloat16 products, into out (n, rows).
+
+        Results are rounded to bfloat16."""
         weights = [weight for weight in self.weights if isinstance(weight, Tensor)]
         parts = [F.linear(x.bfloat16(), weight) for weight in weights]
         out.copy_(F.silu(parts[0]) * parts[1] if self.swiglu else torch.cat(parts, 1))
 
     def chunk(self) -> int:
-        """Rows of weights that a thread takes at a time."""
+        """Rows of weights in a chunk, which a thread takes at a time."""
         share = -(-self.rows // (CHUNKS * pool.threads()))
-        return min(-(-share // UNIT) * UNIT, MOST_AT_ONCE)
+        return min(-(-share // UNIT) * UNIT, MAX_CHUNK)
 
 
 def linear(x: Tensor, weight: Weight, isa: str | None = None) -> Tensor:
@@ -133,9 +133,9 @@ def linear(x: Tensor, weight: Weight, isa: str | None = None) -> Tensor:
 
 
 def _check(weights: tuple[Weight, ...]) -> str:
-    """The kind of the weights, where they can be read in one pass."""
-    if not 1 <= len(weights) <= MOST_MATRICES:
-        raise ConfigError(f"{len(weights)} matrices at once, but the limit is {MOST_MATRICES}")
+    """The kind of the weights. Raises ConfigError where one pass cannot read them all."""
+    if not 1 <= len(weights) <= MAX_MATRICES:
+        raise ConfigError(f"{len(weights)} matrices at once, but the limit is {MAX_MATRICES}")
     kinds = sorted({_kind(weight) for weight in weights})
     widths = sorted({weight.shape[1] for weight in weights})
     if len(kinds) > 1 or len(widths) > 1:

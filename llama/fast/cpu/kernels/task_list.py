@@ -1,4 +1,4 @@
-"""Tasks one after the other in a single call, each on all threads, with no Python in between."""
+"""Run a list of tasks in one call. Each task runs on all threads; a barrier separates two tasks."""
 
 import ctypes
 import functools
@@ -19,12 +19,12 @@ from llama.fast.cpu.kernels.matmul import VERSION, compile_task
 
 Task = Callable[[int], None]
 
-# A task's row of int64: how many threads are inside, its address, and, in cache lines of its own,
-# its job. The whole list's job names the rows to run.
+# A task's row of int64: the number of threads inside it, the address of its function, and its job
+# in cache lines of its own. The job of the whole list names the rows to run.
 INSIDE, TASK = 0, 1
 JOB = 8
 FIRST, LAST, ROWS, ROW_BYTES, YIELD = range(5)
-SPINS = 4000  # then the one who is waited for may need this thread's processor
+SPINS = 4000  # polls; afterwards the thread yields, for another may need its processor
 
 i64 = ir.IntType(64)
 
@@ -42,8 +42,8 @@ def call(context: Any, function: Any, job: Any) -> tuple[Any, Callable[..., ir.V
 
 
 @intrinsic
-def change(context: Any, address: Any, by: Any) -> tuple[Any, Callable[..., ir.Value]]:
-    """Add to the int64 at an address, before all that follows and after all that was before."""
+def atomic_add(context: Any, address: Any, by: Any) -> tuple[Any, Callable[..., ir.Value]]:
+    """Add to the int64 at an address, atomically and sequentially consistent."""
 
     def generate(context: Any, b: ir.IRBuilder, signature: Any, operands: Any) -> ir.Value:
         counter = b.inttoptr(operands[0], i64.as_pointer())
@@ -54,8 +54,8 @@ def change(context: Any, address: Any, by: Any) -> tuple[Any, Callable[..., ir.V
 
 
 @intrinsic
-def look(context: Any, address: Any) -> tuple[Any, Callable[..., ir.Value]]:
-    """The int64 at an address that other threads change; on x86 after a short rest."""
+def atomic_load(context: Any, address: Any) -> tuple[Any, Callable[..., ir.Value]]:
+    """Load the int64 at an address that other threads change. On x86 it pauses first."""
 
     def generate(context: Any, b: ir.IRBuilder, signature: Any, operands: Any) -> ir.Value:
         if llvmlite.binding.get_process_triple().startswith("x86"):
@@ -77,16 +77,16 @@ def _run() -> Task:
         for i in range(job[FIRST], job[LAST]):
             row = job[ROWS] + i * job[ROW_BYTES]
             fields = carray(pointer(row, np.int64), JOB)
-            change(row, 1)
+            atomic_add(row, 1)
             call(fields[TASK], row + 8 * JOB)
-            change(row, -1)
-            # Back here, no chunk of it is left to take. Who took one is still inside, or done: a
-            # thread that comes late, or is not there at all, is not waited for.
+            atomic_add(row, -1)
+            # No chunk of this task is left. Threads that still compute one are inside. The barrier
+            # waits for them, and not for threads that never entered.
             spins = 0
-            while look(row) != 0:
+            while atomic_load(row) != 0:
                 spins += 1
                 if spins > SPINS and job[YIELD] != 0:
-                    call(job[YIELD], 0)  # it takes no argument, and is none the worse for one
+                    call(job[YIELD], 0)  # sched_yield ignores the argument
 
     return compile_task(task)
 
@@ -94,16 +94,18 @@ def _run() -> Task:
 class TaskList:
     """Tasks with their jobs, in the order in which they run.
 
-    Each is a C function `void task(int64 *job)` that takes chunks of its work by counting up the
-    job's first number, until none is left. All threads enter all tasks; none enters the next
-    before the chunks of this one are done.
+    Each is a C function `void task(int64 *job)`. It takes chunks of its work by counting up the
+    cursor, the first number of the job, until none is left. All threads enter all tasks. No thread
+    enters a task before all chunks of the one before are done.
 
-    jobs: int64 (tasks, numbers), to be written between runs; the first number is for the threads.
+    jobs: int64 (tasks, numbers), written between runs. The first number of each is the cursor.
     """
 
     def __init__(self, tasks: Sequence[Task], jobs: Sequence[Sequence[int]]) -> None:
         width = JOB * (1 + -(-max(map(len, jobs)) // JOB))
-        self._memory = torch.zeros(len(tasks), width, dtype=torch.int64)  # in whole cache lines
+        self._memory = torch.zeros(
+            len(tasks), width, dtype=torch.int64
+        )  # rows are whole cache lines
         rows = self._memory.numpy()
         self.jobs = rows[:, JOB:]
         for row, task, job in zip(rows, tasks, jobs, strict=True):
@@ -115,7 +117,7 @@ class TaskList:
         self._task = _run()
 
     def run(self, first: int, last: int) -> None:
-        """The tasks from `first` to before `last`."""
+        """Run the tasks from `first` up to, not including, `last`."""
         self.jobs[first:last, 0] = 0
         self._call[FIRST], self._call[LAST] = first, last
         pool.run(self._task, ctypes.addressof(self._call))

@@ -1,4 +1,4 @@
-"""What a Llama is made of: `ModelArgs`, RoPE scaling, `params.json` and the published shapes."""
+"""The shape of a Llama: `ModelArgs`, RoPE scaling and the published models."""
 
 import math
 from dataclasses import dataclass, fields, replace
@@ -33,7 +33,7 @@ class RopeScaling:
 
 @dataclass
 class ModelArgs:
-    """A model's shape and limits; Meta's names and defaults first, what they cannot say after.
+    """A model's shape and limits. Meta's fields and defaults come first, then fields of our own.
 
     Raises ConfigError where the numbers do not describe a Llama.
     """
@@ -106,8 +106,8 @@ class ModelArgs:
         return ffn_width(4 * self.dim, self.multiple_of, self.ffn_dim_multiplier)
 
     def metas_width(self) -> dict[str, float]:
-        """The feed-forward width as Meta's files say it, which have no key for the width itself:
-        a published shape's `multiple_of` and `ffn_dim_multiplier`, or some that give the width."""
+        """The feed-forward width in the keys of params.json, which has none for the width itself:
+        `multiple_of` and `ffn_dim_multiplier` of the published shape, or a pair that gives it."""
         published = self.published()
         if self.hidden_dim is None or published:
             said = self if self.hidden_dim is None else PRESETS[published[0]]
@@ -116,7 +116,7 @@ class ModelArgs:
                 width["ffn_dim_multiplier"] = said.ffn_dim_multiplier
             return width
         plain = int(2 * (4 * self.dim) / 3)
-        if self.hidden_dim >= plain:  # rounded up to a multiple of itself, the width is itself
+        if self.hidden_dim >= plain:  # the width is a multiple of itself
             return {"multiple_of": self.hidden_dim}
         return {"multiple_of": 1, "ffn_dim_multiplier": (self.hidden_dim + 0.5) / plain}
 
@@ -135,8 +135,10 @@ class ModelArgs:
         return [name for name, preset in PRESETS.items() if self.same_shape(preset)]
 
     def workable_sizes(self) -> list[int]:
-        """The numbers of ranks that heads, feed-forward and vocabulary can be split over. More
-        ranks than key/value heads are fine if each head then lies on as many of them."""
+        """The numbers of ranks that heads, feed-forward width and vocabulary can be split over.
+
+        With more ranks than key/value heads, every head must lie on the same number of ranks.
+        """
         n_kv_heads = self.local_kv_heads(1)
         parts = math.gcd(self.n_heads, self.ffn_dim, self.vocab_size)
         divisors = {n for n in range(1, math.isqrt(parts) + 1) if parts % n == 0}
@@ -164,7 +166,7 @@ class ModelArgs:
         return {f"{name}.weight": shape for name, shape in shapes.items()}
 
     def parameter_shapes(self) -> dict[str, tuple[int, ...]]:
-        """The same, with a tied matrix only once, as the embedding."""
+        """The same, where a tied matrix counts once, as the embedding."""
         shapes = self.whole_shapes()
         if self.tied:
             del shapes["output.weight"]
@@ -196,7 +198,8 @@ class ModelArgs:
 
     @property
     def context(self) -> int:
-        """Tokens the model was trained for: stated, or a published shape's, or the family's."""
+        """Tokens the model was trained for: as stated, else of the published shape, else of the
+        family."""
         if self.context_length is not None:
             return self.context_length
         for name in self.published():

@@ -9,10 +9,10 @@ LONGEST = 2000  # characters of a message
 
 
 class LlamaError(ValueError):
-    """Base of every error below; a command line catches it and exits with code 2."""
+    """Base of every error below. The command line shows its line and exits with code 2."""
 
     def __init__(self, message: str) -> None:
-        # A name out of a file may be endless, or hold line breaks and codes for the terminal.
+        # A name from a file may be very long, or hold line breaks and terminal codes.
         shown = message if len(message) <= LONGEST else f"{message[:LONGEST]}…"
         if not shown.isprintable():
             shown = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in shown)
@@ -21,7 +21,7 @@ class LlamaError(ValueError):
 
 @contextlib.contextmanager
 def one_line() -> Iterator[None]:
-    """Around a whole program: what the user did ends it with a line, not with a traceback."""
+    """Around a whole program: end it with one line, not a traceback, for a mistake of the user."""
     try:
         yield
     except LlamaError as error:
@@ -30,7 +30,7 @@ def one_line() -> Iterator[None]:
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         sys.exit(130)
-    except BrokenPipeError:  # whoever read our output has enough, as `head` does
+    except BrokenPipeError:  # the reader of our output, such as `head`, has stopped
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at the exit
         sys.exit(141)
 

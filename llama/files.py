@@ -1,4 +1,4 @@
-"""Files: whole texts and records in, and out so that a kill or a full disk spoils nothing."""
+"""Read whole files, and write files atomically: a kill or a full disk leaves no partial file."""
 
 import contextlib
 import json
@@ -13,8 +13,10 @@ from llama.errors import ConfigError, DataError
 
 
 def why_unreadable(path: Path) -> str | None:
-    """What keeps a file from being read, None where nothing does: it is missing, say, or a pipe,
-    which would never end. Links are followed: Hugging Face's cache is made of them."""
+    """The reason why a file cannot be read, such as that it is missing or a pipe. None: it can.
+
+    Links are followed, because Hugging Face's cache consists of them.
+    """
     try:
         mode = path.stat().st_mode
     except OSError as error:
@@ -29,7 +31,7 @@ def why_unreadable(path: Path) -> str | None:
 
 
 def read_text(path: str | Path) -> str:
-    """The text of a UTF-8 file; DataError for a file that is none."""
+    """The text of a UTF-8 file. Raises DataError for another file."""
     try:
         return Path(path).read_bytes().decode("utf-8")
     except OSError as error:
@@ -78,7 +80,7 @@ def write_json(path: str | Path, content: dict[str, Any]) -> None:
 
 @contextlib.contextmanager
 def atomic_file(path: str | Path) -> Iterator[BinaryIO]:
-    """A file that appears under its name, whole, when the block ends well; else not at all."""
+    """Write a file under another name, and rename it when the block ends without an error."""
     path = Path(path)
     try:
         descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
@@ -99,7 +101,7 @@ def atomic_file(path: str | Path) -> Iterator[BinaryIO]:
 
 
 def _reason(error: BaseException) -> str:
-    """What the operating system said, where that is behind the error."""
+    """The message of the operating system, where it caused the error."""
     behind: BaseException | None = error
     while behind is not None:
         if isinstance(behind, OSError) and behind.strerror:

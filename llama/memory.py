@@ -1,5 +1,4 @@
-"""Memory: how much is free, of a GPU, the machine and its control groups; how much this process
-uses; and in which pages."""
+"""Memory: how much is free, how much this process uses, and in which pages."""
 
 import ctypes
 import math
@@ -16,14 +15,14 @@ HUGE_PAGE = 1 << 21  # bytes
 
 
 def available_memory(device: torch.device, root: Path = Path("/")) -> float:
-    """Bytes that can still be had on a device; infinite where the system does not say.
+    """Bytes that can still be allocated on a device; infinite where the system does not say.
 
     root: where /proc and /sys are.
     """
     if device.type == "cuda":
         unused, _ = torch.cuda.mem_get_info(device)
         kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return unused + kept  # PyTorch keeps what it no longer uses
+        return unused + kept  # PyTorch keeps freed memory for itself
     if device.type == "mps":
         return torch.mps.recommended_max_memory() - torch.mps.current_allocated_memory()
     meminfo = root / "proc/meminfo"
@@ -36,8 +35,8 @@ def available_memory(device: torch.device, root: Path = Path("/")) -> float:
 
 
 def used_memory(device: torch.device) -> dict[str, int]:
-    """Bytes of this process, as far as the system says: "private", its own now, and "peak", the
-    most that was ever resident, which counts the pages of mapped files."""
+    """Bytes of this process, as far as the system says: "private", its own memory now, and "peak",
+    the largest resident size so far, which includes pages of mapped files."""
     if device.type == "cuda":
         return {"peak": torch.cuda.max_memory_allocated(device)}
     status = Path("/proc/self/status")
@@ -49,12 +48,14 @@ def used_memory(device: torch.device) -> dict[str, int]:
 
 
 def with_huge_pages(tensor: Tensor) -> Tensor:
-    """The same tensor, its memory asked of Linux in pages of 2 MiB. Before it is filled: pages are
-    made one by one at the first touch, which for small ones is most of the time."""
+    """Ask Linux to use pages of 2 MiB for a tensor. Call it before the tensor is filled.
+
+    A page is made when it is first touched. With small pages that is most of the time of filling.
+    """
     if hasattr(mmap, "MADV_HUGEPAGE"):
         start = -(-tensor.data_ptr() // HUGE_PAGE) * HUGE_PAGE
         length = (tensor.data_ptr() + tensor.nbytes - start) // HUGE_PAGE * HUGE_PAGE
-        if length > 0:  # advice: where it is not taken, nothing is lost
+        if length > 0:  # the system may ignore this advice
             libc = ctypes.CDLL(None)
             libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(length), mmap.MADV_HUGEPAGE)
     return tensor
@@ -67,8 +68,10 @@ def _numbers(path: Path) -> dict[str, int]:
 
 @dataclass(frozen=True)
 class ControlGroups:
-    """Where one version of Linux' control groups is, and its names of what a group may use, uses,
-    and keeps as pages of files, which count as used but go when others are needed."""
+    """The files of one version of Linux' control groups: limit, usage, and pages of files.
+
+    Pages of files count as used, but are freed when memory is needed.
+    """
 
     mount: str
     limit: str
@@ -76,7 +79,7 @@ class ControlGroups:
     files: tuple[str, str]
 
     def left(self, folder: Path) -> float:
-        """What a group's limit leaves; infinite where there is none to be read."""
+        """Bytes left below a group's limit; infinite where no limit can be read."""
         try:
             limit = int((folder / self.limit).read_text())  # "max": no limit
             used = int((folder / self.used).read_text())
@@ -99,14 +102,14 @@ CONTROL_GROUPS = {
 
 
 def _left_in_cgroups(root: Path) -> Iterator[float]:
-    """What is left to this process's control group, and to each around it."""
+    """Bytes left to this process's control group, and to each group around it."""
     mine = root / "proc/self/cgroup"
     for line in mine.read_text().splitlines() if mine.exists() else ():
         _, controller, path = line.split(":", 2)
         if controller in CONTROL_GROUPS:
             groups = CONTROL_GROUPS[controller]
             top = root / groups.mount
-            # In a container the path may be the host's, of which only the top is to be seen.
+            # In a container the path may be the host's, of which only the top is visible.
             group = Path(os.path.normpath(f"{top}/{path}"))
             for folder in (group, *group.parents):
                 if folder.is_relative_to(top):

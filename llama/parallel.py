@@ -22,14 +22,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from llama.errors import ParallelError
 
-# How long a rank waits in a collective for one that is alive but absent. A rank that died is
+# How long a rank waits in a collective for a rank that runs but does not come. A rank that died is
 # noticed at once, because its connection closes.
 TIMEOUT = timedelta(minutes=5)
 
-# Numbers that go to the other ranks in one message: a decode step's of a few rows.
+# Numbers that fit into one message: the plan of a decode step with few rows.
 SHORT = 63
 
-# The dimension of each weight that is split over the ranks; what is missing is replicated.
+# The dimension along which each weight is split over the ranks. Other weights are replicated.
 # Matches ColumnParallelLinear (0) and RowParallelLinear (1). `tok_embeddings` depends on the
 # family, see `ModelArgs.embedding_shard_dim`.
 SHARD_DIMS = {"wq": 0, "wk": 0, "wv": 0, "wo": 1, "w1": 0, "w2": 1, "w3": 0, "output": 0}
@@ -42,7 +42,7 @@ def shard_dim(name: str, embedding_shard_dim: int) -> int | None:
 
 
 def initialize(model_parallel_size: int | None = None, device: torch.device | None = None) -> None:
-    """Make the process group and fairscale's groups, as far as they do not exist already.
+    """Make the process group and fairscale's groups, where they do not exist yet.
 
     model_parallel_size: ranks that share one model; None: what exists, or all of torchrun's.
     Raises ParallelError when the size does not fit the ranks there are.
@@ -148,12 +148,12 @@ def dp_rank() -> int:
 
 
 def is_main_rank() -> bool:
-    """True on the one rank that speaks: global rank 0, or the only process."""
+    """True on the rank that logs and prints: global rank 0, or the only process."""
     return (dist.get_rank() if dist.is_initialized() else _environment("RANK", 0)) == 0
 
 
 def broadcast_from_first(tensor: Tensor) -> Tensor:
-    """Overwrite `tensor` on every model-parallel rank with the first one's, in place."""
+    """Broadcast `tensor` in place from the first model-parallel rank to the others."""
     if mp_size() > 1:
         dist.broadcast(
             tensor, fs_init.get_model_parallel_src_rank(), fs_init.get_model_parallel_group()
@@ -164,7 +164,7 @@ def broadcast_from_first(tensor: Tensor) -> Tensor:
 def broadcast_numbers(
     numbers: list[Any] | None, dtype: torch.dtype, device: torch.device
 ) -> list[Any]:
-    """The first model-parallel rank's numbers, on all of them; the others pass None."""
+    """Broadcast the numbers of the first model-parallel rank. The other ranks pass None."""
     head = torch.zeros(1 + SHORT, dtype=dtype, device=device)
     if numbers is not None:
         head[: 1 + len(numbers[:SHORT])] = torch.tensor(
@@ -198,7 +198,7 @@ def failing_together(device: torch.device) -> Iterator[None]:
     error: Exception | None = None
     try:
         yield
-    except Exception as caught:  # of whatever kind: the other ranks must hear of it
+    except Exception as caught:  # of any kind, because the other ranks must raise too
         error = caught
     raise_together(error, device)
 
@@ -211,8 +211,8 @@ def make_patient_group() -> dist.ProcessGroup | None:
 
 
 def sum_patiently(number: int, group: dist.ProcessGroup | None) -> int:
-    """The sum of all ranks' numbers, as soon as the last one has come to say its own. The wait for
-    one that works on has no limit; one that dies is noticed."""
+    """The sum of all ranks' numbers. The wait for a rank that still works has no time limit. A rank
+    that dies is noticed."""
     total = torch.tensor(number)
     if group is not None:
         try:
@@ -240,7 +240,7 @@ class _MetaDeviceMode(TorchDispatchMode):
 
 @contextlib.contextmanager
 def on_meta_device() -> Iterator[None]:
-    """`torch.device("meta")` for all, fairscale's layers included: they call the legacy
-    constructor `torch.Tensor(rows, columns)`, which asks no default device."""
+    """`torch.device("meta")`, which also holds for fairscale's layers. They call the legacy
+    constructor `torch.Tensor(rows, columns)`, which ignores the default device."""
     with torch.device("meta"), _MetaDeviceMode():
         yield

@@ -117,15 +117,14 @@ class SamplingParams:
 
     @classmethod
     def of(cls, options: Mapping[str, Any]) -> "SamplingParams":
-        """From options by their names, as a caller or a file has them; GenerationError for a name
-        that is none."""
+        """Make them from options by name. Raises GenerationError for an unknown name."""
         known = [field.name for field in fields(cls)]
         if unknown := [name for name in options if name not in known]:
             raise GenerationError(f"unknown option {unknown[0]}: one of {', '.join(known)}")
         return cls(**options)
 
     def samples(self) -> list["SamplingParams"]:
-        """The same for each of the n samples alone, with seeds that follow each other."""
+        """The parameters of each of the n samples. Their seeds are consecutive."""
         seeds = [None if self.seed is None else self.seed + i for i in range(self.n)]
         return [replace(self, n=1, seed=seed) for seed in seeds]
 
@@ -170,7 +169,7 @@ def choose(
 def distribution(
     logits: Tensor, params: SamplingParams, prompt: Sequence[int], generated: Sequence[int]
 ) -> Tensor:
-    """What `choose` draws from at a temperature above 0: logits (V,) -> probabilities (V,)."""
+    """The distribution that `choose` draws from: logits (V,) -> probabilities (V,)."""
     probs = torch.softmax(_scaled(logits, params, prompt, generated), dim=-1)
     ids = _candidates(probs, params.top_p)
     sorted_probs, order = probs[ids].sort(descending=True)
@@ -181,18 +180,18 @@ def distribution(
 def _scaled(
     logits: Tensor, params: SamplingParams, prompt: Sequence[int], generated: Sequence[int]
 ) -> Tensor:
-    """Logits (V,) up to top_p, which is of probabilities."""
+    """Apply every option before top_p, which works on probabilities: logits (V,) -> (V,)."""
     logits = adjust_logits(logits.float(), params, prompt, generated)
     if params.temperature > 0:
         logits = truncate_logits(logits / params.temperature, params)
-    # One value tells: the largest is NaN where there is one, and -inf where nothing is above it.
+    # One value is enough: the largest is NaN where any logit is, and -inf where all are.
     if not math.isfinite(logits.max().item()):
         raise not_finite(params)
     return logits
 
 
 def not_finite(params: SamplingParams) -> GenerationError:
-    """What there is to say where logits hold NaN or only -inf."""
+    """The error for logits that hold NaN or only -inf."""
     return GenerationError(
         f"the logits of the next token are not finite at temperature {params.temperature}"
     )
@@ -219,7 +218,7 @@ def adjust_logits(
         penalties = params.presence_penalty + params.frequency_penalty * often
         logits = logits.index_add(0, ids, penalties, alpha=-1)
     if params.logits_processor is not None:
-        # The caller's function may write into its logits: it gets its own.
+        # The caller's function gets a copy, because it may write to it.
         processed = params.logits_processor([*prompt, *generated], logits.clone())
         if not isinstance(processed, Tensor) or processed.shape != logits.shape:
             is_tensor = isinstance(processed, Tensor)
@@ -259,16 +258,18 @@ def _nucleus(sorted_probs: Tensor, p: float | Tensor) -> Tensor:
 
 
 def _candidates(probs: Tensor, p: float) -> Tensor:
-    """Ids of tokens among which the nucleus is, mostly few: those of at most (1 - p) / V have no
-    more than 1 - p together. probs (V,)."""
+    """Ids that contain the nucleus; there are mostly few. probs (V,).
+
+    Tokens of at most (1 - p) / V have no more than 1 - p together, and are left out.
+    """
     ids = (probs > (1 - p) / len(probs)).nonzero().flatten()
-    # Rounding must not decide whether the nucleus is inside; without a cut only zeros are outside.
+    # The margin keeps rounding from cutting the nucleus. Where p is 1, only zeros are left out.
     inside = p == 1 or probs[ids].sum() > p + 1e-5
     return ids if inside else torch.arange(len(probs), device=probs.device)
 
 
 def _draw(probs: Tensor, p: float, generator: torch.Generator | None) -> Tensor:
-    """`sample_top_p` of one row, probs (V,) -> id (): the same token, mostly without its full sort.
+    """`sample_top_p` of one row, probs (V,) -> id (). It draws the same token without a full sort.
 
     On the CPU torch.multinomial gives every rank a random number of the exponential distribution
     and takes the largest ratio of probability to number.
@@ -279,23 +280,23 @@ def _draw(probs: Tensor, p: float, generator: torch.Generator | None) -> Tensor:
     if len(candidates) > len(probs) // 4:
         return sample_top_p(probs, p, generator).squeeze(-1)
     candidates = candidates.sort(descending=True).values
-    nucleus = torch.zeros_like(probs)  # as long as the row: its sum is rounded the same
+    nucleus = torch.zeros_like(probs)  # as long as the row, so that sums are rounded alike
     nucleus[: len(candidates)] = _nucleus(candidates, p)
     race = torch.empty_like(probs).exponential_(1, generator=generator)
     rank = (nucleus / nucleus.sum() / race).argmax()
     ids = (probs == candidates[rank]).nonzero().flatten()
-    # Of tokens that tie, the full sort knows which one has this rank.
+    # Where tokens tie, only the full sort tells which one has this rank.
     return ids[0] if len(ids) == 1 else probs.argsort(descending=True)[rank]
 
 
 def options_of(params: SamplingParams) -> list[float]:
-    """As numbers: temperature, top_k, the logarithm of min_p, top_p."""
+    """Options as numbers: temperature, top_k, the logarithm of min_p, top_p."""
     min_p = math.log(params.min_p) if params.min_p > 0 else -math.inf
     return [params.temperature, params.top_k, min_p, params.top_p]
 
 
 def draw_rows(logits: Tensor, options: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
-    """A token of each row's distribution after its options, the likeliest at temperature 0.
+    """Draw a token of each row by its options; the likeliest at temperature 0.
 
     logits (B, V), options (4, B) as of `options_of`, noise (B, V) of the exponential distribution
     -> ids (B,), and whether the logits were finite (B,). The noise is for the tokens from the

@@ -1,4 +1,4 @@
-"""Text to token ids and back, whatever the file: one `Tokenizer` opens them all.
+"""Text to token ids and back: one `Tokenizer` for every file format.
 
 Meta ships two kinds of `tokenizer.model`, and Hugging Face's folders hold the same vocabularies as
 `tokenizer.json`. What differs is in `tokenizer_model.py` and `tokenizer_json.py`, behind the same
@@ -20,7 +20,7 @@ __all__ = ["ChatFormat", "Dialog", "Message", "Role", "TextDecoder", "Tokenizer"
 
 
 class Tokenizer:
-    """The tokenizer of a Llama model, whichever of the formats its file has.
+    """The tokenizer of a Llama model, from a file of any of the formats.
 
     Args:
         model_path: a `tokenizer.model` or `tokenizer.json`; its content tells the format, its name
@@ -93,7 +93,7 @@ class Tokenizer:
         Raises:
             TokenizerError: an id is negative or not below `n_words`.
         """
-        ids = [index(i) for i in ids]  # a row of a tensor will do
+        ids = [index(i) for i in ids]  # a tensor row is accepted too
         self._check(ids)
         return self._backend.decode(ids)
 
@@ -107,11 +107,11 @@ class Tokenizer:
 
     @property
     def is_llama_2(self) -> bool:
-        """Whether it is of Llama 2's kind, pieces of SentencePiece, or else of Llama 3's."""
+        """Whether the vocabulary is of Llama 2's kind (SentencePiece), not of Llama 3's."""
         return self._backend.is_llama_2
 
     def is_like(self, other: "Tokenizer") -> bool:
-        """Whether another file's ids mean the same, as far as their number and a sample tell."""
+        """Whether another tokenizer has as many words, and the same ids for a sample text."""
         sample = 'A king\'s 3 sons said: "Добрый день, 你好!"\n'
         own, others = (each.encode(sample, bos=True, eos=True) for each in (self, other))
         return self.n_words == other.n_words and own == others
@@ -130,7 +130,7 @@ class Tokenizer:
 
 
 class TextDecoder:
-    """Decodes ids one at a time into whole characters, for text that is shown as it is generated.
+    """Decodes ids one at a time into whole characters, for text that is shown while generated.
 
     All that `push` returned and then `flush`, joined, is `tokenizer.decode` of all the ids. The
     cost of one id does not depend on how many came before. Use a new decoder for each text.

@@ -19,8 +19,8 @@ from llama.fast.quantize import Width
 from llama.generation import Llama
 from llama.sampling import SamplingParams
 
-# Lines under way for each row of the cache. Some are done and wait for an earlier one, since the
-# output keeps the order of the input; the others keep the engine full meanwhile.
+# Lines in flight for each row of the cache. Results are written in the order of the input, so some
+# finished lines wait for an earlier one. The others keep the engine full meanwhile.
 WINDOW = 16
 
 
@@ -61,7 +61,7 @@ def run_batch(
     Returns the number of lines and of those that failed, on every rank.
     Raises a LlamaError where no line could be run, before the model is loaded if it can be known.
     """
-    _sampling_params(options, {"seed": seed}, 0)  # a mistake here is no line's
+    _sampling_params(options, {"seed": seed}, 0)  # a mistake here is not one of a line
     target = parallel.local_device(device)
     parallel.initialize(model_parallel_size, target)
     group, n_groups = parallel.dp_rank(), parallel.dp_size()
@@ -169,7 +169,7 @@ def _run(llama: Llama, tasks: Iterable[Task], part: Part, window: int, bar: "tqd
     tasks = iter(tasks)
     under_way = deque(islice(tasks, window))
     while under_way:
-        # A step even where nothing needs one: the other ranks of the model wait for a word of us.
+        # Step even without work, because the other ranks of the model wait for a plan.
         n_tokens += sum(event.token is not None for event in llama.engine.step())
         n_results = 0
         while under_way and under_way[0].is_done:
@@ -185,7 +185,7 @@ def _run(llama: Llama, tasks: Iterable[Task], part: Part, window: int, bar: "tqd
 
 
 def _bar(done: bytearray, group: int, n_groups: int) -> "tqdm[Any]":
-    """Of the first group's lines, for the one rank that speaks."""
+    """A progress bar over the lines of the first group, on the main rank."""
     own = done[group::n_groups]
     return tqdm(
         total=len(own),
@@ -216,11 +216,11 @@ def _seed_of_line(seed: int, index: int) -> int:
 def _sampling_params(
     defaults: Mapping[str, Any], options: Mapping[str, Any], seed: int
 ) -> SamplingParams:
-    """The options, where missing the defaults; `seed` where neither has one."""
+    """The options over the defaults; `seed` where neither has a seed."""
     merged = {**defaults, **options}
     if merged.get("seed") is None:
         merged["seed"] = seed
-    if isinstance(bias := merged.get("logit_bias"), dict):  # JSON has but strings for keys
+    if isinstance(bias := merged.get("logit_bias"), dict):  # keys of JSON are strings
         try:
             merged["logit_bias"] = {int(token): value for token, value in bias.items()}
         except ValueError as error:

@@ -1,4 +1,4 @@
-"""A chat in the terminal: a dialog that grows, its commands, and what is sent of it."""
+"""A chat in the terminal: the dialog, its commands, and the prompt of each answer."""
 
 import contextlib
 import json
@@ -23,7 +23,7 @@ HELP = """\
 /help          this list
 /quit          leave, as does Ctrl-D
 A line that ends with \\ goes on in the next; lines between two lines of \"\"\" are one message.
-Ctrl-C stops an answer; what there is of it stays in the dialog."""
+Ctrl-C stops an answer. The part that was shown stays in the dialog."""
 
 BLOCK = '"""'
 
@@ -123,7 +123,7 @@ class Chat:
     # ---- an answer ----------------------------------------------------------------------------
 
     def _answer(self, messages: list[Message]) -> None:
-        """Show the answer to the last message; from then on, the dialog is these and the answer."""
+        """Show the answer to the last message, and add it to the dialog."""
         prompt = self._encode(messages)
         limit = self.llama.engine.max_seq_len
         if len(prompt) >= limit:
@@ -157,7 +157,7 @@ class Chat:
             f"{terminal.guessed(requests)}{end}"
         )
         answer = self.llama.formatter.decode_message(tokens, stop_token)
-        answer["content"] = text  # which a stop string may have cut
+        answer["content"] = text  # a stop string may have cut it
         self.answers = [*self.answers[: len(messages) // 2], self._answer_ids(answer, tokens)]
         self.messages = [*messages, answer]
 
@@ -177,7 +177,7 @@ class Chat:
         return tokens + formatter.encode_header({"role": "assistant", "content": ""})
 
     def _answer_ids(self, answer: Message, tokens: list[int]) -> list[int]:
-        """The answer as a message of a prompt: as it was generated, where all of it was shown."""
+        """The ids of an answer in a prompt: the generated ones, if the whole answer was shown."""
         formatter = self.llama.formatter
         if not isinstance(formatter, ChatFormat):
             return []

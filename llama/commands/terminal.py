@@ -1,4 +1,4 @@
-"""The terminal: texts as they are generated, a line about their speed, and the rank that has it."""
+"""The terminal: texts while they are generated, their speed, and the rank that owns it."""
 
 import contextlib
 import itertools
@@ -20,15 +20,15 @@ from llama.errors import GenerationError
 from llama.generation import Llama
 from llama.sampling import SamplingParams
 
-# Flags that `Llama.build` gets. The seed is one of them: then the same command says the same, and
-# an answer that is asked for again is another.
+# Flags that `Llama.build` gets. The seed is one of them: the same command gives the same texts, and
+# a repeated question in one chat gets another answer.
 BUILD_FLAGS = (
     "ckpt_dir", "tokenizer_path", "max_seq_len", "seed", "mode", "quantize", "kv_cache", "device",
     "dtype", "rope_factor", "draft", "lookup",
 )  # fmt: skip
 SIGN_OF_LIFE = parallel.TIMEOUT.total_seconds() / 5
 
-# What a model writes shall not steer the terminal.
+# Control characters of a model's text must not reach the terminal.
 _CONTROLS = {code: None for code in (*range(32), *range(127, 160)) if chr(code) not in "\t\n"}
 
 
@@ -51,7 +51,7 @@ def read_flags(
 
 
 def complete(llama: Llama, prompt: str | None, params: SamplingParams) -> None:
-    """Print how the model continues the prompt, as it comes; None: of standard input's text."""
+    """Print the continuation of the prompt while it is generated. None: standard input."""
     with owned(llama) as is_ours:
         if not is_ours:
             return
@@ -88,8 +88,11 @@ def read_input() -> str:
 
 
 def in_turn(events: Iterator[Event]) -> Iterator[tuple[int, Iterator[Event]]]:
-    """Each row and its events, one row after the other: the first as they come; of the others,
-    which are generated at the same time, what there is by then at once."""
+    """Each row and its events, one row after the other.
+
+    The first row's events come when they happen. The others, generated at the same time, wait for
+    their row's turn.
+    """
 
     def ordered() -> Iterator[Event]:
         held: defaultdict[int, deque[Event]] = defaultdict(deque)
@@ -116,12 +119,12 @@ def note(text: str) -> None:
 
 
 def speed(n_tokens: int, start: float) -> str:
-    """So many tokens since `start`, a time of perf_counter."""
+    """The speed of so many tokens since `start`, a time of perf_counter."""
     return f"{n_tokens} tokens, {n_tokens / (time.perf_counter() - start):.1f} a second"
 
 
 def guessed(requests: Collection[Request]) -> str:
-    """How many of the tokens that speculation proposed were right; nothing without any."""
+    """The acceptance rate of speculation; nothing where no token was proposed."""
     proposed = sum(request.proposed for request in requests)
     accepted = sum(request.accepted for request in requests)
     return f", {accepted} of {proposed} proposals right" if proposed else ""
@@ -135,7 +138,7 @@ def dim(text: str, file: TextIO) -> str:
 
 
 class _Signal(IntEnum):
-    """What the rank with the terminal tells the others."""
+    """Messages of the rank with the terminal to the others."""
 
     WAIT = 0
     STREAM = 1
@@ -144,8 +147,10 @@ class _Signal(IntEnum):
 
 @contextlib.contextmanager
 def owned(llama: Llama) -> Iterator[bool]:
-    """True on the first rank, which has the terminal and gets its texts from `stream`; the others
-    have followed it to its end and have nothing left to do."""
+    """Yields True on the first rank, which has the terminal and calls `stream`.
+
+    The other ranks follow to its end, and get False.
+    """
     if parallel.mp_rank() > 0:
         while (signal := _receive(llama)) is not _Signal.DONE:
             if signal is _Signal.STREAM:
@@ -161,14 +166,14 @@ def owned(llama: Llama) -> Iterator[bool]:
 def stream(
     llama: Llama, prompt: str | list[int] | Dialog, params: SamplingParams
 ) -> contextlib.AbstractContextManager[Iterator[Event]]:
-    """`llama.stream` of a prompt that only this rank knows; leaving the block cancels it."""
-    events = llama.stream(prompt, **vars(params))  # raises before anybody follows
+    """`llama.stream` of a prompt that only this rank has. Leaving the block cancels it."""
+    events = llama.stream(prompt, **vars(params))  # raises before the other ranks follow
     _send(llama, _Signal.STREAM)
     return contextlib.closing(events)
 
 
 def read_line(llama: Llama, prompt: str) -> str:
-    """A line that is typed, however long that takes; EOFError at the end."""
+    """Read a typed line, without a time limit. Raises EOFError at the end of the input."""
     prompt = prompt if sys.stdin.isatty() and sys.stdout.isatty() else ""
     if parallel.mp_size() == 1:
         return input(prompt)

@@ -1,4 +1,4 @@
-"""A batch job on disk: lines in, lines out, and going on after a stop without losing or repeating.
+"""A batch job on disk, which resumes after a stop without losing or repeating a line.
 
 OUT grows line by line. Several groups of ranks write a part each, OUT.part-0-of-2 and so on, which
 become OUT when all are done. A line is done when its result stands in any of these, whole.
@@ -25,7 +25,7 @@ BLOCK = 1 << 16  # bytes
 
 
 class BatchFiles:
-    """The files of one job: `input`, `output` and what lies beside it."""
+    """The files of one job: `input`, `output`, and the files beside the output."""
 
     def __init__(self, input: str, output: str) -> None:
         self.input, self.output = Path(input), Path(output)
@@ -111,7 +111,7 @@ class BatchFiles:
                 yield index, line
 
     def merge(self, n_lines: int) -> None:
-        """Make OUT of all parts, after the last line is done; one rank does."""
+        """Join all parts to the output after the last line is done. One rank calls this."""
         parts = self._parts()
         if parts == [self.output]:
             return
@@ -128,7 +128,7 @@ class BatchFiles:
 
 
 class Part:
-    """A file to which results are added, each a whole line, by this process alone."""
+    """A file that this process alone appends results to, one line each."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -151,7 +151,7 @@ class Part:
 
 
 def _open_locked(path: Path, mode: str) -> IO[bytes]:
-    """The file, which no other process can open so before this one closes it or dies."""
+    """Open the file with a lock that other processes wait for until this one closes it."""
     with _named(path):
         file = path.open(mode)
         try:
@@ -199,7 +199,7 @@ def _results(path: Path, n_lines: int) -> Iterator[tuple[int, bytes, dict[str, A
 
 
 def _end_of_last_line(file: IO[bytes]) -> int:
-    """Where the last whole line ends; what a kill left of another comes after it."""
+    """The end of the last complete line. A kill may leave part of a line after it."""
     position = file.seek(0, os.SEEK_END)
     while position > 0:
         start = max(0, position - BLOCK)

@@ -1,4 +1,4 @@
-"""How fast a model runs here: loading, prefill, decoding, memory, beside the speed of reading."""
+"""Measure a model on this machine: loading, prefill, decode, memory, beside the read bandwidth."""
 
 import math
 import platform
@@ -155,8 +155,8 @@ def report(figures: dict[str, Any]) -> str:
 
 
 def read_bytes(model: Transformer) -> int:
-    """Of the weights that one decode step of this rank reads: all but the embedding, of which it
-    takes single rows."""
+    """Bytes of the weights that one decode step of this rank reads: all but the embedding, of which
+    it reads single rows."""
     total = 0
     for module in model.modules():
         weight = getattr(module, "weight", None)
@@ -166,7 +166,7 @@ def read_bytes(model: Transformer) -> int:
 
 
 def _tensors(weight: Any) -> Iterator[Tensor]:
-    """Of a weight as it is, or quantized for a CPU, or for a GPU."""
+    """The tensors of a weight: plain, quantized for a CPU, or narrow on a GPU."""
     if isinstance(weight, Tensor):
         yield weight
     elif isinstance(weight, nn.Module):
@@ -182,7 +182,7 @@ def _seconds(work: Callable[[], object]) -> float:
 
 
 def _steps(engine: Engine, rows: int, n_tokens: int, n_new: int) -> Iterator[int]:
-    """Run prompts of random ids to their end; after each step, the tokens that came."""
+    """Run prompts of random ids to their end. Yields the number of new tokens after each step."""
     generator = torch.Generator().manual_seed(rows)
     params = SamplingParams(temperature=0, max_gen_len=n_new, ignore_eos=True)
     for row in range(rows):

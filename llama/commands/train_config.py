@@ -23,7 +23,7 @@ from llama.training.token_files import DistributedShardedDataLoader
 
 @dataclass(kw_only=True)
 class RunConfig:
-    """What every training run understands. Batches are counted for one rank."""
+    """The options of every training run. Batches are those of one rank."""
 
     out_dir: str  # folder of the run; where it holds a checkpoint, the run goes on from there
     batch: int = 8  # rows computed at a time
@@ -55,7 +55,7 @@ class RunConfig:
 
     @classmethod
     def read(cls, path: str | Path | None, flags: Mapping[str, Any]) -> Self:
-        """The TOML file's keys, then the flags; ConfigError for one that is unknown or wrong."""
+        """Read the TOML file, then the flags. Raises ConfigError for an unknown or wrong one."""
         given: dict[str, Any] = {}
         if path is not None:
             try:
@@ -85,7 +85,7 @@ class RunConfig:
 
 
 def _convert(name: str, value: Any, kind: str) -> Any:
-    """The value as the field wants it; whole numbers are numbers too."""
+    """Convert a value to the type of its field. A whole number is a number too."""
     if value is None and "None" in kind:
         return None
     if "float" in kind and isinstance(value, int) and not isinstance(value, bool):
@@ -163,7 +163,7 @@ def pretrain(config: PretrainConfig) -> Path:
 
 
 def finetune(config: FinetuneConfig) -> Path:
-    """Teach a checkpoint the assistant's part of dialogs; returns the last checkpoint."""
+    """Train a checkpoint on the assistant's messages of dialogs. Returns the last checkpoint."""
     device = _start(config)
     llama = Llama.build(
         config.ckpt_dir,

@@ -41,7 +41,7 @@ except ImportError as error:
 log = logging.getLogger("llama")
 
 MAX_GEN_LEN = 256  # tokens, where a task does not say
-QUEUED = 256  # prompts that the engine is given at a time
+QUEUED = 256  # prompts that are submitted at a time
 
 
 @register_model("llama-reference")
@@ -65,7 +65,7 @@ class LlamaLM(TemplateLM):
         self._ckpt_dir = ckpt_dir
 
     def get_model_info(self) -> dict[str, Any]:
-        """What the results say of the model."""
+        """The model's entry in the results."""
         return {"ckpt_dir": str(self._ckpt_dir or "bundled"), "max_length": self.max_length}
 
     @property
@@ -74,7 +74,7 @@ class LlamaLM(TemplateLM):
 
     @property
     def prefix_token_id(self) -> int:
-        """What an empty context stands for."""
+        """The token of an empty context."""
         return self.llama.tokenizer.bos_id
 
     def tok_encode(
@@ -89,8 +89,8 @@ class LlamaLM(TemplateLM):
         **kwargs: Any,
     ) -> list[tuple[float, bool]]:
         """For each (texts, context, continuation): the sum of the continuation's logprobs, and
-        whether greedy decoding would give it. What is too long loses its beginning."""
-        longest = self.max_length + 1  # the last token is predicted, and predicts nothing
+        whether it is the greedy one. A text that is too long loses its beginning."""
+        longest = self.max_length + 1  # the last token is only predicted
         lengths = [len(continuation) for _, _, continuation in requests]
         if max(lengths, default=0) >= longest:
             raise GenerationError(
@@ -155,7 +155,7 @@ class LlamaLM(TemplateLM):
 
 
 def _sampling_params(gen_kwargs: Mapping[str, Any]) -> SamplingParams:
-    """A task's generation_kwargs as ours; GenerationError for one that we do not have."""
+    """A task's generation_kwargs as options of ours. Raises GenerationError for an unknown one."""
     options = dict(normalize_gen_kwargs(dict(gen_kwargs), MAX_GEN_LEN))
     del options["do_sample"]  # without it the temperature is 0
     options |= {

@@ -1,4 +1,4 @@
-"""How well a model predicts a text: nats a token, perplexity, and bits a byte.
+"""Score texts: nats a token, perplexity, and bits a byte.
 
 Bits a byte compare models of any vocabulary, because bytes do not depend on how they are cut.
 """

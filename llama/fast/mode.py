@@ -9,9 +9,9 @@ from llama.errors import ConfigError
 from llama.fast.cpu.kernels.product import FLOATS, has_vnni, is_installed
 from llama.fast.quantize import Width
 
-# "reference": one prompt alone gets exactly what Meta's code computes. "fast": the last bits may
-# differ, since prompts are cut into pieces, what the cache holds is reused, and on the CPU the
-# products are those of this file.
+# "reference": a prompt that runs alone gets exactly what Meta's code computes. "fast": the last
+# bits may differ, because prompts are prefilled in chunks, prefixes are reused, and a CPU computes
+# with kernels of our own.
 Mode = Literal["reference", "fast"]
 CacheWidth = Literal["int8"]
 
@@ -19,8 +19,10 @@ CacheWidth = Literal["int8"]
 def check_mode(
     mode: Mode, quantize: Width | None, device: torch.device, dtype: torch.dtype
 ) -> bool:
-    """Whether the mode means a `FastTransformer` here, which is for CPUs. Raises ConfigError for an
-    unknown mode or width, or where quantizing needs more."""
+    """Whether the model becomes a `FastTransformer`, which is for CPUs.
+
+    Raises ConfigError for an unknown mode or width, and where the width cannot run here.
+    """
     if mode not in get_args(Mode):
         raise ConfigError(f"mode is {mode!r}: {' or '.join(get_args(Mode))}")
     if quantize not in (None, *get_args(Width)):
@@ -38,7 +40,7 @@ def check_mode(
 def drawback(
     mode: Mode, quantize: Width | None, device: torch.device, dtype: torch.dtype
 ) -> str | None:
-    """Why fast mode is slower here than elsewhere, for a log."""
+    """The reason why fast mode is slower here than it could be, for the log."""
     if mode != "fast" or device.type != "cpu":
         return None
     if not is_installed():
@@ -51,12 +53,13 @@ def drawback(
 
 
 def has_fp8(device: torch.device) -> bool:
-    """Whether it is a GPU that widens e4m3 by itself, from Ada and Hopper on."""
+    """Whether the device is a GPU that converts e4m3 itself: Ada, Hopper or newer."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9)
 
 
 def cache_dtype(mode: Mode, kv_cache: CacheWidth | None) -> torch.dtype | None:
-    """The cache's where one is asked for. Raises ConfigError where it cannot be had."""
+    """The dtype of the KV cache. None: that of the activations. Raises ConfigError for mode
+    reference, whose cache is never rounded."""
     if kv_cache not in (None, *get_args(CacheWidth)):
         raise ConfigError(f"kv_cache is {kv_cache!r}: {' or '.join(get_args(CacheWidth))}")
     if kv_cache is not None and mode != "fast":
@@ -65,7 +68,7 @@ def cache_dtype(mode: Mode, kv_cache: CacheWidth | None) -> torch.dtype | None:
 
 
 def check_proposing(mode: str, drafts: bool, lookup: bool) -> None:
-    """Raise ConfigError where tokens cannot be proposed as `Llama.build` was told."""
+    """Raise ConfigError where the options `draft` and `lookup` do not fit."""
     if (drafts or lookup) and mode != "fast":
         raise ConfigError(f"draft and lookup are for mode fast, but mode is {mode}")
     if drafts and lookup:
@@ -73,8 +76,7 @@ def check_proposing(mode: str, drafts: bool, lookup: bool) -> None:
 
 
 def check_draft(draft: ModelArgs, vocab_size: int, max_seq_len: int) -> None:
-    """Raise ConfigError where a model of this shape cannot draft for one with that vocabulary, in
-    texts of up to that length."""
+    """Raise ConfigError where a draft model does not fit the vocabulary or the length of texts."""
     if draft.vocab_size != vocab_size:
         raise ConfigError(
             f"the draft model's vocab_size is {draft.vocab_size}, the model's {vocab_size}: they "

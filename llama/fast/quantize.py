@@ -1,4 +1,4 @@
-"""Weights in eight and four bits: the formats, how they are made, and what they stand for.
+"""Weights in eight and four bits: their formats, quantizing and dequantizing.
 
 Only matrices (N, K) are quantized. A product reads eight rows at once, so that its sums lie in the
 eight lanes of a vector: the rows are stored interleaved by eights, and N is rounded up to one with
@@ -15,13 +15,13 @@ from torch import Tensor, nn
 from llama.errors import ConfigError
 
 LANES = 8  # rows that are interleaved
-QUAD = 4  # neighbours of a row that stay together: 32 bytes are eight rows' quads
+QUAD = 4  # neighbouring weights of a row that stay together; 32 bytes hold eight rows' quads
 GROUP = 32  # weights of a row that share a scale of four-bit weights
-OFFSET = 8  # four bits are stored as 0 to 15 and mean -8 to 7
-LAYOUT = 1  # of the tensors below, in files too: another one gets another number
+OFFSET = 8  # four bits are stored as 0 to 15 and stand for -8 to 7
+LAYOUT = 1  # version of the layout of the tensors below; files name it
 CUT = (LANES, GROUP)  # rows and columns that stay together where a weight is cut
-# Weights quantized at once: the copies made on the way stay small, and in caches. With larger ones
-# the heap is left with holes between the int8 weights, a third of their size.
+# Weights that are quantized at once. Small temporary copies stay in the caches. Larger ones leave
+# holes in the heap between the int8 weights, a third of their size.
 INT8_BLOCK, INT4_BLOCK = 1 << 16, 1 << 20
 
 
@@ -109,7 +109,7 @@ def quantize_int4(w: Tensor) -> Int4Weight:
 
 
 def dequantize(weight: Quantized) -> Tensor:
-    """The matrix that is stood for: float32 (N, K)."""
+    """The dequantized matrix: float32 (N, K)."""
     if isinstance(weight, Int8Weight):
         return weight.values.transpose(1, 2).flatten(2).flatten(0, 1) * weight.scale[:, None]
     quads = weight.packed.unflatten(2, (-1, LANES, QUAD))  # (N / 8, K / 32, quad, r, 4)
@@ -119,14 +119,16 @@ def dequantize(weight: Quantized) -> Tensor:
 
 
 def _steps(groups: Tensor, scale: Tensor) -> Tensor:
-    """Whole steps of the scale, -8 to 7; where the scale is 0, so is the group."""
+    """Weights as multiples of the scale, -8 to 7. Where the scale is 0, the whole group is 0."""
     scale = torch.where(scale == 0, 1, scale.float())[..., None]
     return (groups / scale).round_().clamp_(-8, 7)
 
 
 def _best_scale(groups: Tensor) -> Tensor:
-    """The better scale of each group (..., 32), as stored: the largest weight, whatever its sign,
-    falls on -8, the side with a step more, or on -7, with finer steps for the other 31."""
+    """The better of two scales of each group (..., 32), as stored.
+
+    The weight with the largest magnitude becomes -8, or -7 with finer steps for the other 31.
+    """
     least, most = groups.amin(-1), groups.amax(-1)
     largest = torch.where(-least > most, least, most)
     scales = [(largest / steps).bfloat16() for steps in (-8, -7)]
@@ -138,7 +140,7 @@ def _best_scale(groups: Tensor) -> Tensor:
 
 
 def _blocks(w: Tensor, weights: int) -> Iterator[tuple[slice, Tensor]]:
-    """Some eights of rows after the other: which, and their weights, float32 (n, 8, K)."""
+    """Blocks of n times eight rows: their indices and weights, float32 (n, 8, K)."""
     size = max(1, weights // (LANES * w.shape[1]))
     for start in range(0, -(-len(w) // LANES), size):
         rows = w[start * LANES : (start + size) * LANES].float()
@@ -159,8 +161,7 @@ def _check_finite(scale: Tensor) -> None:
 
 
 # ---- parts ------------------------------------------------------------------------------------
-# The first dimension of every tensor goes along the rows, the second, where there is one, along
-# the columns.
+# Dimension 0 of every tensor runs along the rows of the matrix, dimension 1 along its columns.
 
 
 def narrow(weight: Quantized, dim: int, start: int, length: int) -> Quantized:
@@ -184,8 +185,11 @@ def narrow(weight: Quantized, dim: int, start: int, length: int) -> Quantized:
 
 
 def join(parts: Sequence[Quantized], dim: int) -> Quantized:
-    """One weight of parts along its rows (dim 0) or columns (1), contiguous; a single part that
-    is so stays where it is. What parts of columns have in common, a row's scale, is the first's."""
+    """Concatenate parts along the rows (dim 0) or columns (1); contiguous.
+
+    A single contiguous part is returned as it is. Parts of columns share the scales of their rows,
+    which are taken from the first part.
+    """
 
     def joined(tensors: tuple[Tensor, ...]) -> Tensor:
         if len(tensors) == 1 or dim >= tensors[0].dim():
@@ -196,13 +200,13 @@ def join(parts: Sequence[Quantized], dim: int) -> Quantized:
 
 
 Width = Literal["int8", "int4", "fp8"]
-# Of a CPU, and of folders; a GPU has `device_weights`.
+# For a CPU and for folders. A GPU has `gpu/device_weights.py`.
 QUANTIZERS: dict[str, Callable[[Tensor], Quantized]] = {
     "int8": quantize_int8,
     "int4": quantize_int4,
 }
 KINDS: dict[str, type[Quantized]] = {"int8": Int8Weight, "int4": Int4Weight}
-# Of a weight, with its share of the scales.
+# Bytes of a weight, with its share of the scales.
 BYTES = {"int8": 1.0, "int4": 0.5 + 2 / GROUP, "fp8": 1.0}
 
 
@@ -212,6 +216,6 @@ def is_quantized(name: str) -> bool:
 
 
 def set_quantized(layer: nn.Module, weight: Quantized) -> None:
-    """Give a linear layer this in place of the parameter `weight`, for a FastTransformer."""
+    """Replace a linear layer's parameter `weight` by a quantized one, for a FastTransformer."""
     del layer.weight
     layer.weight = weight  # type: ignore[assignment]

@@ -1,4 +1,4 @@
-"""Dialogs as training data: what the assistant says has a loss, what it is told has none."""
+"""Dialogs as training data. Only what the assistant says has a loss."""
 
 import random
 from collections.abc import Iterable, Iterator
@@ -16,7 +16,7 @@ from llama.training.token_files import IGNORED
 
 @dataclass
 class Example:
-    """Token ids of one document, and for each whether it is to be learned: has a loss."""
+    """Token ids of one document, and for each whether it has a loss."""
 
     tokens: list[int]
     learned: list[bool]
@@ -43,8 +43,10 @@ def encode_dialog(formatter: ChatFormat, dialog: Dialog) -> Example:
 
 
 def cut_dialog(formatter: ChatFormat, dialog: Dialog, limit: int) -> Dialog:
-    """The dialog's longest beginning of whole turns that has at most `limit` tokens and ends with
-    the assistant; empty where even the first does not fit."""
+    """The longest prefix of whole turns of at most `limit` tokens that ends with the assistant.
+
+    It is empty where even the first turn does not fit.
+    """
     length, end = 1, 0
     for i, message in enumerate(dialog):
         length += len(formatter.encode_message(message))
@@ -69,7 +71,7 @@ def read_dialogs(path: str | Path) -> Iterator[tuple[int, Dialog]]:
 
 @dataclass
 class DialogData:
-    """Encoded dialogs, and what was left out of the file to make them fit."""
+    """Encoded dialogs, and the number of dialogs that were cut or dropped to fit."""
 
     examples: list[Example]
     cut: int  # dialogs that lost turns at their end

@@ -1,4 +1,4 @@
-"""A run on disk: folders `step_00000200`, each a Meta checkpoint and what resuming needs.
+"""Checkpoints of a training run: folders `step_00000200` in Meta's format, and how to resume.
 
 A folder is written under another name and renamed when all of it is on disk. So whatever is called
 step_… is whole, and a kill or a full disk leaves the ones before as they were.
@@ -37,7 +37,7 @@ class Run:
     loader: Loader
     tokenizer_path: str | Path | None  # copied into each checkpoint
     keep: int  # checkpoints, the newest
-    step: int = 0  # steps that were made
+    step: int = 0  # steps done
 
 
 def checkpoints(out_dir: Path) -> list[Path]:
@@ -68,7 +68,7 @@ def save(run: Run) -> Path:
             shutil.rmtree(partial, ignore_errors=True)
         raise TrainingError(f"step {run.step} could not be saved: {caught}") from caught
     if parallel.is_main_rank():
-        if final.exists():  # a resumed run that comes here again
+        if final.exists():  # a resumed run repeats this step
             shutil.rmtree(final)
         partial.rename(final)
         for old in checkpoints(run.out_dir)[: -run.keep]:
@@ -110,7 +110,7 @@ def load_newest(run: Run) -> bool:
     path = folder / _state_name(run)
     try:
         state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # whatever a damaged file makes of the reader
+    except Exception as error:  # a damaged file may raise anything
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise CheckpointError(f"cannot resume from {path}: {reason}") from error
     if state["ranks"] != _ranks():

@@ -12,7 +12,7 @@ from llama.training.token_files import write_token_file
 
 
 def read_documents(files: Iterable[str | Path], field: str = "text") -> Iterator[str]:
-    """The texts of files: a `.jsonl` has one in `field` of every line, all else is one itself.
+    """The texts of files. A `.jsonl` has one in `field` of every line; any other file is one text.
 
     Raises DataError that names the file, and the line that is not what it should be.
     """

@@ -1,4 +1,4 @@
-"""What a person sees of a run: a progress bar, TensorBoard scalars and sample texts."""
+"""The log of a run: a progress bar, TensorBoard scalars and sample texts."""
 
 import math
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ from llama.training.loop import StepReport, Trainer
 
 
 class TrainingLog:
-    """Called after every step of a `Trainer`; the main rank alone speaks.
+    """Called after every step of a `Trainer`. Only the main rank prints.
 
     Args:
         tokens_per_step: of all ranks, for the speed.
@@ -42,7 +42,7 @@ class TrainingLog:
     def __call__(self, trainer: Trainer, report: StepReport) -> None:
         if parallel.is_main_rank():
             self._show(trainer, report)
-        # Every rank of a model generates: each holds but a part of it.
+        # Every rank of a model takes part, because each holds a part of it.
         if self.sample_every and report.step % self.sample_every == 0:
             for prompt, text in zip(self.prompts, self.samples(trainer), strict=True):
                 if parallel.is_main_rank():
@@ -75,7 +75,7 @@ class TrainingLog:
                 self.writer.add_scalar(name, value, report.step)
 
     def samples(self, trainer: Trainer) -> list[str]:
-        """Greedy continuations of the prompts; the cache they need is dropped again."""
+        """Greedy continuations of the prompts. Their KV cache is freed afterwards."""
         model = trainer.model
         llama = Llama(model, self.tokenizer, max_batch_size=1)
         length = min(128, model.params.max_seq_len // 2)

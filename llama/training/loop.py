@@ -38,7 +38,7 @@ __all__ = ["DistributedShardedDataLoader", "Loader", "Trainer", "TrainingOptions
 
 @dataclass
 class TrainingOptions:
-    """How to train; learning rate and weight decay are the optimizer's."""
+    """How to train. Learning rate and weight decay belong to the optimizer."""
 
     steps: int = 1000
     warmup_steps: int = 50
@@ -64,13 +64,15 @@ class TrainingOptions:
 
 
 def shard_model(model: Transformer) -> Transformer:
-    """Split weights, gradients and so the optimizer's state over the data-parallel ranks, in
-    place; a layer is whole only while it computes. Before the optimizers are made."""
+    """Split weights, gradients and optimizer state over the data-parallel ranks (FSDP2), in place.
+
+    A layer is whole only while it computes. Call it before the optimizers are made.
+    """
     mesh = DeviceMesh.from_group(fs_init.get_data_parallel_group(), model.device.type)
     for layer in model.layers:
         fully_shard(layer, mesh=mesh)
     fully_shard(model, mesh=mesh)
-    for method in ("features", "logits"):  # which generation calls, for samples on the way
+    for method in ("features", "logits"):  # generation calls them, for sample texts
         register_fsdp_forward_method(model, method)
     return model
 
@@ -107,7 +109,7 @@ class Trainer:
         self.eval_loader, self.on_step = eval_loader, on_step
         self.eval_start = eval_loader.state_dict() if eval_loader is not None else {}
         self.device = model.device
-        self.step = 0  # that were made
+        self.step = 0  # steps done
         self.peak_rates = [[g["lr"] for g in o.param_groups] for o in self.optimizers]
         self.dp_size = parallel.dp_size()
         self.replica: nn.Module = model  # what computes logits
@@ -151,7 +153,7 @@ class Trainer:
         for i, batch in enumerate(batches):
             with self._gradients_stay(i < len(batches) - 1):
                 loss = self._loss(batch)
-                # The mean over all targets of the step is wanted; DDP averages over the replicas.
+                # The loss is the mean over all targets of the step. DDP averages over the replicas.
                 (loss * (self.dp_size / n_targets)).backward()
             total += loss.item()
         loss_mean = self._sum_over_replicas(total) / n_targets
@@ -226,7 +228,7 @@ class Trainer:
         return next_token_loss(logits, batch.targets, IGNORED, "sum")
 
     def _gradients_stay(self, stay: bool) -> contextlib.AbstractContextManager[None]:
-        """Whether gradients wait on their rank for the step's last batch."""
+        """Keep gradients on their rank until the last batch of the step, where `stay` is true."""
         if isinstance(self.replica, DistributedDataParallel) and stay:
             return self.replica.no_sync()
         if isinstance(self.replica, FSDPModule):
@@ -254,11 +256,11 @@ class _Batch:
 
 @dataclass
 class StepReport:
-    """What there is to say after a step."""
+    """The figures of a step."""
 
     step: int
     loss: float  # nats a token
     norm: float  # of the gradient, before clipping
     learning_rate: float
     seconds: float
-    held_out: float | None = None  # nats a token, where it was time to evaluate
+    held_out: float | None = None  # nats a token; None: not evaluated in this step

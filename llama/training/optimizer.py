@@ -1,4 +1,4 @@
-"""What turns gradients into steps: parameter groups, Muon, clipping over ranks, the schedule."""
+"""Optimization: the learning-rate schedule, gradient clipping over ranks, and Muon."""
 
 import math
 from collections.abc import Iterable
@@ -33,8 +33,10 @@ def check_schedule(steps: int, warmup_steps: int, decay_steps: int | None, final
 
 
 def learning_rate_factor(step: int, schedule: Schedule) -> float:
-    """What the learning rate is multiplied by in a step, counted from 0: a straight warm-up, then
-    a cosine down to `final_lr` at the end; with `decay_steps`, level and then a straight line."""
+    """The factor of the learning rate in a step, counted from 0.
+
+    A linear warm-up, then a cosine down to `final_lr`. With `decay_steps`: constant, then linear.
+    """
     if step < schedule.warmup_steps:
         return (step + 1) / schedule.warmup_steps
     if schedule.decay_steps is None:
@@ -114,8 +116,10 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonalize(matrix: Tensor, iterations: int = 5) -> Tensor:
-    """About the nearest matrix with all singular values 1: a Newton-Schulz iteration whose odd
-    polynomial pulls singular values in (0, 1] quickly to between 0.7 and 1.2."""
+    """Approximately the nearest matrix with all singular values 1, by a Newton-Schulz iteration.
+
+    Its odd polynomial moves singular values from (0, 1] to between 0.7 and 1.2.
+    """
     a, b, c = 3.4445, -4.7750, 2.0315
     x = matrix.mT if matrix.shape[0] > matrix.shape[1] else matrix  # the smaller product
     x = x / (x.norm() + 1e-7)

@@ -21,7 +21,7 @@ IGNORED = -100  # a target without a loss
 
 
 def write_token_file(path: str | Path, tokens: Iterable[int] | np.ndarray) -> int:
-    """Write one shard of tokens, atomically; returns how many."""
+    """Write one shard of tokens, atomically. Returns their number."""
     array = np.asarray(tokens if isinstance(tokens, np.ndarray) else list(tokens))
     if array.size and (array.min() < 0 or array.max() >= 2**32):
         raise DataError(f"{path}: token ids must be 0 to 2**32 - 1, not {array.min()}")
@@ -98,7 +98,7 @@ class DistributedShardedDataLoader:
         self.total_tokens = 0
         for file in self.files:
             count = len(read_token_file(file))
-            # A target is the token after, so a step needs one more than it consumes.
+            # A target is the next token, so a step needs one token more than it consumes.
             if count < self._step + 1:
                 raise DataError(
                     f"{file} has {count} tokens: one batch of {num_processes} rank(s) x {B} rows "
@@ -112,7 +112,7 @@ class DistributedShardedDataLoader:
         return self.num_processes * self.B * self.T
 
     def reset(self) -> None:
-        """Begin again with the first token of the first file."""
+        """Restart at the first token of the first file."""
         self._open(0, 0)
 
     def _open(self, shard: int, position: int) -> None:
@@ -122,7 +122,7 @@ class DistributedShardedDataLoader:
     def next_batch(self) -> tuple[Tensor, Tensor]:
         """Inputs and targets (B, T), int64: each target is the token after its input."""
         start = self.position + self.process_rank * self.B * self.T
-        # int64 from the mapped uint32: embeddings and losses want it
+        # embeddings and losses need int64
         block = torch.from_numpy(self._tokens[start : start + self.B * self.T + 1].astype(np.int64))
         self.position += self._step
         if self.position + self._step + 1 > len(self._tokens):
@@ -130,7 +130,7 @@ class DistributedShardedDataLoader:
         return block[:-1].view(self.B, self.T), block[1:].view(self.B, self.T)
 
     def state_dict(self) -> dict[str, int]:
-        """Where the next batch begins, the same on every rank."""
+        """The position of the next batch, the same on every rank."""
         return {"shard": self.shard, "position": self.position}
 
     def load_state_dict(self, state: dict[str, int]) -> None:

@@ -19,11 +19,11 @@ from llama.engine.row_sampling import RowSampler
 from llama.errors import GenerationError
 from llama.fast.gpu import static_step
 from llama.fast.gpu.device_weights import narrow
-from llama.fast.gpu.static_step import LEAST_KEYS, StaticStep
+from llama.fast.gpu.static_step import MIN_KEYS, StaticStep
 from llama.sampling import SamplingParams
 
 VOCAB = len(demo_pieces()) + 256
-MAX_SEQ_LEN = LEAST_KEYS + 40
+MAX_SEQ_LEN = MIN_KEYS + 40
 CPU = torch.device("cpu")
 PARTS = static_step.run_layer, static_step.run_output
 OPTIONS: list[dict[str, Any]] = [
@@ -63,7 +63,7 @@ def largest_difference(model: Transformer, rows: int, backend: str | None = None
         both.normal_(generator=torch.Generator().manual_seed(2))
     step = StaticStep(model, cache, backend)
     largest = 0.0
-    for i, position in enumerate([0, 1, LEAST_KEYS - 1, LEAST_KEYS, MAX_SEQ_LEN - 1]):
+    for i, position in enumerate([0, 1, MIN_KEYS - 1, MIN_KEYS, MAX_SEQ_LEN - 1]):
         positions = [max(0, position - 7 * row) for row in range(rows)]
         tokens = random_tokens(rows, seed=i)
         got = step(tokens, positions)
@@ -111,8 +111,8 @@ def test_compiled_layers(width: str | None) -> None:
 def test_sizes_are_few(model: Transformer) -> None:
     step = StaticStep(model, model.make_cache(6, MAX_SEQ_LEN))
     assert [step.n_rows(n) for n in range(1, 7)] == [1, 2, 4, 4, 6, 6]
-    edges = [1, LEAST_KEYS, LEAST_KEYS + 1, MAX_SEQ_LEN]
-    assert [step.n_keys(n) for n in edges] == [LEAST_KEYS, LEAST_KEYS, MAX_SEQ_LEN, MAX_SEQ_LEN]
+    edges = [1, MIN_KEYS, MIN_KEYS + 1, MAX_SEQ_LEN]
+    assert [step.n_keys(n) for n in edges] == [MIN_KEYS, MIN_KEYS, MAX_SEQ_LEN, MAX_SEQ_LEN]
 
 
 def test_the_step_looks_at_no_data(model: Transformer) -> None:
@@ -155,7 +155,7 @@ def results(model: Transformer, static: bool) -> list[Any]:
             **OPTIONS[i % len(OPTIONS)], seed=i, max_gen_len=None if i % 11 == 0 else 1 + i,
             logprobs=2 if i % 5 == 0 else None,
         )  # fmt: skip
-        length = LEAST_KEYS - 10 if i % 11 == 0 else 1 + i
+        length = MIN_KEYS - 10 if i % 11 == 0 else 1 + i
         requests.append(engine.submit(random_tokens(length, seed=i), params))
         engine.step()
     while engine.has_work:

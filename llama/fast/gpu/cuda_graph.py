@@ -1,4 +1,4 @@
-"""Work on static tensors as CUDA graphs; without a GPU it is called as it is."""
+"""Capture work on static tensors in CUDA graphs. Without a GPU the work is called directly."""
 
 from collections.abc import Callable, Hashable
 
@@ -20,10 +20,12 @@ class Graphs:
         self._captured: dict[Hashable, torch.cuda.CUDAGraph] = {}
         if device.type == "cuda":
             self._stream = torch.cuda.Stream(device)
-            self._pool = torch.cuda.graph_pool_handle()  # one memory: they run one by one
+            self._pool = (
+                torch.cuda.graph_pool_handle()
+            )  # one pool, because graphs run one after the other
 
     def run(self, key: Hashable, work: Callable[[], None]) -> None:
-        """Run the work, which is the same every time for one key."""
+        """Run the work. For one key it must be the same every time."""
         if self._device.type != "cuda":
             work()
             return
@@ -40,12 +42,12 @@ class Graphs:
                 work()
         current.wait_stream(self._stream)
         graph = torch.cuda.CUDAGraph()
-        # Other threads may go on using the GPU, as NCCL's watchdog does.
+        # Other threads, such as NCCL's watchdog, may use the GPU during the capture.
         with torch.cuda.graph(graph, self._pool, self._stream, capture_error_mode="thread_local"):
             work()
         return graph
 
 
 def next_power_of_two(n: int) -> int:
-    """The least power of two that is not below n: few sizes mean few graphs."""
+    """The least power of two that is n or more. Few sizes mean few graphs."""
     return 1 << (n - 1).bit_length()

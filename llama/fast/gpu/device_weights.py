@@ -36,7 +36,7 @@ class ScaledWeight(nn.Module):
         self.register_buffer("scale", scale)
 
     def forward(self, dtype: torch.dtype) -> Tensor:
-        """The matrix that is stood for, rounded once."""
+        """The dequantized matrix, rounded once."""
         return (self.values.float() * self.scale[:, None]).to(dtype)
 
 
@@ -55,7 +55,7 @@ class GroupedWeight(nn.Module):
         self.register_buffer("scales", scales)
 
     def forward(self, dtype: torch.dtype) -> Tensor:
-        """The matrix that is stood for, rounded once."""
+        """The dequantized matrix, rounded once."""
         places = torch.arange(0, 8, 4, dtype=torch.uint8, device=self.packed.device)
         steps = ((self.packed[..., None] >> places) & 15).float() - OFFSET  # (N, K / 2, 2)
         scaled = steps.view(len(steps), -1, GROUP) * self.scales.float()[..., None]
@@ -63,11 +63,13 @@ class GroupedWeight(nn.Module):
 
 
 def narrow_weight(weight: Tensor | Quantized, width: str, n: int) -> ScaledWeight | GroupedWeight:
-    """Round a matrix of n rows to int8, int4 or fp8, unless a folder has it so, which may fill up
-    the rows. Raises ConfigError where that cannot be done."""
+    """Round a matrix of n rows to int8, int4 or fp8, or take it as a folder holds it.
+
+    A folder may pad the rows. Raises ConfigError where the matrix cannot be rounded.
+    """
     k = weight.shape[1]
     if width == "fp8":
-        assert isinstance(weight, Tensor)  # no folder has it
+        assert isinstance(weight, Tensor)  # folders are never saved in fp8
         largest = weight.abs().amax(1, keepdim=True).float()
         if not largest.isfinite().all():
             raise ConfigError("a matrix with weights that are not finite cannot be quantized")
@@ -93,7 +95,7 @@ def _moved(weight: Tensor | Quantized, device: torch.device) -> Tensor | Quantiz
 
 
 class NarrowLinear(nn.Module):
-    """One of fairscale's linear layers with a narrow weight; ranks talk to each other as there."""
+    """A linear layer of fairscale's with a narrow weight, and the same collectives."""
 
     def __init__(self, layer: Any, width: str, device: torch.device) -> None:
         super().__init__()
@@ -110,8 +112,8 @@ class NarrowLinear(nn.Module):
 
 
 def narrow(model: Transformer, width: str, device: torch.device) -> None:
-    """Round a model's matrices, all but the embedding, one after the other, onto the device. What
-    is narrow already stays."""
+    """Round a model's matrices, all but the embedding, one after the other, and move them to the
+    device. Narrow ones stay as they are."""
     layers: list[tuple[Any, str]] = [(model, "output")]
     for block in model.layers:
         layers += [(block.attention, name) for name in ("wq", "wk", "wv", "wo")]

@@ -1,4 +1,4 @@
-"""A decode step whose shapes never change with what it computes, for a GPU to run as one graph.
+"""A decode step of static shapes, which a GPU runs as one CUDA graph.
 
 Launching a kernel from Python takes longer than most kernels of a decode step run. Captured once,
 the step is launched whole. So that a few graphs serve all steps, rows and positions are filled up
@@ -23,12 +23,12 @@ from llama.model import Transformer
 
 log = logging.getLogger("llama")
 
-LEAST_KEYS = 128  # positions: reading fewer would save nothing that shows
-MOST_SHAPES = 1024  # of rows and positions, for which layers are compiled
+MIN_KEYS = 128  # positions; reading fewer would save no measurable time
+MAX_SHAPES = 1024  # pairs of rows and positions that layers are compiled for
 
 
 class StaticStep:
-    """One new token for the first rows of a cache: ids and positions in, logits out.
+    """Decodes one token for the first rows of a cache: ids and positions in, logits out.
 
     Made for a model and a cache, both of which stay in their places.
 
@@ -41,7 +41,7 @@ class StaticStep:
         self.cache = cache
         device, rows = model.device, cache.max_batch_size
         on_gpu = device.type == "cuda"
-        # Pinned, the numbers go to the GPU without a wait.
+        # Pinned memory is copied to the GPU without a synchronisation.
         self._numbers = torch.zeros(2, rows, dtype=torch.long, pin_memory=on_gpu)
         self._inputs = torch.zeros(2, rows, dtype=torch.long, device=device)
         self._logits = torch.zeros(rows, model.vocab_size, device=device)
@@ -51,16 +51,16 @@ class StaticStep:
         self._graphs = Graphs(device)
 
     def n_rows(self, n: int) -> int:
-        """How many rows a step has that is to have n or more."""
+        """The number of rows of a step for n rows."""
         return min(next_power_of_two(n), self.cache.max_batch_size)
 
     def n_keys(self, n: int) -> int:
-        """How many positions of the cache a step sees that is to see n or more."""
-        return min(next_power_of_two(max(n, LEAST_KEYS)), self.cache.max_seq_len)
+        """The number of cache positions that a step for n positions reads."""
+        return min(next_power_of_two(max(n, MIN_KEYS)), self.cache.max_seq_len)
 
     def __call__(self, tokens: Sequence[int], start_pos: Sequence[int]) -> Tensor:
-        """The ids of the first rows, as many as `n_rows` gives, and their positions, which the
-        cache has -> logits, float32 (B, V), which the next step overwrites."""
+        """Ids and positions of the first B rows, B as `n_rows` gives -> logits, float32 (B, V). The
+        next step overwrites the logits."""
         n_rows, n_keys = len(tokens), self.n_keys(max(start_pos) + 1)
         assert n_rows == self.n_rows(n_rows), n_rows
         self._numbers[:, :n_rows] = torch.tensor([tokens, start_pos])
@@ -84,8 +84,11 @@ def decode(
     layer: Callable[..., Tensor],
     output: Callable[..., Tensor],
 ) -> Tensor:
-    """One token for each row: ids (B,), positions (B,) -> logits, float32 (B, V). Nothing that the
-    tensors hold is looked at. layer, output: `run_layer` and `run_output`, or these compiled."""
+    """One token for each row: ids (B,), positions (B,) -> logits, float32 (B, V).
+
+    Tensor contents are never read here, because that would synchronise with the GPU. layer, output:
+    `run_layer` and `run_output`, or these compiled.
+    """
     h = model.tok_embeddings(tokens[:, None])  # (B, 1, D)
     inputs = model.layer_inputs(h, positions, cache.max_seq_len)
     for layer_id, block in enumerate(model.layers):
@@ -94,17 +97,17 @@ def decode(
 
 
 def run_layer(block: Any, h: Tensor, *rest: Any) -> Tensor:
-    """Call a TransformerBlock: what is compiled."""
+    """Call a TransformerBlock. This function is compiled."""
     return block(h, *rest)
 
 
 def run_output(model: Transformer, h: Tensor) -> Tensor:
-    """What follows the layers: (B, 1, D) -> (B, V)."""
+    """Norm and output matrix: (B, 1, D) -> (B, V)."""
     return model.logits(model.norm(h))[:, 0]
 
 
 def can_compile() -> bool:
-    """Whether inductor finds what it compiles with on a GPU: Triton and a C compiler."""
+    """Whether inductor can compile for a GPU: it needs Triton and a C compiler."""
     compilers = os.environ.get("CC"), shutil.which("gcc"), shutil.which("clang")
     if importlib.util.find_spec("triton") is not None and any(compilers):
         return True
@@ -113,18 +116,22 @@ def can_compile() -> bool:
 
 
 def compiled(function: Callable[..., Tensor], backend: str | None) -> Callable[..., Tensor]:
-    """The function, compiled for every shape that it meets, where no other rank takes part: what
-    fairscale says to the others is not what a compiler understands."""
+    """The function, compiled for each shape.
+
+    With several ranks it stays as it is, because a compiler does not understand fairscale's
+    collectives.
+    """
     if backend is None or parallel.mp_size() > 1:
         return function
-    torch._dynamo.allow_in_graph(reduce_from_model_parallel_region)  # one rank's input as it is
-    # Products are tried out: as reductions for one row, and with the widening of narrow weights
-    # inside them for several.
+    torch._dynamo.allow_in_graph(
+        reduce_from_model_parallel_region
+    )  # with one rank it returns its input
+    # Autotuning tries reductions for one row, and products that dequantize inside for several.
     mode = "max-autotune-no-cudagraphs" if backend == "inductor" else None
     whole = torch.compile(function, fullgraph=True, dynamic=False, backend=backend, mode=mode)
 
     def call(*args: Any) -> Tensor:
-        with torch._dynamo.config.patch(recompile_limit=MOST_SHAPES):
+        with torch._dynamo.config.patch(recompile_limit=MAX_SHAPES):
             return whole(*args)
 
     return call

@@ -15,8 +15,8 @@ from llvmlite.ir import Value
 from numba.core import cgutils, types
 from numba.extending import intrinsic
 
-LANES = 16  # at most
-AHEAD = 8  # positions: they lie too far apart for the processor to guess the next
+MAX_LANES = 16
+PREFETCH = 8  # positions ahead; they lie too far apart for the processor to prefetch them itself
 
 i8, i32, i64, f32 = ir.IntType(8), ir.IntType(32), ir.IntType(64), ir.FloatType()
 ANY_ORDER = ("reassoc", "contract", "nsz")
@@ -27,13 +27,13 @@ class _Pieces:
 
     def __init__(self, b: Builder, kind: str, head_dim: int) -> None:
         self.b = b
-        self.lanes = math.gcd(head_dim, LANES)
+        self.lanes = math.gcd(head_dim, MAX_LANES)
         self.count = head_dim // self.lanes
         self.floats = ir.VectorType(f32, self.lanes)
         self.cached = self.floats if kind == "float32" else ir.VectorType(i8, self.lanes)
 
     def at(self, address: Value, kind: ir.VectorType) -> list[Value]:
-        """Where the pieces lie."""
+        """The offsets of the vectors in a head."""
         first = self.b.inttoptr(address, kind.as_pointer())
         return [self.b.gep(first, [ir.Constant(i32, i)]) for i in range(self.count)]
 
@@ -76,15 +76,15 @@ class _Pieces:
 
     @contextmanager
     def loop(self, count: Value, address: Value, step: Value) -> Iterator[tuple[Value, Value]]:
-        """Over positions: their number and their address; what comes next is asked for early."""
+        """Loop over positions, with their index and address. Later positions are prefetched."""
         with cgutils.for_range(self.b, count) as loop:
             here = self.b.add(address, self.b.mul(loop.index, step))
-            self.prefetch(self.b.add(here, self.b.mul(step, ir.Constant(i64, AHEAD))))
+            self.prefetch(self.b.add(here, self.b.mul(step, ir.Constant(i64, PREFETCH))))
             yield loop.index, here
 
 
 def _float(b: Builder, address: Value, index: Value) -> Value:
-    """The address of the float32 of that number."""
+    """The address of the float32 at an index."""
     return b.gep(b.inttoptr(address, f32.as_pointer()), [index])
 
 
@@ -123,7 +123,7 @@ def add_values(
     context: Any, kind: Any, head_dim: Any, weights: Any, count: Any, values: Any, step: Any,
     out: Any,
 ) -> tuple[Any, Callable[..., Value]]:  # fmt: skip
-    """out += the sum of weights[i] * value i, over the `count` values; see `score`."""
+    """out += the sum of weights[i] * value i, over the `count` values; see `score_keys`."""
     signature = types.void(kind, head_dim, *[types.int64] * 5)
 
     def generate(context: Any, b: Builder, signature: Any, operands: list[Value]) -> Value:

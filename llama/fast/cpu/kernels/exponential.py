@@ -1,4 +1,4 @@
-"""exp in float32 as arithmetic alone, so that a loop of them becomes vector instructions.
+"""exp in float32, by arithmetic only, so that a loop of it compiles to vector instructions.
 
 numba's own np.exp is a call of the C library's for every single number.
 """
@@ -8,7 +8,7 @@ import math
 import numpy as np
 from numba import njit
 
-LEAST, MOST = -87, 88  # beyond them the result is no normal number
+MIN_X, MAX_X = -87, 88  # beyond them the result is no normal number
 PER_OCTAVE = np.float32(1 / math.log(2))
 # log(2) in two pieces, of which the first has so few bits that its multiples are exact.
 OCTAVE = np.float32(0.693359375)
@@ -23,7 +23,7 @@ def exp(x):  # type: ignore[no-untyped-def]
     x = octaves * log(2) + rest: 2**octaves is a matter of the exponent's bits, and |rest| <= 0.35
     needs few terms of the series.
     """
-    x = min(max(x, np.float32(LEAST)), np.float32(MOST))
+    x = min(max(x, np.float32(MIN_X)), np.float32(MAX_X))
     octaves = np.rint(x * PER_OCTAVE)
     rest = x - octaves * OCTAVE - octaves * OCTAVE_REST
     series = C3 + rest * (C4 + rest * (C5 + rest * (C6 + rest * C7)))

@@ -1,4 +1,4 @@
-"""Two cores have room for one pool of threads: the kernels run on PyTorch's own.
+"""The thread pool: kernels run on the OpenMP threads of PyTorch.
 
 A second pool, numba's say, would fight for the cores with PyTorch's threads, which wait for their
 next work spinning. So the entry to the OpenMP runtime is looked up in the one that PyTorch has
@@ -24,20 +24,20 @@ def _parallel() -> Callable[[int, int, int, int], None] | None:
 
 
 def threads() -> int:
-    """How many threads `run` takes: `torch.get_num_threads()`, or one without PyTorch's pool."""
+    """The number of threads of `run`: `torch.get_num_threads()`, or one without PyTorch's pool."""
     return torch.get_num_threads() if _parallel() else 1
 
 
 @functools.cache
 def yield_address() -> int:
-    """Of the C function that gives the processor to another thread; 0 where there is no pool."""
+    """The address of sched_yield; 0 where there is no pool."""
     if _parallel() is None:
         return 0
     return address(ctypes.CDLL(None).sched_yield)
 
 
 def address(function: Callable[..., object]) -> int:
-    """Of a C function's code."""
+    """The address of a C function."""
     return ctypes.cast(function, ctypes.c_void_p).value  # type: ignore
 
 

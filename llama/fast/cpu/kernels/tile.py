@@ -1,4 +1,4 @@
-"""Tiles of a product, some rows of weights times some rows of activations, as LLVM instructions.
+"""Register tiles: some rows of weights times some rows of activations, as LLVM instructions.
 
 A tile keeps all its sums in registers. Each sum runs over eight lanes in one order, whatever the
 tile's size, so that a result does not depend, to the last bit, on what is computed beside it.
@@ -40,11 +40,11 @@ from llama.fast.cpu.kernels.instructions import (
 )
 from llama.fast.quantize import GROUP, LANES, QUAD
 
-AHEAD = 2048  # bytes
+PREFETCH = 2048  # bytes ahead
 
 
 class Integers:
-    """Sums of products of bytes in eight lanes, each of four neighbours, exact.
+    """Exact sums of products of bytes: eight lanes, each the sum of four neighbouring products.
 
     is_signed: weights are -127 to 127, else 0 to 15 and at most eight of them are added; the other
     factor is -127 to 127. The instructions take unsigned times signed bytes: signed weights give
@@ -57,7 +57,7 @@ class Integers:
         self.psign = functools.partial(call_instruction, b, "llvm.x86.avx2.psign.b", bytes32)
 
     def add(self, total: Value | None, w: Value, x: Value) -> Value:
-        """total, None at first, and the products of 32 weights and 32 x."""
+        """Add the products of 32 weights and 32 activations to `total`, which is None at first."""
         b = self.b
         if self.isa == "plain":
             wide = ir.VectorType(i16, 32)
@@ -147,7 +147,7 @@ class _Tile:
         with cgutils.for_range(b, lines) as loop:
             i = b.add(self.begin, mul_const(b, loop.index, line))
             for start in w_starts:
-                prefetch(b, self.w, b.add(start, add_const(b, mul_const(b, i, width), AHEAD)))
+                prefetch(b, self.w, b.add(start, add_const(b, mul_const(b, i, width), PREFETCH)))
             for j in range(0, line, LANES):
                 multiply(add_const(b, i, j), floats8, half, sums)
         done = b.add(self.begin, mul_const(b, lines, line))
@@ -211,14 +211,14 @@ class _Tile:
             self._store(total, i)
 
     def _weights(self, group: Value, size: int) -> Value:
-        """Where a group's weights start; those to come are asked for."""
+        """The address of a group's weights. Later groups are prefetched."""
         start = mul_const(self.b, group, size)
         for line in range(0, size, 64):
-            prefetch(self.b, self.w, add_const(self.b, start, AHEAD + line))
+            prefetch(self.b, self.w, add_const(self.b, start, PREFETCH + line))
         return start
 
     def _quad(self, x: Value, quad: int) -> Value:
-        """Four neighbours of a group of activations, eight times."""
+        """Four neighbouring activations of a group, repeated in eight lanes."""
         four = load_at(self.b, i32, x, ir.Constant(i64, QUAD * quad))
         return self.b.bitcast(broadcast(self.b, four), bytes32)
 
@@ -227,8 +227,11 @@ class _Tile:
         products: Callable[[Value, list[Value]], list[Value]],
         scales: Callable[[Value], Value] | None,
     ) -> list[Value]:
-        """The sums over all groups of the products in integers, times the steps of x and, where
-        groups have scales, times those; then weights have an offset too, which is taken off."""
+        """Sum the integer products of all groups, each times the scale of its activations.
+
+        int4 groups are multiplied by their own scale too, and the offset of their weights is
+        subtracted.
+        """
         b = self.b
         totals = [cgutils.alloca_once_value(b, splat(floats8, 0)) for _ in self.inputs]
         groups = b.udiv(self.k, ir.Constant(i64, GROUP))
@@ -296,5 +299,5 @@ def tile(
 
 
 def tile_rows(kind: str) -> int:
-    """Rows of weights in a tile: of floats, with four of x, as many as there are registers for."""
+    """Rows of weights in a tile. Three rows of floats times four of x fill AVX2's registers."""
     return LANES if kind in ("int8", "int4") else 3

@@ -113,10 +113,11 @@ def local_device(device: str | torch.device | None = None) -> torch.device:
         raise ParallelError(f"unknown device {device!r}") from error
     if device.type == "cuda":
         index = _environment("LOCAL_RANK", 0) if device.index is None else device.index
-        if index >= torch.cuda.device_count():
-            raise ParallelError(
-                f"this rank needs GPU {index}, but {torch.cuda.device_count()} are visible"
-            )
+        count = torch.cuda.device_count()
+        if count == 0:
+            raise ParallelError(f"device is {str(device)!r}, but no GPU is visible to PyTorch")
+        if index >= count:
+            raise ParallelError(f"this rank needs GPU {index}, but {count} are visible")
         return torch.device("cuda", index)
     return device
 

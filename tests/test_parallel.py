@@ -99,7 +99,7 @@ def test_devices() -> None:
     with pytest.raises(ParallelError, match="unknown device 'abacus'"):
         parallel.local_device("abacus")
     if not torch.cuda.is_available():
-        with pytest.raises(ParallelError, match="needs GPU 0, but 0 are visible"):
+        with pytest.raises(ParallelError, match="no GPU is visible to PyTorch"):
             parallel.local_device("cuda")
 
 

@@ -77,15 +77,15 @@ def local_folder(name: str | Path) -> Path:
         ) from error
     except errors.RepositoryNotFoundError as error:
         raise CheckpointError(
-            f"{repository} is no folder, and no repository on the Hugging Face Hub; if it is "
-            f"private, {LOG_IN}"
+            f"no such folder: {repository}; nor is it a repository on the Hugging Face Hub; if it "
+            f"is private, {LOG_IN}"
         ) from error
     except errors.RevisionNotFoundError as error:
         raise CheckpointError(f"{repository} has no revision {revision}") from error
     except errors.LocalEntryNotFoundError as error:
         raise CheckpointError(
-            f"{name} is no folder and not all in Hugging Face's cache, and the Hub cannot be "
-            f"reached: check the network and HF_HUB_OFFLINE"
+            f"no such folder: {name}; as an id on the Hugging Face Hub it is not in the cache, and "
+            "the Hub cannot be reached: check the network and HF_HUB_OFFLINE"
         ) from error
     except Exception as error:  # the network library is not always the same
         reason = (str(error) or type(error).__name__).splitlines()[0]

@@ -151,7 +151,7 @@ def test_what_is_fetched_and_what_is_not(server: Hub, folder: Path, tmp_path: Pa
     assert snapshot.name == COMMIT
     assert kind_of(snapshot) == "base"  # by the name of the repository
     assert "tiny/gated is gated: accept its licence at https://huggingface.co/tiny/gated" in gated
-    assert "tiny/none is no folder, and no repository on the Hugging Face Hub" in none
+    assert "no such folder: tiny/none; nor is it a repository on the Hugging Face Hub" in none
     assert revision == "tiny/Llama-3.2-1B has no revision v9"
     assert "tiny/pickled has no .safetensors: fetch its files with `hf download" in pickled
     assert not any("\n" in error for error in errors)
@@ -165,7 +165,7 @@ def test_without_a_network_the_cache_has_to_do(server: Hub, tmp_path: Path) -> N
     for ((logits, _),), (newest, pinned, other) in zip(first, again, strict=True):
         assert torch.equal(logits, newest[0])
         assert torch.equal(logits, pinned[0])
-        assert "tiny/other is no folder and not all in Hugging Face's cache" in other
+        assert "no such folder: tiny/other; as an id" in other
 
 
 def test_names_that_are_folders_or_no_ids(

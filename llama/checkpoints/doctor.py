@@ -54,7 +54,11 @@ def check_memory(setup: Setup, available: float) -> Finding:
     free = f"{size(available)} free on {setup.device}"
     if needed > available:
         fitting = ", ".join(_fitting(setup, available))
-        advice = f"each of these alone would fit: {fitting}" if fitting else "no smaller KV cache would fit"
+        advice = (
+            f"each of these alone would fit: {fitting}"
+            if fitting
+            else "no smaller KV cache would fit"
+        )
         raise ConfigError(f"not enough memory: {text}, but {free}; {advice}")
     if needed + mapped * min(setup.sharers, setup.mp_size) > available:
         slow = "fits only from disk, slowly: weights are read again whenever they are used"

@@ -77,7 +77,9 @@ def test_memory_by_the_byte(folder: Path) -> None:
 def test_what_is_advised_fits(folder: Path) -> None:
     setup = make_setup(folder)
     own = setup.weight_bytes()[0]
-    with pytest.raises(ConfigError, match="each of these alone would fit: max_seq_len 32, max_batch_size 1, ") as error:
+    with pytest.raises(
+        ConfigError, match="each of these alone would fit: max_seq_len 32, max_batch_size 1, "
+    ) as error:
         doctor.check_memory(setup, own + setup.cache_bytes / 4)
     # Two ranks for two shards copy no weights.
     assert str(error.value).endswith("dtype bfloat16, 2 ranks")
@@ -143,7 +145,10 @@ def test_build_refuses_a_cache_without_memory(folder: Path, tmp_path: Path) -> N
     assert "not enough memory: " in error_of(folder, 10**9)
     for error in run_ranks(2, tmp_path, error_of, folder, 10**9):
         assert "of KV cache for each of 2 ranks, but" in error
-        assert "each of these alone would fit: max_seq_len" in error or "each of these alone would fit: max_batch_size" in error
+        assert (
+            "each of these alone would fit: max_seq_len" in error
+            or "each of these alone would fit: max_batch_size" in error
+        )
 
 
 # ---- tokenizer, model, device -----------------------------------------------------------------

@@ -22,6 +22,7 @@ from make_checkpoint import DTYPES, SHAPES
 from tqdm import tqdm
 
 from llama import ModelArgs, Transformer
+from llama.commands.limits import check_count, count_tokens
 from llama.engine.engine import Engine
 from llama.engine.request import Request
 from llama.fast.cpu.transformer import FastTransformer
@@ -39,7 +40,7 @@ Network = Transformer | FastTransformer
 
 
 def numbers(n: int, seed: int = 0) -> list[int]:
-    return [random.Random(seed + i).randrange(1000) for i in range(n)]
+    return [random.Random(seed + i).randrange(600) for i in range(n)]
 
 
 @torch.inference_mode()
@@ -63,8 +64,10 @@ def metas_loop(model: Transformer, prompts: list[list[int]]) -> list[list[int]]:
 def run(engine: Engine, prompts: list[list[int]], n: int) -> list[Request]:
     params = SamplingParams(temperature=0, max_gen_len=n)
     requests = [engine.submit(prompt, params) for prompt in prompts]
+    count = 0
     while engine.has_work:
-        engine.step()
+        count += count_tokens(engine.step())
+    check_count("engine", count, n * len(prompts))
     return requests
 
 
@@ -87,9 +90,10 @@ def decoding_rate(network: Network, rows: int) -> float:
         engine.submit(numbers(16, seed=i), params)
     engine.step()
     start = time.perf_counter()
-    for _ in range(NEW // 2):
-        engine.step()
-    return rows * (NEW // 2) / (time.perf_counter() - start)
+    count = sum(count_tokens(engine.step()) for _ in range(NEW // 2))
+    seconds = time.perf_counter() - start
+    check_count(f"decode, {rows} rows", count, rows * (NEW // 2))
+    return count / seconds
 
 
 def first_token(engine: Engine, prompt: list[int]) -> tuple[float, list[int]]:

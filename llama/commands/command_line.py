@@ -39,7 +39,7 @@ def nearest(name: str, known: Iterable[str], prefix: str = "") -> str:
 def checked(command: Command, words: Sequence[str], usage: str) -> list[str]:
     """The words for fire. fire itself would run a command first and complain afterwards."""
     flags = all_flags(command)
-    arguments, _ = own_flags(command)
+    arguments, own = own_flags(command)
     result: list[str] = []
     given: set[str] = set()
     n_plain = 0
@@ -65,9 +65,8 @@ def checked(command: Command, words: Sequence[str], usage: str) -> list[str]:
         elif not flag.is_switch:
             raise LlamaError(f"--{flag.name} needs a value ({flag.kind}); see {usage} --help")
     by_position = {flag.name for flag in arguments[:n_plain]}
-    # What a configuration file may hold is not missing on the command line.
-    needed = [*arguments, *own_flags(command)[1]]
-    for flag in needed:
+    # Flags of a group are not checked here, because a configuration file may hold them.
+    for flag in (*arguments, *own):
         if flag.default is None and flag.name not in given | by_position:
             shown = f"--{flag.name}" if flag not in arguments else flag.name.upper()
             raise LlamaError(f"{shown} is missing: {flag.meaning}; see {usage} --help")

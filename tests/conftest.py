@@ -12,6 +12,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 # A GPU in the machine is hidden: `make test` is about the CPU, `make test-gpu` sets LLAMA_TEST_GPU.
 if "LLAMA_TEST_GPU" not in os.environ:
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    os.environ["TRITON_INTERPRET"] = "1"  # a GPU's kernels run in Triton's interpreter
 
 import pytest
 import torch

@@ -4,6 +4,7 @@ from llama.engine.engine import Engine
 from llama.engine.worker import Network
 from llama.fast.cpu.transformer import FastTransformer
 from llama.fast.gpu import device_weights
+from llama.fast.gpu.transformer import GpuTransformer
 from llama.fast.mode import CacheWidth, Mode, cache_dtype, check_mode
 from llama.fast.quantize import Width
 from llama.model import Transformer
@@ -23,7 +24,7 @@ def make_engine(
 ) -> Engine:
     """The options are those of `Llama.build`; max_batch_size None: the model's.
 
-    In mode fast the models become `FastTransformer`s on a CPU, and take narrow weights on a GPU.
+    In mode fast the models become `FastTransformer`s on a CPU and `GpuTransformer`s on a GPU.
     """
     rows = model.params.max_batch_size if max_batch_size is None else max_batch_size
     weight = model.norm.weight
@@ -31,9 +32,13 @@ def make_engine(
     is_fast_on_gpu = mode == "fast" and weight.device.type == "cuda"
 
     def network(model: Transformer) -> Network:
-        if is_fast_on_gpu and quantize is not None:
+        if is_fast_on_cpu:
+            return FastTransformer(model, quantize)
+        if not is_fast_on_gpu:
+            return model
+        if quantize is not None:
             device_weights.narrow(model, quantize, weight.device)
-        return FastTransformer(model, quantize) if is_fast_on_cpu else model
+        return GpuTransformer(model)
 
     return Engine(
         network(model), rows, model.params.max_seq_len, tokenizer, seed,

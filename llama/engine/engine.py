@@ -8,6 +8,7 @@ the same prefix reuses them.
 Only one thread may call an engine's methods.
 """
 
+import functools
 from collections import deque
 from collections.abc import Sequence
 
@@ -15,9 +16,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from llama import sampling
+from llama import parallel, sampling
 from llama.cache import KVCache
 from llama.engine.admission import check_prompt, choose_slot
+from llama.engine.lookahead import Lookahead
 from llama.engine.plan import Action, Plan, Wanted, filled_up
 from llama.engine.proposer import Proposer
 from llama.engine.request import Event, Request
@@ -29,8 +31,8 @@ from llama.engine.token_choice import TokenChooser
 from llama.engine.worker import Network, Worker
 from llama.errors import GenerationError
 from llama.fast.gpu.static_step import StaticStep
+from llama.fast.gpu.transformer import GpuTransformer
 from llama.fast.mode import check_draft
-from llama.model import Transformer
 from llama.sampling import SamplingParams
 from llama.tokenizer import Tokenizer
 
@@ -51,8 +53,7 @@ class Engine:
         cache_dtype: of the keys and values, int8 too; None: as the model computes.
         draft: a smaller model with the same vocabulary, which proposes tokens to this one.
         lookup: propose the tokens that followed the last ones earlier in the text.
-        static: decode in steps of static shapes and sample on the device; for a Transformer on a
-            GPU.
+        static: decode in steps of static shapes and sample on the device; for a GpuTransformer.
 
     Raises GenerationError where a number is out of its range, ConfigError for a draft model that
     does not go with this one.
@@ -89,19 +90,23 @@ class Engine:
         if draft is not None:
             networks.append((draft, draft.make_cache(max_batch_size, max_seq_len, cache_dtype)))
         self._static: StaticStep | None = None
+        self._lookahead: Lookahead | None = None
         sampler: RowSampler | None = None
         if static:
-            assert isinstance(model, Transformer)
+            assert isinstance(model, GpuTransformer)
             self._static = StaticStep(model, self.cache)
             if draft is None:  # whose tokens are drawn from another distribution
                 sampler = RowSampler(max_batch_size, model.vocab_size, model.device)
+                # With several ranks only the first would know the tokens in time.
+                if not lookup and parallel.mp_size() == 1:
+                    self._lookahead = Lookahead(self._static)
         self._worker = Worker(networks, self._static)
         self._choose = TokenChooser(sampler)
         self._proposer: Proposer | None = None
         if draft is not None or lookup:
             has_draft = draft is not None
             self._proposer = Proposer(self._worker.run, max_seq_len, prefill_chunk, has_draft)
-        # Tokens that an idle row keeps. Steps of the rows beside it may overwrite what follows.
+        # Tokens that an idle row keeps. Steps of other rows may overwrite what follows.
         self._kept = max_seq_len - 1 - (MAX_PROPOSALS if self._proposer else 0)
         self._seed = seed
         self._slots = [Slot(i) for i in range(max_batch_size)]
@@ -224,8 +229,7 @@ class Engine:
         """Give the request a free slot, with the prefix of its prompt that another slot holds."""
         slot, source, n_reused = choose_slot(request, self._slots, free)
         if slot is not source:
-            copy = Plan(Action.COPY, row=slot.index, source=source.index, n_keys=n_reused)
-            self._worker.run(copy)
+            self._worker.run(Plan(Action.COPY, slot.index, source.index, n_reused))
         slot.admit(request, n_reused, min(source.n_drafted, n_reused))
         return slot
 
@@ -245,17 +249,11 @@ class Engine:
             wanted = Wanted.ALL
         logits = None
         if end > start:
-            logits = self._worker.run(
-                Plan(
-                    Action.FORWARD,
-                    row=slot.index,
-                    n_keys=end,
-                    wanted=wanted,
-                    is_exact=request.is_exact,
-                    start_pos=[start],
-                    tokens=[prompt[start:end]],
-                )
-            )
+            plan = Plan(
+                Action.FORWARD, slot.index, n_keys=end, wanted=wanted, is_exact=request.is_exact,
+                start_pos=[start], tokens=[prompt[start:end]],
+            )  # fmt: skip
+            logits = self._worker.run(plan)
             slot.tokens = prompt[:end]
         if wants_prompt and logits is not None:
             targets = torch.tensor(prompt[start + 1 : end + 1], device=logits.device)
@@ -290,18 +288,12 @@ class Engine:
         proposed = self._proposer.propose(decoding, rows) if self._proposer else {}
         fed = {s: [s.running.tokens[-1], *proposed.get(s, ())] for s in decoding}
         seqlen = max(map(len, fed.values()))
-        start_pos = [len(slot.tokens) for slot in rows]
-        logits = self._worker.run(
-            Plan(
-                Action.FORWARD,
-                row=first,
-                n_keys=max(start_pos) + seqlen,
-                wanted=Wanted.LAST if seqlen == 1 else Wanted.ALL,
-                is_exact=len(rows) == 1 and decoding[0].running.is_exact,
-                start_pos=start_pos,
-                tokens=[filled_up(fed.get(slot, []), seqlen) for slot in rows],
-            )
-        )
+        logits = self._lookahead.take(decoding, len(rows)) if self._lookahead else None
+        if logits is None:
+            start_pos = [len(slot.tokens) for slot in rows]
+            tokens = [filled_up(fed.get(slot, []), seqlen) for slot in rows]
+            is_exact = len(rows) == 1 and decoding[0].running.is_exact
+            logits = self._worker.run(Plan.decode(first, start_pos, tokens, is_exact))
         assert logits is not None
         events: list[Event] = []
         for at in range(seqlen):
@@ -309,7 +301,7 @@ class Engine:
                 slot.tokens.append(fed[slot][at])
             of_slots = [logits[slot.index - first, at] for slot in decoding]
             # Indexing with a list would make a GPU wait, stacking does not.
-            events += self._next_tokens(decoding, torch.stack(of_slots), at)
+            events += self._next_tokens(decoding, torch.stack(of_slots), at, rows)
             # The next logits hold only where the proposal they follow was accepted.
             decoding = [slot for slot in decoding if slot.goes_on(fed[slot][at + 1 : at + 2])]
             if not decoding:
@@ -318,9 +310,17 @@ class Engine:
             self._proposer.end_step(len(rows), seqlen - 1)
         return events
 
-    def _next_tokens(self, slots: list[Slot], logits: Tensor, at: int = 0) -> list[Event]:
-        """Give each slot's request its next token, from logits (B, V), and free what has ended."""
-        chosen = self._choose(slots, logits, at)
+    def _next_tokens(
+        self, slots: list[Slot], logits: Tensor, at: int = 0, rows: Sequence[Slot] = ()
+    ) -> list[Event]:
+        """Give each slot's request its next token, from logits (B, V), and free what has ended.
+
+        rows: the slots of the decode step, which the next may follow before its tokens are known.
+        """
+        meanwhile = None
+        if self._lookahead is not None and rows:
+            meanwhile = functools.partial(self._lookahead.launch, slots, rows)
+        chosen = self._choose(slots, logits, at, meanwhile)
         events: list[Event] = []
         for slot, (token, logprob), row in zip(slots, chosen, logits, strict=True):
             event = slot.running.advance(token, logprob, row)

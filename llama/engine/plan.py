@@ -50,6 +50,18 @@ class Plan:
     start_pos: Sequence[int] = ()
     tokens: Sequence[Sequence[int]] = ()
 
+    @classmethod
+    def decode(
+        cls, row: int, start_pos: list[int], tokens: list[list[int]], is_exact: bool
+    ) -> Self:
+        """A forward of new tokens (B, S) of the cache rows from `row` on, with all their logits."""
+        seqlen = len(tokens[0])
+        wanted = Wanted.LAST if seqlen == 1 else Wanted.ALL
+        return cls(
+            Action.FORWARD, row, n_keys=max(start_pos) + seqlen, wanted=wanted, is_exact=is_exact,
+            start_pos=start_pos, tokens=tokens,
+        )  # fmt: skip
+
     def send(self, device: torch.device) -> None:
         """Send the plan to the other ranks, which call `receive`."""
         if parallel.mp_size() == 1:

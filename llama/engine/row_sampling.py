@@ -5,7 +5,7 @@ operations on rows, each with the random numbers of its own request. So the toke
 far as no tokens' probabilities tie and, on a GPU, no last bits decide.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -30,6 +30,8 @@ class RowSampler:
         self._logits = torch.zeros(max_rows, vocab_size, device=device)
         self._noise = torch.ones(max_rows, vocab_size, device=device)
         self._chosen = torch.zeros(3, max_rows, dtype=torch.float64, device=device)
+        self._read = torch.zeros(3, max_rows, dtype=torch.float64, pin_memory=on_gpu)
+        self._is_read = torch.cuda.Event() if on_gpu else None
         self._graphs = Graphs(device)
 
     @staticmethod
@@ -38,10 +40,16 @@ class RowSampler:
         is_plain = all(getattr(params, name) == getattr(PLAIN, name) for name in OTHERS)
         return is_plain and params.logits_processor is None
 
-    def __call__(self, logits: Tensor, requests: Sequence[Request]) -> list[tuple[int, float]]:
+    def __call__(
+        self,
+        logits: Tensor,
+        requests: Sequence[Request],
+        meanwhile: Callable[[Tensor], None] | None = None,
+    ) -> list[tuple[int, float]]:
         """The next id of each request and its logprob, from logits (B, V).
 
         A request whose logits are not finite gets an error, and an id without a meaning.
+        meanwhile: called with the ids (B,) on the device before the host waits for them.
         """
         n = len(requests)
         self._logits[:n] = logits
@@ -52,7 +60,14 @@ class RowSampler:
         self._options.copy_(self._numbers, non_blocking=True)
         is_greedy = all(request.params.temperature == 0 for request in requests)
         self._run(min(next_power_of_two(n), self._max_rows), is_greedy)
-        ids, logprobs, finite = self._chosen[:, :n].tolist()  # synchronises
+        self._read.copy_(self._chosen, non_blocking=True)
+        if self._is_read is not None:
+            self._is_read.record()
+        if meanwhile is not None:
+            meanwhile(self._chosen[0, :n].long())
+        if self._is_read is not None:
+            self._is_read.synchronize()
+        ids, logprobs, finite = self._read[:, :n].tolist()
         for request, is_finite in zip(requests, finite, strict=True):
             if not is_finite:
                 request.error = sampling.not_finite(request.params)

@@ -1,5 +1,7 @@
 """The next token of every row of a step, from its logits."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -19,22 +21,30 @@ class TokenChooser:
     def __init__(self, sampler: RowSampler | None = None) -> None:
         self._sampler = sampler
 
-    def __call__(self, slots: list[Slot], logits: Tensor, at: int = 0) -> list[tuple[int, float]]:
+    def __call__(
+        self,
+        slots: list[Slot],
+        logits: Tensor,
+        at: int = 0,
+        meanwhile: Callable[[Tensor], None] | None = None,
+    ) -> list[tuple[int, float]]:
         """Logits (B, V) of the slots -> the token and its logprob of each.
 
         at: number of the proposal that the token stands in the place of. A request whose own
-        options fail gets its `error`, and any token.
+        options fail gets its `error`, and any token. meanwhile: called with the tokens (B,) on the
+        device before the host waits for them, where all are drawn there.
         """
         if self._sampler is None:
             return self._one_by_one(slots, logits, at)
         is_taken = [self._sampler.takes(slot.running.params) for slot in slots]
+        if all(is_taken):
+            return self._sampler(logits, [slot.running for slot in slots], meanwhile)
         chosen: dict[int, tuple[int, float]] = {}
         for kind in (True, False):
             rows = [row for row, taken in enumerate(is_taken) if taken == kind]
             if not rows:
                 continue
-            members = [slots[row] for row in rows]
-            part = logits if len(rows) == len(slots) else logits[rows]
+            members, part = [slots[row] for row in rows], logits[rows]
             if kind:
                 drawn = self._sampler(part, [slot.running for slot in members])
             else:

@@ -8,9 +8,10 @@ from llama.engine.plan import Action, Plan, Wanted
 from llama.errors import ParallelError
 from llama.fast.cpu.transformer import FastTransformer
 from llama.fast.gpu.static_step import StaticStep
+from llama.fast.gpu.transformer import GpuTransformer
 from llama.model import Transformer
 
-Network = Transformer | FastTransformer
+Network = Transformer | FastTransformer | GpuTransformer
 
 
 class Worker:
@@ -18,7 +19,7 @@ class Worker:
 
     Args:
         networks: the model with its cache, and the draft model with its own where there is one.
-        static: the decode step of static shapes, on a GPU.
+        static: the step of static shapes, on a GPU.
     """
 
     def __init__(
@@ -60,15 +61,25 @@ class Worker:
         if plan.action is not Action.FORWARD:
             return None
         model, cache = self._networks[plan.is_draft]
-        is_decode = plan.wanted is Wanted.LAST and not plan.is_exact and len(plan.tokens[0]) == 1
-        if self._static is not None and plan.row == 0 and is_decode and not plan.is_draft:
-            return self._static([row[0] for row in plan.tokens], plan.start_pos)[:, None]
+        if self._is_static(plan):
+            assert self._static is not None
+            return self._static(plan.tokens, plan.start_pos)
         tokens = torch.tensor(plan.tokens, device=self._device)  # (B, S)
         rows = cache.part(plan.row, len(plan.tokens), plan.n_keys)
         start_pos: int | Tensor = plan.start_pos[0]
-        if not plan.is_exact:
+        # With a number a Transformer computes by Meta's operations, and others without a mask.
+        is_number = plan.is_exact or (len(plan.tokens) == 1 and not isinstance(model, Transformer))
+        if not is_number:
             start_pos = torch.tensor(plan.start_pos, device=self._device)  # (B,)
         features = model.features(tokens, start_pos, rows)  # (B, S, D)
         if plan.wanted is Wanted.NOTHING:
             return None
         return model.logits(features if plan.wanted is Wanted.ALL else features[:, -1:])
+
+    def _is_static(self, plan: Plan) -> bool:
+        """Whether the plan is a decode step, with proposals or without, that is captured."""
+        if self._static is None or plan.is_draft or plan.is_exact or plan.row > 0:
+            return False
+        n_rows, seqlen = len(plan.tokens), len(plan.tokens[0])
+        is_decode = plan.wanted is (Wanted.LAST if seqlen == 1 else Wanted.ALL)
+        return is_decode and self._static.takes(n_rows, seqlen)

@@ -11,7 +11,7 @@ from helpers.ranks import run_ranks
 
 from llama import parallel
 from llama.errors import ConfigError
-from llama.fast.gpu.device_weights import NarrowLinear, narrow, narrow_weight
+from llama.fast.gpu.device_weights import Matrix, NarrowLinear, joined, narrow, narrowed
 from llama.fast.quantize import dequantize, quantize_int4, quantize_int8
 
 CPU = torch.device("cpu")
@@ -22,17 +22,17 @@ CPU = torch.device("cpu")
 def test_stands_for_what_the_kernels_weight_stands_for(width: str, shape: tuple[int, int]) -> None:
     weight = torch.randn(shape)
     quantized = quantize_int8(weight) if width == "int8" else quantize_int4(weight)
-    got = narrow_weight(weight, width, len(weight))(torch.float32)
+    got = narrowed(weight, width, len(weight)).widened(torch.float32)
     assert torch.equal(got, dequantize(quantized)[: shape[0]])
 
 
 def test_fp8_rounds_to_e4m3() -> None:
     weight = torch.randn(20, 96) * torch.logspace(-6, 6, 20)[:, None]
     weight[3] = 0
-    rounded = narrow_weight(weight, "fp8", len(weight))
-    got = rounded(torch.float32)
+    rounded = narrowed(weight, "fp8", len(weight))
+    got = rounded.widened(torch.float32)
     # Three bits behind the point: 1/16 of a number, or half of the least step of a row.
-    limit = (weight.abs() / 16).maximum(rounded.scale[:, None] * 2**-10)
+    limit = (weight.abs() / 16).maximum(rounded.scales[:, None] * 2**-10)
     assert ((got - weight).abs() <= limit * 1.001).all()
     torch.testing.assert_close(got.abs().amax(1), weight.abs().amax(1))
 
@@ -43,7 +43,8 @@ def test_products_are_those_of_the_widened_matrix(width: str, dtype: torch.dtype
     layer = make_model().layers[0].feed_forward.w1
     linear = NarrowLinear(layer, width, CPU)
     x = torch.randn(3, 1, layer.weight.shape[1], dtype=dtype)
-    assert torch.equal(linear(x), F.linear(x, linear.weight(torch.float32).to(dtype)))
+    matrix = Matrix(linear.values, linear.scales, width)
+    assert torch.equal(linear(x), F.linear(x, matrix.widened(torch.float32).to(dtype)))
 
 
 @pytest.mark.parametrize("width", ["int8", "int4", "fp8"])
@@ -55,6 +56,26 @@ def test_all_matrices_but_the_embedding(width: str) -> None:
     once = model.layers[0].attention.wq
     narrow(model, width, CPU)
     assert model.layers[0].attention.wq is once
+
+
+@pytest.mark.parametrize("width", [None, "int8", "int4", "fp8"])
+def test_layers_keep_views_of_joined_rows(width: str | None) -> None:
+    model = make_model()
+    with torch.inference_mode():
+        want = model(torch.arange(12).view(1, 12), 0)
+    if width is not None:
+        narrow(model, width, CPU)
+        with torch.inference_mode():
+            want = model(torch.arange(12).view(1, 12), 0)
+    attention = model.layers[0].attention
+    layers = attention.wq, attention.wk, attention.wv
+    matrix = joined(*layers)
+    held = [layer.weight if width is None else layer.values for layer in layers]
+    storage = matrix.values.untyped_storage().data_ptr()
+    assert all(rows.untyped_storage().data_ptr() == storage for rows in held)
+    assert matrix.n_rows == sum(map(len, held))
+    with torch.inference_mode():
+        assert torch.equal(model(torch.arange(12).view(1, 12), 0), want)
 
 
 def logits_on_rank(width: str) -> Any:
@@ -75,4 +96,4 @@ def test_two_ranks(tmp_path: Path) -> None:
 @pytest.mark.parametrize("width", ["int8", "int4", "fp8"])
 def test_what_is_not_finite(width: str) -> None:
     with pytest.raises(ConfigError, match="not finite cannot be quantized"):
-        narrow_weight(torch.full((8, 32), torch.nan), width, 8)
+        narrowed(torch.full((8, 32), torch.nan), width, 8)

@@ -1,12 +1,10 @@
-"""Weights in int8, int4 and fp8 on a GPU: stored row after row, widened inside the products.
+"""Weight matrices on a GPU, as they are or in int8, int4 and fp8.
 
-The kernels of a CPU want rows interleaved, a GPU's threads want neighbours: so the same rounded
-numbers lie in another order here. Each product multiplies by the matrix that is stood for, in the
-activations' dtype; a compiler puts the widening into the product's loads, so that a decode step
-reads the narrow weights alone.
+The kernels of a CPU want rows interleaved, a GPU's threads want neighbours. So the same rounded
+numbers lie in another order here, row after row.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -24,45 +22,43 @@ from llama.model import Transformer
 LARGEST_FP8 = torch.finfo(torch.float8_e4m3fn).max
 
 
-class ScaledWeight(nn.Module):
-    """A matrix (N, K) of int8 or fp8 (e4m3) values, with a scale for each row."""
+class Matrix(NamedTuple):
+    """A matrix (N, K).
 
-    values: Tensor  # (N, K)
-    scale: Tensor  # float32 (N,)
-
-    def __init__(self, values: Tensor, scale: Tensor) -> None:
-        super().__init__()
-        self.register_buffer("values", values)
-        self.register_buffer("scale", scale)
-
-    def forward(self, dtype: torch.dtype) -> Tensor:
-        """The dequantized matrix, rounded once."""
-        return (self.values.float() * self.scale[:, None]).to(dtype)
-
-
-class GroupedWeight(nn.Module):
-    """A matrix (N, K) of four-bit values, with a scale for each 32 of a row; see `quantize_int4`.
-
-    A byte holds two neighbours, the first in its low bits, 0 to 15 for -8 to 7.
+    width "wide": values (N, K) in the activations' dtype; the scales are not used.
+    "int8": int8 values (N, K) and a float32 scale for each row, (N,).
+    "fp8": the same with the bytes of e4m3 numbers, uint8 (N, K).
+    "int4": uint8 values (N, K / 2) and bfloat16 scales (N, K / 32); see `quantize_int4`. Byte j of
+    a group's 16 holds weight j in its low bits and weight j + 16 in its high bits, 0 to 15 for -8
+    to 7.
     """
 
-    packed: Tensor  # uint8 (N, K / 2)
-    scales: Tensor  # bfloat16 (N, K / 32)
+    values: Tensor
+    scales: Tensor
+    width: str
 
-    def __init__(self, packed: Tensor, scales: Tensor) -> None:
-        super().__init__()
-        self.register_buffer("packed", packed)
-        self.register_buffer("scales", scales)
+    @property
+    def n_rows(self) -> int:
+        return self.values.shape[0]
 
-    def forward(self, dtype: torch.dtype) -> Tensor:
-        """The dequantized matrix, rounded once."""
-        places = torch.arange(0, 8, 4, dtype=torch.uint8, device=self.packed.device)
-        steps = ((self.packed[..., None] >> places) & 15).float() - OFFSET  # (N, K / 2, 2)
-        scaled = steps.view(len(steps), -1, GROUP) * self.scales.float()[..., None]
-        return scaled.flatten(1).to(dtype)
+    @property
+    def n_columns(self) -> int:
+        return self.values.shape[1] * (2 if self.width == "int4" else 1)
+
+    def widened(self, dtype: torch.dtype) -> Tensor:
+        """The dequantized matrix (N, K), rounded once."""
+        if self.width == "wide":
+            return self.values
+        if self.width != "int4":
+            is_fp8 = self.width == "fp8"
+            values = self.values.view(torch.float8_e4m3fn) if is_fp8 else self.values
+            return (values.float() * self.scales[:, None]).to(dtype)
+        groups = self.values.view(self.n_rows, -1, GROUP // 2)
+        steps = torch.cat((groups & 15, groups >> 4), -1).float() - OFFSET  # (N, K / 32, 32)
+        return (steps * self.scales.float()[..., None]).flatten(1).to(dtype)
 
 
-def narrow_weight(weight: Tensor | Quantized, width: str, n: int) -> ScaledWeight | GroupedWeight:
+def narrowed(weight: Tensor | Quantized, width: str, n: int) -> Matrix:
     """Round a matrix of n rows to int8, int4 or fp8, or take it as a folder holds it.
 
     A folder may pad the rows. Raises ConfigError where the matrix cannot be rounded.
@@ -75,17 +71,16 @@ def narrow_weight(weight: Tensor | Quantized, width: str, n: int) -> ScaledWeigh
             raise ConfigError("a matrix with weights that are not finite cannot be quantized")
         scale = largest.clamp(min=torch.finfo(torch.float32).tiny) / LARGEST_FP8
         values = (weight / scale).clamp(-LARGEST_FP8, LARGEST_FP8).to(torch.float8_e4m3fn)
-        return ScaledWeight(values, scale[:, 0])
+        return Matrix(values.view(torch.uint8), scale[:, 0].contiguous(), width)
     if width == "int8":
         eights, scale = quantize_int8(weight) if isinstance(weight, Tensor) else weight
         values = eights.transpose(1, 2).reshape(-1, k)
-        return ScaledWeight(values[:n].contiguous(), scale[:n].contiguous())
+        return Matrix(values[:n].contiguous(), scale[:n].contiguous(), width)
     packed, scales = quantize_int4(weight) if isinstance(weight, Tensor) else weight
-    # Of a group's bytes in its row, four hold the numbers j to j + 3 and j + 16 to j + 19.
-    quads = packed.unflatten(2, (-1, LANES, QUAD)).permute(0, 3, 1, 2, 4)  # (N / 8, r, g, quad, 4)
-    bits = torch.cat((quads.flatten(3) & 15, quads.flatten(3) >> 4), -1).reshape(-1, k)[:n]
+    # Of the 128 bytes of eight rows' group, each row has four times four.
+    quads = packed.unflatten(2, (-1, LANES, QUAD)).permute(0, 3, 1, 2, 4)  # (N / 8, 8, g, 4, 4)
     by_row = scales.transpose(1, 2).reshape(-1, k // GROUP)[:n]
-    return GroupedWeight(bits[:, ::2] | bits[:, 1::2] << 4, by_row.contiguous())
+    return Matrix(quads.reshape(-1, k // 2)[:n].contiguous(), by_row.contiguous(), width)
 
 
 def _moved(weight: Tensor | Quantized, device: torch.device) -> Tensor | Quantized:
@@ -97,15 +92,20 @@ def _moved(weight: Tensor | Quantized, device: torch.device) -> Tensor | Quantiz
 class NarrowLinear(nn.Module):
     """A linear layer of fairscale's with a narrow weight, and the same collectives."""
 
+    values: Tensor
+    scales: Tensor
+
     def __init__(self, layer: Any, width: str, device: torch.device) -> None:
         super().__init__()
         self.adds_up = isinstance(layer, RowParallelLinear)
         rows = layer.out_features if self.adds_up else layer.output_size_per_partition
-        self.weight = narrow_weight(_moved(layer.weight, device), width, rows)
+        values, scales, self.width = narrowed(_moved(layer.weight, device), width, rows)
+        self.register_buffer("values", values)
+        self.register_buffer("scales", scales)
         self.gathers = not self.adds_up and layer.gather_output
 
     def forward(self, x: Tensor) -> Tensor:
-        out = F.linear(x, self.weight(x.dtype))
+        out = F.linear(x, Matrix(self.values, self.scales, self.width).widened(x.dtype))
         if self.adds_up:
             return reduce_from_model_parallel_region(out)
         return gather_from_model_parallel_region(out) if self.gathers else out
@@ -122,3 +122,28 @@ def narrow(model: Transformer, width: str, device: torch.device) -> None:
         layer = getattr(parent, name)
         if not isinstance(layer, NarrowLinear):
             setattr(parent, name, NarrowLinear(layer, width, device))
+
+
+@torch.no_grad()
+def joined(*layers: Any) -> Matrix:
+    """The rows of linear layers that have the same input, one layer after the other.
+
+    The layers keep views of them, so that no weight is held twice.
+    """
+    if isinstance(layers[0], NarrowLinear):
+        values = _join([layer.values for layer in layers])
+        scales = _join([layer.scales for layer in layers])
+        sizes = [len(layer.values) for layer in layers]
+        parts = zip(layers, values.split(sizes), scales.split(sizes), strict=True)
+        for layer, layer_values, layer_scales in parts:
+            layer.values, layer.scales = layer_values, layer_scales
+        return Matrix(values, scales, layers[0].width)
+    values = _join([layer.weight.data for layer in layers])
+    sizes = [len(layer.weight) for layer in layers]
+    for layer, part in zip(layers, values.split(sizes), strict=True):
+        layer.weight.data = part
+    return Matrix(values, values, "wide")
+
+
+def _join(parts: list[Tensor]) -> Tensor:
+    return parts[0].contiguous() if len(parts) == 1 else torch.cat(parts)

@@ -1,0 +1,44 @@
+"""Launch the next decode step on a GPU before the host knows its tokens.
+
+The tokens are drawn on the device, so the step after can start at once. While it runs, the host
+reads the tokens, which takes it about as long as a small model's step. Where a row ends, its part
+of the step was for nothing. Where the next step turns out to be another, it is launched again.
+"""
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from llama.engine.slot import Slot
+from llama.fast.gpu.static_step import StaticStep
+
+
+class Lookahead:
+    """Holds at most one step in flight."""
+
+    def __init__(self, static: StaticStep) -> None:
+        self._static = static
+        self._launched: list[tuple[Slot, object, int]] = []  # slot, its request, position
+
+    def launch(self, decoding: Sequence[Slot], rows: Sequence[Slot], ids: Tensor) -> None:
+        """Launch the step that follows the one whose tokens are `ids`, one for each of decoding.
+
+        rows: the slots of the step, to which ids add one token each.
+        """
+        self._launched = []
+        last = self._static.cache.max_seq_len - 1
+        start_pos = [min(len(slot.tokens), last) for slot in rows]
+        goes_on = [len(s.running.tokens) + 1 < s.running.max_gen_len for s in decoding]
+        if not any(goes_on) or any(len(slot.tokens) > last for slot in decoding):
+            return
+        places = {slot: i for i, slot in enumerate(decoding)}
+        self._static.launch(ids, [places.get(slot, 0) for slot in rows], start_pos)
+        self._launched = [(slot, slot.running, len(slot.tokens)) for slot in decoding]
+
+    def take(self, decoding: Sequence[Slot], n_rows: int) -> Tensor | None:
+        """The logits (B, 1, V) of the step in flight, where it is the step of these slots."""
+        launched, self._launched = self._launched, []
+        wanted = [(slot, slot.request, len(slot.tokens)) for slot in decoding]
+        if not launched or not set(wanted) <= set(launched):
+            return None
+        return self._static.logits(n_rows)

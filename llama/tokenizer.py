@@ -1,7 +1,7 @@
 """Text to token ids and back: one `Tokenizer` for every file format.
 
 Meta ships two kinds of `tokenizer.model`, and Hugging Face's folders hold the same vocabularies as
-`tokenizer.json`. What differs is in `tokenizer_model.py` and `tokenizer_json.py`, behind the same
+`tokenizer.json`. Each format has a backend in `tokenizer_files/`. All backends have the same
 attributes and methods.
 """
 
@@ -23,13 +23,13 @@ class Tokenizer:
     """The tokenizer of a Llama model, from a file of any of the formats.
 
     Args:
-        model_path: a `tokenizer.model` or `tokenizer.json`; its content tells the format, its name
-            does not. A `tokenizer.json` of Llama 2's kind needs the extra `[hf]`.
+        model_path: a `tokenizer.model` or `tokenizer.json`. The format is found from the content,
+            not from the name. A `tokenizer.json` of Llama 2's kind needs the extra `[hf]`.
 
     Attributes:
         n_words: size of the vocabulary, special tokens included; ids are 0 to n_words - 1.
         bos_id, eos_id: the ids that begin and end a text.
-        pad_id: always -1, no token: Meta pads with it and masks it out.
+        pad_id: always -1, which is no token. Meta's code pads with it and masks it out.
         stop_tokens: ids that end a generation; may be assigned.
         special_tokens: id of each special token by its name.
 
@@ -58,14 +58,14 @@ class Tokenizer:
     ) -> list[int]:
         """Return the ids of `s`.
 
-        Half a surrogate pair, which UTF-8 cannot write, is encoded as U+FFFD (as tiktoken does).
+        A lone surrogate, which UTF-8 cannot represent, is encoded as U+FFFD, as in tiktoken.
 
         Args:
             s: any text. By default all of it is plain text, the names of special tokens included.
             bos, eos: put `bos_id` in front, `eos_id` at the end.
-            allowed_special: names that become their special token where they stand in `s`; "all"
-                for every one. The Llama 2 format encodes the text between them piece by piece.
-            disallowed_special: names that must not stand in `s`; "all" for all that are not
+            allowed_special: names that become special tokens where they occur in `s`; "all": every
+                name. A Llama 2 vocabulary encodes each part of the text between them separately.
+            disallowed_special: names that must not occur in `s`; "all": every name that is not
                 allowed.
 
         Raises:
@@ -132,7 +132,7 @@ class Tokenizer:
 class TextDecoder:
     """Decodes ids one at a time into whole characters, for text that is shown while generated.
 
-    All that `push` returned and then `flush`, joined, is `tokenizer.decode` of all the ids. The
+    The joined results of every `push` and of `flush` are `tokenizer.decode` of all the ids. The
     cost of one id does not depend on how many came before. Use a new decoder for each text.
     """
 
@@ -150,7 +150,7 @@ class TextDecoder:
         return self._stream.push(token_id)
 
     def flush(self) -> str:
-        """Return what is left at the end: U+FFFD for a character that never became whole."""
+        """Return the rest of the text at the end: U+FFFD for an incomplete character."""
         return self._stream.flush()
 
 
@@ -165,8 +165,8 @@ def _open(path: Path) -> Tiktoken | SentencePiece | ByteFallback:
         raise TokenizerError(f"{path}: the tokenizer file is empty")
     if data.lstrip().startswith(b"{"):
         return open_json(path, data)
-    # A SentencePiece model is a protobuf message whose first field, the pieces, has the tag 0x0A: a
-    # newline. tiktoken's file is text, and its first line is not empty.
+    # A SentencePiece model is a protobuf message. It starts with 0x0A, the tag of its first field.
+    # 0x0A is a newline, with which a tiktoken file does not start.
     if data[0] == 0x0A:
         return SentencePiece(path, data)
     if data.split(b"\n", 1)[0].decode("latin-1").rstrip("\r").isprintable():

@@ -1,8 +1,8 @@
-"""Hugging Face's `tokenizer.json` of the two vocabularies that Llama has.
+"""Hugging Face's `tokenizer.json` for the vocabularies of Llama 3 and of Llama 2.
 
-Llama 3's is byte-level BPE: its tokens are turned into tiktoken's ranks, where they stand for the
-same merges. Llama 2's is BPE with byte fallback on text whose blanks are "▁": the `tokenizers`
-library (extra `[hf]`) encodes it as the file says. Any other is refused.
+Llama 3's is byte-level BPE. It is converted to tiktoken's ranks, which give the same merges. Llama
+2's is BPE with byte fallback, where "▁" stands for a blank. The `tokenizers` library (extra `[hf]`)
+encodes it. Any other kind is refused.
 """
 
 import json
@@ -17,14 +17,14 @@ from llama.tokenizer_files.meta import WORD_PATTERN, PieceStream, Tiktoken, enco
 
 
 class _Content(NamedTuple):
-    """What a file holds, with its form checked."""
+    """The checked content of a file."""
 
     file: dict[str, Any]
     model: dict[str, Any]
     vocab: dict[str, int]  # without the added tokens
     merges: list[tuple[str, str]]
     special: dict[str, int]  # the added tokens, in the order of their ids
-    always: set[str]  # those of them that plain text becomes, too
+    always_allowed: set[str]  # the added tokens that plain text is encoded to
     bos: str
     eos: str
 
@@ -32,7 +32,7 @@ class _Content(NamedTuple):
 def open_json(path: Path, data: bytes) -> "Tiktoken | ByteFallback":
     """The backend for a `tokenizer.json` with this content.
 
-    Its bos and eos are Llama's, or else those of the `tokenizer_config.json` beside it.
+    bos and eos have Llama's names, or else those in the `tokenizer_config.json` beside the file.
     Raises TokenizerError for a file that is damaged or of another kind.
     """
     try:
@@ -60,7 +60,7 @@ def _read(path: Path, data: bytes) -> _Content:
     if model.get("dropout"):
         raise TokenizerError("the merges have dropout: the ids of a text would be random")
     if model.get("continuing_subword_prefix") or model.get("end_of_word_suffix"):
-        raise TokenizerError("the tokens have marks for parts of words, which Llama's have not")
+        raise TokenizerError("the model has a subword prefix or suffix, which Llama's do not have")
     vocab = model.get("vocab")
     if not isinstance(vocab, dict) or not vocab:
         raise TokenizerError("the model has no vocab")
@@ -72,11 +72,11 @@ def _read(path: Path, data: bytes) -> _Content:
         raise TokenizerError("added_tokens is not a list of objects")
     _check_ids([*vocab.items(), *((token.get("content"), token.get("id")) for token in added)])
     special = {token["content"]: token["id"] for token in sorted(added, key=lambda t: t["id"])}
-    always = [token for token in added if not token.get("special")]
-    for token in always:
+    always_allowed = [token for token in added if not token.get("special")]
+    for token in always_allowed:
         if any(token.get(flag) for flag in ("single_word", "lstrip", "rstrip")):
             raise TokenizerError(
-                f"the added token {token['content']!r:.40} is not matched as it is"
+                f"the added token {token['content']!r:.40} has single_word, lstrip or rstrip"
             )
     return _Content(
         file,
@@ -84,14 +84,14 @@ def _read(path: Path, data: bytes) -> _Content:
         {token: i for token, i in vocab.items() if token not in special},
         [_pair(merge) for merge in merges],
         special,
-        {token["content"] for token in always},
-        _name(path, special, "bos", ("<|begin_of_text|>", "<s>")),
-        _name(path, special, "eos", ("<|end_of_text|>", "</s>")),
+        {token["content"] for token in always_allowed},
+        _bos_or_eos(path, special, "bos", ("<|begin_of_text|>", "<s>")),
+        _bos_or_eos(path, special, "eos", ("<|end_of_text|>", "</s>")),
     )
 
 
 def _check_ids(tokens: list[tuple[Any, Any]]) -> None:
-    """Every token has one id, every id from 0 on one token."""
+    """Raise TokenizerError unless n names have the ids 0 to n - 1, each name one id."""
     ids: dict[str, int] = {}
     names: dict[int, str] = {}
     for name, i in tokens:
@@ -104,7 +104,7 @@ def _check_ids(tokens: list[tuple[Any, Any]]) -> None:
     try:
         "".join(ids).encode()
     except UnicodeEncodeError:
-        raise TokenizerError("a token has half a surrogate pair, which is no text") from None
+        raise TokenizerError("a token contains a lone surrogate, which is no valid text") from None
     if missing := set(range(len(names))) - names.keys():
         raise TokenizerError(
             f"{len(names)} tokens must have the ids 0 to {len(names) - 1}, "
@@ -112,15 +112,15 @@ def _check_ids(tokens: list[tuple[Any, Any]]) -> None:
         )
 
 
-def _steps(file: dict[str, Any], key: str, steps: str) -> list[Any]:
-    """What a part of the file does in turn, where it is such a part."""
-    part = file.get(key)
-    found = part.get(steps) if isinstance(part, dict) else None
+def _steps(file: dict[str, Any], section: str, key: str) -> list[Any]:
+    """The list under `key` in a section of the file, or [] where there is none."""
+    content = file.get(section)
+    found = content.get(key) if isinstance(content, dict) else None
     return found if isinstance(found, list) else []
 
 
-def _does(step: Any, wanted: dict[str, Any]) -> bool:
-    """Whether a step has these entries, whatever its others are."""
+def _has_entries(step: Any, wanted: dict[str, Any]) -> bool:
+    """Whether a step has these entries. It may have others too."""
     return isinstance(step, dict) and {key: step.get(key) for key in wanted} == wanted
 
 
@@ -131,17 +131,17 @@ def _pair(merge: Any) -> tuple[str, str]:
     return parts[0], parts[1]
 
 
-def _name(path: Path, special: dict[str, int], which: str, llamas: tuple[str, ...]) -> str:
-    """The name of the bos or eos token."""
-    if name := next((name for name in llamas if name in special), None):
+def _bos_or_eos(path: Path, special: dict[str, int], which: str, known: tuple[str, ...]) -> str:
+    """The name of the bos or eos token: a known one, or that of tokenizer_config.json."""
+    if name := next((name for name in known if name in special), None):
         return name
     try:
         token = read_json(path.with_name("tokenizer_config.json")).get(f"{which}_token")
     except ConfigError as error:
-        raise TokenizerError(f"no {which} token such as {llamas[0]}: {error}") from error
+        raise TokenizerError(f"no {which} token such as {known[0]}: {error}") from error
     token = token.get("content") if isinstance(token, dict) else token
     if not isinstance(token, str) or token not in special:
-        raise TokenizerError(f"no {which} token: neither {llamas[0]} nor {token!r:.40} is there")
+        raise TokenizerError(f"no {which} token: neither {known[0]} nor {token!r:.40} is there")
     return token
 
 
@@ -156,24 +156,25 @@ def _alphabet() -> dict[str, int]:
     return table
 
 
-# The byte that each character of the `tokenizers` library's byte alphabet stands for: the printable
-# ones of Latin-1 for themselves, the others in order from U+0100 on.
+# The byte for each character of the `tokenizers` library's byte alphabet. A printable Latin-1
+# character stands for its own byte. The other bytes have the characters from U+0100 on, in order.
 BYTE_OF_CHARACTER = _alphabet()
 
-_STEPS = (
+_LLAMA_3_STEPS = (
     {"type": "Split", "pattern": {"Regex": WORD_PATTERN}, "behavior": "Isolated", "invert": False},
     {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False},
 )
-_LONGEST = 256  # characters of a token, twice Llama 3's longest: a bound on the work below
+# Characters, twice the length of Llama 3's longest token. It limits the time of `_check_merges`.
+_MAX_TOKEN_LENGTH = 256
 
 
 def _tiktoken(content: _Content) -> Tiktoken:
-    """Raises TokenizerError where tiktoken would not give the ids that the file means."""
+    """Convert to tiktoken. Raises TokenizerError where its ids would differ from the file's."""
     steps = _steps(content.file, "pre_tokenizer", "pretokenizers")
     is_llama3 = (
         content.file.get("normalizer") is None
-        and len(steps) == len(_STEPS)
-        and all(map(_does, steps, _STEPS))
+        and len(steps) == len(_LLAMA_3_STEPS)
+        and all(map(_has_entries, steps, _LLAMA_3_STEPS))
     )
     if not is_llama3:
         raise TokenizerError("neither the byte-level BPE of Llama 3 nor Llama 2's byte fallback")
@@ -186,22 +187,22 @@ def _tiktoken(content: _Content) -> Tiktoken:
         raise TokenizerError(f"the character {error} stands for no byte") from None
     if lacking := [byte for byte in range(256) if bytes([byte]) not in ranks]:
         raise TokenizerError(f"no token for the single byte 0x{lacking[0]:02X}")
-    if long := next((token for token in content.vocab if len(token) > _LONGEST), None):
-        raise TokenizerError(f"the token {long!r:.40} is longer than {_LONGEST} bytes")
+    if long := next((token for token in content.vocab if len(token) > _MAX_TOKEN_LENGTH), None):
+        raise TokenizerError(f"the token {long!r:.40} is longer than {_MAX_TOKEN_LENGTH} bytes")
     _check_merges(content.vocab, content.merges)
     for name, other in pairwise(sorted(content.special)):
         if other.startswith(name):  # tiktoken does not look for the longer one first
-            raise TokenizerError(f"the added token {name!r:.40} begins {other!r:.40}")
-    return Tiktoken(ranks, content.special, content.bos, content.eos, content.always)
+            raise TokenizerError(f"the added token {name!r:.40} is a prefix of {other!r:.40}")
+    return Tiktoken(ranks, content.special, content.bos, content.eos, content.always_allowed)
 
 
 def _check_merges(vocab: dict[str, int], merges: list[tuple[str, str]]) -> None:
-    """Raise TokenizerError unless the list of merges says what the ids alone say to tiktoken.
+    """Raise TokenizerError unless the merges are those of tiktoken, which uses only the ids.
 
-    tiktoken joins any neighbours that together are a token, lowest id first. So the list must have
-    this order, and hold every pair that can come up. Converted vocabularies list all pairs. Trained
-    ones list one for each token, and no other comes up if it is what is left of the token after all
-    merges to lower ids.
+    tiktoken merges any two neighbours that form a token, lowest id first. So the merges must be in
+    the order of the ids, and include every pair that tiktoken can meet. Converted vocabularies list
+    all pairs. Trained ones list one pair per token. That is enough if all merges to lower ids,
+    applied to the characters of the token, leave exactly this pair.
     """
     previous = 0
     for left, right in merges:
@@ -212,13 +213,13 @@ def _check_merges(vocab: dict[str, int], merges: list[tuple[str, str]]) -> None:
         previous = vocab[left + right]
     known = set(merges)
     for token, rank in vocab.items():
-        ways = ((token[:i], token[i:]) for i in range(1, len(token)))
-        lacks = any(a in vocab and b in vocab and (a, b) not in known for a, b in ways)
-        if lacks and tuple(_merge(token, vocab, rank)) not in known:
+        pairs = ((token[:i], token[i:]) for i in range(1, len(token)))
+        is_trained = any(a in vocab and b in vocab and (a, b) not in known for a, b in pairs)
+        if is_trained and tuple(_merge_below(token, vocab, rank)) not in known:
             raise TokenizerError(f"the token {token!r:.40} has no merge that makes it")
 
 
-def _merge(token: str, vocab: dict[str, int], end: int) -> list[str]:
+def _merge_below(token: str, vocab: dict[str, int], end: int) -> list[str]:
     """The token's characters after all merges to ids below `end`."""
     parts = list(token)
     while True:
@@ -236,7 +237,8 @@ _BYTE_PIECE = re.compile(r"<0x([0-9A-F]{2})>")
 
 
 class ByteFallback:
-    """The library encodes; decoding is SentencePiece's, as for the `tokenizer.model`."""
+    """The `tokenizers` library encodes. Decoding is that of SentencePiece, as for a
+    `tokenizer.model`."""
 
     is_llama_2 = True
 
@@ -250,14 +252,14 @@ class ByteFallback:
             ) from error
         try:
             self._bpe = HuggingFaceTokenizer.from_str(json.dumps(content.file))
-        except Exception as error:  # the library has no class of its own
+        except Exception as error:  # the library raises no other class
             raise TokenizerError(f"not a whole tokenizer: {str(error).splitlines()[0]}") from error
-        # Files keep these from the training that they were saved in.
+        # A file may hold these settings from the training in which it was saved.
         self._bpe.no_truncation()
         self._bpe.no_padding()
-        self._bpe.encode_special_tokens = True  # as plain text, that is
+        self._bpe.encode_special_tokens = True  # encode their names as plain text
         for name, i in content.special.items():
-            if self._bpe.token_to_id(name) != i:  # it numbers them anew where they are out of order
+            if self._bpe.token_to_id(name) != i:  # the library renumbers unordered added tokens
                 raise TokenizerError(f"the added token {name!r:.40} cannot have the id {i}")
         self._drops_blank = _drops_blank(content.file)
         self._pieces = _pieces(content)
@@ -303,21 +305,21 @@ class _ByteFallbackStream(PieceStream):
 def _pieces(content: _Content) -> list[str | bytes]:
     """What each id decodes to: text, a byte, or "" for a special token."""
     tokens = {i: token for token, i in (content.vocab | content.special).items()}
-    silent = content.special.keys() - content.always
+    without_text = content.special.keys() - content.always_allowed
     pieces: list[str | bytes] = []
     for _, token in sorted(tokens.items()):
         if byte := _BYTE_PIECE.fullmatch(token):
             pieces.append(bytes.fromhex(byte[1]))
         else:
-            pieces.append("" if token in silent else token.replace("▁", " "))
+            pieces.append("" if token in without_text else token.replace("▁", " "))
     if lacking := [byte for byte in range(256) if bytes([byte]) not in pieces]:
         raise TokenizerError(f"no token for the single byte 0x{lacking[0]:02X}")
     return pieces
 
 
 def _drops_blank(file: dict[str, Any]) -> bool:
-    """Whether the decoder drops the blank in front of a text; TokenizerError for one that is not
-    SentencePiece's."""
+    """Whether the decoder drops the leading blank of a text. Raises TokenizerError unless it
+    decodes as SentencePiece does."""
     steps = _steps(file, "decoder", "decoders")
     plain = [
         {"type": "Replace", "pattern": {"String": "▁"}, "content": " "},

@@ -1,7 +1,7 @@
 """The two kinds of `tokenizer.model` that Meta ships, as backends of `Tokenizer`.
 
 Llama 2 comes with a SentencePiece model, Llama 3 with a list of byte sequences and their ranks for
-tiktoken. A backend has the attributes of `Tokenizer` and encodes, decodes and streams plain ids.
+tiktoken. A backend has the attributes of `Tokenizer`, and the methods encode, decode and stream.
 """
 
 import base64
@@ -18,14 +18,14 @@ from llama.errors import TokenizerError
 
 # ---- Llama 3: tiktoken ---------------------------------------------------------------------------
 
-# Meta's pattern for cutting text into words, which are then merged from bytes by rank.
+# Meta's pattern that splits text into words. The bytes of each word are then merged by rank.
 WORD_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 
-# The published names of Llama 3.1, in the order of their ids, which follow the last rank. Llama 3.0
-# had the same ids with fewer names: 4, 8 and 10 were reserved, and a file does not tell.
+# The published names of Llama 3.1 in the order of their ids. The first id follows the last rank. In
+# Llama 3.0 the names 4, 8 and 10 were still reserved; its file does not differ.
 _SPECIAL_TOKENS = (
     "<|begin_of_text|>",
     "<|end_of_text|>",
@@ -43,7 +43,7 @@ _SPECIAL_TOKENS = (
 
 
 class Tiktoken:
-    """Byte-pair encoding by rank; `always` are special tokens that text becomes without leave."""
+    """Byte-pair encoding by rank. Names in `always_allowed` are special tokens in any text."""
 
     is_llama_2 = False
 
@@ -53,12 +53,12 @@ class Tiktoken:
         special: dict[str, int],
         bos: str = "<|begin_of_text|>",
         eos: str = "<|end_of_text|>",
-        always: Collection[str] = (),
+        always_allowed: Collection[str] = (),
     ):
         self._bpe = tiktoken.Encoding(
             name="Llama 3", pat_str=WORD_PATTERN, mergeable_ranks=ranks, special_tokens=special
         )
-        self._always = set(always)
+        self._always_allowed = set(always_allowed)
         self.special_tokens = special
         self.n_words = len(ranks) + len(special)
         self.bos_id = special[bos]
@@ -68,7 +68,7 @@ class Tiktoken:
         self.stop_tokens = [self.eos_id, *turn_ends]
 
     def encode(self, text: str, allowed: set[str]) -> list[int]:
-        allowed = allowed | self._always
+        allowed = allowed | self._always_allowed
         ids: list[int] = []
         for piece in _pieces(text):
             ids += self._bpe.encode(piece, allowed_special=allowed, disallowed_special=())
@@ -93,15 +93,15 @@ class _TiktokenStream:
         return self._utf8.decode(b"", final=True)
 
 
-# tiktoken's limits as Meta keeps them, for text and for runs without a word boundary: where a text
-# is cut shows in its ids.
+# Meta's limits for one call of tiktoken: the length of the text, and of a run of blanks or of
+# non-blanks. They are kept because the places where a text is cut change its ids.
 _MAX_CHARS = 400_000
 _MAX_RUN = 25_000
 _RUN = re.compile(r"\s+|\S+")
 
 
 def _pieces(text: str) -> Iterator[str]:
-    """Cut `text` every 400,000 characters, and there every 25,000 of a run of (non-)blanks."""
+    """Cut `text` every 400,000 characters, and each run of blanks or non-blanks every 25,000."""
     for start in range(0, len(text), _MAX_CHARS):
         block = text[start : start + _MAX_CHARS]
         cut = 0
@@ -113,7 +113,7 @@ def _pieces(text: str) -> Iterator[str]:
 
 
 def read_tiktoken(path: Path, data: bytes) -> Tiktoken:
-    """Read lines of "base64 rank" and require what byte-pair encoding needs to work on any text."""
+    """Read lines of "base64 rank". Raises TokenizerError where a rank or byte is missing."""
     ranks: dict[bytes, int] = {}
     for number, line in enumerate(data.splitlines(), start=1):
         if not line.strip():
@@ -158,7 +158,7 @@ class SentencePiece:
         self.stop_tokens = [self.eos_id]
 
     def encode(self, text: str, allowed: set[str]) -> list[int]:
-        # It never finds its special tokens in text.
+        # The library never encodes text as a special token.
         return encode_around(text, allowed, self.special_tokens, self._sp.encode)
 
     def decode(self, ids: list[int]) -> str:
@@ -172,7 +172,7 @@ def encode_around(
     text: str, allowed: set[str], special: dict[str, int], encode: Callable[[str], list[int]]
 ) -> list[int]:
     """Cut the text around the `allowed` names and `encode` each part between them on its own."""
-    # The libraries refuse lone surrogates; this is how tiktoken repairs them by itself.
+    # The libraries refuse lone surrogates. They are replaced as tiktoken does it.
     text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
     parts = re.split(f"({'|'.join(map(re.escape, allowed))})", text) if allowed else [text]
     ids: list[int] = []
@@ -182,16 +182,16 @@ def encode_around(
 
 
 class PieceStream(ABC):
-    """SentencePiece's decoding of a whole list, redone one id at a time.
+    """Decode one id at a time, with the same result as SentencePiece's decoding of a whole list.
 
-    Two of its rules look beyond one piece: the first text loses the blank in front, and each byte
-    of a run of byte pieces that is not part of a valid character becomes a U+FFFD of its own
-    (where Python writes one for all the bytes of a broken character).
+    Two of its rules depend on several pieces. The first text loses its leading blank. Consecutive
+    byte pieces are decoded together: each byte that is not part of a valid character becomes one
+    U+FFFD (Python writes one for all the bytes of a broken character).
     """
 
     def __init__(self) -> None:
-        self._started = False  # past the place where a blank in front is dropped
-        self._bytes = b""  # of a character that is not whole yet
+        self._started = False  # True: a leading blank is kept
+        self._bytes = b""  # of an incomplete character
 
     @abstractmethod
     def _byte(self, token_id: int) -> bytes:
@@ -199,7 +199,7 @@ class PieceStream(ABC):
 
     @abstractmethod
     def _text(self, token_id: int) -> str:
-        """The text of a piece that is no byte; sets `_started` where text starts with it."""
+        """The text of a piece that is not a byte piece. Sets `_started` at the first text."""
 
     def push(self, token_id: int) -> str:
         if byte := self._byte(token_id):
@@ -236,10 +236,10 @@ class _SentencePieceStream(PieceStream):
 
     def _text(self, token_id: int) -> str:
         if self._started:
-            # After another piece, any will do and every model has unk, the blank in front is kept.
+            # The leading blank is kept after another piece. Every model has the piece unk.
             other = self._sp.unk_id()
             return self._sp.decode([other, token_id])[len(self._sp.decode([other])) :]
-        # bos and eos have no text, however often they come, and so do not count as a start; a blank
-        # alone does where models drop only one.
+        # bos and eos decode to "" even twice, and do not start the text. A piece of one blank may
+        # decode to "" once but not twice, and starts it.
         self._started = self._sp.decode([token_id, token_id]) != ""
         return self._sp.decode([token_id])

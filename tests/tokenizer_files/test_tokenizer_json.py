@@ -482,8 +482,8 @@ def with_added(content: dict[str, Any], name: object, i: object, **flags: bool) 
         (lambda c: changed(c, model_type="Unigram"), "a model of type 'Unigram': Llama's is BPE"),
         (lambda c: changed(c, model_type="WordPiece"), "of type 'WordPiece'"),
         (lambda c: changed(c, model_dropout=0.1), "dropout"),
-        (lambda c: changed(c, model_end_of_word_suffix="</w>"), "marks for parts of words"),
-        (lambda c: changed(c, model_continuing_subword_prefix="##"), "marks for parts of words"),
+        (lambda c: changed(c, model_end_of_word_suffix="</w>"), "subword prefix or suffix"),
+        (lambda c: changed(c, model_continuing_subword_prefix="##"), "subword prefix or suffix"),
         (lambda c: changed(c, model_vocab=None), "no vocab"),
         (lambda c: changed(c, model_vocab={}), "no vocab"),
         (lambda c: changed(c, model_vocab=[["a", -1.0]]), "no vocab"),
@@ -500,8 +500,11 @@ def with_added(content: dict[str, Any], name: object, i: object, **flags: bool) 
         (lambda c: with_added(c, "<extra>", 9999), "but none has"),
         (lambda c: with_added(c, "<extra>", "1"), "is no token"),
         (lambda c: with_added(c, None, 5), "is no token"),
-        (lambda c: with_added(c, "\ud800", next_id(c)), "half a surrogate pair"),
-        (lambda c: with_added(c, "<x>", next_id(c), special=False, lstrip=True), "as it is"),
+        (lambda c: with_added(c, "\ud800", next_id(c)), "a lone surrogate"),
+        (
+            lambda c: with_added(c, "<x>", next_id(c), special=False, lstrip=True),
+            "has single_word, lstrip or rstrip",
+        ),
     ],
 )
 @pytest.mark.parametrize("kind", ["bytes_content", "pieces_content"])

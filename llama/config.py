@@ -7,14 +7,14 @@ from typing import Any
 from llama.errors import ConfigError
 
 LLAMA_2_THETA = 10000.0
-# Far beyond any Llama, and small enough for PyTorch's 64-bit sizes and products of two of them.
-LARGEST_WHOLE = 2**31 - 1
-LARGEST = 10**18
+# Upper limits. No Llama comes near them. A product of two whole numbers still fits into 64 bits.
+MAX_WHOLE_NUMBER = 2**31 - 1
+MAX_NUMBER = 10**18
 
 
 @dataclass(frozen=True)
 class RopeScaling:
-    """How Llama 3.1 and later stretch RoPE beyond the context they were pre-trained on."""
+    """How Llama 3.1 and later scale RoPE for a longer context than that of pre-training."""
 
     factor: float = 8.0
     low_freq_factor: float = 1.0
@@ -42,7 +42,7 @@ class ModelArgs:
     n_layers: int = 32
     n_heads: int = 32
     n_kv_heads: int | None = None  # None: as many as n_heads
-    vocab_size: int = -1  # -1: the tokenizer's
+    vocab_size: int = -1  # -1: the tokenizer's size
     multiple_of: int = 256  # the feed-forward width is rounded up to a multiple of this
     ffn_dim_multiplier: float | None = None
     norm_eps: float = 1e-5
@@ -51,24 +51,26 @@ class ModelArgs:
     max_batch_size: int = 32  # rows of the KV cache
     max_seq_len: int = 2048  # positions of the KV cache, and length of the RoPE table
 
-    hidden_dim: int | None = None  # an explicit feed-forward width; None: by Meta's rule
+    hidden_dim: int | None = None  # the feed-forward width; None: computed by `ffn_width`
     rope_scaling: RopeScaling | None = None  # None with use_scaled_rope: Meta's constants
-    context_length: int | None = None  # tokens the model was trained for; None: by family
-    embedding_shard_dim: int = 0  # 0: by vocabulary (Llama 3), 1: by features (Llama 2)
+    context_length: int | None = None  # longest trained context in tokens; None: see `context`
+    embedding_shard_dim: int = 0  # ranks split it by 0: vocabulary (Llama 3), 1: features (Llama 2)
     tied: bool = False  # the output matrix is the embedding (Llama 3.2)
 
     def __post_init__(self) -> None:
         if self.n_kv_heads is None:
             self.n_kv_heads = self.n_heads
         if not isinstance(self.use_scaled_rope, bool):
-            raise ConfigError(f"use_scaled_rope is {self.use_scaled_rope!r}: true or false")
+            raise ConfigError(
+                f"use_scaled_rope is {self.use_scaled_rope!r}: it must be true or false"
+            )
         if self.use_scaled_rope and self.rope_scaling is None:
             self.rope_scaling = RopeScaling()
         self.use_scaled_rope = self.rope_scaling is not None
         self.check()
 
     def check(self) -> None:
-        """Raise ConfigError where a number is out of range; for use after an assignment."""
+        """Raise ConfigError where a number is out of range. Call it after assigning to a field."""
         whole = ["dim", "n_layers", "n_heads", "n_kv_heads", "multiple_of"]
         whole += ["max_batch_size", "max_seq_len"]
         whole += [n for n in ("hidden_dim", "context_length") if getattr(self, n) is not None]
@@ -84,15 +86,19 @@ class ModelArgs:
         if self.dim % self.n_heads:
             raise ConfigError(f"dim {self.dim} is not a multiple of n_heads {self.n_heads}")
         if self.head_dim % 2:
-            raise ConfigError(f"RoPE turns pairs: head_dim {self.head_dim} must be even")
+            raise ConfigError(f"RoPE rotates pairs: head_dim {self.head_dim} must be even")
         if self.n_heads % self.local_kv_heads(1):
             raise ConfigError(
                 f"n_heads {self.n_heads} is not a multiple of n_kv_heads {self.n_kv_heads}"
             )
         if self.embedding_shard_dim not in (0, 1):
-            raise ConfigError(f"embedding_shard_dim is {self.embedding_shard_dim}: 0 or 1")
+            raise ConfigError(
+                f"embedding_shard_dim is {self.embedding_shard_dim}: it must be 0 or 1"
+            )
         if self.tied and self.embedding_shard_dim != 0:
-            raise ConfigError("a tied embedding is split by vocabulary: embedding_shard_dim 0")
+            raise ConfigError(
+                "a tied embedding is split by vocabulary: embedding_shard_dim must be 0"
+            )
 
     @property
     def head_dim(self) -> int:
@@ -106,26 +112,28 @@ class ModelArgs:
         return ffn_width(4 * self.dim, self.multiple_of, self.ffn_dim_multiplier)
 
     def metas_width(self) -> dict[str, float]:
-        """The feed-forward width in the keys of params.json, which has none for the width itself:
-        `multiple_of` and `ffn_dim_multiplier` of the published shape, or a pair that gives it."""
+        """The keys of params.json that give the feed-forward width, which has no key of its own.
+
+        `multiple_of` and `ffn_dim_multiplier` are those of the published model with this shape.
+        Without one they are values that `ffn_width` turns into this width."""
         published = self.published()
         if self.hidden_dim is None or published:
-            said = self if self.hidden_dim is None else PRESETS[published[0]]
-            width: dict[str, float] = {"multiple_of": said.multiple_of}
-            if said.ffn_dim_multiplier is not None:
-                width["ffn_dim_multiplier"] = said.ffn_dim_multiplier
+            source = self if self.hidden_dim is None else PRESETS[published[0]]
+            width: dict[str, float] = {"multiple_of": source.multiple_of}
+            if source.ffn_dim_multiplier is not None:
+                width["ffn_dim_multiplier"] = source.ffn_dim_multiplier
             return width
-        plain = int(2 * (4 * self.dim) / 3)
-        if self.hidden_dim >= plain:  # the width is a multiple of itself
+        default = int(2 * (4 * self.dim) / 3)
+        if self.hidden_dim >= default:  # which is then rounded up to hidden_dim
             return {"multiple_of": self.hidden_dim}
-        return {"multiple_of": 1, "ffn_dim_multiplier": (self.hidden_dim + 0.5) / plain}
+        return {"multiple_of": 1, "ffn_dim_multiplier": (self.hidden_dim + 0.5) / default}
 
     def local_kv_heads(self, mp_size: int) -> int:
         """Key/value heads that one of `mp_size` ranks holds."""
         return (self.n_kv_heads or self.n_heads) // mp_size
 
     def same_shape(self, preset: "ModelArgs") -> bool:
-        """Whether this is the preset's model, as far as a params.json can tell."""
+        """Whether this has the preset's shape. A vocab_size of -1 counts as equal."""
         names = "dim n_layers n_heads n_kv_heads ffn_dim rope_theta use_scaled_rope".split()
         same_vocab = self.vocab_size in (preset.vocab_size, -1)
         return same_vocab and all(getattr(self, n) == getattr(preset, n) for n in names)
@@ -137,7 +145,7 @@ class ModelArgs:
     def workable_sizes(self) -> list[int]:
         """The numbers of ranks that heads, feed-forward width and vocabulary can be split over.
 
-        With more ranks than key/value heads, every head must lie on the same number of ranks.
+        With more ranks than key/value heads, each head must be on the same number of ranks.
         """
         n_kv_heads = self.local_kv_heads(1)
         parts = math.gcd(self.n_heads, self.ffn_dim, self.vocab_size)
@@ -146,7 +154,7 @@ class ModelArgs:
         return sorted(n for n in divisors if n_kv_heads % n == 0 or n % n_kv_heads == 0)
 
     def whole_shapes(self) -> dict[str, tuple[int, ...]]:
-        """The shape of every tensor of the whole model, by its state-dict name, in order."""
+        """The shape of every tensor of the unsplit model, by its state-dict name, in order."""
         kv_dim = self.local_kv_heads(1) * self.head_dim
         layer = {
             "attention.wq": (self.dim, self.dim),
@@ -166,7 +174,7 @@ class ModelArgs:
         return {f"{name}.weight": shape for name, shape in shapes.items()}
 
     def parameter_shapes(self) -> dict[str, tuple[int, ...]]:
-        """The same, where a tied matrix counts once, as the embedding."""
+        """`whole_shapes` without the output matrix where it is tied to the embedding."""
         shapes = self.whole_shapes()
         if self.tied:
             del shapes["output.weight"]
@@ -178,14 +186,14 @@ class ModelArgs:
             raise ConfigError("vocab_size is -1: set it to the tokenizer's n_words")
         if mp_size not in (sizes := self.workable_sizes()):
             raise ConfigError(
-                f"this model cannot be split over {mp_size} ranks, it can over "
-                f"{', '.join(map(str, sizes))}: n_heads {self.n_heads}, n_kv_heads "
-                f"{self.n_kv_heads}, feed-forward width {self.ffn_dim} and vocab_size "
-                f"{self.vocab_size} must divide"
+                f"this model cannot be split over {mp_size} ranks, only over "
+                f"{', '.join(map(str, sizes))}: they must divide n_heads {self.n_heads}, "
+                f"feed-forward width {self.ffn_dim} and vocab_size {self.vocab_size}, and divide "
+                f"or be multiples of n_kv_heads {self.n_kv_heads}"
             )
 
     def set_limits(self, max_seq_len: int | None, max_batch_size: int) -> None:
-        """Size the KV cache; max_seq_len None: 2048, or the context where that is smaller.
+        """Set the KV cache's size. max_seq_len None: 2048, or the context if that is smaller.
 
         Raises ConfigError for sizes out of range."""
         self.max_batch_size = max_batch_size
@@ -198,8 +206,8 @@ class ModelArgs:
 
     @property
     def context(self) -> int:
-        """Tokens the model was trained for: as stated, else of the published shape, else of the
-        family."""
+        """The longest trained context in tokens: `context_length`, else that of the published model
+        with this shape, else that of the family."""
         if self.context_length is not None:
             return self.context_length
         for name in self.published():
@@ -213,7 +221,7 @@ class ModelArgs:
 def ffn_width(hidden_dim: int, multiple_of: int, ffn_dim_multiplier: float | None) -> int:
     """Two thirds of `hidden_dim`, times the multiplier, rounded up to a multiple of `multiple_of`.
 
-    The order in which the numbers are cut to integers is Meta's."""
+    The intermediate results are truncated to integers in the same order as in Meta's code."""
     width = int(2 * hidden_dim / 3)
     if ffn_dim_multiplier is not None:
         width = int(ffn_dim_multiplier * width)
@@ -221,7 +229,7 @@ def ffn_width(hidden_dim: int, multiple_of: int, ffn_dim_multiplier: float | Non
 
 
 def _require_number(name: str, value: Any, whole: bool = False) -> None:
-    kinds, largest = ((int,), LARGEST_WHOLE) if whole else ((int, float), LARGEST)
+    kinds, largest = ((int,), MAX_WHOLE_NUMBER) if whole else ((int, float), MAX_NUMBER)
     kind = "whole number" if whole else "number"
     if isinstance(value, bool) or not isinstance(value, kinds) or not value > 0:
         raise ConfigError(f"{name} is {value!r}: it must be a {kind} above 0")
@@ -231,10 +239,10 @@ def _require_number(name: str, value: Any, whole: bool = False) -> None:
 
 # ---- the published models -------------------------------------------------------------------
 
-_OF_LLAMA_2: dict[str, Any] = dict(
+_LLAMA_2_FIELDS: dict[str, Any] = dict(
     vocab_size=32000, rope_theta=LLAMA_2_THETA, context_length=4096, embedding_shard_dim=1
 )
-_LLAMA_2 = ModelArgs(**_OF_LLAMA_2)
+_LLAMA_2 = ModelArgs(**_LLAMA_2_FIELDS)
 _LLAMA_3 = ModelArgs(vocab_size=128256, n_kv_heads=8, rope_theta=5e5, context_length=8192)
 _LLAMA_3_8B = replace(_LLAMA_3, multiple_of=1024, ffn_dim_multiplier=1.3)
 _LLAMA_3_70B = replace(_LLAMA_3_8B, dim=8192, n_layers=80, n_heads=64, multiple_of=4096)
@@ -256,13 +264,13 @@ _LLAMA_31_405B = replace(
 PRESETS: dict[str, ModelArgs] = {
     "llama-2-7b": _LLAMA_2,
     "llama-2-13b": replace(_LLAMA_2, dim=5120, n_layers=40, n_heads=40, n_kv_heads=40),
-    "llama-2-70b": replace(_LLAMA_3_70B, **_OF_LLAMA_2),
+    "llama-2-70b": replace(_LLAMA_3_70B, **_LLAMA_2_FIELDS),
     "llama-3-8b": _LLAMA_3_8B,
     "llama-3-70b": _LLAMA_3_70B,
     "llama-3.1-8b": _extended(_LLAMA_3_8B),
     "llama-3.1-70b": _extended(_LLAMA_3_70B),
     "llama-3.1-405b": _LLAMA_31_405B,
-    # Sixteen ranks cannot share eight key/value heads: Meta's folder for them repeats each once.
+    # Meta's folder for 16 ranks stores each of the 8 key/value heads twice: one head per rank.
     "llama-3.1-405b-mp16": replace(_LLAMA_31_405B, n_kv_heads=16),
     "llama-3.2-1b": replace(_extended(_LLAMA_3, 32.0), dim=2048, n_layers=16,
                             ffn_dim_multiplier=1.5, tied=True),

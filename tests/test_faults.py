@@ -596,7 +596,7 @@ def test_shards_in_the_wrong_order_do_not_pass_metas_checklist(two_shards: Path)
     second.rename(first)
     (two_shards / "aside").rename(second)
     assert verify(two_shards)[1] == [
-        f"{path} is not the file that checklist.chk was made of (md5)" for path in (first, second)
+        f"{path} does not have the md5 checksum in checklist.chk" for path in (first, second)
     ]
 
 

@@ -161,8 +161,8 @@ def to_hugging_face(model: Transformer) -> Any:
     state = {}
     for name, weight in model.state_dict().items():
         if name.endswith(("wq.weight", "wk.weight")):
-            weight = hugging_face.to_halves(weight, args.head_dim)
-        state[hugging_face.their_name(name)] = weight
+            weight = hugging_face.to_hugging_face_rows(weight, args.head_dim)
+        state[hugging_face.hugging_face_name(name)] = weight
     theirs = LlamaForCausalLM(config).eval()
     theirs.load_state_dict(state, strict=True)
     return theirs

@@ -1,4 +1,4 @@
-"""Build what a checkpoint describes: the tokenizer, and this rank's part of the model."""
+"""Build the tokenizer and this rank's part of the model from a checkpoint."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -35,10 +35,10 @@ def open_model(
     *,
     needs_tokenizer: bool = True,
 ) -> tuple[Setup, Tokenizer | None, Setup | None]:
-    """Start the ranks, open the folders and check that all will fit. No weight is read.
+    """Initialize the ranks, open the folders and check that everything fits. No weight is read.
 
-    The options are those of `Llama.build`. needs_tokenizer: False where a folder without one will
-    do. Returns the model's setup, its tokenizer and the draft model's setup.
+    The options are those of `Llama.build`. needs_tokenizer: False accepts a folder without one.
+    Returns the model's setup, its tokenizer and the draft model's setup.
     """
     target = parallel.local_device(device)
     parallel.initialize(model_parallel_size, target)
@@ -67,7 +67,7 @@ def open_model(
 
 
 def open_tokenizer(path: str | Path | None, folder: Path, ckpt_dir: Path) -> Tokenizer:
-    """The tokenizer of the weights in `folder`; its stop tokens are those that the folder names."""
+    """The tokenizer for the weights in `folder`, with the stop tokens that the folder names."""
     tokenizer = Tokenizer(path or find_tokenizer(folder, ckpt_dir))
     if stop_tokens := read_stop_tokens(folder):
         tokenizer.stop_tokens = stop_tokens
@@ -84,7 +84,7 @@ def load_model(setup: Setup) -> Transformer:
     if setup.quantize is None or setup.device.type != "cuda":
         load_weights(model, setup.opened, setup.device, setup.dtype, setup.quantize)
         return model
-    # Matrices are rounded on the CPU one by one: the GPU never holds all of them whole.
+    # Matrices are quantized one by one, so that the GPU never holds the model unquantized.
     saved = setup.opened.quantization
     load_weights(model, setup.opened, torch.device("cpu"), setup.dtype, saved)
     narrow(model, setup.quantize, setup.device)

@@ -1,7 +1,7 @@
 """Convert a checkpoint: Meta's or Hugging Face's layout, any number of shards, quantized or not.
 
-The new folder is written beside its place under another name and renamed when all of it is on disk,
-so a kill or a full disk leaves nothing that could be taken for it.
+The new folder is written under a temporary name beside its destination, and renamed when all of it
+is on disk. So a kill or a full disk leaves no partial folder at the destination.
 """
 
 import os
@@ -25,9 +25,9 @@ from llama.errors import CheckpointError, ConfigError
 from llama.fast.quantize import QUANTIZERS, Width, is_quantized
 from llama.files import write_json
 
-HF_FILE_BYTES = 5 * 10**9  # of weights in one `.safetensors`, at most, as Hugging Face cuts
-# What belongs to the tokenizer and travels along as it is.
-COMPANIONS = (
+HF_FILE_BYTES = 5 * 10**9  # most bytes of weights in one `.safetensors`, as Hugging Face does
+# Files of the tokenizer and of generation, which are copied unchanged.
+COPIED_FILES = (
     "tokenizer.model",
     "tokenizer.json",
     "tokenizer_config.json",
@@ -46,33 +46,31 @@ def convert(
     force: bool = False,
     quantize: Width | None = None,
 ) -> Path:
-    """Write the checkpoint `src` anew as folder `dst`.
+    """Write the checkpoint `src` as a new folder `dst`.
 
     to: "meta" for `params.json` and `mp` shards, "hf" for `config.json` and `.safetensors`.
-    dtype: of all weights; None: each as it is.
+    dtype: dtype of all weights; None: each weight keeps its own.
     force: replace `dst` where it exists.
-    quantize: "int8" or "int4": round the matrices of products, for fast mode; to "meta" alone,
-        whose shards then are `.safetensors`.
-    Raises CheckpointError or ConfigError; `dst` is then as it was.
+    quantize: "int8" or "int4": quantize the matrices, for fast mode. Only with to="meta"; the
+        shards are then `.safetensors`.
+    Raises CheckpointError or ConfigError; `dst` is then unchanged.
     """
     if to not in ("meta", "hf"):
-        raise ConfigError(f"to is {to!r}: meta or hf")
+        raise ConfigError(f"to is {to!r}: it must be meta or hf")
     if to == "hf" and mp != 1:
         raise ConfigError(f"Hugging Face's folders are not split over ranks: mp is {mp}")
     if quantize is not None and quantize not in QUANTIZERS:
-        raise ConfigError(f"quantize is {quantize!r}: {' or '.join(QUANTIZERS)}")
+        raise ConfigError(f"quantize is {quantize!r}: it must be {' or '.join(QUANTIZERS)}")
     if quantize is not None and to != "meta":
-        raise ConfigError("Hugging Face's folders are not quantized here: to must be meta")
+        raise ConfigError("quantize writes no Hugging Face folders: to must be meta")
     kind = None if dtype is None else parse_dtype(dtype)
     destination = Path(dst)
     if os.path.lexists(destination) and not force:
         raise CheckpointError(f"{dst} exists: it is replaced only with --force")
     source = open_checkpoint(src)
     if source.quantization is not None:
-        raise CheckpointError(
-            f"{src} is quantized to {source.quantization}: convert what it was made of"
-        )
-    source.settle_vocabulary()
+        raise CheckpointError(f"{src} is quantized to {source.quantization}: convert the original")
+    source.set_vocab_size()
     check_complete(source)  # before anything is written
     try:
         destination.parent.mkdir(parents=True, exist_ok=True)
@@ -84,8 +82,8 @@ def convert(
             _write_meta(source, partial, mp, kind, quantize)
         else:
             _write_hugging_face(source, partial, kind)
-        _copy_companions(source.folder, Path(src), partial)
-        partial.chmod(0o755)  # mkdtemp makes it private
+        _copy_files(source.folder, Path(src), partial)
+        partial.chmod(0o755)  # mkdtemp makes it 0700
         _rename(partial, destination)
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
@@ -96,7 +94,7 @@ def convert(
 
 
 def _cast(weight: Tensor, dtype: torch.dtype | None) -> Tensor:
-    """A copy with memory of its own, because the writer stores the whole storage."""
+    """The weight in `dtype`, contiguous and alone in its storage, which is saved as a whole."""
     cast = weight if dtype is None else weight.to(dtype)
     is_view = cast.untyped_storage().nbytes() != cast.nbytes or not cast.is_contiguous()
     return cast.clone(memory_format=torch.contiguous_format) if is_view else cast
@@ -127,14 +125,15 @@ def _write_meta(
             shard["output.weight"] = shard["tok_embeddings.weight"]
         shards.write_shard(path, shard)
     progress.close()
-    # More shards than key/value heads hold each head more than once, and say so.
+    # With more shards than key/value heads, each head is stored more than once. n_kv_heads counts
+    # all copies.
     n_kv_heads = max(args.local_kv_heads(1), mp)
     write_params(folder / "params.json", replace(args, n_kv_heads=n_kv_heads), quantize)
 
 
 def _write_hugging_face(source: Checkpoint, folder: Path, dtype: torch.dtype | None) -> None:
     names = list(source.args.parameter_shapes())
-    files = _cut(source, names, dtype)
+    files = _group_by_file(source, names, dtype)
     weight_map: dict[str, str] = {}
     progress = tqdm(total=len(names), desc="Converting", unit="tensor", delay=2)
     for i, group in enumerate(files):
@@ -144,8 +143,8 @@ def _write_hugging_face(source: Checkpoint, folder: Path, dtype: torch.dtype | N
         for name in group:
             weight = source.part(name, 1, 0)
             if name.endswith(shards.ROTATED):
-                weight = hugging_face.to_halves(weight, source.args.head_dim)
-            tensors[hugging_face.their_name(name)] = _cast(weight, dtype)
+                weight = hugging_face.to_hugging_face_rows(weight, source.args.head_dim)
+            tensors[hugging_face.hugging_face_name(name)] = _cast(weight, dtype)
             progress.update()
         save_file(tensors, folder / file, metadata={"format": "pt"})
         _sync(folder / file)
@@ -164,8 +163,10 @@ def _bytes(source: Checkpoint, name: str, dtype: torch.dtype | None) -> int:
     return shape.numel() * (dtype or source.shards[0][name].dtype).itemsize
 
 
-def _cut(source: Checkpoint, names: list[str], dtype: torch.dtype | None) -> list[list[str]]:
-    """The names in order, in groups that fit into one file."""
+def _group_by_file(
+    source: Checkpoint, names: list[str], dtype: torch.dtype | None
+) -> list[list[str]]:
+    """The names in order, in groups that each fit into one file."""
     groups: list[list[str]] = [[]]
     filled = 0
     for name in names:
@@ -178,17 +179,17 @@ def _cut(source: Checkpoint, names: list[str], dtype: torch.dtype | None) -> lis
     return groups
 
 
-def _copy_companions(folder: Path, given: Path, destination: Path) -> None:
-    """The tokenizer's files, from the folder or, where that is an `original/`, the one around."""
-    for name in COMPANIONS:
-        found = next((p / name for p in (folder, given) if (p / name).is_file()), None)
+def _copy_files(folder: Path, src: Path, destination: Path) -> None:
+    """Copy COPIED_FILES from the weights' folder, or else from `src`, which may contain it."""
+    for name in COPIED_FILES:
+        found = next((p / name for p in (folder, src) if (p / name).is_file()), None)
         if found is not None:
             shutil.copyfile(found, destination / name)
             _sync(destination / name)
 
 
 def _sync(path: Path) -> None:
-    path.chmod(0o644)  # safetensors makes its files private
+    path.chmod(0o644)  # safetensors writes files as 0600
     with path.open("rb") as file:
         os.fsync(file.fileno())
 

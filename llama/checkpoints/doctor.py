@@ -1,7 +1,7 @@
-"""Will it run, and as what: memory, tokenizer, kind of model and device, before a weight is read.
+"""Check a checkpoint before a weight is read: memory, tokenizer, kind of model and device.
 
-Each check raises a LlamaError for what cannot work and returns a Finding for all else: so
-`Llama.build` and `llama doctor` say the same.
+Each check raises a LlamaError for what cannot work, and otherwise returns a Finding. `Llama.build`
+and `llama doctor` use the same checks.
 """
 
 import logging
@@ -43,33 +43,33 @@ class Finding:
 
 
 def check_memory(setup: Setup, available: float) -> Finding:
-    """Whether weights and KV cache have room; raises ConfigError, which says what would have."""
+    """Check that weights and KV cache fit. Raises a ConfigError that names smaller options."""
     own, mapped = setup.weight_bytes()
     needed = setup.needed_bytes()
     weights = f"{size(own + mapped)} of weights"
     if mapped:
-        weights += f" ({size(mapped)} of them the file's own pages)"
-    ranks = f" for each of {setup.sharers} ranks" if setup.sharers > 1 else ""
+        weights += f" ({size(mapped)} of them mapped from the file)"
+    ranks = f" for each of {setup.ranks_per_device} ranks" if setup.ranks_per_device > 1 else ""
     text = f"{weights} and {size(setup.cache_bytes)} of KV cache{ranks}"
     free = f"{size(available)} free on {setup.device}"
     if needed > available:
-        fitting = ", ".join(_fitting(setup, available))
+        fitting = ", ".join(_options_that_fit(setup, available))
         advice = (
             f"each of these alone would fit: {fitting}"
             if fitting
             else "no smaller KV cache would fit"
         )
         raise ConfigError(f"not enough memory: {text}, but {free}; {advice}")
-    if needed + mapped * min(setup.sharers, setup.mp_size) > available:
-        slow = "fits only from disk, slowly: weights are read again whenever they are used"
+    if needed + mapped * min(setup.ranks_per_device, setup.mp_size) > available:
+        slow = "fits only from disk, slowly: weights are read from it again at each use"
         return Finding("memory", f"{slow}; {text}, {free}", WARNING)
     return Finding("memory", f"{text}; {free}")
 
 
-def _fitting(setup: Setup, available: float) -> Iterator[str]:
-    """The options that would fit, each with the others as they are."""
+def _options_that_fit(setup: Setup, available: float) -> Iterator[str]:
+    """Yield options that would fit. Each is the only one that changes."""
     args = setup.opened.args
-    tokens = int(available / setup.sharers - setup.weight_bytes()[0]) // setup.token_bytes
+    tokens = int(available / setup.ranks_per_device - setup.weight_bytes()[0]) // setup.token_bytes
     if (length := tokens // args.max_batch_size) > 0:
         yield f"max_seq_len {length}"
     if (rows := tokens // args.max_seq_len) > 0:
@@ -78,21 +78,22 @@ def _fitting(setup: Setup, available: float) -> Iterator[str]:
     if setup.dtype == torch.float32 and smaller.needed_bytes() <= available:
         yield "dtype bfloat16"
     for n in args.workable_sizes():
-        sharers = setup.sharers * n // setup.mp_size if setup.device.type == "cpu" else 1
-        wider = replace(setup, mp_size=n, sharers=sharers)
+        is_cpu = setup.device.type == "cpu"
+        ranks_per_device = setup.ranks_per_device * n // setup.mp_size if is_cpu else 1
+        wider = replace(setup, mp_size=n, ranks_per_device=ranks_per_device)
         if n > setup.mp_size and wider.needed_bytes() <= available:
             yield f"{n} ranks"
             break
 
 
 def check_prompts(setup: Setup, available: float) -> Finding:
-    """Whether there is room for a whole batch of the longest prompts; others may well fit."""
+    """Check that a full batch of the longest prompts fits. A smaller one may fit if not."""
     args, extra = setup.opened.args, setup.prompt_bytes()
     text = (
         f"about {size(extra)} more to read {args.max_batch_size} prompts of "
         f"{args.max_seq_len:,} tokens at once"
     )
-    fits = setup.needed_bytes() + extra * setup.sharers <= available
+    fits = setup.needed_bytes() + extra * setup.ranks_per_device <= available
     return Finding("prompts", text, OK if fits else WARNING)
 
 
@@ -100,13 +101,13 @@ def check_prompts(setup: Setup, available: float) -> Finding:
 
 
 def check_tokenizer(args: ModelArgs, tokenizer: Tokenizer) -> Finding:
-    """Whether the tokenizer can be this model's; raises ConfigError where it is another's."""
+    """Check that the tokenizer fits the model. Raises ConfigError where it is another model's."""
     is_llama_2 = tokenizer.is_llama_2
     words, file = tokenizer.n_words, tokenizer.model_path
     kind = "Llama 2's kind" if is_llama_2 else "Llama 3's kind"
     for name in args.published()[:1]:
         if is_llama_2 != name.startswith("llama-2") and words != PRESETS[name].vocab_size:
-            raise ConfigError(f"{file} is of {kind} with {words} tokens: not that of {name}")
+            raise ConfigError(f"{file} is of {kind} with {words} tokens, and is not that of {name}")
     if args.vocab_size < words:
         raise ConfigError(
             f"the model's vocab_size {args.vocab_size} is smaller than the tokenizer's "
@@ -126,7 +127,7 @@ CHAT = {
 
 
 def check_device(setup: Setup) -> Finding:
-    """What will compute, in which dtype, and over what the ranks talk."""
+    """The device, the dtype, and the number of ranks with their communication backend."""
     kind = setup.device.type
     dtype = str(setup.dtype).removeprefix("torch.")
     if kind == "cuda":
@@ -149,8 +150,8 @@ def check_device(setup: Setup) -> Finding:
 
 
 def _has_fast_bfloat16(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
-    """Whether the CPU multiplies bfloat16 itself (x86, ARM); True where Linux is not there to
-    say."""
+    """Whether the CPU (x86, ARM) has instructions that multiply bfloat16. True where the system is
+    not Linux."""
     if not cpuinfo.exists():
         return True
     return not {"avx512_bf16", "amx_bf16", "bf16"}.isdisjoint(cpuinfo.read_text().split())
@@ -160,7 +161,7 @@ def _has_fast_bfloat16(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
 
 
 def require(setup: Setup, tokenizer: Tokenizer | None) -> None:
-    """What `Llama.build` asks before it loads; warnings go to the log."""
+    """The checks of `Llama.build` before it loads weights. Warnings are logged."""
     available = available_memory(setup.device)
     if tokenizer is not None:
         _warn(check_tokenizer(setup.opened.args, tokenizer))
@@ -168,20 +169,20 @@ def require(setup: Setup, tokenizer: Tokenizer | None) -> None:
 
 
 def require_draft(folder: Path, setup: Setup, tokenizer: Tokenizer) -> Setup:
-    """The same of a draft model beside the model; how it is to run."""
-    drafting, found = open_draft(folder, setup, tokenizer)
+    """The checks for a draft model. Returns its setup. Warnings are logged."""
+    draft_setup, found = open_draft(folder, setup, tokenizer)
     _warn(found)
-    return drafting
+    return draft_setup
 
 
 def open_draft(folder: Path, setup: Setup, tokenizer: Tokenizer) -> tuple[Setup, Finding]:
-    """How a draft model is to run beside the model, and whether it has room there; raises
-    ConfigError where it cannot."""
+    """The setup of a draft model, and whether it fits into memory beside the main model. Raises
+    ConfigError where it cannot run."""
     args = setup.opened.args
     try:
         opened = open_checkpoint(folder)
-        drafting = Setup.make(
-            opened, setup.mp_size, setup.sharers, args.max_seq_len, args.max_batch_size,
+        draft_setup = Setup.make(
+            opened, setup.mp_size, setup.ranks_per_device, args.max_seq_len, args.max_batch_size,
             setup.device, setup.dtype, "fast", setup.quantize, setup.kv_cache,
         )  # fmt: skip
         check_draft(opened.args, args.vocab_size, args.max_seq_len)
@@ -189,7 +190,7 @@ def open_draft(folder: Path, setup: Setup, tokenizer: Tokenizer) -> tuple[Setup,
         if not own.is_like(tokenizer):
             raise ConfigError(f"its tokenizer is not the model's, {tokenizer.model_path}")
         available = available_memory(setup.device) - setup.needed_bytes()
-        return drafting, check_memory(drafting, available)
+        return draft_setup, check_memory(draft_setup, available)
     except LlamaError as error:
         raise ConfigError(f"draft model {folder}: {error}") from error
 
@@ -213,7 +214,7 @@ def examine(
     kv_cache: CacheWidth | None = None,
     draft: str | Path | None = None,
 ) -> list[Finding]:
-    """All findings about a folder on `mp` ranks of this machine, without starting them.
+    """All findings about a folder on `mp` ranks of this machine, without starting the ranks.
 
     Raises a LlamaError where a folder or the device cannot be opened at all.
     """
@@ -222,7 +223,7 @@ def examine(
     folder = hub.local_folder(folder)
     draft_folder = None if draft is None else hub.local_folder(draft)
     opened = open_checkpoint(folder)
-    opened.settle_vocabulary()
+    opened.set_vocab_size()
     findings = [Finding("model", title_of(opened)), Finding("chat", CHAT[kind_of(opened.folder)])]
     tokenizer = None
     try:
@@ -253,7 +254,7 @@ def examine(
 
 
 def report(findings: list[Finding]) -> str:
-    """A line for each, and one that counts."""
+    """One line for each finding, and a last line that counts the problems and warnings."""
     lines = [f"{found.about:<9}  {found.level:<7}  {found.text}" for found in findings]
     levels = [found.level for found in findings]
     counts = [f"{levels.count(level)} {level}(s)" for level in (PROBLEM, WARNING)]

@@ -21,7 +21,7 @@ from llama.fast.quantize import (
 )
 from llama.files import read_json
 
-BUNDLED = Path(__file__).parent.parent / "bundled"  # the trained model of the package
+BUNDLED = Path(__file__).parent.parent / "bundled"  # the model in this package
 
 
 def find_folder(ckpt_dir: str | Path) -> Path:
@@ -30,11 +30,11 @@ def find_folder(ckpt_dir: str | Path) -> Path:
     folder = Path(ckpt_dir)
     if not os.path.isdir(folder):  # also False for a name that is no valid file name
         raise CheckpointError(f"no such checkpoint folder: {folder}")
-    if is_metas(folder):
+    if has_params(folder):
         return folder
     if os.path.lexists(folder / "config.json") and any(folder.glob("*.safetensors")):
         return folder
-    if is_metas(folder / "original"):
+    if has_params(folder / "original"):
         return folder / "original"
     raise CheckpointError(
         f"{folder} has no params.json, no config.json with .safetensors, and no original/ folder"
@@ -42,45 +42,45 @@ def find_folder(ckpt_dir: str | Path) -> Path:
 
 
 def find_tokenizer(folder: Path, ckpt_dir: Path) -> Path:
-    """The tokenizer's file of the weights in `folder`, which was found in `ckpt_dir`.
+    """The tokenizer file for the weights in `folder`, which `find_folder` found for `ckpt_dir`.
 
-    Hugging Face's repositories have Meta's in `original/`; Meta's Llama 2 downloads beside the
-    models' folders.
+    Hugging Face's repositories keep Meta's tokenizer in `original/`. Meta's Llama 2 downloads keep
+    it in the parent folder.
     """
     own = (folder, ckpt_dir, ckpt_dir / "original")
     places = [place / name for name in ("tokenizer.model", "tokenizer.json") for place in own]
     for place in (*places, ckpt_dir.parent / "tokenizer.model"):
-        if os.path.lexists(place):  # opening it says what is wrong with it
+        if os.path.lexists(place):  # opening a bad one gives the reason
             return place
     raise CheckpointError(
         f"{folder} has no tokenizer.model or tokenizer.json: name one with tokenizer_path"
     )
 
 
-def is_metas(folder: Path) -> bool:
+def has_params(folder: Path) -> bool:
     return os.path.lexists(folder / "params.json")
 
 
 def read_args(folder: Path, rope_factor: float | None = None) -> ModelArgs:
     """The model's shape, from params.json or config.json."""
-    if is_metas(folder):
+    if has_params(folder):
         return read_params(folder / "params.json", rope_factor)
     return hugging_face.read_config(folder / "config.json", rope_factor)
 
 
 def read_quantization(folder: Path) -> Width | None:
-    """The width that a folder's matrices are quantized to, from `params.json`; None: not."""
+    """The width that a folder's matrices are quantized to, from `params.json`, or None."""
     path = folder / "params.json"
-    said = read_json(path).get("quantization") if is_metas(folder) else None
-    if said is None:
+    stated = read_json(path).get("quantization") if has_params(folder) else None
+    if stated is None:
         return None
-    width = said.get("width") if isinstance(said, dict) else None
+    width = stated.get("width") if isinstance(stated, dict) else None
     if not isinstance(width, str) or width not in KINDS:
-        raise CheckpointError(f"{path}: quantization is {said!r}, not of {', '.join(KINDS)}")
-    if said.get("layout") != LAYOUT:
+        raise CheckpointError(f"{path}: quantization is {stated!r}, not one of {', '.join(KINDS)}")
+    if stated.get("layout") != LAYOUT:
         raise CheckpointError(
-            f"{path}: quantized in layout {said.get('layout')!r}, but this version reads {LAYOUT}: "
-            "convert the model again"
+            f"{path}: quantized in layout {stated.get('layout')!r}, but this version reads "
+            f"{LAYOUT}: convert the model again"
         )
     return cast(Width, width)
 
@@ -91,14 +91,14 @@ def open_checkpoint(ckpt_dir: str | Path, rope_factor: float | None = None) -> C
     args = read_args(folder, rope_factor)
     if quantization := read_quantization(folder):
         if args.vocab_size == -1:
-            raise CheckpointError(f"{folder}: vocab_size is -1, which a quantized folder must say")
+            raise CheckpointError(f"{folder}: vocab_size is -1: a quantized folder must state it")
         shards = [_read_quantized(path) for path in find_shards(folder, quantization)]
         if len(shards) > 1:
             args.embedding_shard_dim = _embedding_shard_dim(shards[0], args)
         return Checkpoint(folder, args, shards, quantization=quantization)
-    if is_metas(folder):
+    if has_params(folder):
         shards = [read_shard(path) for path in find_shards(folder)]
-        if len(shards) > 1:  # one shard does not tell; the default of the family stays
+        if len(shards) > 1:  # one shard does not show the split: the default is kept
             args.embedding_shard_dim = _embedding_shard_dim(shards[0], args)
         args.tied = all(_is_tied(shard) for shard in shards) or _is_tied_in_effect(shards, args)
         return Checkpoint(folder, args, shards)
@@ -110,8 +110,8 @@ def open_checkpoint(ckpt_dir: str | Path, rope_factor: float | None = None) -> C
         output = tensors.setdefault("output.weight", embedding)
         if not torch.equal(output, embedding):
             raise CheckpointError(
-                f"{folder}: config.json ties lm_head.weight to the embedding, but it is another "
-                "matrix in the file"
+                f"{folder}: config.json ties lm_head.weight to the embedding, but the two differ "
+                "in the files"
             )
     return Checkpoint(folder, args, [tensors], is_hugging_face=True)
 
@@ -126,7 +126,7 @@ def _read_quantized(path: Path) -> dict[str, Tensor]:
 
 
 def _embedding_shard_dim(shard: dict[str, Tensor], args: ModelArgs) -> int:
-    """The dimension that splits `tok_embeddings`: 1, features, where it is narrower than `dim`."""
+    """The dimension along which `tok_embeddings` is split: 1 where a shard has not all features."""
     embedding = shard.get("tok_embeddings.weight")
     return int(embedding is not None and embedding.shape[-1:] != (args.dim,))
 
@@ -139,7 +139,7 @@ def _is_tied(shard: dict[str, Tensor]) -> bool:
 
 
 def _is_tied_in_effect(shards: list[dict[str, Tensor]], args: ModelArgs) -> bool:
-    """Whether a model whose published shape is tied has equal matrices.
+    """Whether the published model of this shape is tied, and the two matrices are equal here.
 
     Meta's files of Llama 3.2 hold the matrix twice. A fine-tune may change one of them, so both are
     read whole and compared."""

@@ -1,6 +1,6 @@
 """Checkpoints from the Hugging Face Hub, by the id of their repository: owner/name@revision.
 
-Fetched is what a model is read from, JSON, .safetensors and the tokenizer: no code and no pickle.
+Only settings, .safetensors and the tokenizer are downloaded: no code and no pickle.
 """
 
 import logging
@@ -17,7 +17,7 @@ from llama.errors import CheckpointError
 log = logging.getLogger("llama")
 
 ID = re.compile(r"(?P<repository>\w[\w.-]*/\w[\w.-]*)(@(?P<revision>[\w./-]+))?", re.ASCII)
-# Meta's own weights in `original/` are the same again, as .pth; the tokenizer may be there alone.
+# `original/` holds the same weights again as Meta's .pth. The tokenizer may be only there.
 WANTED = [
     "*.safetensors",
     "model.safetensors.index.json",
@@ -29,27 +29,27 @@ WANTED = [
     "chat_template.jinja",
     "original/tokenizer.model",
 ]
-UNWANTED = ["*/*.safetensors"]  # a * stands for slashes too
+UNWANTED = ["*/*.safetensors"]  # in WANTED, a * matches slashes too
 INSTALL = "to fetch it from the Hugging Face Hub, pip install 'llama-reference[hub]'"
 LOG_IN = "log in with `hf auth login`"
 
 
-class _Silent(tqdm):
-    """The progress bar of all ranks but one."""
+class _NoProgressBar(tqdm):
+    """A disabled progress bar, for all ranks except the main one."""
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options | {"disable": True})
 
 
 def local_folder(name: str | Path) -> Path:
-    """The checkpoint folder of that name; where there is none, that of the repository on the Hub
-    with this id, downloaded into Hugging Face's cache as far as it is not there.
+    """The local folder `name`. Where there is none, the folder of the Hub's repository with this id
+    in Hugging Face's cache. Files that the cache lacks are downloaded.
 
-    name: a folder, or owner/name with @ and a commit, tag or branch. Without a revision it is the
-        newest, and the log says which commit that is.
-    Offline, the cache has to do. Several ranks may call this at once: the cache's locks let one
-    download a file while the others wait for it.
-    Raises CheckpointError where the repository cannot be had.
+    name: a folder, or owner/name, or owner/name@revision with a commit, tag or branch. Without a
+        revision the newest commit is used, and logged.
+    Offline, only the cache is used. Several ranks may call this at once: because of the cache's
+    locks one downloads a file while the others wait for it.
+    Raises CheckpointError where the repository cannot be downloaded.
     """
     found = ID.fullmatch(str(name))
     if found is None or os.path.lexists(name):
@@ -67,7 +67,7 @@ def local_folder(name: str | Path) -> Path:
                 revision=revision,
                 allow_patterns=WANTED,
                 ignore_patterns=UNWANTED,
-                tqdm_class=None if is_main else _Silent,
+                tqdm_class=None if is_main else _NoProgressBar,
             )
         )
     except errors.GatedRepoError as error:
@@ -77,7 +77,7 @@ def local_folder(name: str | Path) -> Path:
         ) from error
     except errors.RepositoryNotFoundError as error:
         raise CheckpointError(
-            f"no such folder: {repository}; nor is it a repository on the Hugging Face Hub; if it "
+            f"no such folder: {repository}, and no such repository on the Hugging Face Hub; if it "
             f"is private, {LOG_IN}"
         ) from error
     except errors.RevisionNotFoundError as error:
@@ -87,7 +87,7 @@ def local_folder(name: str | Path) -> Path:
             f"no such folder: {name}; as an id on the Hugging Face Hub it is not in the cache, and "
             "the Hub cannot be reached: check the network and HF_HUB_OFFLINE"
         ) from error
-    except Exception as error:  # the network library is not always the same
+    except Exception as error:  # depends on the network library
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise CheckpointError(f"cannot fetch {name} from the Hugging Face Hub: {reason}") from error
     if not any(folder.glob("*.safetensors")):

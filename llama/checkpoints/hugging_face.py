@@ -1,6 +1,6 @@
 """Hugging Face's layout of a Llama folder: `config.json`, names, rotary order, `.safetensors`.
 
-The only file with Hugging Face's names. Everything leaves it in Meta's.
+Only this file knows Hugging Face's names of tensors and settings.
 """
 
 import os
@@ -12,15 +12,15 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from llama.config import LARGEST_WHOLE, ModelArgs, RopeScaling
+from llama.config import MAX_WHOLE_NUMBER, ModelArgs, RopeScaling
 from llama.errors import CheckpointError, ConfigError
 from llama.files import read_json, why_unreadable
 
 INDEX = "model.safetensors.index.json"
 
-# Meta's module names and Hugging Face's, outside the layers and inside of one.
-OUTSIDE = {"tok_embeddings": "model.embed_tokens", "norm": "model.norm", "output": "lm_head"}
-INSIDE = {
+# Meta's module names and Hugging Face's: of modules outside the layers, and within a layer.
+MODEL_MODULES = {"tok_embeddings": "model.embed_tokens", "norm": "model.norm", "output": "lm_head"}
+LAYER_MODULES = {
     "attention.wq": "self_attn.q_proj",
     "attention.wk": "self_attn.k_proj",
     "attention.wv": "self_attn.v_proj",
@@ -31,21 +31,21 @@ INSIDE = {
     "attention_norm": "input_layernorm",
     "ffn_norm": "post_attention_layernorm",
 }
-TO_META = {theirs: metas for metas, theirs in (OUTSIDE | INSIDE).items()}
-IGNORED = re.compile(r".*\.rotary_emb\.inv_freq")  # a table in old files; it is computed here
+TO_META = {theirs: metas for metas, theirs in (MODEL_MODULES | LAYER_MODULES).items()}
+IGNORED = re.compile(r".*\.rotary_emb\.inv_freq")  # RoPE's table in old files, which is not needed
 
 
-def their_name(name: str) -> str:
+def hugging_face_name(name: str) -> str:
     """Hugging Face's name of a tensor: layers.0.attention.wq.weight becomes
     model.layers.0.self_attn.q_proj.weight."""
     module = name.removesuffix(".weight")
-    if module in OUTSIDE:
-        return f"{OUTSIDE[module]}.weight"
+    if module in MODEL_MODULES:
+        return f"{MODEL_MODULES[module]}.weight"
     _, layer, inner = module.split(".", 2)
-    return f"model.layers.{layer}.{INSIDE[inner]}.weight"
+    return f"model.layers.{layer}.{LAYER_MODULES[inner]}.weight"
 
 
-def metas_name(name: str) -> str:
+def meta_name(name: str) -> str:
     """Meta's name of a tensor. An unknown name stays as it is."""
     module = name.removesuffix(".weight")
     if found := re.fullmatch(r"model\.layers\.(\d+)\.(.+)", module):
@@ -55,17 +55,17 @@ def metas_name(name: str) -> str:
 
 
 # ---- the order of rows in Q and K -------------------------------------------------------------
-# Meta turns neighbouring features (0, 1), (2, 3), … of a head; Hugging Face feature i with
-# i + head_dim / 2. So the rows of the two projections stand in another order within each head.
+# RoPE rotates pairs of features of a head. Meta pairs neighbours, (0, 1), (2, 3), …; Hugging Face
+# pairs feature i with i + head_dim / 2. So the rows of Q and K have another order in each head.
 
 
-def to_pairs(weight: Tensor, head_dim: int) -> Tensor:
+def to_meta_rows(weight: Tensor, head_dim: int) -> Tensor:
     """Rows from Hugging Face's order into Meta's: (heads * head_dim, D), a copy."""
     heads = weight.view(-1, 2, head_dim // 2, weight.shape[1])
     return heads.transpose(1, 2).reshape(weight.shape)
 
 
-def to_halves(weight: Tensor, head_dim: int) -> Tensor:
+def to_hugging_face_rows(weight: Tensor, head_dim: int) -> Tensor:
     """Rows from Meta's order into Hugging Face's: (heads * head_dim, D), a copy."""
     heads = weight.view(-1, head_dim // 2, 2, weight.shape[1])
     return heads.transpose(1, 2).reshape(weight.shape)
@@ -96,7 +96,7 @@ def read_config(path: Path, rope_factor: float | None = None) -> ModelArgs:
     """
     config = read_json(path)
     try:
-        _refuse_others(config)
+        _check_is_plain_llama(config)
         known: dict[str, Any] = {}
         for ours, theirs in FIELDS.items():
             if theirs not in config:
@@ -122,8 +122,8 @@ def read_config(path: Path, rope_factor: float | None = None) -> ModelArgs:
 
 
 def make_config(args: ModelArgs, dtype: torch.dtype) -> dict[str, Any]:
-    """The content of a `config.json` for `LlamaForCausalLM`, in the words of transformers 4, which
-    5 understands too."""
+    """The content of a `config.json` for `LlamaForCausalLM`, with the keys of transformers 4, which
+    transformers 5 reads too."""
     config: dict[str, Any] = {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
@@ -144,8 +144,8 @@ def make_config(args: ModelArgs, dtype: torch.dtype) -> dict[str, Any]:
     return config
 
 
-def _refuse_others(config: dict[str, Any]) -> None:
-    """Raise ConfigError, by name, for what is not a plain Llama text model."""
+def _check_is_plain_llama(config: dict[str, Any]) -> None:
+    """Raise a ConfigError that names the key where this is not a plain Llama text model."""
     plain = {
         "model_type": ("llama",),
         "hidden_act": ("silu", None),
@@ -162,7 +162,7 @@ def _refuse_others(config: dict[str, Any]) -> None:
 
 
 def _rope(config: dict[str, Any], rope_factor: float | None) -> tuple[float, RopeScaling | None]:
-    """theta and scaling, from where transformers 5 keeps them (`rope_parameters`) or 4 did."""
+    """theta and scaling, from the keys of transformers 5 (`rope_parameters`) or of 4."""
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     if not isinstance(rope, dict):
         raise ConfigError(f"the RoPE settings are {rope!r}, not an object")
@@ -171,7 +171,7 @@ def _rope(config: dict[str, Any], rope_factor: float | None) -> tuple[float, Rop
     if kind == "default":
         return theta, None
     if kind != "llama3":
-        raise ConfigError(f"RoPE of the kind {kind!r}: only plain and llama3 scaling are Llama's")
+        raise ConfigError(f"RoPE of type {kind!r}: it must be default or llama3")
     if missing := [theirs for theirs in SCALING_FIELDS.values() if theirs not in rope]:
         raise ConfigError(f"the RoPE settings lack {', '.join(missing)}")
     values = {ours: rope[theirs] for ours, theirs in SCALING_FIELDS.items()}
@@ -179,15 +179,15 @@ def _rope(config: dict[str, Any], rope_factor: float | None) -> tuple[float, Rop
 
 
 def read_stop_tokens(folder: Path) -> list[int] | None:
-    """The ids that `generation_config.json` (else `config.json`) says end a generation.
+    """The stop token ids in `generation_config.json`, else in `config.json`, else None.
 
-    Raises ConfigError for what cannot be ids.
+    Raises ConfigError for values that cannot be ids.
     """
     for path in (folder / "generation_config.json", folder / "config.json"):
-        said = read_json(path).get("eos_token_id") if os.path.lexists(path) else None
-        stop = [] if said is None else said if isinstance(said, list) else [said]
-        if not all(type(token) is int and 0 <= token <= LARGEST_WHOLE for token in stop):
-            raise ConfigError(f"{path}: eos_token_id is {said!r}, not a token id or a list of them")
+        eos = read_json(path).get("eos_token_id") if os.path.lexists(path) else None
+        stop = [] if eos is None else eos if isinstance(eos, list) else [eos]
+        if not all(type(token) is int and 0 <= token <= MAX_WHOLE_NUMBER for token in stop):
+            raise ConfigError(f"{path}: eos_token_id is {eos!r}, not a token id or a list of them")
         if stop:
             return stop
     return None
@@ -197,7 +197,7 @@ def read_stop_tokens(folder: Path) -> list[int] | None:
 
 
 def map_tensors(folder: Path) -> dict[str, Tensor]:
-    """Every tensor of the folder's `.safetensors` files by Meta's name, mapped, not read.
+    """The memory-mapped tensors of the folder's `.safetensors` files, by Meta's names.
 
     Raises CheckpointError for a file that is missing, damaged, or outside the folder.
     """
@@ -220,7 +220,7 @@ def map_tensors(folder: Path) -> dict[str, Tensor]:
                 raise CheckpointError(f"{folder / file} lacks {name}, which {INDEX} places there")
             if IGNORED.fullmatch(name):
                 continue
-            if (ours := metas_name(name)) in tensors:
+            if (ours := meta_name(name)) in tensors:
                 raise CheckpointError(f"{folder / file} has {name} twice, under two names")
             tensors[ours] = found[name]
     if not tensors:
@@ -229,7 +229,7 @@ def map_tensors(folder: Path) -> dict[str, Tensor]:
 
 
 def map_file(path: Path) -> dict[str, Tensor]:
-    """The tensors of one `.safetensors` file by the names it gives them, mapped, not read."""
+    """The memory-mapped tensors of one `.safetensors` file, by their names in the file."""
     if reason := why_unreadable(path):
         raise CheckpointError(f"cannot read {path}: {reason}")
     try:

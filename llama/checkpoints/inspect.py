@@ -20,13 +20,13 @@ UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 
 @dataclass
 class Weight:
-    """One matrix or norm of the model, or the same one of every layer."""
+    """One weight outside the layers, or one weight that every layer has."""
 
     name: str  # layers.N.… stands for all layers
     shape: tuple[int, ...]
     split: int | None  # the dimension that ranks share; None: each has all of it
     count: int  # how many of them the model has
-    copies: int = 1  # ranks that hold the same part: more ranks than key/value heads
+    copies: int = 1  # ranks with the same part, where they are more than the key/value heads
 
     @property
     def parameters(self) -> int:
@@ -34,7 +34,7 @@ class Weight:
 
     @property
     def names(self) -> list[str]:
-        """Their names in the state dict."""
+        """The names in the state dict, one for each layer that has the weight."""
         return [f"{self.name.replace('.N.', f'.{i}.')}.weight" for i in range(self.count)]
 
     def per_rank(self, mp_size: int) -> int:
@@ -45,7 +45,7 @@ class Weight:
 
 
 def weights_of(args: ModelArgs, mp_size: int) -> list[Weight]:
-    """Every weight by Meta's name, those of the layers once, embedding first."""
+    """Every weight by Meta's name, embedding first. A weight of the layers is listed once."""
     copies = max(1, mp_size // args.local_kv_heads(1))
     weights = []
     for name, shape in replace(args, n_layers=1).parameter_shapes().items():
@@ -62,21 +62,21 @@ def weights_of(args: ModelArgs, mp_size: int) -> list[Weight]:
 
 
 def cache_bytes(args: ModelArgs, mp_size: int, dtype: torch.dtype) -> int:
-    """Keys and values of one token in all layers, on one rank; in int8 with their scales."""
+    """Bytes of the keys and values of one token in all layers, on one rank; int8 with scales."""
     heads = max(1, args.local_kv_heads(mp_size))
     scale = torch.float32.itemsize if dtype == torch.int8 else 0
     return 2 * args.n_layers * heads * (args.head_dim * dtype.itemsize + scale)
 
 
 def bytes_of(name: str, dtype: torch.dtype, quantization: Width | None) -> float:
-    """Bytes of one number of a weight, with its share of the scales."""
+    """Bytes per parameter of a weight, including its share of the scales."""
     if quantization is not None and is_quantized(name):
         return BYTES[quantization]
     return dtype.itemsize
 
 
 def flops_per_token(args: ModelArgs, context: int) -> int:
-    """Operations of one token: two for each weight of a product, and the products of its query with
+    """FLOPs of one token: two for each parameter of the matrices, and those of attention over
     `context` keys and values."""
     matrices = sum(w.parameters for w in weights_of(args, 1) if len(w.shape) == 2)
     embedding = 0 if args.tied else args.vocab_size * args.dim  # a look-up, not a product
@@ -84,8 +84,7 @@ def flops_per_token(args: ModelArgs, context: int) -> int:
 
 
 def resolve(name: str) -> tuple[str, ModelArgs, Width | None]:
-    """A preset by its name, or a checkpoint folder; with the name to show, and what the folder's
-    matrices are quantized to."""
+    """The name to show, the shape and the quantization of a preset or a checkpoint folder."""
     if name in PRESETS:
         return name, PRESETS[name], None
     if os.path.isdir(name):
@@ -113,11 +112,11 @@ def describe(
         raise ConfigError(f"max_seq_len {context}: the model's context is {args.context}")
     weights = weights_of(args, mp)
     total = sum(w.parameters for w in weights)
-    mine = sum(w.per_rank(mp) for w in weights)
+    total_per_rank = sum(w.per_rank(mp) for w in weights)
     token = cache_bytes(args, mp, kind)
-    of_each = [bytes_of(w.name, kind, quantization) for w in weights]
+    parameter_bytes = [bytes_of(w.name, kind, quantization) for w in weights]
     whole, share = (
-        sum(map(mul, of_each, numbers))
+        sum(map(mul, parameter_bytes, numbers))
         for numbers in ([w.parameters for w in weights], [w.per_rank(mp) for w in weights])
     )
     saved_in = dtype if quantization is None else f"{quantization}, embedding and norms in {dtype}"
@@ -140,7 +139,7 @@ def describe(
         rows.append((w.name, shape, split, *(f"{n:,}" for n in numbers)))
     if args.tied:
         rows.append(("output", "is tok_embeddings", "", "", "", "", ""))
-    rows.append(("all", "", "", "", "", f"{total:,}", f"{mine:,}"))
+    rows.append(("all", "", "", "", "", f"{total:,}", f"{total_per_rank:,}"))
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     for row in rows:
         cells = [
@@ -166,7 +165,7 @@ def describe(
 
 
 def size(n_bytes: float) -> str:
-    """1536 -> 1.50 KiB."""
+    """A number of bytes as text: 1536 -> 1.50 KiB."""
     for unit in UNITS:
         if n_bytes < 1024 or unit == UNITS[-1]:
             return f"{n_bytes:.0f} {unit}" if unit == "B" else f"{n_bytes:.2f} {unit}"

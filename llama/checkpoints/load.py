@@ -1,4 +1,4 @@
-"""Give a model this rank's part of a checkpoint, and check that the checkpoint is complete."""
+"""Load this rank's part of a checkpoint into a model, and check that a checkpoint is complete."""
 
 import torch
 from torch import Tensor
@@ -10,14 +10,14 @@ from llama.errors import CheckpointError, ConfigError
 from llama.fast.quantize import Width, is_quantized, set_quantized
 from llama.model import Transformer
 
-MOST_NAMES = 10  # how many tensors an error message names
+MAX_NAMES = 10  # of tensors in an error message
 
 
 def parse_dtype(dtype: str | torch.dtype) -> torch.dtype:
-    """float32, bfloat16 or float16, also by name. Raises ConfigError for any other."""
+    """The dtype, also from its name. Raises ConfigError unless float32, bfloat16 or float16."""
     named = getattr(torch, dtype.removeprefix("torch."), None) if isinstance(dtype, str) else dtype
     if named not in (torch.float32, torch.bfloat16, torch.float16):
-        raise ConfigError(f"dtype is {dtype!s}: float32, bfloat16 and float16 are known")
+        raise ConfigError(f"dtype is {dtype!s}: it must be float32, bfloat16 or float16")
     return named
 
 
@@ -35,13 +35,13 @@ def load_weights(
     dtype: torch.dtype | None,
     quantize: Width | None = None,
 ) -> None:
-    """Give `model`, built on the meta device, this rank's part of each tensor, however many
-    shards and ranks there are.
+    """Load this rank's part of each tensor into `model`, which was built on the meta device. The
+    number of shards need not be that of ranks.
 
-    dtype: of all weights; None: the checkpoint's own.
-    quantize: what the matrices of products are rounded to, from the checkpoint's own numbers, or
-        saved in; the model is then one for `FastTransformer` alone.
-    Raises CheckpointError naming what is missing, not expected or of another shape.
+    dtype: dtype of all weights; None: the checkpoint's own.
+    quantize: the width of the matrices. They are quantized now, or are saved in this width. Only
+        `FastTransformer` can run the model then.
+    Raises CheckpointError that names tensors which are missing, unexpected or of another shape.
     """
     params = model.params
     check_complete(checkpoint)
@@ -57,9 +57,9 @@ def load_weights(
             set_quantized(layer, checkpoint.quantized_part(name, *place, quantize))
             continue
         part = checkpoint.part(name, *place).to(device, dtype)
-        # A product with one row has other last bits where the matrix is not aligned.
-        is_multiplied = quantize is None
-        state[name] = part.clone() if is_multiplied and part.data_ptr() % ALIGNMENT else part
+        # A matrix-vector product with an unaligned matrix has other last bits.
+        needs_alignment = quantize is None
+        state[name] = part.clone() if needs_alignment and part.data_ptr() % ALIGNMENT else part
     if params.tied and quantize is None:
         state["output.weight"] = state["tok_embeddings.weight"]
     model.load_state_dict(state, strict=True, assign=True)
@@ -70,7 +70,7 @@ def load_weights(
 def check_complete(checkpoint: Checkpoint) -> None:
     """Raise CheckpointError where the shards' names or shapes are not those of the model."""
     args, folder, shards = checkpoint.args, checkpoint.folder, checkpoint.shards
-    if args.n_layers > (held := len(shards[0])):  # far too few to name each missing tensor
+    if args.n_layers > (held := len(shards[0])):  # too few to list all that are missing
         raise CheckpointError(f"{folder} has {held} tensors, n_layers is {args.n_layers}")
     expected: dict[str, tuple[tuple[int, ...], torch.dtype | None]] = {}
     for name, whole in args.whole_shapes().items():
@@ -79,32 +79,32 @@ def check_complete(checkpoint: Checkpoint) -> None:
         if dim is not None:  # a shard holds its part of the whole tensor
             if shape[dim] % len(shards):
                 raise CheckpointError(
-                    f"{folder}: {name} has {shape[dim]} rows or columns in all, which cannot come "
-                    f"in {len(shards)} shards"
+                    f"{folder}: {name} has {shape[dim]} rows or columns in all, which cannot be "
+                    f"split into {len(shards)} shards"
                 )
             shape[dim] //= len(shards)
-        expected |= checkpoint.stored(name, shape)
+        expected |= checkpoint.stored_tensors(name, shape)
     for i, shard in enumerate(shards):
-        if missing := [checkpoint.called(name) for name in expected if name not in shard]:
+        if missing := [checkpoint.name_in_file(name) for name in expected if name not in shard]:
             raise CheckpointError(f"{checkpoint.file_of(i)} lacks {_listed(missing)}")
         if extra := [name for name in shard if name not in expected]:
             raise CheckpointError(
-                f"{checkpoint.file_of(i)} has tensors this model has not: {_listed(extra)}"
+                f"{checkpoint.file_of(i)} has unexpected tensors: {_listed(extra)}"
             )
     wrong = []
     for name, (local, dtype) in expected.items():
         for i, shard in enumerate(shards):
             found = shard[name]
             file = f"{checkpoint.file_of(i).name}: " if len(shards) > 1 else ""
-            called = f"{file}{checkpoint.called(name)}"
+            where = f"{file}{checkpoint.name_in_file(name)}"
             if found.shape != local:
-                wrong.append(f"{called} {tuple(found.shape)} instead of {tuple(local)}")
+                wrong.append(f"{where} {tuple(found.shape)} instead of {tuple(local)}")
             elif dtype not in (None, found.dtype):
-                wrong.append(f"{called} is {found.dtype} instead of {dtype}")
+                wrong.append(f"{where} is {found.dtype} instead of {dtype}")
     if wrong:
         raise CheckpointError(f"{folder} does not fit its configuration: {_listed(wrong)}")
 
 
 def _listed(names: list[str]) -> str:
-    more = len(names) - MOST_NAMES
-    return ", ".join(names[:MOST_NAMES]) + (f" and {more} more" if more > 0 else "")
+    more = len(names) - MAX_NAMES
+    return ", ".join(names[:MAX_NAMES]) + (f" and {more} more" if more > 0 else "")

@@ -15,12 +15,12 @@ KNOWN_KEYS = frozenset(REQUIRED_KEYS) | {
     "ffn_dim_multiplier",
     "rope_theta",
     "use_scaled_rope",
-    "hidden_dim",  # from here on: keys that Meta's files have not
+    "hidden_dim",  # this and the next keys are not in Meta's files
     "context_length",
     "rope_scaling",
     "quantization",
 }
-# What Meta's files hold for models that are more, or less, than a plain text model.
+# Beginnings of keys in Meta's files of models that are not plain text models.
 OTHER_MODELS = {
     "vision_": "a vision model",
     "quantization_args": "a quantized model",
@@ -31,11 +31,11 @@ OTHER_MODELS = {
 def read_params(path: str | Path, rope_factor: float | None = None) -> ModelArgs:
     """Read a `params.json` as Meta ships it.
 
-    rope_factor: scaling factor of RoPE where the file asks for scaled RoPE, which it does without
-        a number. None takes the published one, 32 for the two Llama 3.2 shapes and 8 for all
-        others; Meta's own code always computes with 8.
-    Raises ConfigError for a file that is missing, is not JSON, has an unknown or no required key,
-    or describes something else than a plain Llama text model.
+    rope_factor: factor of scaled RoPE, which Meta's files do not give. None: that of the file's
+        `rope_scaling`, else the published factor, 32 for the two Llama 3.2 shapes and 8 for all
+        others. Meta's own code always uses 8.
+    Raises ConfigError for a file that is missing, is not JSON, has an unknown key, lacks a required
+    key, or does not describe a plain Llama text model.
     """
     path = Path(path)
     params = read_json(path)
@@ -49,9 +49,9 @@ def read_params(path: str | Path, rope_factor: float | None = None) -> ModelArgs
         raise ConfigError(f"{path} lacks the keys: {', '.join(missing)}")
 
     known = {key: params[key] for key in params.keys() & KNOWN_KEYS}
-    known.pop("quantization", None)  # of the files, not the model: `checkpoint.read_quantization`
+    known.pop("quantization", None)  # see `folder.read_quantization`
     scaling = known.pop("rope_scaling", None)
-    # Llama 2's files predate the key: there its value is RoPE's first one, not the class default.
+    # Llama 2's files have no rope_theta. Its value there is 10000, not the default of ModelArgs.
     known.setdefault("rope_theta", LLAMA_2_THETA)
     try:
         args = ModelArgs(**known)
@@ -71,8 +71,9 @@ def read_params(path: str | Path, rope_factor: float | None = None) -> ModelArgs
 
 
 def write_params(path: Path, args: ModelArgs, quantization: Width | None = None) -> None:
-    """Write a `params.json` that `read_params` reads back as the same model, and Meta's
-    code too where it can; and what the files beside it are quantized to."""
+    """Write a `params.json` that `read_params` reads back as the same model.
+
+    quantization: the width of the files beside it; None: unquantized."""
     keys = "dim n_layers n_heads n_kv_heads vocab_size norm_eps rope_theta use_scaled_rope".split()
     params = {key: getattr(args, key) for key in keys} | args.metas_width()
     if args.context_length is not None:

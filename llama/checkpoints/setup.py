@@ -1,4 +1,4 @@
-"""How an opened checkpoint is to run: ranks, device, dtype and memory, before a weight is read."""
+"""How an opened checkpoint will run: ranks, device, dtype and memory, before a weight is read."""
 
 from dataclasses import dataclass, replace
 
@@ -14,14 +14,14 @@ from llama.fast.quantize import Width, is_quantized
 
 @dataclass(frozen=True)
 class Setup:
-    """How an opened checkpoint is to run; the KV cache's size is in its `args`."""
+    """How an opened checkpoint will run. The KV cache's size is in `opened.args`."""
 
     opened: Checkpoint
     mp_size: int
     device: torch.device
     dtype: torch.dtype
-    sharers: int  # ranks that draw on the same memory: on the CPU all of this machine's
-    is_fast: bool = False  # on the CPU with kernels, whose cache is float32
+    ranks_per_device: int  # ranks that share one memory: on the CPU all ranks of this machine
+    is_fast: bool = False  # uses the CPU kernels, whose KV cache is float32
     quantize: Width | None = None
     kv_cache: CacheWidth | None = None
 
@@ -38,33 +38,33 @@ class Setup:
         quantize: Width | None = None,
         kv_cache: CacheWidth | None = None,
     ) -> "Setup":
-        """Settle what was left open. Raises a LlamaError where the tensors are not all there, or
-        where the ranks, the KV cache or the width do not fit the model."""
+        """Fill in the defaults. Raises a LlamaError where tensors are missing, or where the ranks,
+        the KV cache or the quantization do not fit the model."""
         if opened.quantization is not None:
             if quantize not in (None, opened.quantization):
                 raise ConfigError(
-                    f"{opened.folder} is saved in {opened.quantization}: it cannot be had in "
+                    f"{opened.folder} is saved in {opened.quantization} and cannot be loaded in "
                     f"{quantize}"
                 )
             if mode == "reference":
                 raise ConfigError(
-                    f"{opened.folder} is saved in {opened.quantization}, which is for mode fast"
+                    f"{opened.folder} is saved in {opened.quantization}, which needs mode fast"
                 )
             quantize = opened.quantization
-        opened.settle_vocabulary()
+        opened.set_vocab_size()
         check_complete(opened)
         opened.args.set_limits(max_seq_len, max_batch_size)
         opened.args.check_split(mp_size)
         asked = None if dtype is None else parse_dtype(dtype)
-        settled = asked or default_dtype(device) or opened.dtype
-        sharers = local_size if device.type == "cpu" else 1
-        is_fast = check_mode(mode, quantize, device, settled)
+        chosen = asked or default_dtype(device) or opened.dtype
+        ranks_per_device = local_size if device.type == "cpu" else 1
+        is_fast = check_mode(mode, quantize, device, chosen)
         cache_dtype(mode, kv_cache)
-        return Setup(opened, mp_size, device, settled, sharers, is_fast, quantize, kv_cache)
+        return Setup(opened, mp_size, device, chosen, ranks_per_device, is_fast, quantize, kv_cache)
 
     @property
     def token_bytes(self) -> int:
-        """Keys and values of one token on one rank."""
+        """Bytes of the keys and values of one token on one rank."""
         dtype = torch.float32 if self.is_fast else self.dtype
         if self.kv_cache is not None:
             dtype = torch.int8
@@ -72,17 +72,17 @@ class Setup:
 
     @property
     def cache_bytes(self) -> int:
-        """A rank's KV cache. It counts in full: the system gives pages out when they are written
-        to, and ends the process where there are none left."""
+        """Bytes of a rank's KV cache. It counts in full, although the system allocates its pages
+        only when they are written to: it kills the process where no page is left."""
         args = self.opened.args
         return self.token_bytes * args.max_batch_size * args.max_seq_len
 
     def weight_bytes(self) -> tuple[int, int]:
-        """A rank's weights in memory of its own, and those that are the file's pages, which the
-        system can drop and read again."""
+        """Bytes of a rank's weights in its own memory, and of those that are mapped from the file.
+        The system can drop mapped pages and read them again."""
         own = mapped = 0
         args = self.opened.args
-        if self.quantize is not None:  # then the output matrix is not the embedding
+        if self.quantize is not None:  # the output matrix is then no longer the embedding
             args = replace(args, tied=False)
         for weight in weights_of(args, self.mp_size):
             numbers = weight.per_rank(self.mp_size) // weight.count
@@ -101,12 +101,13 @@ class Setup:
         return own, mapped
 
     def needed_bytes(self) -> int:
-        """What all sharers together need of memory of their own."""
-        return (self.weight_bytes()[0] + self.cache_bytes) * self.sharers
+        """Bytes that all ranks of a device need, without the mapped weights."""
+        return (self.weight_bytes()[0] + self.cache_bytes) * self.ranks_per_device
 
     def prompt_bytes(self) -> int:
-        """About what a rank needs on top to read a whole batch of the longest prompts at once:
-        the scores of one layer (B, H, S, S) or the logits (B, S, V), both also in float32."""
+        """Estimated additional bytes of a rank for the prefill of a full batch of the longest
+        prompts: the scores of one layer (B, H, S, S) or the logits (B, S, V), whichever are more.
+        Both include their float32 copies."""
         args = self.opened.args
         tokens = args.max_batch_size * args.max_seq_len
         scores = tokens * args.max_seq_len * args.n_heads // self.mp_size

@@ -32,7 +32,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 ROTATED = ("wq.weight", "wk.weight")  # the projections that RoPE rotates
 KEYS_AND_VALUES = ("wk.weight", "wv.weight")
 ALIGNMENT = 64  # bytes; safetensors aligns to 8
-IGNORED = "rope.freqs"  # a table that Llama 2's files carry; it is computed here
+IGNORED = "rope.freqs"  # RoPE's table in Llama 2's files, which is not needed
 
 
 def shard_name(rank: int, quantization: Width | None = None) -> str:
@@ -54,8 +54,8 @@ def find_shards(folder: Path, quantization: Width | None = None) -> list[Path]:
 def read_shard(path: Path) -> dict[str, Tensor]:
     """The tensors of one `.pth` file by name, mapped from the file where its format allows.
 
-    Nothing but tensors is unpickled, so a file cannot run code. Raises CheckpointError for a file
-    that is damaged or holds anything else.
+    Only tensors are unpickled, so a file cannot run code. Raises CheckpointError for a file that is
+    damaged or holds anything else.
     """
     if reason := why_unreadable(path):
         raise CheckpointError(f"cannot read {path}: {reason}")
@@ -64,7 +64,8 @@ def read_shard(path: Path) -> dict[str, Tensor]:
             is_zip = file.read(4) == b"PK\x03\x04"
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
     except pickle.UnpicklingError as error:
-        raise CheckpointError(f"{path} is not a file of plain tensors and was not run") from error
+        reason = "is not a file of plain tensors: its code was not run"
+        raise CheckpointError(f"{path} {reason}") from error
     except Exception as error:  # a damaged file may raise anything
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise CheckpointError(f"{path} is damaged or incomplete: {reason}") from error
@@ -77,11 +78,11 @@ def read_shard(path: Path) -> dict[str, Tensor]:
 
 def check_kind(path: Path, name: Any, tensor: Any) -> None:
     if not isinstance(name, str):
-        raise CheckpointError(f"{path} calls a tensor {name!r}, which is no name")
+        raise CheckpointError(f"{path} has a tensor named {name!r}, which is not a string")
     kind = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
     if kind not in DTYPES:
         raise CheckpointError(f"{path}: {name} is {kind}, not a tensor of floating point")
-    # A sparse tensor, or strides of zero, can give a few bytes any shape.
+    # A sparse tensor, or one with strides of zero, can have a huge shape in few bytes.
     is_plain = tensor.layout == torch.strided and not tensor.is_meta
     if not is_plain or tensor.nbytes > tensor.untyped_storage().nbytes():
         raise CheckpointError(
@@ -93,10 +94,10 @@ def check_kind(path: Path, name: Any, tensor: Any) -> None:
 class Checkpoint:
     """An opened folder: the model's shape and its tensors by Meta's names, mapped, not yet read.
 
-    shards: equal parts of the model, cut as `parallel.shard_dim` says; Hugging Face's folders are
-        one, however many files they have.
-    quantization: of the matrices that `fast.is_quantized` names, in a folder that `convert` wrote:
-        for each, the shards have the tensors of an `Int8Weight` or `Int4Weight`.
+    shards: equal parts of the model, split as `parallel.shard_dim` says. A Hugging Face folder is
+        one shard, whatever its number of files.
+    quantization: the width of the quantized matrices (see `is_quantized`) in a folder that
+        `convert` wrote. For each the shards have the fields of an `Int8Weight` or `Int4Weight`.
     """
 
     folder: Path
@@ -105,26 +106,26 @@ class Checkpoint:
     is_hugging_face: bool = False  # Q and K have their rows in Hugging Face's order
     quantization: Width | None = None
 
-    def called(self, name: str) -> str:
+    def name_in_file(self, name: str) -> str:
         """The name of a tensor in the folder's files."""
-        return hugging_face.their_name(name) if self.is_hugging_face else name
+        return hugging_face.hugging_face_name(name) if self.is_hugging_face else name
 
     def file_of(self, shard: int) -> Path:
         if self.is_hugging_face:
             return self.folder
         return self.folder / shard_name(shard, self.quantization)
 
-    def stored(
+    def stored_tensors(
         self, name: str, shape: Sequence[int]
     ) -> dict[str, tuple[tuple[int, ...], torch.dtype | None]]:
-        """The tensors of a shard that hold one tensor of the model: their names and shapes, and the
-        dtype where it is fixed."""
+        """The tensors of a shard that represent the model's tensor `name`: their names, shapes and
+        required dtypes. None: any dtype."""
         if self.quantization is None or not is_quantized(name):
             return {name: (tuple(shape), None)}
         weight = KINDS[self.quantization].empty(shape, torch.device("meta"))
         return {f"{name}.{f}": (t.shape, t.dtype) for f, t in weight._asdict().items()}
 
-    def settle_vocabulary(self) -> None:
+    def set_vocab_size(self) -> None:
         """Take vocab_size from the output matrix, where Llama 2's params.json says -1."""
         output = self.shards[0].get("output.weight")
         if self.args.vocab_size == -1 and output is not None and output.dim() == 2:
@@ -143,11 +144,11 @@ class Checkpoint:
             parts = self._quantized_pieces(name, n_parts, 0)
             return len(parts) == 1 and all(tensor.is_contiguous() for tensor in parts[0])
         pieces = self._pieces(name, n_parts, 0)
-        is_turned = self.is_hugging_face and name.endswith(ROTATED)
+        is_reordered = self.is_hugging_face and name.endswith(ROTATED)
         return (
             len(pieces) == 1
             and pieces[0].is_contiguous()
-            and not is_turned
+            and not is_reordered
             and pieces[0].dtype == dtype
             and (self.quantization is not None or pieces[0].data_ptr() % ALIGNMENT == 0)
         )
@@ -155,12 +156,12 @@ class Checkpoint:
     def part(self, name: str, n_parts: int, index: int) -> Tensor:
         """One of `n_parts` equal parts of a tensor, its rows in Meta's order; contiguous.
 
-        Nothing is copied where it lies in one piece in a file. With more parts than key/value
-        heads, each head is in as many parts in a row.
+        It is not copied where it is contiguous in a file. With more parts than key/value heads,
+        several consecutive parts hold the same head.
         """
         pieces = self._pieces(name, n_parts, index)
         if self.is_hugging_face and name.endswith(ROTATED):
-            return hugging_face.to_pairs(pieces[0], self.args.head_dim)
+            return hugging_face.to_meta_rows(pieces[0], self.args.head_dim)
         if len(pieces) == 1 and pieces[0].is_contiguous():
             return pieces[0]
         dim = parallel.shard_dim(name, self.args.embedding_shard_dim)
@@ -170,10 +171,10 @@ class Checkpoint:
         return torch.cat(pieces, dim, out=with_huge_pages(pieces[0].new_empty(shape)))
 
     def quantized_part(self, name: str, n_parts: int, index: int, width: Width) -> Quantized:
-        """A part of a quantized matrix, as it is saved or else rounded now.
+        """A part of a matrix, quantized: as it is saved, or else quantized now.
 
-        The scale of a row is the whole row's, so that any number of parts is the same weights.
-        Raises ConfigError where it cannot be rounded or so cut.
+        The scale of an int8 row is the whole row's, so the weights do not depend on n_parts.
+        Raises ConfigError where the matrix cannot be quantized, or cannot be split in this way.
         """
         dim = parallel.SHARD_DIMS[name.split(".")[-2]]
         try:
@@ -188,32 +189,32 @@ class Checkpoint:
             raise ConfigError(f"{self.folder}: {name}: {error}") from error
 
     def _pieces(self, name: str, n_parts: int, index: int) -> list[Tensor]:
-        """The pieces of a part that the shards hold, in order, as views."""
+        """Views of the shards that together are one part, in order."""
         whole = [shard[name] for shard in self.shards]
         dim = parallel.shard_dim(name, self.args.embedding_shard_dim)
         if dim is None:
             return whole[:1]
-        cuts = self._cuts(name, whole[0].shape[dim], n_parts, index)
-        return [whole[i].narrow(dim, low, length) for i, low, length in cuts]
+        slices = self._slices(name, whole[0].shape[dim], n_parts, index)
+        return [whole[i].narrow(dim, low, length) for i, low, length in slices]
 
     def _quantized_pieces(self, name: str, n_parts: int, index: int) -> list[Quantized]:
-        """The same for a matrix that the folder has quantized."""
+        """`_pieces` of a matrix that is saved quantized."""
         assert self.quantization is not None
         kind = KINDS[self.quantization]
         whole = [
             kind(*(shard[f"{name}.{field}"] for field in kind._fields)) for shard in self.shards
         ]
         dim = parallel.SHARD_DIMS[name.split(".")[-2]]
-        size = self.args.whole_shapes()[name][dim] // len(whole)  # which may be stored rounded up
-        cuts = list(self._cuts(name, size, n_parts, index))
-        if len(cuts) == 1 and cuts[0][2] == size:
-            return [whole[cuts[0][0]]]
-        return [narrow(whole[i], dim, low, length) for i, low, length in cuts]
+        size = self.args.whole_shapes()[name][dim] // len(whole)  # the stored size may be padded
+        slices = list(self._slices(name, size, n_parts, index))
+        if len(slices) == 1 and slices[0][2] == size:
+            return [whole[slices[0][0]]]
+        return [narrow(whole[i], dim, low, length) for i, low, length in slices]
 
-    def _cuts(
+    def _slices(
         self, name: str, size: int, n_parts: int, index: int
     ) -> Iterator[tuple[int, int, int]]:
-        """The shards that hold a part, each with the first index and the length.
+        """Yield each shard that holds some of a part, with the first index and the length there.
 
         size: of each shard along the split dimension.
         """

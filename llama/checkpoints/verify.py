@@ -21,7 +21,7 @@ from llama.files import atomic_file, read_json, read_text, why_unreadable
 MANIFEST = "SHA256SUMS"  # what `sha256sum --check` reads too
 CHECKLIST = "checklist.chk"  # Meta's, with MD5
 SUFFIXES = (".pth", ".safetensors", ".json", ".model")  # the files that make up a checkpoint
-PART = "layers.0.attention.wq.weight"  # a matrix of which each shard has another part
+SPLIT_MATRIX = "layers.0.attention.wq.weight"  # each shard has another part of it
 CHUNK = 1 << 24  # bytes or elements that are read at a time
 
 
@@ -33,7 +33,7 @@ def verify(folder: str | Path, write_manifest: bool = True) -> tuple[str, list[s
     Raises a LlamaError where the folder cannot be opened at all.
     """
     opened = open_checkpoint(folder)
-    opened.settle_vocabulary()
+    opened.set_vocab_size()
     problems = []
     try:
         check_complete(opened)
@@ -52,21 +52,21 @@ def verify(folder: str | Path, write_manifest: bool = True) -> tuple[str, list[s
 
 
 def _wrong_numbers(opened: Checkpoint) -> Iterator[str]:
-    """Tensors that are not finite, copies that are not equal, tensors of another dtype."""
+    """A line for each tensor that is not finite, differs from its copies or has another dtype."""
     dtype = opened.dtype
-    whose = "the output matrix" if opened.quantization is None else "the embedding"
+    reference = "the output matrix" if opened.quantization is None else "the embedding"
     for weight, shape in tqdm(opened.args.parameter_shapes().items(), "Tensors", delay=2):
         dim = parallel.shard_dim(weight, opened.args.embedding_shard_dim)
-        for name, (_, fixed) in opened.stored(weight, shape).items():
+        for name, (_, fixed) in opened.stored_tensors(weight, shape).items():
             first = opened.shards[0][name]
             is_copied = dim is None or dim >= first.dim()  # such as the scale of whole rows
             for i, shard in enumerate(opened.shards):
-                where = f"{opened.file_of(i)}: {opened.called(name)}"
+                where = f"{opened.file_of(i)}: {opened.name_in_file(name)}"
                 tensor = shard[name]
                 if not _is_finite(tensor):
                     yield f"{where} has numbers that are not finite"
                 if fixed is None and tensor.dtype != dtype:
-                    yield f"{where} is {tensor.dtype}, {whose} {dtype}"
+                    yield f"{where} is {tensor.dtype}, but {reference} is {dtype}"
                 if is_copied and i > 0 and not torch.equal(tensor, first):
                     yield f"{where} should be equal in all shards, but is not that of the first"
 
@@ -74,7 +74,7 @@ def _wrong_numbers(opened: Checkpoint) -> Iterator[str]:
 def _copied_shards(opened: Checkpoint) -> Iterator[str]:
     """Shards that hold the same part of the model: no two parts of a trained matrix are equal."""
     parts = [
-        next(tensor for name, tensor in shard.items() if name.startswith(PART))
+        next(tensor for name, tensor in shard.items() if name.startswith(SPLIT_MATRIX))
         for shard in opened.shards
     ]
     for i, part in enumerate(parts):
@@ -133,7 +133,7 @@ def _wrong_sums(folder: Path) -> Iterator[str]:
             if why_unreadable(path):
                 yield f"{folder / file} lists {name}, which is missing"
             elif _digest(path, algorithm) != digest:
-                yield f"{path} is not the file that {file} was made of ({algorithm})"
+                yield f"{path} does not have the {algorithm} checksum in {file}"
 
 
 def _write_manifest(folder: Path) -> None:
@@ -146,9 +146,9 @@ def _write_manifest(folder: Path) -> None:
 
 
 def title_of(opened: Checkpoint) -> str:
-    """Such as: Llama 3.1 8B, instruct or base unknown, 1 shard, bfloat16, 16.06 GB."""
+    """One line, such as: Llama 3.1 8B, instruct or base unknown, 1 shard, bfloat16, 16.06 GB."""
     pretty = [name.removesuffix("-mp16").split("-", 2) for name in opened.args.published()]
-    if pretty:  # 3.1 and 3.3 of 70B have one shape
+    if pretty:  # Llama 3.1 70B and 3.3 70B have the same shape
         versions = " or ".join(dict.fromkeys(version for _, version, _ in pretty))
         model = f"Llama {versions} {pretty[0][2].upper()}"
     else:
@@ -170,8 +170,9 @@ UNKNOWN = "instruct or base unknown"
 
 
 def kind_of(folder: Path) -> str:
-    """Whether the model was taught to chat, "instruct" or "base", where the folder says so: by a
-    chat template or its lack, or by the name that Meta gives it."""
+    """Whether the model was trained to chat: "instruct", "base" or UNKNOWN.
+
+    It depends on the chat template, or its absence, and on the folder's name."""
     place = folder.resolve()
     if place.name == "original":  # inside a repository of Hugging Face
         place = place.parent

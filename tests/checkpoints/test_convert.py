@@ -138,12 +138,15 @@ def test_nothing_is_replaced_unless_told(sources: dict[str, Path], tmp_path: Pat
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (dict(to="gguf"), "to is 'gguf': meta or hf"),
+        (dict(to="gguf"), "to is 'gguf': it must be meta or hf"),
         (dict(to="hf", mp=2), "mp is 2"),
-        (dict(to="meta", mp=3), "cannot be split over 3 ranks, it can over 1, 2, 4, 8, 16"),
+        (dict(to="meta", mp=3), "cannot be split over 3 ranks, only over 1, 2, 4, 8, 16"),
         (dict(to="meta", dtype="int4"), "dtype is int4"),
-        (dict(quantize="int3"), "quantize is 'int3': int8 or int4"),
-        (dict(to="hf", quantize="int8"), "are not quantized here: to must be meta"),
+        (dict(quantize="int3"), "quantize is 'int3': it must be int8 or int4"),
+        (
+            dict(to="hf", quantize="int8"),
+            "quantize writes no Hugging Face folders: to must be meta",
+        ),
         (dict(quantize="int4", mp=8), "wo.weight: a row of 16 weights cannot be quantized"),
     ],
 )
@@ -320,12 +323,12 @@ def test_what_is_said_of_a_quantized_folder(floats: Path, tmp_path: Path) -> Non
 def test_what_a_quantized_folder_is_not_for(floats: Path, tmp_path: Path) -> None:
     saved = convert(floats, tmp_path / "saved", quantize="int8")
     for options, message in (
-        (dict(), "saved is saved in int8, which is for mode fast"),
-        (dict(mode="fast", quantize="int4"), "saved in int8: it cannot be had in int4"),
+        (dict(), "saved is saved in int8, which needs mode fast"),
+        (dict(mode="fast", quantize="int4"), "saved in int8 and cannot be loaded in int4"),
     ):
         with pytest.raises(ConfigError, match=message):
             Llama.build(saved, **options)
-    with pytest.raises(CheckpointError, match="is quantized to int8: convert what it was made of"):
+    with pytest.raises(CheckpointError, match="is quantized to int8: convert the original"):
         convert(saved, tmp_path / "hf", "hf")
     params = json.loads((saved / "params.json").read_text())
     params["quantization"]["layout"] += 1

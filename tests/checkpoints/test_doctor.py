@@ -160,7 +160,9 @@ def test_the_tokenizer_of_another_model(folder: Path, llama3_tokenizer_path: Pat
     assert (found.level, found.text) == (
         doctor.OK, "Llama 3's kind, 128,256 tokens, as many as the model's"
     )  # fmt: skip
-    with pytest.raises(ConfigError, match="of Llama 3's kind with 640 tokens: not that of llama-2"):
+    with pytest.raises(
+        ConfigError, match="of Llama 3's kind with 640 tokens, and is not that of llama-2"
+    ):
         doctor.check_tokenizer(PRESETS["llama-2-7b"], tiny)
     with pytest.raises(ConfigError, match=r"vocab_size 640 is smaller than .* 128256 tokens"):
         doctor.check_tokenizer(ModelArgs(vocab_size=VOCAB), real)

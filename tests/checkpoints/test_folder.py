@@ -317,7 +317,7 @@ BAD_FOLDERS: dict[str, tuple[Callable[[Path], Any], type[LlamaError], str]] = {
     "an extra tensor": (
         lambda f: edit(f, lambda state: state.update(bias=torch.zeros(3))),
         CheckpointError,
-        "has tensors this model has not: bias",
+        "has unexpected tensors: bias",
     ),
     "a misshapen tensor": (
         lambda f: edit(f, lambda state: state.update({"norm.weight": torch.ones(63)})),
@@ -341,7 +341,7 @@ BAD_FOLDERS: dict[str, tuple[Callable[[Path], Any], type[LlamaError], str]] = {
         CheckpointError,
         "does not hold named tensors",
     ),
-    "code": (write_malicious, CheckpointError, "is not a file of plain tensors and was not run"),
+    "code": (write_malicious, CheckpointError, "plain tensors: its code was not run"),
     "a bare pickle": (write_bare_pickle, CheckpointError, "is not a file of plain tensors"),
     "an empty file": (lambda f: truncate(f, 0), CheckpointError, "is damaged or incomplete"),
     "text": (
@@ -390,7 +390,7 @@ def test_a_bad_folder_is_one_clear_line(
         ({"max_batch_size": 0}, "max_batch_size is 0"),
         ({"model_parallel_size": 2}, "model_parallel_size is 2"),
         ({"dtype": "int8"}, "dtype is int8"),
-        ({"dtype": "bf17"}, "dtype is bf17: float32, bfloat16 and float16 are known"),
+        ({"dtype": "bf17"}, "dtype is bf17: it must be float32, bfloat16 or float16"),
         ({"device": "abacus"}, "unknown device 'abacus'"),
         ({"tokenizer_path": "nowhere"}, "nowhere"),
     ],

@@ -151,7 +151,7 @@ def test_what_is_fetched_and_what_is_not(server: Hub, folder: Path, tmp_path: Pa
     assert snapshot.name == COMMIT
     assert kind_of(snapshot) == "base"  # by the name of the repository
     assert "tiny/gated is gated: accept its licence at https://huggingface.co/tiny/gated" in gated
-    assert "no such folder: tiny/none; nor is it a repository on the Hugging Face Hub" in none
+    assert "no such folder: tiny/none, and no such repository on the Hugging Face Hub" in none
     assert revision == "tiny/Llama-3.2-1B has no revision v9"
     assert "tiny/pickled has no .safetensors: fetch its files with `hf download" in pickled
     assert not any("\n" in error for error in errors)

@@ -80,7 +80,7 @@ def test_ranks_that_do_not_divide_are_told_what_does(
 ) -> None:
     _, paths = folders["gqa-2"]
     for error in run_ranks(3, tmp_path, error_of, paths[0]):
-        assert "cannot be split over 3 ranks, it can over 1, 2, 4, 8, 16: n_heads 16" in error
+        assert "cannot be split over 3 ranks, only over 1, 2, 4, 8, 16: they must divide" in error
 
 
 # ---- Hugging Face's folders ---------------------------------------------------------------------
@@ -189,13 +189,13 @@ def test_what_a_hugging_face_folder_says(hf_folders: list[tuple[Path, Any]]) -> 
         ({"quantization_config": {"bits": 4}}, "it is quantized"),
         ({"vision_config": {}}, "vision_config is {}"),
         ({"head_dim": 64}, "head_dim is 64, but hidden_size / num_attention_heads is 8"),
-        ({"rope_parameters": {"rope_type": "yarn", "factor": 2}}, "RoPE of the kind 'yarn'"),
-        ({"rope_parameters": {"type": "linear", "factor": 2}}, "RoPE of the kind 'linear'"),
+        ({"rope_parameters": {"rope_type": "yarn", "factor": 2}}, "RoPE of type 'yarn'"),
+        ({"rope_parameters": {"type": "linear", "factor": 2}}, "RoPE of type 'linear'"),
         ({"rope_parameters": {"rope_type": "llama3", "factor": 2}}, "settings lack low_freq"),
         ({"rope_parameters": [1]}, r"RoPE settings are \[1\]"),
         ({"hidden_size": None}, "dim is None"),
         ({"num_hidden_layers": 3}, r"lacks model.layers.2.self_attn.q_proj.weight"),
-        ({"num_hidden_layers": 1}, "has tensors this model has not: layers.1"),
+        ({"num_hidden_layers": 1}, "has unexpected tensors: layers.1"),
         ({"intermediate_size": 321}, r"model.layers.0.mlp.gate_proj.weight \(320, 128\) instead"),
     ],
 )

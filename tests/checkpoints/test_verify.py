@@ -57,7 +57,7 @@ def test_a_changed_file_is_noticed(folder: Path) -> None:
     verify(folder)
     edit(folder, 1, lambda state: state["layers.0.attention.wq.weight"][0].add_(1))
     assert verify(folder)[1] == [
-        f"{folder}/consolidated.01.pth is not the file that {MANIFEST} was made of (sha256)"
+        f"{folder}/consolidated.01.pth does not have the sha256 checksum in {MANIFEST}"
     ]
     (folder / "tokenizer.model").unlink()
     assert f"{folder}/{MANIFEST} lists tokenizer.model, which is missing" in verify(folder)[1]
@@ -72,7 +72,7 @@ def test_metas_checklist(folder: Path) -> None:
     assert verify(folder)[1] == []
     checklist.write_text(f"{sums[1]}  params.json\n")
     assert verify(folder)[1] == [
-        f"{folder}/params.json is not the file that checklist.chk was made of (md5)"
+        f"{folder}/params.json does not have the md5 checksum in checklist.chk"
     ]
     checklist.write_text(f"{sums[0]}  ../params.json\n")
     with pytest.raises(CheckpointError, match=r"checklist\.chk, line 1 is no checksum"):
@@ -94,7 +94,7 @@ PROBLEMS: dict[str, tuple[int, Callable[[dict[str, torch.Tensor]], object], str]
     "dtype": (
         0,
         lambda s: s.update({WQ: s[WQ].half()}),
-        f"consolidated.00.pth: {WQ} is torch.float16, the output matrix torch.float32",
+        f"consolidated.00.pth: {WQ} is torch.float16, but the output matrix is torch.float32",
     ),
     "missing": (1, lambda s: s.pop("norm.weight"), "consolidated.01.pth lacks norm.weight"),
 }

@@ -1,4 +1,4 @@
-"""The command `llama`, also `python -m llama`: the table of commands."""
+"""The `llama` command, also `python -m llama`, and the table of its commands."""
 
 import importlib
 import importlib.metadata
@@ -8,21 +8,21 @@ import sys
 from llama.commands.command_line import nearest, run
 from llama.errors import LlamaError, one_line
 
-# The file in `commands/` and the line that `llama --help` shows. A file is imported only when its
-# command runs: one command never waits for the imports of another.
+# For each command: its file in `commands/`, and its line in `llama --help`. A file is imported only
+# when its command runs, so that a command does not wait for the imports of another.
 COMMANDS: dict[str, tuple[str, str]] = {
     "complete": ("complete", "continue a text"),
     "chat": ("chat", "talk with a model"),
     "batch": ("batch", "run a file of prompts"),
-    "doctor": ("checkpoints", "will a checkpoint run here: memory, tokenizer, device"),
-    "bench": ("bench", "how fast a model runs here"),
-    "inspect": ("checkpoints", "what a model is made of: sizes, split, KV cache, FLOPs"),
+    "doctor": ("checkpoints", "check whether a checkpoint runs here: memory, tokenizer, device"),
+    "bench": ("bench", "measure how fast a model runs here"),
+    "inspect": ("checkpoints", "describe a model: sizes, split, KV cache, FLOPs"),
     "convert": ("checkpoints", "write a checkpoint in another layout, split or width"),
-    "verify": ("checkpoints", "is a checkpoint whole: tensors, numbers, checksums"),
+    "verify": ("checkpoints", "check that a checkpoint is complete: tensors, numbers, checksums"),
     "vocab": ("data", "train a vocabulary"),
     "tokenize": ("data", "write token files for training"),
     "train": ("train", "train a new model from token files"),
-    "finetune": ("train", "teach a checkpoint from dialogs"),
+    "finetune": ("train", "fine-tune a checkpoint on dialogs"),
     "perplexity": ("evaluate", "score a text"),
     "evaluate": ("evaluate", "run tasks of the lm-evaluation-harness"),
 }

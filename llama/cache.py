@@ -1,4 +1,4 @@
-"""The key/value cache: what a decoder keeps of the tokens it has seen."""
+"""The key/value cache: the keys and values of the tokens that the model has processed."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,9 +11,9 @@ from torch import Tensor
 class LayerCache:
     """Keys and values of one layer, each (rows, positions, local kv heads, head_dim).
 
-    The layout is Meta's, so that reference mode multiplies matrices with the same strides. As int8
-    they have float32 scales (rows, positions, local kv heads): the vector of a head at a position
-    is k * k_scale, and its largest number is ±127.
+    The layout is Meta's, so that reference mode multiplies matrices with the same strides. An int8
+    cache also has float32 scales (rows, positions, local kv heads), one for each head and position:
+    the key vector is k * k_scale.
     """
 
     k: Tensor
@@ -26,18 +26,19 @@ class LayerCache:
         return LayerCache(*_zeros(shape, dtype, device))
 
     def to(self, dtype: torch.dtype, device: torch.device) -> "LayerCache":
-        """The same numbers, not quantized, in another dtype or on another device."""
+        """The same cache in another dtype or on another device; not for an int8 cache."""
         if (self.k.dtype, self.k.device) == (dtype, device):
             return self
         with torch.inference_mode(False):
             return LayerCache(self.k.to(device, dtype), self.v.to(device, dtype))
 
     def update(self, start_pos: int | Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Store keys and values (B, S, K, hd) and return all that are visible, (B, T, K, hd).
+        """Store keys and values (B, S, K, hd) and return all visible ones, (B, T, K, hd).
 
-        They are views of the cache. From int8 they are new tensors of the dtype that k and v have.
-        start_pos: the first of S positions, the same for all rows; T then ends with the last of
-            them. Or the position of each token, (B, S); T then is the whole cache.
+        The result is a view of the cache. For an int8 cache it is a new tensor in the dtype of k.
+        start_pos: a number is the position of the first new token in all rows; T is then
+            start_pos + S. A tensor (B, S) is the position of each new token; T is then the length
+            of the whole cache.
         """
         bsz, seqlen = k.shape[:2]
         index: tuple[slice | Tensor, slice | Tensor]
@@ -48,22 +49,22 @@ class LayerCache:
             end = self.k.shape[1]
             index = torch.arange(bsz, device=k.device)[:, None], start_pos
 
-        def store(held: Tensor, scales: Tensor | None, new: Tensor) -> Tensor:
-            held = held[:bsz, :end]
+        def store(cached: Tensor, scales: Tensor | None, new: Tensor) -> Tensor:
+            cached = cached[:bsz, :end]
             if scales is None:
-                held[index] = new
-                return held
+                cached[index] = new
+                return cached
             scales = scales[:bsz, :end]
-            held[index], scales[index] = quantize(new)
-            return (held * scales[..., None]).to(new.dtype)
+            cached[index], scales[index] = quantize(new)
+            return (cached * scales[..., None]).to(new.dtype)
 
         return store(self.k, self.k_scale, k), store(self.v, self.v_scale, v)
 
 
 @dataclass(frozen=True)
 class KVCache:
-    """Keys and values of every layer: the tensors of `LayerCache` with a dimension of layers before
-    the others, (layers, rows, positions, local kv heads, head_dim)."""
+    """Keys and values of all layers: the tensors of `LayerCache`, stacked along a new first
+    dimension, (layers, rows, positions, local kv heads, head_dim)."""
 
     k: Tensor
     v: Tensor
@@ -92,7 +93,7 @@ class KVCache:
         return self.k.shape[2]
 
     def part(self, first_row: int, n_rows: int, n_positions: int) -> "KVCache":
-        """Some rows up to some position, as a cache of its own on the same memory."""
+        """The first `n_positions` positions of some rows, as a cache on the same memory."""
         rows = slice(first_row, first_row + n_rows)
         return KVCache(*(tensor[:, rows, :n_positions] for tensor in self.tensors()))
 
@@ -101,7 +102,7 @@ class KVCache:
         return LayerCache(*(tensor[layer_id] for tensor in self.tensors()))
 
     def copy_row(self, source: int, destination: int, n_positions: int) -> None:
-        """Copy the first keys and values of one row to another."""
+        """Copy the keys and values of the first `n_positions` positions to another row."""
         for tensor in self.tensors():
             tensor[:, destination, :n_positions] = tensor[:, source, :n_positions]
 
@@ -111,7 +112,7 @@ class KVCache:
 
 
 def _zeros(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> list[Tensor]:
-    """Keys and values, for int8 also their scales."""
+    """Zeros for keys and values, and for their scales where the dtype is int8."""
     # A cache made under inference_mode could not be written to outside of it.
     with torch.inference_mode(False):
         tensors = [torch.zeros(*shape, dtype=dtype, device=device) for _ in range(2)]
@@ -121,7 +122,9 @@ def _zeros(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> li
 
 
 def quantize(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Round vectors (…, hd) to int8. Returns them and their float32 scales (…): largest / 127."""
+    """Quantize vectors (…, hd) to int8. Returns them and their float32 scales (…).
+
+    A scale is the largest absolute value of its vector / 127."""
     x = x.float()
     scale = x.abs().amax(-1) / 127
     steps = torch.where(scale[..., None] == 0, 0, x / scale[..., None])

@@ -1,8 +1,8 @@
 """Dialogs as token ids: the prompt formats of Llama 3.x and of Llama 2.
 
-Both formats have the same two methods: `encode_dialog_prompt` turns a dialog into the ids the model
-continues, and `decode_message` turns what it generated back into a message. The markers around the
-messages are put in as ids; text inside a message never becomes a marker.
+Both formats have the same two methods. `encode_dialog_prompt` turns a dialog into prompt ids, and
+`decode_message` turns generated ids into a message. Text inside a message never becomes a marker,
+except a <|python_tag|> at the start of an assistant's message.
 """
 
 from collections.abc import Mapping, Sequence
@@ -36,7 +36,7 @@ PYTHON_TAG = "<|python_tag|>"
 
 
 class Vocabulary(Protocol):
-    """What a chat format needs of a `Tokenizer`."""
+    """The part of `Tokenizer` that a chat format uses."""
 
     model_path: Path
     special_tokens: dict[str, int]
@@ -60,7 +60,7 @@ class ChatFormat:
         self.tokenizer = tokenizer
 
     def encode_header(self, message: Message) -> list[int]:
-        """Return the ids that announce who speaks; only the role of `message` matters."""
+        """Return the ids of the header, which names the role of `message`."""
         return [
             self._marker("<|start_header_id|>"),
             *self.tokenizer.encode(message["role"], bos=False, eos=False),
@@ -69,7 +69,7 @@ class ChatFormat:
         ]
 
     def encode_message(self, message: Message) -> list[int]:
-        """Return header, content without the blanks around it, and the id that ends the message.
+        """Return the ids of the header, the content without surrounding blanks, and the end marker.
 
         Raises:
             DialogError: not a message, a role other than the four of Llama 3.1, or a marker that
@@ -79,18 +79,18 @@ class ChatFormat:
         from_assistant = message["role"] == "assistant"
         text = message["content"].strip()
         tokens = self.encode_header(message)
-        # A generated tool call decodes to text that starts with the tag. Putting the id back gives
-        # the model the ids it wrote, and only the assistant's own text is read in this way.
+        # A generated tool call decodes to text that starts with the tag. The tag becomes its id
+        # again, so that the model reads the ids that it generated.
         if from_assistant and text.startswith(PYTHON_TAG):
             tokens.append(self._marker(PYTHON_TAG))
             text = text.removeprefix(PYTHON_TAG)
         tokens += self.tokenizer.encode(text, bos=False, eos=False)
-        waits = from_assistant and message.get("stop_reason") == "end_of_message"
-        tokens.append(self._marker("<|eom_id|>" if waits else "<|eot_id|>"))
+        awaits_tool = from_assistant and message.get("stop_reason") == "end_of_message"
+        tokens.append(self._marker("<|eom_id|>" if awaits_tool else "<|eot_id|>"))
         return tokens
 
     def encode_dialog_prompt(self, dialog: Dialog) -> list[int]:
-        """Return <|begin_of_text|>, every message, and the header of the answer to come.
+        """Return the ids of <|begin_of_text|>, every message, and the header of the next answer.
 
         Raises:
             DialogError: empty dialog, wrong role, a system message that is not the first, or a last
@@ -103,9 +103,9 @@ class ChatFormat:
         return tokens + self.encode_header({"role": "assistant", "content": ""})
 
     def decode_message(self, tokens: Sequence[int], stop_token: int | None) -> Message:
-        """Return the assistant's message for generated `tokens`, which leave out `stop_token`."""
-        message = _answer(self.tokenizer, tokens)
-        # A tokenizer.json of Llama 3.0 has no such name.
+        """Return the assistant's message for generated `tokens`, which exclude `stop_token`."""
+        message = _assistant_message(self.tokenizer, tokens)
+        # A tokenizer.json of Llama 3.0 has no <|eom_id|>.
         if stop_token is not None and stop_token == self.tokenizer.special_tokens.get("<|eom_id|>"):
             message["stop_reason"] = "end_of_message"
         return message
@@ -117,10 +117,10 @@ class ChatFormat:
 
 
 class Llama2ChatFormat:
-    """Llama 2: "[INST] user [/INST] assistant " between bos and eos, once for each finished turn.
+    """Llama 2: "[INST] user [/INST] assistant " between bos and eos, for each finished turn.
 
-    The markers are plain text here, so a message that contains one is refused: it could pose as
-    another speaker.
+    The markers are plain text. A message that contains one is refused, because its text could
+    imitate another role.
 
     Source: https://www.llama.com/docs/model-cards-and-prompt-formats/meta-llama-2
     """
@@ -132,11 +132,12 @@ class Llama2ChatFormat:
         self.tokenizer = tokenizer
 
     def encode_dialog_prompt(self, dialog: Dialog) -> list[int]:
-        """Return the finished turns, each with bos and eos, then the open one with bos alone.
+        """Return the ids of each finished turn with bos and eos, and of the last with bos only.
 
         Raises:
-            DialogError: empty dialog, wrong role, a turn order other than an optional system
-                message, then user and assistant in turn, user last; or a tag inside a message.
+            DialogError: empty dialog, wrong role, wrong order, or a tag inside a message. The
+                right order is an optional system message, then user and assistant in turn, ending
+                with user.
         """
         _check_dialog(dialog, self.roles, last=("user",))
         for i, message in enumerate(dialog):
@@ -151,25 +152,25 @@ class Llama2ChatFormat:
         for i, message in enumerate(turns):
             expected = ("user", "assistant")[i % 2]
             if message["role"] != expected:
-                i += len(dialog) - len(turns)  # the message's index as the caller counts
+                i += len(dialog) - len(turns)  # the index in the caller's dialog
                 raise DialogError(
-                    f"message {i} is from {message['role']} where {expected} must speak: "
+                    f"message {i} is from {message['role']}, but must be from {expected}: "
                     "in the Llama 2 format user and assistant take turns, user first"
                 )
 
         texts = [message["content"].strip() for message in turns]
         tokens: list[int] = []
-        for user, assistant in zip(texts[::2], texts[1::2], strict=False):  # the last has no answer
+        for user, assistant in zip(texts[::2], texts[1::2], strict=False):  # no answer to the last
             turn = f"[INST] {user} [/INST] {assistant} "
             tokens += self.tokenizer.encode(turn, bos=True, eos=True)
         return tokens + self.tokenizer.encode(f"[INST] {texts[-1]} [/INST]", bos=True, eos=False)
 
     def decode_message(self, tokens: Sequence[int], stop_token: int | None) -> Message:
-        """Return the assistant's message for generated `tokens`; Llama 2 has one way to stop."""
-        return _answer(self.tokenizer, tokens)
+        """Return the assistant's message for generated `tokens`. It has no stop_reason."""
+        return _assistant_message(self.tokenizer, tokens)
 
 
-def _answer(tokenizer: Vocabulary, tokens: Sequence[int]) -> Message:
+def _assistant_message(tokenizer: Vocabulary, tokens: Sequence[int]) -> Message:
     return {"role": "assistant", "content": tokenizer.decode(tokens)}
 
 

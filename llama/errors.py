@@ -5,15 +5,16 @@ import os
 import sys
 from collections.abc import Iterator
 
-LONGEST = 2000  # characters of a message
+MAX_MESSAGE_LENGTH = 2000  # characters
 
 
 class LlamaError(ValueError):
-    """Base of every error below. The command line shows its line and exits with code 2."""
+    """Base class of the errors below. The command line prints the message and exits with code 2."""
 
     def __init__(self, message: str) -> None:
         # A name from a file may be very long, or hold line breaks and terminal codes.
-        shown = message if len(message) <= LONGEST else f"{message[:LONGEST]}…"
+        is_long = len(message) > MAX_MESSAGE_LENGTH
+        shown = f"{message[:MAX_MESSAGE_LENGTH]}…" if is_long else message
         if not shown.isprintable():
             shown = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in shown)
         super().__init__(shown)
@@ -21,7 +22,7 @@ class LlamaError(ValueError):
 
 @contextlib.contextmanager
 def one_line() -> Iterator[None]:
-    """Around a whole program: end it with one line, not a traceback, for a mistake of the user."""
+    """Wrap a whole program: a LlamaError ends it with one line on stderr, not with a traceback."""
     try:
         yield
     except LlamaError as error:
@@ -31,7 +32,7 @@ def one_line() -> Iterator[None]:
         print("stopped", file=sys.stderr)
         sys.exit(130)
     except BrokenPipeError:  # the reader of our output, such as `head`, has stopped
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at the exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes at exit
         sys.exit(141)
 
 
@@ -48,7 +49,7 @@ class TokenizerError(LlamaError):
 
 
 class DialogError(LlamaError):
-    """A dialog with a wrong role, a wrong turn order or text that would pose as a tag."""
+    """A dialog with a wrong role, a wrong order of turns or text that contains a tag."""
 
 
 class GenerationError(LlamaError):
@@ -64,7 +65,7 @@ class DataError(LlamaError):
 
 
 class BenchmarkError(LlamaError):
-    """A benchmark whose work was not done, or whose figure this machine cannot reach."""
+    """A benchmark that did not do its work, or whose result is faster than the hardware allows."""
 
 
 class TrainingError(LlamaError):

@@ -13,15 +13,15 @@ from llama.errors import ConfigError, DataError
 
 
 def why_unreadable(path: Path) -> str | None:
-    """The reason why a file cannot be read, such as that it is missing or a pipe. None: it can.
+    """The reason why a file cannot be read; None where it can be read.
 
-    Links are followed, because Hugging Face's cache consists of them.
+    Symbolic links are followed, because Hugging Face's cache consists of them.
     """
     try:
         mode = path.stat().st_mode
     except OSError as error:
         return error.strerror
-    except ValueError as error:  # a name that no file can have
+    except ValueError as error:  # such as a name with a null byte
         return str(error)
     if stat.S_ISDIR(mode):
         return "Is a directory"
@@ -31,7 +31,7 @@ def why_unreadable(path: Path) -> str | None:
 
 
 def read_text(path: str | Path) -> str:
-    """The text of a UTF-8 file. Raises DataError for another file."""
+    """The text of a file. Raises DataError where it cannot be read or is not UTF-8."""
     try:
         return Path(path).read_bytes().decode("utf-8")
     except OSError as error:
@@ -41,9 +41,9 @@ def read_text(path: str | Path) -> str:
 
 
 def read_records(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """The objects of a JSONL file, one a line, each with the number of its line.
+    """Yield the line number and the object of each line of a JSONL file, blank lines left out.
 
-    Raises DataError that names the line which is no object.
+    Raises DataError, with the line number, for a line that is not a JSON object.
     """
     for number, line in enumerate(read_text(path).split("\n"), start=1):
         if not line.strip():
@@ -80,7 +80,7 @@ def write_json(path: str | Path, content: dict[str, Any]) -> None:
 
 @contextlib.contextmanager
 def atomic_file(path: str | Path) -> Iterator[BinaryIO]:
-    """Write a file under another name, and rename it when the block ends without an error."""
+    """Open a temporary file to write to. It is renamed to `path` if the block raises no error."""
     path = Path(path)
     try:
         descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
@@ -91,20 +91,20 @@ def atomic_file(path: str | Path) -> Iterator[BinaryIO]:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(name, 0o644)  # mkstemp makes them private
+        os.chmod(name, 0o644)  # mkstemp makes it 0600
         os.replace(name, path)
     except BaseException as error:
         Path(name).unlink(missing_ok=True)
-        if isinstance(error, OSError | RuntimeError):  # torch.save hides the first in the second
+        if isinstance(error, OSError | RuntimeError):  # torch.save turns OSError into it
             raise DataError(f"cannot write {path}: {_reason(error)}") from error
         raise
 
 
 def _reason(error: BaseException) -> str:
-    """The message of the operating system, where it caused the error."""
-    behind: BaseException | None = error
-    while behind is not None:
-        if isinstance(behind, OSError) and behind.strerror:
-            return behind.strerror
-        behind = behind.__context__
+    """The message of the OSError that caused `error`, else that of `error` itself."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, OSError) and cause.strerror:
+            return cause.strerror
+        cause = cause.__context__
     return str(error)

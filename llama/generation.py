@@ -31,7 +31,7 @@ log = logging.getLogger("llama")
 
 
 class CompletionPrediction(TypedDict):
-    """A completion; with logprobs also its tokens as text, and the logprob of each."""
+    """A completion. With logprobs=True also the text and the logprob of each token."""
 
     generation: str
     tokens: NotRequired[list[str]]
@@ -39,7 +39,7 @@ class CompletionPrediction(TypedDict):
 
 
 class ChatPrediction(TypedDict):
-    """The assistant's message; with logprobs also its tokens as text, and the logprob of each."""
+    """The assistant's message. With logprobs=True also the text and the logprob of each token."""
 
     generation: Message
     tokens: NotRequired[list[str]]
@@ -83,23 +83,25 @@ class Llama:
                 2048, or the context where that is smaller.
             max_batch_size: rows of the KV cache. More prompts wait for a free row.
             model_parallel_size: ranks that share the model. None: all that torchrun started.
-            seed: of the random numbers that sampling draws.
+            seed: seed of the random numbers for sampling.
             mode: "reference": a prompt that runs alone gets exactly Meta's numbers. "fast": the
                 last bits may differ; common prefixes of prompts are reused; a CPU computes with
                 compiled kernels (extra `[fast]`), a GPU with CUDA graphs.
-            quantize: "int8", "int4" or, on newer GPUs, "fp8": round the matrices while loading;
-                mode fast, on a CPU or a CUDA GPU. None: as the folder is saved.
-            kv_cache: "int8": keys and values in a quarter of float32's memory; mode fast.
-            device: None: this rank's GPU, else MPS, else the CPU.
-            dtype: of weights and cache. None: bfloat16 on a GPU (float16 where that is missing);
-                elsewhere the checkpoint's own, and float32 for the bundled model.
-            rope_factor: of scaled RoPE. None: as published, 32 for Llama 3.2 and 8 for the others.
-                Meta's code always computes with 8.
-            draft: folder or id of a smaller model with the same vocabulary, which proposes tokens;
-                mode fast. Greedy texts do not change. Samples keep their distribution, but a seed
-                gives other ones.
-            lookup: propose the tokens that followed the last ones earlier in the text; mode fast.
-                No text changes.
+            quantize: quantize the matrices to "int8", "int4" or, on newer GPUs, "fp8" while
+                loading. Mode fast only, on a CPU or a CUDA GPU. None: as the folder is saved.
+            kv_cache: "int8": store keys and values in about a quarter of float32's memory. Mode
+                fast only.
+            device: where the model runs. None: this rank's GPU, else MPS, else the CPU.
+            dtype: dtype of weights and KV cache. None: on a CUDA GPU bfloat16, or float16 where the
+                GPU has no bfloat16; elsewhere the checkpoint's dtype, but float32 for the bundled
+                model on a CPU.
+            rope_factor: factor of scaled RoPE. None: the published factor, 32 for Llama 3.2 and 8
+                for the others. Meta's code always uses 8.
+            draft: folder or id of a smaller model with the same vocabulary, which proposes tokens.
+                Mode fast only. Greedy output does not change. Sampled output keeps its
+                distribution, but a seed gives another sample.
+            lookup: find an earlier occurrence of the last tokens in the text, and propose the
+                tokens that followed there. Mode fast only. The output does not change.
 
         Raises a LlamaError (a ValueError) that names what does not fit.
         """
@@ -117,7 +119,7 @@ class Llama:
                 kv_cache=kv_cache, draft=load_model(draft_setup) if draft_setup else None,
                 lookup=lookup,
             )  # fmt: skip
-        llama._is_base = kind_of(setup.opened.folder) == "base"
+        llama._warns_of_chat = kind_of(setup.opened.folder) == "base"
         if parallel.is_main_rank():
             log.info("Loaded %s in %.2f seconds", ckpt_dir or BUNDLED, time.perf_counter() - start)
             if reason := drawback(mode, setup.quantize, setup.device, setup.dtype):
@@ -139,7 +141,7 @@ class Llama:
         self.model = model
         self.tokenizer = tokenizer
         self.mode = mode
-        self._is_base = False  # a base model: the first dialog logs a warning
+        self._warns_of_chat = False  # True for a base model until the first dialog
         self.engine = make_engine(
             model, tokenizer, seed, mode, max_batch_size, quantize, kv_cache, draft, lookup
         )
@@ -147,7 +149,7 @@ class Llama:
 
     @cached_property
     def formatter(self) -> ChatFormat | Llama2ChatFormat:
-        return self.tokenizer.chat_format()  # which a vocabulary for text alone may lack
+        return self.tokenizer.chat_format()  # raises where the vocabulary lacks chat markers
 
     # ---- generation ---------------------------------------------------------------------------
 
@@ -164,18 +166,18 @@ class Llama:
         """Continue each prompt until a stop token or `max_gen_len` tokens.
 
         Args:
-            prompt_tokens: the prompts' token ids. Prompts above max_batch_size wait.
-            max_gen_len: generated tokens at most. None: as many as the KV cache has room for. 0
-                with logprobs and echo scores the prompts.
+            prompt_tokens: token ids of each prompt. Prompts beyond max_batch_size wait for a row.
+            max_gen_len: most tokens to generate. None: as many as the KV cache has room for. 0
+                with logprobs and echo only scores the prompts.
             temperature: divides the logits; 0 takes the likeliest token.
-            top_p: draw from the likeliest tokens with this probability together.
+            top_p: draw from the smallest set of likeliest tokens with a total probability above it.
             logprobs: also return the natural logarithm of each token's probability. It is 0.0 for
                 a prompt's first token.
             echo: put the prompt before the generated tokens.
             options: any other field of `SamplingParams`: seed, stop, top_k, min_p, penalties, n.
 
         Returns the tokens of each row, without the stop token, and their logprobs or None. With n
-        above 1, the rows of a prompt follow each other.
+        above 1, each prompt has n consecutive rows.
         Raises GenerationError where prompts or options are out of their limits.
         """
         options |= dict(temperature=temperature, top_p=top_p, max_gen_len=max_gen_len)
@@ -212,10 +214,10 @@ class Llama:
         stream: bool = False,
         **options: Any,
     ) -> list[CompletionPrediction] | Generator[Event, None, None]:
-        """Continue each text. The arguments are those of `generate`. stream: return the events
-        that the method `stream` gives, without an echo."""
+        """Continue each text. The arguments are those of `generate`. stream: return the events of
+        `Llama.stream`; not with echo."""
         if stream and echo:
-            raise GenerationError("a stream has no echo: its events are of what is generated")
+            raise GenerationError("a stream has no echo: its events are generated tokens only")
         prompt_tokens = self._encode_all(prompts)
         options |= dict(temperature=temperature, top_p=top_p, max_gen_len=max_gen_len)
         options |= dict(prompt_logprobs=True) if echo and logprobs else {}
@@ -225,9 +227,10 @@ class Llama:
         predictions: list[CompletionPrediction] = []
         for request in self.runner.complete(prompt_tokens, params):
             tokens = _echoed(echo, request.prompt_tokens, request.tokens)
-            # Decoded together, because a character may lie on both sides of the prompt's end.
+            # Prompt and answer are decoded together: a character may begin in one and end in the
+            # other. A stop string may cut off the last n_cut characters.
             text = self.tokenizer.decode(tokens)
-            n_cut = len(self.tokenizer.decode(request.tokens)) - len(request.text)  # a stop string
+            n_cut = len(self.tokenizer.decode(request.tokens)) - len(request.text)
             prediction = CompletionPrediction(generation=text[: len(text) - n_cut])
             if logprobs:
                 prediction["tokens"] = self.tokenizer.token_texts(tokens)
@@ -252,7 +255,7 @@ class Llama:
         predictions: list[ChatPrediction] = []
         for request in self.runner.complete(prompt_tokens, params):
             message = self.formatter.decode_message(request.tokens, request.stop_token)
-            message["content"] = request.text  # which a stop string may have cut
+            message["content"] = request.text  # may be cut at a stop string
             prediction = ChatPrediction(generation=message)
             if logprobs:
                 prediction["tokens"] = self.tokenizer.token_texts(request.tokens)
@@ -267,25 +270,25 @@ class Llama:
         is_private: bool = False,
         **options: Any,
     ) -> Generator[Event, None, None]:
-        """Continue a text, token ids or a dialog, or a list of them. Yields an event a token.
+        """Continue a text, token ids or a dialog, or a list of them. Yields one event per token.
 
-        An event has row, token, text, logprob, top_logprobs and finish_reason. The texts of a row,
-        joined, are what the calls without a stream return. Closing the stream cancels its rows.
-        Under torchrun the first rank of a model gets the events. The other ranks get none, and take
-        part until the stream ends, so no other call may come in between.
+        An event has row, token, text, logprob, top_logprobs and finish_reason. The joined texts of
+        a row are what the calls without a stream return. Closing the stream cancels its requests.
+        Under torchrun only the first rank of a model gets events. The other ranks must iterate over
+        the stream too: they compute until it ends. No other call may start before that.
 
         Args:
-            is_private: no other call reuses what this one leaves in the KV cache.
-            options: those of `SamplingParams`.
+            is_private: no KV cache prefix is reused, neither by this call nor from it.
+            options: the fields of `SamplingParams`.
         """
-        several = prompts if _is_several(prompts) else [prompts]
-        prompt_tokens = [self.encode_prompt(prompt) for prompt in several]
+        prompt_list = prompts if _is_prompt_list(prompts) else [prompts]
+        prompt_tokens = [self.encode_prompt(prompt) for prompt in prompt_list]
         return self.runner.stream(prompt_tokens, SamplingParams.of(options), is_private)
 
     def score(self, prompts: Sequence[str | Sequence[int]]) -> list[list[float]]:
-        """The natural logarithm of each prompt token's probability, 0.0 for a prompt's first.
+        """The natural logarithm of each prompt token's probability; 0.0 for a prompt's first token.
 
-        Computed in chunks, so that memory does not grow with a prompt's length.
+        A prompt is computed in prefill chunks, so that memory does not grow with its length.
         """
         prompt_tokens = self._encode_all(prompts)
         params = SamplingParams(max_gen_len=0, prompt_logprobs=True)
@@ -293,7 +296,7 @@ class Llama:
         return [request.prompt_logprobs for request in requests]
 
     def encode_prompt(self, prompt: Any) -> list[int]:
-        """Token ids of a text, after a <|begin_of_text|>, of a dialog, or as they are."""
+        """Token ids of a text (with bos) or of a dialog. Token ids are returned unchanged."""
         if isinstance(prompt, str):
             return self.tokenizer.encode(prompt, bos=True, eos=False)
         if isinstance(prompt, Sequence) and prompt and isinstance(prompt[0], Mapping):
@@ -306,9 +309,9 @@ class Llama:
         return [self.encode_prompt(prompt) for prompt in prompts]
 
     def encode_dialog(self, dialog: Dialog) -> list[int]:
-        """Token ids of a dialog and the header of the answer to come, in the chat format."""
-        if self._is_base:
-            self._is_base = False
+        """Token ids of a dialog and of the next answer's header, in the tokenizer's chat format."""
+        if self._warns_of_chat:
+            self._warns_of_chat = False
             if parallel.is_main_rank():
                 log.warning(doctor.CHAT["base"])
         return self.formatter.encode_dialog_prompt(dialog)
@@ -318,7 +321,7 @@ def _echoed(echo: bool, prompt: list[Any], generated: list[Any]) -> list[Any]:
     return prompt + generated if echo else generated
 
 
-def _is_several(prompts: Any) -> bool:
-    """Whether it is a list of prompts: of texts, of lists of ids, or of dialogs."""
+def _is_prompt_list(prompts: Any) -> bool:
+    """Whether `prompts` is a list of texts, of lists of ids, or of dialogs, not one prompt."""
     is_list = isinstance(prompts, Sequence) and not isinstance(prompts, str) and len(prompts) > 0
     return is_list and isinstance(prompts[0], Sequence)

@@ -1,4 +1,4 @@
-"""Memory: how much is free, how much this process uses, and in which pages."""
+"""Memory: how much is free, how much this process uses, and huge pages."""
 
 import ctypes
 import math
@@ -21,22 +21,24 @@ def available_memory(device: torch.device, root: Path = Path("/")) -> float:
     """
     if device.type == "cuda":
         unused, _ = torch.cuda.mem_get_info(device)
-        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return unused + kept  # PyTorch keeps freed memory for itself
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return unused + cached  # PyTorch's allocator reuses its cached memory
     if device.type == "mps":
         return torch.mps.recommended_max_memory() - torch.mps.current_allocated_memory()
     meminfo = root / "proc/meminfo"
     if meminfo.exists():
-        free = _numbers(meminfo).get("MemAvailable:", math.inf) * 1024
-        return min([free, *_left_in_cgroups(root)])
-    if "SC_PHYS_PAGES" in getattr(os, "sysconf_names", {}):  # macOS: all there is, used or not
+        free = _read_numbers(meminfo).get("MemAvailable:", math.inf) * 1024
+        return min([free, *_free_in_cgroups(root)])
+    if "SC_PHYS_PAGES" in getattr(os, "sysconf_names", {}):  # macOS: total memory, used or free
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     return math.inf
 
 
 def used_memory(device: torch.device) -> dict[str, int]:
-    """Bytes of this process, as far as the system says: "private", its own memory now, and "peak",
-    the largest resident size so far, which includes pages of mapped files."""
+    """Bytes that this process uses. A key is missing where the system does not give the number.
+
+    On a GPU "peak" is the most that PyTorch allocated. Elsewhere "private" is the anonymous memory
+    now, and "peak" the largest resident size so far, pages of mapped files included."""
     if device.type == "cuda":
         return {"peak": torch.cuda.max_memory_allocated(device)}
     status = Path("/proc/self/status")
@@ -50,7 +52,8 @@ def used_memory(device: torch.device) -> dict[str, int]:
 def with_huge_pages(tensor: Tensor) -> Tensor:
     """Ask Linux to use pages of 2 MiB for a tensor. Call it before the tensor is filled.
 
-    A page is made when it is first touched. With small pages that is most of the time of filling.
+    Linux allocates a page when it is first written to. With small pages these page faults take most
+    of the time of filling a tensor.
     """
     if hasattr(mmap, "MADV_HUGEPAGE"):
         start = -(-tensor.data_ptr() // HUGE_PAGE) * HUGE_PAGE
@@ -61,35 +64,35 @@ def with_huge_pages(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def _numbers(path: Path) -> dict[str, int]:
-    """Lines of a name and a number."""
+def _read_numbers(path: Path) -> dict[str, int]:
+    """Read a file whose lines are a name and a number."""
     return {words[0]: int(words[1]) for words in map(str.split, path.read_text().splitlines())}
 
 
 @dataclass(frozen=True)
 class ControlGroups:
-    """The files of one version of Linux' control groups: limit, usage, and pages of files.
+    """The file names of one version of Linux control groups, and memory.stat's page cache keys.
 
-    Pages of files count as used, but are freed when memory is needed.
+    The page cache counts as used, but Linux frees it when memory is needed.
     """
 
     mount: str
-    limit: str
-    used: str
-    files: tuple[str, str]
+    limit_file: str
+    usage_file: str
+    page_cache_keys: tuple[str, str]
 
-    def left(self, folder: Path) -> float:
-        """Bytes left below a group's limit; infinite where no limit can be read."""
+    def free(self, folder: Path) -> float:
+        """Free bytes below a group's limit; infinite where no limit can be read."""
         try:
-            limit = int((folder / self.limit).read_text())  # "max": no limit
-            used = int((folder / self.used).read_text())
-            stat = _numbers(folder / "memory.stat")
+            limit = int((folder / self.limit_file).read_text())  # "max": no limit
+            used = int((folder / self.usage_file).read_text())
+            stat = _read_numbers(folder / "memory.stat")
         except (OSError, ValueError):
             return math.inf
-        return limit - used + sum(stat.get(name, 0) for name in self.files)
+        return limit - used + sum(stat.get(name, 0) for name in self.page_cache_keys)
 
 
-# By the controller's name in /proc/self/cgroup: 0::/path, or 4:memory:/path.
+# The keys are the controller's name in /proc/self/cgroup: 0::/path (v2), 4:memory:/path (v1).
 CONTROL_GROUPS = {
     "": ControlGroups(
         "sys/fs/cgroup", "memory.max", "memory.current", ("inactive_file", "active_file")
@@ -101,16 +104,16 @@ CONTROL_GROUPS = {
 }  # fmt: skip
 
 
-def _left_in_cgroups(root: Path) -> Iterator[float]:
-    """Bytes left to this process's control group, and to each group around it."""
+def _free_in_cgroups(root: Path) -> Iterator[float]:
+    """Free bytes of this process's control group, and of each group that contains it."""
     mine = root / "proc/self/cgroup"
     for line in mine.read_text().splitlines() if mine.exists() else ():
         _, controller, path = line.split(":", 2)
         if controller in CONTROL_GROUPS:
             groups = CONTROL_GROUPS[controller]
             top = root / groups.mount
-            # In a container the path may be the host's, of which only the top is visible.
+            # In a container the path may be the host's. Then only the mount point is visible.
             group = Path(os.path.normpath(f"{top}/{path}"))
             for folder in (group, *group.parents):
                 if folder.is_relative_to(top):
-                    yield groups.left(folder)
+                    yield groups.free(folder)

@@ -1,12 +1,11 @@
-"""The Llama transformer, whole, split over fairscale's tensor-parallel ranks.
+"""The Llama transformer, split over fairscale's tensor-parallel ranks.
 
-Names, constructors and calls are those of Meta's `model.py`. The calls take one argument more: the
-KV cache, an object that the caller may pass. Without it every attention layer keeps its own, as
-Meta's do. The file is long because the whole model stands in one place.
+Names, constructors and calls are those of Meta's `model.py`. The calls take more optional
+arguments, such as a KV cache. Without it every attention layer keeps its own, as Meta's do.
 
 Shapes in comments, per rank: B batch rows, S new tokens, T visible keys, D dim, H query heads,
-K key/value heads, hd head_dim, F feed-forward width, V vocabulary. H, K and F are the share of one
-of mp_size ranks.
+K key/value heads, hd head_dim, F feed-forward width, V vocabulary. H, K and F count only the share
+of this rank.
 """
 
 import math
@@ -47,15 +46,15 @@ class RMSNorm(nn.Module):
 
 
 def apply_scaling(freqs: Tensor, scaling: RopeScaling | None = None) -> Tensor:
-    """Stretch RoPE for a longer context, as Llama 3.1 does.
+    """Scale RoPE for a longer context, as Llama 3.1 does.
 
-    Low frequencies are divided by `scaling.factor`, high ones stay, those between are interpolated.
-    freqs: (hd / 2,) radians a position. scaling None: Meta's constants, factor 8.
+    Low frequencies are divided by `scaling.factor`. High ones do not change. Those between are
+    interpolated. freqs: (hd / 2,) radians per position. scaling None: Meta's constants, factor 8.
     """
     scaling = RopeScaling() if scaling is None else scaling
     context = scaling.original_context_length
     low, high = scaling.low_freq_factor, scaling.high_freq_factor
-    wavelen = 2 * math.pi / freqs  # positions a turn
+    wavelen = 2 * math.pi / freqs  # positions per full turn
     smooth = (context / wavelen - low) / (high - low)
     interpolated = (1 - smooth) * freqs / scaling.factor + smooth * freqs
     is_low, is_high = wavelen > context / low, wavelen < context / high
@@ -85,10 +84,10 @@ def precompute_freqs_cis(
 
 
 def reshape_for_broadcast(freqs_cis: Tensor, x: Tensor) -> Tensor:
-    """Give the rotations a dimension for the heads, and one for the rows where they have none.
+    """Add a head dimension to the rotations, and a batch dimension where it is missing.
 
-    x: (B, S, H, hd / 2) complex. freqs_cis: (S, hd / 2) -> (1, S, 1, hd / 2), or rotations of each
-    row, (B, S, hd / 2) -> (B, S, 1, hd / 2).
+    x: (B, S, H, hd / 2) complex. freqs_cis: (S, hd / 2) -> (1, S, 1, hd / 2), or
+    (B, S, hd / 2) -> (B, S, 1, hd / 2).
     """
     shape = (x.shape[1], x.shape[-1]) if freqs_cis.dim() == 2 else (*x.shape[:2], x.shape[-1])
     assert freqs_cis.shape == shape, (freqs_cis.shape, x.shape)
@@ -98,8 +97,8 @@ def reshape_for_broadcast(freqs_cis: Tensor, x: Tensor) -> Tensor:
 def apply_rotary_emb(xq: Tensor, xk: Tensor, freqs_cis: Tensor) -> tuple[Tensor, Tensor]:
     """Rotate each pair of neighbouring features by the angle of its position, in float32.
 
-    xq: (B, S, H, hd), xk: (B, S, K, hd), freqs_cis: (S, hd / 2) or (B, S, hd / 2). Shapes and
-    dtypes stay.
+    xq: (B, S, H, hd), xk: (B, S, K, hd), freqs_cis: (S, hd / 2) or (B, S, hd / 2). The results have
+    the same shapes and dtypes as xq and xk.
     """
 
     def rotate(x: Tensor) -> Tensor:
@@ -124,7 +123,8 @@ def repeat_kv(x: Tensor, n_rep: int) -> Tensor:
 def causal_mask(positions: Tensor, n_keys: int, dtype: torch.dtype) -> Tensor:
     """0 where a query sees a key, minus infinity where the key comes after the query.
 
-    positions: (..., S) of the queries; the keys stand at 0 to T - 1 -> (..., S, T).
+    positions: (..., S), those of the queries. The T keys have positions 0 to n_keys - 1. Returns
+    (..., S, T).
     """
     is_after = torch.arange(n_keys, device=positions.device) > positions.unsqueeze(-1)
     mask = torch.zeros(is_after.shape, dtype=dtype, device=positions.device)
@@ -132,7 +132,7 @@ def causal_mask(positions: Tensor, n_keys: int, dtype: torch.dtype) -> Tensor:
 
 
 def meta_attention(xq: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
-    """softmax(q k^T / sqrt(hd) + mask) v by Meta's operations, equal to the last bit.
+    """softmax(q k^T / sqrt(hd) + mask) v with Meta's operations, which gives Meta's exact bits.
 
     xq: (B, S, H, hd), keys and values: (B, T, K, hd), mask: (S, T) to add -> (B, S, H, hd).
     """
@@ -150,18 +150,19 @@ def meta_attention(xq: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None
 
 
 def fused_attention(xq: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
-    """The same by PyTorch's fused kernel, which never stores the scores; other last bits.
+    """`meta_attention` by PyTorch's fused kernel. The last bits may differ.
 
-    xq: (B, S, H, hd), keys and values: (B, T, K, hd), mask: (B or 1, 1, S, T), to add or True where
-    a query sees a key; None: causal, and T is S -> (B, S, H, hd).
+    xq: (B, S, H, hd), keys and values: (B, T, K, hd) -> (B, S, H, hd). mask: (B or 1, 1, S, T),
+    floats to add, or bools that are True where a query sees a key. None: causal, which needs T = S.
     """
     bsz, seqlen, _, head_dim = xq.shape
-    if mask is not None and torch.is_grad_enabled():  # the kernel has no such gradient for groups
+    if mask is not None and torch.is_grad_enabled():  # no gradient for grouped heads with a mask
         n_rep = xq.shape[2] // keys.shape[2]
         keys, values = repeat_kv(keys, n_rep), repeat_kv(values, n_rep)
     xq, keys, values = (x.transpose(1, 2) for x in (xq, keys, values))  # (B, H or K, S or T, hd)
     if seqlen == 1 and mask is not None:
-        # A group's query heads see the same keys. As queries of one head they suit all kernels.
+        # The query heads of a group see the same keys. All kernels accept them as queries of one
+        # head.
         xq = xq.reshape(bsz, keys.shape[1], -1, head_dim)  # (B, K, H / K, hd)
     is_grouped = xq.shape[1] != keys.shape[1]
     heads = F.scaled_dot_product_attention(
@@ -177,8 +178,8 @@ def _init_weight(weight: Tensor) -> Tensor:
     return nn.init.normal_(weight, std=0.02)
 
 
-# A column-parallel layer leaves each rank with its own output features. A row-parallel layer takes
-# the features of its rank, and its output is summed over the ranks.
+# A column-parallel layer computes the output features of its rank. A row-parallel layer takes the
+# input features of its rank, and its output is summed over the ranks (all-reduce).
 COLUMN: dict[str, Any] = dict(bias=False, gather_output=False, init_method=_init_weight)
 ROW: dict[str, Any] = dict(bias=False, input_is_parallel=True, init_method=_init_weight)
 
@@ -214,11 +215,11 @@ class Attention(nn.Module):
     ) -> Tensor:
         """x (B, S, D) -> (B, S, D); see `Transformer.forward`.
 
-        start_pos: position of the first new token; or the positions (B, S) of all; or None for
-        whole sequences, which need no cache.
+        start_pos: position of the first new token, or positions (B, S) of all new tokens. None:
+        whole sequences, without a cache.
         """
         bsz, seqlen, _ = x.shape
-        # Column-parallel: each rank projects to its own heads and attends with them alone.
+        # Column-parallel: each rank computes only its own heads.
         xq = self.wq(x).view(bsz, seqlen, self.n_local_heads, self.head_dim)  # (B, S, H, hd)
         xk = self.wk(x).view(bsz, seqlen, self.n_local_kv_heads, self.head_dim)  # (B, S, K, hd)
         xv = self.wv(x).view(bsz, seqlen, self.n_local_kv_heads, self.head_dim)  # (B, S, K, hd)
@@ -226,17 +227,17 @@ class Attention(nn.Module):
         if start_pos is not None:
             cache = self._own_cache(x.dtype, x.device) if cache is None else cache
             xk, xv = cache.update(start_pos, xk, xv)  # (B, T, K, hd)
-        # Meta's call has one number for all rows, and gets Meta's bits.
+        # A number for all rows is Meta's call, and gives Meta's exact bits.
         attend = meta_attention if isinstance(start_pos, int) else fused_attention
         heads = attend(xq, xk, xv, mask)  # (B, S, H, hd)
-        # Row-parallel: the output is the sum of what all ranks' heads contribute.
+        # Row-parallel: the output is summed over the ranks.
         return self.wo(heads.flatten(2))  # (B, S, D)
 
     def _own_cache(self, dtype: torch.dtype, device: torch.device) -> LayerCache:
         """This layer's cache, in the dtype and on the device of the activations."""
-        cache, rows = self._cache, (self.max_batch_size, self.max_seq_len)
+        cache, rows, positions = self._cache, self.max_batch_size, self.max_seq_len
         if cache is None:
-            shape = (*rows, self.n_local_kv_heads, self.head_dim)
+            shape = (rows, positions, self.n_local_kv_heads, self.head_dim)
             cache = LayerCache.zeros(shape, dtype, device)
         self._cache = cache.to(dtype, device)
         return self._cache
@@ -285,13 +286,14 @@ class FeedForward(nn.Module):
         self.w3 = ColumnParallelLinear(dim, hidden_dim, **COLUMN)  # up
 
     def forward(self, x: Tensor) -> Tensor:
-        # Gate and up are column-parallel, so the product of a rank's F features stays local. w2 is
+        # Gate and up are column-parallel, so their product needs no communication. w2 is
         # row-parallel and sums the ranks' partial results.
         return self.w2(F.silu(self.w1(x)) * self.w3(x))  # (B, S, D)
 
 
 class TransformerBlock(nn.Module):
-    """Attention, then feed-forward. Each reads the normed residual stream and is added to it."""
+    """Attention, then feed-forward. Each reads the normalized residual stream, and its output is
+    added to the stream."""
 
     def __init__(self, layer_id: int, args: ModelArgs) -> None:
         super().__init__()
@@ -313,17 +315,16 @@ class TransformerBlock(nn.Module):
         cache: LayerCache | None = None,
     ) -> Tensor:
         """x (B, S, D) -> (B, S, D); the arguments are those of `Attention.forward`."""
-        passed = () if cache is None else (cache,)  # Meta's call, which a subclass may expect
-        h = x + self.attention(self.attention_norm(x), start_pos, freqs_cis, mask, *passed)
+        cache_args = () if cache is None else (cache,)  # a subclass may have Meta's signature
+        h = x + self.attention(self.attention_norm(x), start_pos, freqs_cis, mask, *cache_args)
         return h + self.feed_forward(self.ffn_norm(h))  # (B, S, D)
 
 
 class Transformer(nn.Module):
     """Token ids in, logits of the next token out.
 
-    The weights are random (normal, 0.02) and, for one seed, the same at any number of ranks. Under
-    `torch.device("meta")` they take no memory and wait for a checkpoint. Where no process group
-    exists, a group of one rank is made.
+    The weights are random; see `init_weights`. Under `torch.device("meta")` they take no memory
+    until a checkpoint is loaded. Where no process group exists, `parallel.initialize` makes one.
     """
 
     def __init__(self, params: ModelArgs) -> None:
@@ -333,7 +334,7 @@ class Transformer(nn.Module):
         self.params = params
         self.vocab_size = params.vocab_size
         self.n_layers = params.n_layers
-        self._freqs_cis: Tensor | None = None  # made on the weights' device by the first use
+        self._freqs_cis: Tensor | None = None  # computed at the first use, on the weights' device
 
         with parallel.on_meta_device():
             embedding = ParallelEmbedding if params.embedding_shard_dim else VocabParallelEmbedding
@@ -365,12 +366,13 @@ class Transformer(nn.Module):
         tokens: (B, S) ids. Without start_pos they are whole sequences for training, and gradients
             flow.
         start_pos: position of the first token. Keys and values of earlier tokens are read from the
-            cache, those of the new ones are stored in it. No gradients flow. A number counts for
-            all rows, and the operations are Meta's own. A tensor (B,) has one number for each row.
-        cache: holds the keys and values. None: each layer's own, of `params.max_batch_size` rows
-            and `params.max_seq_len` positions; this is Meta's call.
-        positions: (B, S) of the tokens of whole sequences. None: 0 to S - 1.
-        mask: (B, 1, S, S) bool, True where a token of a whole sequence may look. None: causal.
+            cache, those of the new ones are stored in it. No gradients flow. A number is for all
+            rows, and the operations are Meta's own. A tensor (B,) has one number for each row.
+        cache: the keys and values. None: each layer's own cache of `params.max_batch_size` rows
+            and `params.max_seq_len` positions, as in Meta's code.
+        positions: (B, S), those of the tokens, for whole sequences only. None: 0 to S - 1.
+        mask: (B, 1, S, S) bool, True where a query sees a key, for whole sequences only. None:
+            causal.
         Raises GenerationError where the tokens do not fit the cache or the RoPE table.
         """
         with torch.set_grad_enabled(start_pos is None and torch.is_grad_enabled()):
@@ -387,7 +389,7 @@ class Transformer(nn.Module):
         positions: Tensor | None = None,
         mask: Tensor | None = None,
     ) -> Tensor:
-        """What `logits` is computed from, (B, S, D); the arguments are those of `forward`."""
+        """Hidden states after the last norm, (B, S, D). The arguments are those of `forward`."""
         self._check_fits(tokens, start_pos, cache)
         h = self.tok_embeddings(tokens)  # (B, S, D)
         if start_pos is not None:
@@ -397,26 +399,26 @@ class Transformer(nn.Module):
             table = self.freqs_cis
             freqs_cis = table[: h.shape[1]] if positions is None else table[positions]
         for layer_id, layer in enumerate(self.layers):
-            passed = () if cache is None else (cache.layer(layer_id),)
-            h = layer(h, start_pos, freqs_cis, mask, *passed)
+            cache_args = () if cache is None else (cache.layer(layer_id),)
+            h = layer(h, start_pos, freqs_cis, mask, *cache_args)
         return self.norm(h)
 
     def logits(self, features: Tensor) -> Tensor:
-        """(…, D) -> float32 (…, V), the whole vocabulary on every rank."""
+        """Features (…, D) -> float32 logits (…, V) of the whole vocabulary, on every rank."""
         return self.output(features).float()
 
     def layer_inputs(
         self, h: Tensor, start_pos: int | Tensor, n_keys: int
     ) -> tuple[int | Tensor, Tensor, Tensor | None]:
-        """What every layer takes besides h (B, S, D): start_pos, freqs_cis and mask.
+        """The arguments of every layer besides h (B, S, D): start_pos, freqs_cis and mask.
 
-        start_pos: as for `forward`. A number stays, and a tensor (B,) becomes all tokens' positions
-            (B, S), whose mask (B, 1, S, n_keys) covers the whole cache.
+        start_pos: as for `forward`. A number is returned as it is. A tensor (B,) becomes the
+            position of each token, (B, S). The mask is then (B, 1, S, n_keys), for the whole cache.
         """
         steps = torch.arange(h.shape[1], device=h.device)
         if isinstance(start_pos, int):
             end = start_pos + len(steps)
-            # A single new token sees every key there is.
+            # A single new token sees all keys, so it needs no mask.
             mask = causal_mask(start_pos + steps, end, h.dtype) if len(steps) > 1 else None
             return start_pos, self.freqs_cis[start_pos:end], mask
         positions = start_pos[:, None] + steps  # (B, S)
@@ -465,17 +467,17 @@ class Transformer(nn.Module):
         )
 
     def tie_weights(self) -> None:
-        """Make the output matrix the embedding itself, where the model is `tied`."""
+        """Where the model is `tied`, use the embedding matrix as the output matrix."""
         if self.params.tied:
             self.output.weight = self.tok_embeddings.weight
 
     @torch.no_grad()
     def init_weights(self) -> None:
-        """Draw every weight anew. Matrices that write to the residual stream get a deviation that
-        falls with the number of layers.
+        """Set the norms' weights to 1, and draw the matrices from a normal distribution.
 
-        Every rank draws the whole matrix and keeps its part, so that a seed gives the same model at
-        any number of ranks.
+        The standard deviation is 0.02. For matrices that write to the residual stream it is divided
+        by sqrt(2 * n_layers). Every rank draws the whole matrix and keeps its part, so that a seed
+        gives the same model at any number of ranks.
         """
         for name, weight in self.named_parameters():
             if weight.dim() == 1:
@@ -498,13 +500,13 @@ class Transformer(nn.Module):
         if start_pos is None:
             if cache is not None:
                 raise GenerationError("a cache needs a start_pos: the first new token's position")
-            max_rows = bsz  # nothing is stored
+            max_rows = bsz  # no limit, because nothing is cached
         elif cache is not None:
             max_rows = cache.max_batch_size
             max_positions = min(cache.max_seq_len, max_positions)
         if bsz > max_rows:
             raise GenerationError(f"a batch of {bsz} rows, but the KV cache has {max_rows}")
-        # Tensor contents are never read here, because that would synchronise with the GPU.
+        # The values of a tensor start_pos are not checked: that would synchronize with the GPU.
         start = start_pos if isinstance(start_pos, int) else 0
         if start < 0 or start + seqlen > max_positions:
             raise GenerationError(
@@ -542,9 +544,9 @@ class Transformer(nn.Module):
         device_type: str = "cpu",
         train: Literal["all", "norms", "all_but_embeddings"] = "all",
     ) -> torch.optim.AdamW:
-        """AdamW over the weights to be trained; every other weight stops taking gradients.
+        """AdamW over the weights to train. All other weights get requires_grad False.
 
-        Only matrices decay. The norms' weights do not, because they lie around one.
+        Weight decay is for matrices only. The norms' weights are close to 1 and do not decay.
         train: "all"; "norms"; "all_but_embeddings" leaves out the embedding matrix, which is also
             the output matrix where the model is tied.
         Raises ConfigError for another value of train.
@@ -556,7 +558,7 @@ class Transformer(nn.Module):
             "all_but_embeddings": [w for w in everything if w is not self.tok_embeddings.weight],
         }
         if train not in choices:
-            raise ConfigError(f"train is {train!r}: one of {', '.join(choices)}")
+            raise ConfigError(f"train is {train!r}: it must be one of {', '.join(choices)}")
         weights = choices[train]
         self.requires_grad_(False)
         for weight in weights:

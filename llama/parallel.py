@@ -1,7 +1,7 @@
-"""Ranks: the process group, fairscale's model-parallel groups, broadcasts and clean failure.
+"""Ranks: the process group, fairscale's model-parallel groups, broadcasts, errors on all ranks.
 
-torchrun starts one process a rank and tells each about the others in environment variables
-(RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT). Without it there is one rank, which
+torchrun starts one process per rank, and describes the group to each in environment variables
+(RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT). Without torchrun there is one rank, which
 needs no network.
 """
 
@@ -22,12 +22,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from llama.errors import ParallelError
 
-# How long a rank waits in a collective for a rank that runs but does not come. A rank that died is
-# noticed at once, because its connection closes.
+# How long a collective waits for a rank that runs but does not join it. A rank that died is noticed
+# at once, because its connection closes.
 TIMEOUT = timedelta(minutes=5)
 
-# Numbers that fit into one message: the plan of a decode step with few rows.
-SHORT = 63
+# Numbers in the first message of `broadcast_numbers`. The plan of a decode step with few rows fits.
+HEAD_LENGTH = 63
 
 # The dimension along which each weight is split over the ranks. Other weights are replicated.
 # Matches ColumnParallelLinear (0) and RowParallelLinear (1). `tok_embeddings` depends on the
@@ -36,7 +36,7 @@ SHARD_DIMS = {"wq": 0, "wk": 0, "wv": 0, "wo": 1, "w1": 0, "w2": 1, "w3": 0, "ou
 
 
 def shard_dim(name: str, embedding_shard_dim: int) -> int | None:
-    """The dimension on which the tensor of that state-dict name is split; None: replicated."""
+    """The dimension along which ranks split the tensor with this name; None: replicated."""
     module = name.removesuffix(".weight").rsplit(".", 1)[-1]
     return embedding_shard_dim if module == "tok_embeddings" else SHARD_DIMS.get(module)
 
@@ -44,8 +44,9 @@ def shard_dim(name: str, embedding_shard_dim: int) -> int | None:
 def initialize(model_parallel_size: int | None = None, device: torch.device | None = None) -> None:
     """Make the process group and fairscale's groups, where they do not exist yet.
 
-    model_parallel_size: ranks that share one model; None: what exists, or all of torchrun's.
-    Raises ParallelError when the size does not fit the ranks there are.
+    model_parallel_size: ranks that share one model. None: that of the existing groups, else all
+        ranks that torchrun started.
+    Raises ParallelError where it is not that of the existing groups or does not divide the ranks.
     """
     device = device or torch.device("cpu")
     world_size = dist.get_world_size() if dist.is_initialized() else _environment("WORLD_SIZE", 1)
@@ -53,7 +54,7 @@ def initialize(model_parallel_size: int | None = None, device: torch.device | No
         if model_parallel_size not in (None, mp_size()):
             raise ParallelError(
                 f"model_parallel_size is {model_parallel_size}, but this process already runs "
-                f"with {mp_size()}: one process has one size"
+                f"with {mp_size()}: it cannot change within a process"
             )
         return
     size = world_size if model_parallel_size is None else model_parallel_size
@@ -139,12 +140,12 @@ def mp_rank() -> int:
 
 
 def dp_size() -> int:
-    """Number of groups of ranks, each of which has the whole model."""
+    """Number of data-parallel groups. Each group holds one copy of the model."""
     return fs_init.get_data_parallel_world_size()
 
 
 def dp_rank() -> int:
-    """This process's group among those that have the whole model."""
+    """The data-parallel group that this process belongs to."""
     return fs_init.get_data_parallel_rank()
 
 
@@ -166,24 +167,24 @@ def broadcast_numbers(
     numbers: list[Any] | None, dtype: torch.dtype, device: torch.device
 ) -> list[Any]:
     """Broadcast the numbers of the first model-parallel rank. The other ranks pass None."""
-    head = torch.zeros(1 + SHORT, dtype=dtype, device=device)
+    head = torch.zeros(1 + HEAD_LENGTH, dtype=dtype, device=device)
     if numbers is not None:
-        head[: 1 + len(numbers[:SHORT])] = torch.tensor(
-            [len(numbers), *numbers[:SHORT]], dtype=dtype, device=device
+        head[: 1 + len(numbers[:HEAD_LENGTH])] = torch.tensor(
+            [len(numbers), *numbers[:HEAD_LENGTH]], dtype=dtype, device=device
         )
-    n, *found = broadcast_from_first(head).tolist()
-    rest = max(0, int(n) - SHORT)
+    n, *received = broadcast_from_first(head).tolist()
+    rest = max(0, int(n) - HEAD_LENGTH)
     if rest:
         tail = torch.empty(rest, dtype=dtype, device=device)
         if numbers is not None:
-            tail = torch.tensor(numbers[SHORT:], dtype=dtype, device=device)
-        found += broadcast_from_first(tail).tolist()
-    return found[: int(n)] if numbers is None else numbers
+            tail = torch.tensor(numbers[HEAD_LENGTH:], dtype=dtype, device=device)
+        received += broadcast_from_first(tail).tolist()
+    return received[: int(n)] if numbers is None else numbers
 
 
 def raise_together(error: Exception | None, device: torch.device) -> None:
-    """Raise on every rank if any rank has an error: a rank that fails alone would leave the
-    others waiting in their next collective. Each failing rank raises its own error."""
+    """Raise on every rank if any rank has an error. Otherwise the other ranks would wait in their
+    next collective. A rank that has an error raises its own."""
     failed = torch.tensor([int(error is not None)], device=device)
     if dist.get_world_size() > 1:
         dist.all_reduce(failed)
@@ -195,7 +196,7 @@ def raise_together(error: Exception | None, device: torch.device) -> None:
 
 @contextlib.contextmanager
 def failing_together(device: torch.device) -> Iterator[None]:
-    """A block that ends well on every rank or raises on every rank; see `raise_together`."""
+    """A block that succeeds on every rank or raises on every rank; see `raise_together`."""
     error: Exception | None = None
     try:
         yield
@@ -204,22 +205,22 @@ def failing_together(device: torch.device) -> Iterator[None]:
     raise_together(error, device)
 
 
-def make_patient_group() -> dist.ProcessGroup | None:
-    """For `sum_patiently`; all ranks call it at the same time. None where there is one rank."""
+def make_group_without_timeout() -> dist.ProcessGroup | None:
+    """The group for `sum_without_timeout`. All ranks must call it. None where there is one rank."""
     if dist.get_world_size() == 1:
         return None
     return dist.new_group(backend="gloo", timeout=timedelta(days=365))
 
 
-def sum_patiently(number: int, group: dist.ProcessGroup | None) -> int:
-    """The sum of all ranks' numbers. The wait for a rank that still works has no time limit. A rank
-    that dies is noticed."""
+def sum_without_timeout(number: int, group: dist.ProcessGroup | None) -> int:
+    """The sum of all ranks' numbers. It waits for slow ranks without a time limit. Raises
+    ParallelError when a rank has died."""
     total = torch.tensor(number)
     if group is not None:
         try:
             dist.all_reduce(total, group=group)
         except RuntimeError as error:
-            raise ParallelError("another rank is gone: its own message says why") from error
+            raise ParallelError("another rank has died: its own message says why") from error
     return int(total.item())
 
 
@@ -228,7 +229,7 @@ class _MetaDeviceMode(TorchDispatchMode):
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
-        return False  # to skip it, PyTorch would import its compiler: two seconds for nothing
+        return False  # for True, PyTorch would import its compiler, which takes two seconds
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -241,7 +242,7 @@ class _MetaDeviceMode(TorchDispatchMode):
 
 @contextlib.contextmanager
 def on_meta_device() -> Iterator[None]:
-    """`torch.device("meta")`, which also holds for fairscale's layers. They call the legacy
-    constructor `torch.Tensor(rows, columns)`, which ignores the default device."""
+    """`torch.device("meta")`, also for fairscale's layers. These call the legacy constructor
+    `torch.Tensor(rows, columns)`, which ignores the default device."""
     with torch.device("meta"), _MetaDeviceMode():
         yield

@@ -16,37 +16,39 @@ from llama.errors import GenerationError
 # (tokens so far, logits (V,)) -> logits (V,)
 LogitsProcessor = Callable[[Sequence[int], Tensor], Tensor]
 
-MAX_STOP = 16
-MAX_N = 1024
-_LARGEST = sys.float_info.max
+MAX_STOP_STRINGS = 16
+MAX_SAMPLES = 1024  # of one prompt
+_MAX_FLOAT = sys.float_info.max
 
 
 @dataclass(frozen=True)
 class SamplingParams:
     """How one request is continued.
 
-    Bias, penalties and logits_processor change the logits first; then come temperature, top_k,
-    min_p and top_p, in this order.
+    Bias, penalties and logits_processor are applied to the logits first. Temperature, top_k, min_p
+    and top_p follow in this order.
 
     Args:
-        temperature: 0 takes the likeliest token; above, the logits are divided by it.
-        top_p: draw from the smallest set of likeliest tokens whose probability exceeds it.
-        top_k: draw from that many of the likeliest tokens, more where the last ones tie; 0: all.
-        min_p: draw from tokens that have this share of the likeliest one's probability.
-        repetition_penalty: logits of the prompt's and the generated tokens are divided by it, or
-            multiplied where negative; Keskar et al. 2019, arxiv.org/abs/1909.05858.
+        temperature: 0 takes the likeliest token. Above 0, the logits are divided by it.
+        top_p: draw from the smallest set of likeliest tokens whose total probability exceeds this.
+        top_k: draw from this many likeliest tokens, and those that tie with the last one. 0: all.
+        min_p: draw from tokens with at least this fraction of the likeliest token's probability.
+        repetition_penalty: the logit of each token in the prompt or the generated text is divided
+            by this if it is positive, and multiplied by this if it is negative; Keskar et al. 2019,
+            arxiv.org/abs/1909.05858.
         presence_penalty: subtracted from the logit of each generated token.
-        frequency_penalty: subtracted as often as the token was generated.
+        frequency_penalty: subtracted from a token's logit once for each time it was generated.
         logit_bias: added to the logits of these ids; -inf forbids a token.
-        seed: of the request's own random numbers.
-        max_gen_len: tokens generated at most; None: until a stop token or the end of the cache.
+        seed: seed of the random numbers of this request.
+        max_gen_len: most tokens to generate; None: until a stop token or the end of the cache.
         stop: strings that end the text and are not part of it.
-        stop_tokens: ids that end it; None: the tokenizer's.
-        ignore_eos: stop tokens do not stop.
-        logprobs: number of alternatives that are reported for each generated token.
+        stop_tokens: ids that end the text; None: the tokenizer's.
+        ignore_eos: do not stop at stop tokens.
+        logprobs: number of likeliest tokens that are reported for each generated token.
         prompt_logprobs: report the logprobs of the prompt too.
-        n: samples of one prompt.
-        logits_processor: any function of the tokens so far and the logits (V,), which gives (V,).
+        n: number of samples per prompt.
+        logits_processor: a function of the tokens so far and the logits (V,) that returns new
+            logits (V,).
 
     Raises GenerationError where a value is out of its range.
     """
@@ -72,7 +74,7 @@ class SamplingParams:
     def __post_init__(self) -> None:
         def require(name: str, valid: bool, limit: str) -> None:
             if not valid:
-                shown = reprlib.repr(getattr(self, name))  # of a long list only the beginning
+                shown = reprlib.repr(getattr(self, name))  # shortened
                 raise GenerationError(f"{name} is {shown}: it must be {limit}")
 
         require("temperature", _number(self.temperature, 0), "0 (greedy) or above")
@@ -98,9 +100,9 @@ class SamplingParams:
         require(
             "stop",
             isinstance(self.stop, Sequence)
-            and len(self.stop) <= MAX_STOP
+            and len(self.stop) <= MAX_STOP_STRINGS
             and all(isinstance(text, str) and text for text in self.stop),
-            f"a list of at most {MAX_STOP} strings, none of them empty",
+            f"a list of at most {MAX_STOP_STRINGS} strings, none of them empty",
         )
         require(
             "stop_tokens",
@@ -111,16 +113,18 @@ class SamplingParams:
         require("ignore_eos", isinstance(self.ignore_eos, bool), "True or False")
         require("logprobs", self.logprobs is None or _integer(self.logprobs), "0 or above")
         require("prompt_logprobs", isinstance(self.prompt_logprobs, bool), "True or False")
-        require("n", _integer(self.n, 1, MAX_N), f"1 to {MAX_N}")
+        require("n", _integer(self.n, 1, MAX_SAMPLES), f"1 to {MAX_SAMPLES}")
         processor = self.logits_processor
         require("logits_processor", processor is None or callable(processor), "a function")
 
     @classmethod
     def of(cls, options: Mapping[str, Any]) -> "SamplingParams":
-        """Make them from options by name. Raises GenerationError for an unknown name."""
+        """Make the parameters from options by name. Raises GenerationError for an unknown name."""
         known = [field.name for field in fields(cls)]
         if unknown := [name for name in options if name not in known]:
-            raise GenerationError(f"unknown option {unknown[0]}: one of {', '.join(known)}")
+            raise GenerationError(
+                f"unknown option {unknown[0]}: it must be one of {', '.join(known)}"
+            )
         return cls(**options)
 
     def samples(self) -> list["SamplingParams"]:
@@ -129,7 +133,7 @@ class SamplingParams:
         return [replace(self, n=1, seed=seed) for seed in seeds]
 
     def check_vocabulary(self, vocab_size: int) -> None:
-        """Raise GenerationError where an id or the number of logprobs is not in the vocabulary."""
+        """Raise GenerationError for a token id, or a number of logprobs, beyond the vocabulary."""
         for name, ids in (("logit_bias", self.logit_bias), ("stop_tokens", self.stop_tokens or ())):
             for token in ids:
                 if token >= vocab_size:
@@ -140,7 +144,7 @@ class SamplingParams:
             raise GenerationError(f"logprobs is {self.logprobs}, but vocab_size is {vocab_size}")
 
 
-def _number(value: object, low: float = -_LARGEST, high: float = _LARGEST) -> bool:
+def _number(value: object, low: float = -_MAX_FLOAT, high: float = _MAX_FLOAT) -> bool:
     # Comparisons with NaN are false, so it is refused too.
     return isinstance(value, (int, float)) and not isinstance(value, bool) and low <= value <= high
 
@@ -180,11 +184,11 @@ def distribution(
 def _scaled(
     logits: Tensor, params: SamplingParams, prompt: Sequence[int], generated: Sequence[int]
 ) -> Tensor:
-    """Apply every option before top_p, which works on probabilities: logits (V,) -> (V,)."""
+    """Apply every option except top_p, which needs probabilities: logits (V,) -> (V,)."""
     logits = adjust_logits(logits.float(), params, prompt, generated)
     if params.temperature > 0:
         logits = truncate_logits(logits / params.temperature, params)
-    # One value is enough: the largest is NaN where any logit is, and -inf where all are.
+    # Only the largest logit is checked: it is NaN if any logit is NaN, and -inf if all are -inf.
     if not math.isfinite(logits.max().item()):
         raise not_finite(params)
     return logits
@@ -214,8 +218,8 @@ def adjust_logits(
     if generated and (params.presence_penalty or params.frequency_penalty):
         counts = Counter(generated)
         ids = torch.tensor(list(counts), device=device)
-        often = torch.tensor(list(counts.values()), device=device, dtype=dtype)
-        penalties = params.presence_penalty + params.frequency_penalty * often
+        times = torch.tensor(list(counts.values()), device=device, dtype=dtype)
+        penalties = params.presence_penalty + params.frequency_penalty * times
         logits = logits.index_add(0, ids, penalties, alpha=-1)
     if params.logits_processor is not None:
         # The caller's function gets a copy, because it may write to it.
@@ -231,21 +235,21 @@ def adjust_logits(
 
 
 def truncate_logits(logits: Tensor, params: SamplingParams) -> Tensor:
-    """Rule out by -inf what is not in top_k (Fan et al. 2018, arxiv.org/abs/1805.04833) or below
-    min_p (Nguyen et al. 2024, arxiv.org/abs/2407.01082): logits (V,) -> (V,)."""
+    """Set a logit to -inf if it is not in top_k (Fan et al. 2018, arxiv.org/abs/1805.04833) or is
+    below min_p (Nguyen et al. 2024, arxiv.org/abs/2407.01082): logits (V,) -> (V,)."""
     if 0 < params.top_k < len(logits):
         least = logits.topk(params.top_k).values[-1]
         logits = logits.masked_fill(logits < least, -math.inf)
     if params.min_p > 0:
-        # A ratio of probabilities is a difference of logits.
+        # p / p_max >= min_p is the same as logit - logit_max >= log(min_p).
         least = logits.max() + math.log(params.min_p)
         logits = logits.masked_fill(logits < least, -math.inf)
     return logits
 
 
 def sample_top_p(probs: Tensor, p: float, generator: torch.Generator | None = None) -> Tensor:
-    """Nucleus sampling: draw from the smallest set of likeliest tokens whose probability exceeds p;
-    Holtzman et al. 2019, arxiv.org/abs/1904.09751. probs (..., V) -> ids (..., 1)."""
+    """Nucleus sampling: draw from the smallest set of likeliest tokens whose total probability
+    exceeds p; Holtzman et al. 2019, arxiv.org/abs/1904.09751. probs (..., V) -> ids (..., 1)."""
     sorted_probs, ids = torch.sort(probs, dim=-1, descending=True)
     nucleus = _nucleus(sorted_probs, p)
     nucleus = nucleus / nucleus.sum(dim=-1, keepdim=True)
@@ -253,26 +257,26 @@ def sample_top_p(probs: Tensor, p: float, generator: torch.Generator | None = No
 
 
 def _nucleus(sorted_probs: Tensor, p: float | Tensor) -> Tensor:
-    before = torch.cumsum(sorted_probs, dim=-1) - sorted_probs  # mass of the likelier tokens
+    before = torch.cumsum(sorted_probs, dim=-1) - sorted_probs  # total of the likelier tokens
     return sorted_probs.masked_fill(before > p, 0.0)
 
 
 def _candidates(probs: Tensor, p: float) -> Tensor:
-    """Ids that contain the nucleus; there are mostly few. probs (V,).
+    """Ids that include the whole nucleus, found without sorting. probs (V,).
 
-    Tokens of at most (1 - p) / V have no more than 1 - p together, and are left out.
+    Tokens with a probability of at most (1 - p) / V are left out. Their total is at most 1 - p.
     """
     ids = (probs > (1 - p) / len(probs)).nonzero().flatten()
-    # The margin keeps rounding from cutting the nucleus. Where p is 1, only zeros are left out.
-    inside = p == 1 or probs[ids].sum() > p + 1e-5
-    return ids if inside else torch.arange(len(probs), device=probs.device)
+    # The margin is for rounding errors. Where p is 1, only tokens of probability 0 are left out.
+    has_nucleus = p == 1 or probs[ids].sum() > p + 1e-5
+    return ids if has_nucleus else torch.arange(len(probs), device=probs.device)
 
 
 def _draw(probs: Tensor, p: float, generator: torch.Generator | None) -> Tensor:
     """`sample_top_p` of one row, probs (V,) -> id (). It draws the same token without a full sort.
 
-    On the CPU torch.multinomial gives every rank a random number of the exponential distribution
-    and takes the largest ratio of probability to number.
+    On the CPU torch.multinomial divides each probability by a random number from the exponential
+    distribution, and takes the largest quotient. Here the same is done on the candidates.
     """
     if probs.device.type != "cpu":
         return sample_top_p(probs, p, generator).squeeze(-1)
@@ -280,33 +284,33 @@ def _draw(probs: Tensor, p: float, generator: torch.Generator | None) -> Tensor:
     if len(candidates) > len(probs) // 4:
         return sample_top_p(probs, p, generator).squeeze(-1)
     candidates = candidates.sort(descending=True).values
-    nucleus = torch.zeros_like(probs)  # as long as the row, so that sums are rounded alike
+    nucleus = torch.zeros_like(probs)  # length V: its sum is rounded as in `sample_top_p`
     nucleus[: len(candidates)] = _nucleus(candidates, p)
-    race = torch.empty_like(probs).exponential_(1, generator=generator)
-    rank = (nucleus / nucleus.sum() / race).argmax()
-    ids = (probs == candidates[rank]).nonzero().flatten()
-    # Where tokens tie, only the full sort tells which one has this rank.
-    return ids[0] if len(ids) == 1 else probs.argsort(descending=True)[rank]
+    noise = torch.empty_like(probs).exponential_(1, generator=generator)
+    place = (nucleus / nucleus.sum() / noise).argmax()  # in the order of probability
+    ids = (probs == candidates[place]).nonzero().flatten()
+    # Where tokens tie, only a full sort gives the token at this place.
+    return ids[0] if len(ids) == 1 else probs.argsort(descending=True)[place]
 
 
 def options_of(params: SamplingParams) -> list[float]:
-    """Options as numbers: temperature, top_k, the logarithm of min_p, top_p."""
+    """The options that `draw_rows` takes: temperature, top_k, the logarithm of min_p, top_p."""
     min_p = math.log(params.min_p) if params.min_p > 0 else -math.inf
     return [params.temperature, params.top_k, min_p, params.top_p]
 
 
 def draw_rows(logits: Tensor, options: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
-    """Draw a token of each row by its options; the likeliest at temperature 0.
+    """Draw one token per row with the row's options. Temperature 0 takes the likeliest token.
 
-    logits (B, V), options (4, B) as of `options_of`, noise (B, V) of the exponential distribution
-    -> ids (B,), and whether the logits were finite (B,). The noise is for the tokens from the
-    likeliest on, as torch.multinomial draws it for `sample_top_p`.
+    logits (B, V), options (4, B) from `options_of`, noise (B, V) from the exponential distribution
+    -> ids (B,), and whether the logits are finite (B,). noise[:, i] is for the token with the i-th
+    highest logit, as torch.multinomial draws it in `sample_top_p`.
     """
     temperature, top_k, log_min_p, top_p = options[:, :, None]  # (B, 1) each
     scaled = logits / temperature.masked_fill(temperature == 0, 1)
     ordered, order = scaled.sort(dim=-1, descending=True)
-    most = scaled.shape[-1]
-    k = top_k.masked_fill(top_k == 0, most).clamp(max=most).long()
+    vocab_size = scaled.shape[-1]
+    k = top_k.masked_fill(top_k == 0, vocab_size).clamp(max=vocab_size).long()
     least = torch.maximum(ordered.gather(-1, k - 1), ordered[:, :1] + log_min_p)
     probs = scaled.masked_fill(scaled < least, -math.inf).softmax(-1)
     nucleus = _nucleus(probs.gather(-1, order), top_p)
@@ -317,8 +321,8 @@ def draw_rows(logits: Tensor, options: Tensor, noise: Tensor) -> tuple[Tensor, T
 
 
 def logprob_of(logits: Tensor, tokens: Tensor | int) -> Tensor:
-    """Natural logarithm of each token's probability under the model's own distribution, before
-    temperature and the rest: logits (..., V), tokens (...) -> (...)."""
+    """Natural logarithm of each token's probability, before temperature and the other options:
+    logits (..., V), tokens (...) -> (...)."""
     ids = torch.as_tensor(tokens, device=logits.device)
     return logits.log_softmax(dim=-1).gather(-1, ids.unsqueeze(-1)).squeeze(-1)
 

@@ -201,9 +201,12 @@ def test_llama2_refuses_its_tags(trained: Llama2ChatFormat, tag: str):
 @pytest.mark.parametrize(
     ("dialog", "message"),
     [
-        ([user("a"), user("b")], "message 1 is from user where assistant must speak"),
-        ([system("a"), assistant("b"), user("c")], "message 1 is from assistant where user must"),
-        ([assistant("a"), user("b")], "message 0 is from assistant where user must speak"),
+        ([user("a"), user("b")], "message 1 is from user, but must be from assistant"),
+        (
+            [system("a"), assistant("b"), user("c")],
+            "message 1 is from assistant, but must be from user",
+        ),
+        ([assistant("a"), user("b")], "message 0 is from assistant, but must be from user"),
         ([{"role": "ipython", "content": "a"}], "message 0 has the role 'ipython', but it must be"),
     ],
 )

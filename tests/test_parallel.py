@@ -129,8 +129,8 @@ def groups_on_rank() -> list:
         for group in (fs_init.get_model_parallel_group(), fs_init.get_data_parallel_group())
     ]
     models = [parallel.dp_size(), parallel.dp_rank()]
-    everyone = parallel.make_patient_group()
-    assert parallel.sum_patiently(dist.get_rank(), everyone) == 6
+    everyone = parallel.make_group_without_timeout()
+    assert parallel.sum_without_timeout(dist.get_rank(), everyone) == 6
     is_main = parallel.is_main_rank()
     return [parallel.mp_size(), parallel.mp_rank(), *models, value.item(), is_main, waits]
 
@@ -184,7 +184,7 @@ def broadcast_of_all_lengths() -> list[list[int]]:
         parallel.broadcast_numbers(
             list(range(n)) if first else None, torch.int64, torch.device("cpu")
         )
-        for n in (0, 1, parallel.SHORT, parallel.SHORT + 1, 1000)
+        for n in (0, 1, parallel.HEAD_LENGTH, parallel.HEAD_LENGTH + 1, 1000)
     ]
 
 

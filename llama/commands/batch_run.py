@@ -65,7 +65,7 @@ def run_batch(
     target = parallel.local_device(device)
     parallel.initialize(model_parallel_size, target)
     group, n_groups = parallel.dp_rank(), parallel.dp_size()
-    everyone = parallel.make_patient_group()
+    everyone = parallel.make_group_without_timeout()
     files = BatchFiles(input, output)
     with parallel.failing_together(target):
         if parallel.is_main_rank():
@@ -89,7 +89,7 @@ def run_batch(
                 failed = _run(llama, tasks, part, WINDOW * max_batch_size, bar)
     if part is not None:
         part.close()
-    failed = parallel.sum_patiently(failed, everyone) + done.count(2)
+    failed = parallel.sum_without_timeout(failed, everyone) + done.count(2)
     if parallel.is_main_rank():
         files.merge(len(done))
     return len(done), failed

@@ -338,7 +338,7 @@ def test_a_group_that_dies_is_noticed_and_its_lines_are_done_later(
     out.unlink()
     with pytest.raises(FileNotFoundError):  # no rank returns a result
         run_ranks(2, tmp_path, lose_a_group, tmp_path, ckpt_dir)
-    assert (tmp_path / "said").read_text() == "another rank is gone: its own message says why"
+    assert (tmp_path / "said").read_text() == "another rank has died: its own message says why"
     assert not out.exists()
     assert batch() == (15, 3)
     assert out.read_bytes() == whole

@@ -49,16 +49,24 @@ class LayerCache:
             end = self.k.shape[1]
             index = torch.arange(bsz, device=k.device)[:, None], start_pos
 
-        def store(cached: Tensor, scales: Tensor | None, new: Tensor) -> Tensor:
-            cached = cached[:bsz, :end]
+        for cached, scales, new in ((self.k, self.k_scale, k), (self.v, self.v_scale, v)):
             if scales is None:
-                cached[index] = new
-                return cached
-            scales = scales[:bsz, :end]
-            cached[index], scales[index] = quantize(new)
-            return (cached * scales[..., None]).to(new.dtype)
+                cached[:bsz, :end][index] = new
+            else:
+                cached[:bsz, :end][index], scales[:bsz, :end][index] = quantize(new)
+        return self.widened(bsz, end, k.dtype)
 
-        return store(self.k, self.k_scale, k), store(self.v, self.v_scale, v)
+    def widened(self, n_rows: int, n_positions: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Keys and values of the first rows and positions, (B, T, K, hd); of an int8 cache in
+        another dtype."""
+
+        def part(cached: Tensor, scales: Tensor | None) -> Tensor:
+            cached = cached[:n_rows, :n_positions]
+            if scales is None:
+                return cached
+            return (cached * scales[:n_rows, :n_positions, :, None]).to(dtype)
+
+        return part(self.k, self.k_scale), part(self.v, self.v_scale)
 
 
 @dataclass(frozen=True)

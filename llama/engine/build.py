@@ -1,6 +1,6 @@
 """An engine for a model in a mode: which network computes, and in which cache."""
 
-from llama.engine.engine import Engine
+from llama.engine.engine import PREFILL_CHUNK, Engine
 from llama.engine.worker import Network
 from llama.fast.cpu.transformer import FastTransformer
 from llama.fast.gpu import device_weights
@@ -9,6 +9,8 @@ from llama.fast.mode import CacheWidth, Mode, cache_dtype, check_mode
 from llama.fast.quantize import Width
 from llama.model import Transformer
 from llama.tokenizer import Tokenizer
+
+GPU_PREFILL_CHUNK = 2048  # tokens; fewer would not fill a GPU
 
 
 def make_engine(
@@ -43,5 +45,5 @@ def make_engine(
     return Engine(
         network(model), rows, model.params.max_seq_len, tokenizer, seed,
         cache_dtype=cache_dtype(mode, kv_cache), draft=draft and network(draft), lookup=lookup,
-        static=is_fast_on_gpu,
+        prefill_chunk=GPU_PREFILL_CHUNK if is_fast_on_gpu else PREFILL_CHUNK, static=is_fast_on_gpu,
     )  # fmt: skip

@@ -23,6 +23,7 @@ CUT = (LANES, GROUP)  # rows and columns that stay together where a weight is cu
 # Weights that are quantized at once. Small temporary copies stay in the caches. Larger ones leave
 # holes in the heap between the int8 weights, a third of their size.
 INT8_BLOCK, INT4_BLOCK = 1 << 16, 1 << 20
+GPU_BLOCK = 1 << 24  # enough to fill a GPU
 
 
 class Int8Weight(NamedTuple):
@@ -140,7 +141,12 @@ def _best_scale(groups: Tensor) -> Tensor:
 
 
 def _blocks(w: Tensor, weights: int) -> Iterator[tuple[slice, Tensor]]:
-    """Blocks of n times eight rows: their indices and weights, float32 (n, 8, K)."""
+    """Blocks of n times eight rows: their indices and weights, float32 (n, 8, K).
+
+    weights: about as many a block holds, on a CPU.
+    """
+    if w.device.type != "cpu":
+        weights = GPU_BLOCK
     size = max(1, weights // (LANES * w.shape[1]))
     for start in range(0, -(-len(w) // LANES), size):
         rows = w[start * LANES : (start + size) * LANES].float()

@@ -12,7 +12,9 @@ from torch import Tensor
 
 from llama.cache import KVCache
 from llama.fast.gpu.cuda_graph import Graphs, next_power_of_two
-from llama.fast.gpu.transformer import MAX_FEW, GpuTransformer
+from llama.fast.gpu.transformer import GpuTransformer
+
+MAX_TOKENS = 64  # of a step with proposals
 
 
 class StaticStep:
@@ -28,10 +30,10 @@ class StaticStep:
         on_gpu = device.type == "cuda"
         # The starts of the rows, then the ids. Pinned memory is copied to the GPU without a
         # synchronisation. There are two, because the copy before may still be under way.
-        size = rows + max(rows, MAX_FEW)
+        size = rows + max(rows, MAX_TOKENS)
         self._numbers = [torch.zeros(size, dtype=torch.long, pin_memory=on_gpu) for _ in range(2)]
         self._inputs = torch.zeros(size, dtype=torch.long, device=device)
-        self._logits = torch.zeros(max(rows, MAX_FEW), model.vocab_size, device=device)
+        self._logits = torch.zeros(max(rows, MAX_TOKENS), model.vocab_size, device=device)
         self._graphs = Graphs(device)
 
     def n_rows(self, n: int) -> int:
@@ -40,7 +42,7 @@ class StaticStep:
 
     def takes(self, n_rows: int, seqlen: int) -> bool:
         """Whether the step can compute seqlen tokens of each row."""
-        return n_rows == self.n_rows(n_rows) and (seqlen == 1 or n_rows * seqlen <= MAX_FEW)
+        return n_rows == self.n_rows(n_rows) and (seqlen == 1 or n_rows * seqlen <= MAX_TOKENS)
 
     def __call__(self, tokens: Sequence[Sequence[int]], start_pos: Sequence[int]) -> Tensor:
         """Ids (B, S) of the first B rows and the position of each row's first -> logits, float32

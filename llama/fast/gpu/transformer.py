@@ -6,10 +6,12 @@ attention. Where Triton is missing, PyTorch computes everything.
 """
 
 import importlib.util
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from fairscale.nn.model_parallel.initialize import get_model_parallel_group
 from fairscale.nn.model_parallel.mappings import (
     gather_from_model_parallel_region,
     reduce_from_model_parallel_region,
@@ -19,11 +21,26 @@ from torch.nn.attention.bias import causal_lower_right
 
 from llama import parallel
 from llama.cache import KVCache, LayerCache
+from llama.errors import ConfigError
 from llama.fast.gpu.device_weights import Matrix, joined
 from llama.model import Transformer, apply_rotary_emb, causal_mask, repeat_kv
 
-MAX_FEW = 64  # tokens that the kernels take at once
-ONE_TILE = 16  # tokens of their smallest tile
+FEW = 16  # tokens whose products with wide matrices the kernels compute faster than PyTorch
+FEW_NARROW = 64  # the same for narrow matrices
+MAX_INVARIANT = 256  # tokens of a prompt that the kernels take at once: attention needs scratch
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The tokens of a call.
+
+    positions: (B, S). is_decode: a few tokens of rows at positions of their own, not a prompt.
+    mask: (B, 1, S, T) for attention in PyTorch; None: each token sees the tokens up to its own.
+    """
+
+    positions: Tensor
+    is_decode: bool
+    mask: Tensor | None
 
 
 class Layer:
@@ -43,13 +60,18 @@ class GpuTransformer:
 
     The model keeps its weights as views of the joined matrices. On a CPU the same code runs without
     the kernels, for tests.
+
+    invariant: a token's logits do not depend, to the last bit, on the tokens computed beside it,
+    the chunks of its prompt, or proposals. Every token goes through the same kernels then.
+    Raises ConfigError where that needs Triton, which is not there.
     """
 
-    def __init__(self, model: Transformer) -> None:
+    def __init__(self, model: Transformer, invariant: bool = False) -> None:
         self.model = model
         self.params = model.params
         self.vocab_size = model.vocab_size
         self.device = model.device
+        self.invariant = invariant
         attention: Any = model.layers[0].attention
         self.n_heads: int = attention.n_local_heads
         self.n_kv_heads: int = attention.n_local_kv_heads
@@ -60,7 +82,9 @@ class GpuTransformer:
             from llama.fast.gpu.kernels.launch import Kernels
 
             self.kernels = Kernels(self.n_heads, self.device)
-        self._prepared: set[int] = set()
+        elif invariant:
+            raise ConfigError("invariant on a GPU needs Triton and a GPU of capability 8.0")
+        self._prepared: set[tuple[bool, int]] = set()
 
     def make_cache(
         self, max_batch_size: int, max_seq_len: int, dtype: torch.dtype | None = None
@@ -74,79 +98,105 @@ class GpuTransformer:
         spares attention a mask.
         """
         bsz, seqlen = tokens.shape
+        if self.invariant and bsz == 1 and seqlen > MAX_INVARIANT:
+            parts = [
+                self.features(part, start_pos + i * MAX_INVARIANT, cache)
+                for i, part in enumerate(tokens.split(MAX_INVARIANT, 1))
+            ]
+            return torch.cat(parts, 1)
         positions = torch.arange(seqlen, device=self.device).expand(bsz, seqlen)
         positions = positions + (start_pos[:, None] if isinstance(start_pos, Tensor) else start_pos)
         h = self.model.tok_embeddings(tokens)  # (B, S, D)
-        # A short prompt of one row would need kernels of its own, compiled for its block of tokens.
-        is_few = bsz * seqlen <= (ONE_TILE if bsz == 1 else MAX_FEW)
-        if self.kernels is not None and is_few:
-            self._prepare(h, positions, cache)
-            for i, layer in enumerate(self.layers):
-                h = self._few(layer, h, positions, cache.layer(i))
-            return self.kernels.norm(h, self.model.norm)
         mask = None
         if isinstance(start_pos, int):
             cache = cache.part(0, bsz, start_pos + seqlen)
-        else:
+        elif self.kernels is None:
             mask = causal_mask(positions, cache.max_seq_len, h.dtype)[:, None]  # (B, 1, S, T)
+        batch = Batch(positions, isinstance(start_pos, Tensor), mask)
+        self._prepare(h, batch, cache)
         for i, layer in enumerate(self.layers):
-            h = self._many(layer, h, positions, cache.layer(i), mask)
-        return self.norm(h, self.model.norm)
+            h = self._layer(layer, h, batch, cache.layer(i))
+        return self._norm(h, self.model.norm)
 
     def logits(self, features: Tensor) -> Tensor:
         """(…, D) -> float32 (…, V), those of all ranks."""
         rows = features.flatten(0, -2)
-        if self.kernels is not None and len(rows) <= MAX_FEW:
+        if self._by_kernels(self.output, len(rows)):
             out = self.kernels.project(rows, self.output, dtype=torch.float32)
         else:
             out = F.linear(rows, self.output.widened(rows.dtype)).float()
         return gather_from_model_parallel_region(out).unflatten(0, features.shape[:-1])
 
-    def _prepare(self, h: Tensor, positions: Tensor, cache: KVCache) -> None:
-        """Compile what these tokens need, at once and not one kernel after the other."""
-        block = self.kernels.block_of_tokens(positions.numel())
-        if block not in self._prepared:
-            self._prepared.add(block)
-            self.kernels.compile(
-                lambda: self.logits(self._few(self.layers[0], h, positions, cache.layer(0)))
-            )
+    def _by_kernels(self, matrix: Matrix, n_tokens: int) -> bool:
+        """Whether the kernels multiply by the matrix, or PyTorch."""
+        few = FEW if matrix.width == "wide" else FEW_NARROW
+        return self.kernels is not None and (self.invariant or n_tokens <= few)
 
-    def _few(self, layer: Layer, h: Tensor, positions: Tensor, cache: LayerCache) -> Tensor:
-        """A layer in kernels: h (B, S, D) -> (B, S, D)."""
-        kernels = self.kernels
-        x = kernels.norm(h, layer.attention_norm)
-        q = kernels.qkv(x, layer.qkv, self.model.freqs_cis, positions, cache)  # (B, S, H, hd)
-        heads = kernels.attention(q, positions, cache)
-        h = self._add(h, heads.flatten(2), layer.wo)
-        x = kernels.norm(h, layer.ffn_norm)
-        return self._add(h, kernels.swiglu(x, layer.gate_up), layer.w2)
+    def _prepare(self, h: Tensor, batch: Batch, cache: KVCache) -> None:
+        """Compile the kernels that such a batch needs all at once, not one after the other."""
+        if self.kernels is None:
+            return
+        key = batch.is_decode, self.kernels.block_of_tokens(batch.positions.numel())
+        if key not in self._prepared:
+            self._prepared.add(key)
+            first = self.layers[0]
+            self.kernels.compile(lambda: self.logits(self._layer(first, h, batch, cache.layer(0))))
+
+    def _layer(self, layer: Layer, h: Tensor, batch: Batch, cache: LayerCache) -> Tensor:
+        """h (B, S, D) -> (B, S, D)."""
+        x = self._norm(h, layer.attention_norm)
+        h = self._add(h, self._attention(x, layer.qkv, batch, cache).flatten(2), layer.wo)
+        x = self._norm(h, layer.ffn_norm)
+        return self._add(h, self._swiglu(x, layer.gate_up), layer.w2)
+
+    def _norm(self, x: Tensor, norm: Any) -> Tensor:
+        """What `RMSNorm` computes, in one kernel."""
+        if self.kernels is not None:
+            return self.kernels.norm(x, norm)
+        return F.rms_norm(x, norm.weight.shape, norm.weight, norm.eps)
+
+    def _attention(self, x: Tensor, qkv: Matrix, batch: Batch, cache: LayerCache) -> Tensor:
+        """x (B, S, D) -> heads (B, S, H, hd); keys and values of x are stored in the cache."""
+        positions, kernels = batch.positions, self.kernels
+        by_kernels = self._by_kernels(qkv, positions.numel())
+        if by_kernels:
+            xq = kernels.qkv(x, qkv, self.model.freqs_cis, positions, cache)
+        else:
+            x = F.linear(x, qkv.widened(x.dtype))
+            if kernels is None:
+                x = x.unflatten(-1, (-1, self.params.head_dim))
+                xq, xk, xv = x.split([self.n_heads, self.n_kv_heads, self.n_kv_heads], dim=2)
+                xq, xk = apply_rotary_emb(xq, xk, self.model.freqs_cis[positions])
+                return attend(xq, *cache.update(positions, xk, xv), batch.mask)
+            xq = kernels.rotate(x, self.model.freqs_cis, positions, cache)
+        if by_kernels or batch.is_decode:
+            return kernels.attention(xq, positions, cache)
+        return attend(xq, *cache.widened(len(x), cache.k.shape[1], x.dtype), None)
+
+    def _swiglu(self, x: Tensor, gate_up: Matrix) -> Tensor:
+        """x (B, S, D) -> (B, S, F)."""
+        if self._by_kernels(gate_up, x.shape[:-1].numel()):
+            return self.kernels.swiglu(x, gate_up)
+        x = F.linear(x, gate_up.widened(x.dtype))
+        if self.kernels is not None:
+            return self.kernels.silu_times(x)
+        gate, up = x.chunk(2, -1)
+        return F.silu(gate) * up
 
     def _add(self, h: Tensor, x: Tensor, matrix: Matrix) -> Tensor:
-        """h + the row-parallel product of x, which all ranks add up."""
-        if parallel.mp_size() == 1:
+        """h + the product of x with a row-parallel matrix, which is a sum over the ranks."""
+        by_kernels = self._by_kernels(matrix, x.shape[:-1].numel())
+        if by_kernels and parallel.mp_size() == 1:
             return self.kernels.project(x, matrix, residual=h)
-        return h + reduce_from_model_parallel_region(self.kernels.project(x, matrix))
-
-    def _many(
-        self, layer: Layer, h: Tensor, positions: Tensor, cache: LayerCache, mask: Tensor | None
-    ) -> Tensor:
-        """A layer in PyTorch's operations: h (B, S, D) -> (B, S, D)."""
-        bsz, seqlen, _ = h.shape
-        x = F.linear(self.norm(h, layer.attention_norm), layer.qkv.widened(h.dtype))
-        x = x.view(bsz, seqlen, -1, self.params.head_dim)
-        xq, xk, xv = x.split([self.n_heads, self.n_kv_heads, self.n_kv_heads], dim=2)
-        xq, xk = apply_rotary_emb(xq, xk, self.model.freqs_cis[positions])
-        keys, values = cache.update(positions, xk, xv)  # (B, T, K, hd)
-        heads = attend(xq, keys, values, mask).flatten(2)  # (B, S, H * hd)
-        h = h + reduce_from_model_parallel_region(F.linear(heads, layer.wo.widened(h.dtype)))
-        x = F.linear(self.norm(h, layer.ffn_norm), layer.gate_up.widened(h.dtype))
-        gate, up = x.chunk(2, -1)
-        x = F.linear(F.silu(gate) * up, layer.w2.widened(h.dtype))
-        return h + reduce_from_model_parallel_region(x)
-
-    def norm(self, x: Tensor, norm: Any) -> Tensor:
-        """What `RMSNorm` computes, in one kernel."""
-        return F.rms_norm(x, norm.weight.shape, norm.weight, norm.eps)
+        x = self.kernels.project(x, matrix) if by_kernels else F.linear(x, matrix.widened(x.dtype))
+        if not self.invariant or parallel.mp_size() == 1:
+            return h + reduce_from_model_parallel_region(x)
+        # An all-reduce may choose its order of sums by the number of tokens.
+        parts = [torch.empty_like(x) for _ in range(parallel.mp_size())]
+        torch.distributed.all_gather(parts, x.contiguous(), group=get_model_parallel_group())
+        for part in parts:
+            h = h + part
+        return h
 
 
 def attend(xq: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
@@ -161,12 +211,23 @@ def attend(xq: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Ten
         heads = F.scaled_dot_product_attention(xq, keys, values, mask, enable_gqa=True)
     elif seqlen == n_keys:
         heads = F.scaled_dot_product_attention(xq, keys, values, is_causal=True, enable_gqa=True)
+    elif has_flash(xq):
+        # The bias below chooses this kernel too, but not for grouped heads.
+        flash = torch.ops.aten._scaled_dot_product_flash_attention
+        heads = flash(xq, keys, values, 0.0, True)[0]
     else:
         n_rep = xq.shape[1] // keys.shape[1]
         keys, values = (repeat_kv(x.transpose(1, 2), n_rep).transpose(1, 2) for x in (keys, values))
         bias: Any = causal_lower_right(seqlen, n_keys)
         heads = F.scaled_dot_product_attention(xq, keys, values, bias)
     return heads.transpose(1, 2)
+
+
+def has_flash(xq: Tensor) -> bool:
+    """Whether PyTorch's flash attention takes such queries (B, H, S, hd)."""
+    is_half = xq.dtype in (torch.bfloat16, torch.float16)
+    is_able = xq.device.type == "cuda" and torch.cuda.get_device_capability(xq.device) >= (8, 0)
+    return is_half and is_able and xq.shape[-1] % 8 == 0 and xq.shape[-1] <= 256
 
 
 def has_triton(device: torch.device) -> bool:

@@ -27,6 +27,7 @@ class Kernels:
 
     def __init__(self, n_heads: int, device: torch.device) -> None:
         self._n_heads = n_heads
+        self._device = device
         self._n_processors = 132
         if device.type == "cuda":
             self._n_processors = torch.cuda.get_device_properties(device).multi_processor_count
@@ -39,12 +40,17 @@ class Kernels:
         self._pending = {}
         try:
             work()
-            compilers = list(self._pending.values())
+            pending = list(self._pending.values())
         finally:
             self._pending = None
-        with ThreadPoolExecutor(len(compilers)) as pool:
-            for done in [pool.submit(compiler) for compiler in compilers]:
-                done.result()
+
+        def compile_one(compile: Callable[[], Any]) -> None:
+            with torch.cuda.device(self._device if self._device.type == "cuda" else -1):
+                getattr(compile(), "run", None)  # makes the launcher, by a C compiler
+
+        with ThreadPoolExecutor(len(pending)) as pool:
+            for _ in pool.map(compile_one, pending):
+                pass
 
     def _launch(self, kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
         if self._pending is None:
@@ -105,34 +111,61 @@ class Kernels:
         self._launch(product.swiglu, grid, out, x, *arguments, **options)
         return out
 
+    def silu_times(self, x: Tensor) -> Tensor:
+        """silu of the first half of the features, times the second: (…, 2 F) -> (…, F)."""
+        n, block = x.shape[-1] // 2, 1024
+        out = x.new_empty(*x.shape[:-1], n)
+        grid = triton.cdiv(n, block), out.numel() // n
+        self._launch(product.silu_times, grid, out, x, n, block)
+        return out
+
     def qkv(
         self, x: Tensor, matrix: Matrix, freqs_cis: Tensor, positions: Tensor, cache: LayerCache
     ) -> Tensor:
         """Rotated queries (B, S, H, hd) of x (B, S, D); keys and values go to the cache."""
-        bsz, seqlen, _ = x.shape
-        n_kv_heads, head_dim = cache.k.shape[2:]
-        q = x.new_empty(bsz, seqlen, self._n_heads, head_dim)
-        # An int8 cache takes them rounded, a head's vector at a time.
-        is_rounded = cache.k_scale is not None
-        keys, values, strides = cache.k, cache.v, cache.k.stride()
-        if is_rounded:
-            keys, values = x.new_empty(2, bsz * seqlen, 1, n_kv_heads, head_dim)
-            strides = (keys.stride(0), 0)
         grid, arguments, options = self._blocks(x, matrix, matrix.n_rows)
         *head, n_tokens, _, k = arguments
-        self._launch(
-            product.qkv, grid, q, keys, values, x, *head, self._angles(freqs_cis), positions,
-            n_tokens, k,
-            strides[0], strides[1], self._n_heads, n_kv_heads, head_dim,
-            1 if is_rounded else seqlen, **options,
-        )  # fmt: skip
-        if is_rounded:
-            assert cache.k_scale is not None
-            assert cache.v_scale is not None
-            index = torch.arange(bsz, device=x.device)[:, None], positions
-            shape = bsz, seqlen, n_kv_heads, head_dim
-            cache.k[index], cache.k_scale[index] = quantize(keys.view(shape))
-            cache.v[index], cache.v_scale[index] = quantize(values.view(shape))
+
+        def launch(q: Tensor, keys: Tensor, values: Tensor, *places: int) -> None:
+            self._launch(
+                product.qkv, grid, q, keys, values, x, *head, self._angles(freqs_cis), positions,
+                n_tokens, k, *places, **options,
+            )  # fmt: skip
+
+        return self._store(launch, x, positions, cache)
+
+    def rotate(self, x: Tensor, freqs_cis: Tensor, positions: Tensor, cache: LayerCache) -> Tensor:
+        """Rotated queries (B, S, H, hd) of products (B, S, (H + 2 K) hd) with the joined matrix of
+        queries, keys and values; keys and values go to the cache."""
+        n_tokens, block_m, pairs = positions.numel(), 8, 128
+        grid = triton.cdiv(x.shape[-1], 2 * pairs), triton.cdiv(n_tokens, block_m)
+
+        def launch(q: Tensor, keys: Tensor, values: Tensor, *places: int) -> None:
+            self._launch(
+                product.rotate, grid, q, keys, values, x, self._angles(freqs_cis), positions,
+                n_tokens, *places, BLOCK_M=block_m, PAIRS=pairs,
+            )  # fmt: skip
+
+        return self._store(launch, x, positions, cache)
+
+    def _store(
+        self, launch: Callable[..., None], x: Tensor, positions: Tensor, cache: LayerCache
+    ) -> Tensor:
+        """Launch a kernel that stores keys and values in the cache, by way of other tensors where
+        the cache is int8. Returns the queries."""
+        bsz, seqlen = positions.shape
+        n_kv_heads, head_dim = cache.k.shape[2:]
+        heads = self._n_heads, n_kv_heads, head_dim
+        q = x.new_empty(bsz, seqlen, self._n_heads, head_dim)
+        if cache.k_scale is None:
+            launch(q, cache.k, cache.v, cache.k.stride(0), cache.k.stride(1), *heads, seqlen)
+            return q
+        assert cache.v_scale is not None
+        keys, values = x.new_empty(2, bsz, seqlen, n_kv_heads, head_dim)
+        launch(q, keys, values, n_kv_heads * head_dim, 0, *heads, 1)
+        index = torch.arange(bsz, device=x.device)[:, None], positions
+        cache.k[index], cache.k_scale[index] = quantize(keys)
+        cache.v[index], cache.v_scale[index] = quantize(values)
         return q
 
     def attention(self, q: Tensor, positions: Tensor, cache: LayerCache) -> Tensor:
@@ -142,7 +175,7 @@ class Kernels:
         n_rep = n_heads // n_kv_heads
         partial = q.new_empty(bsz, seqlen, n_heads, n_chunks, head_dim, dtype=torch.float32)
         maxima, sums = q.new_empty(2, bsz, seqlen, n_heads, n_chunks, dtype=torch.float32)
-        block_q = min(64, max(MIN_DOT, triton.next_power_of_2(seqlen * n_rep)))
+        block_q = min(32, max(MIN_DOT, triton.next_power_of_2(seqlen * n_rep)))
         block_d = max(MIN_DOT, triton.next_power_of_2(head_dim))
         is_int8 = cache.k_scale is not None
         k_scale = maxima if cache.k_scale is None else cache.k_scale
@@ -150,9 +183,10 @@ class Kernels:
         grid = bsz * n_kv_heads, n_chunks, triton.cdiv(seqlen * n_rep, block_q)
         self._launch(
             attention.attend, grid, partial, maxima, sums, q, cache.k, cache.v, k_scale, v_scale,
-            positions, cache.k.stride(0), cache.k.stride(1), k_scale.stride(0), 1 / math.sqrt(head_dim),
-            n_kv_heads, seqlen, n_chunks, n_rep, head_dim, block_d, block_q,
-            BLOCK_T=64, CHUNK=CHUNK, IS_INT8=is_int8, num_warps=4, num_stages=2,
+            positions, cache.k.stride(0), cache.k.stride(1), k_scale.stride(0),
+            1 / math.sqrt(head_dim), n_kv_heads, seqlen, n_chunks,
+            n_rep, head_dim, block_d, block_q, BLOCK_T=64, CHUNK=CHUNK, IS_INT8=is_int8,
+            num_warps=4, num_stages=2,
         )  # fmt: skip
         out = torch.empty_like(q)
         block_c = min(16, triton.next_power_of_2(n_chunks))
@@ -180,7 +214,8 @@ class Kernels:
         k = matrix.n_columns
         n_tokens = x.numel() // k
         block_m = self.block_of_tokens(n_tokens)
-        # Rows of weights in a tile, bytes of a row, steps of weights in flight, warps.
+        # Rows of weights in a tile, bytes of a row, tiles in flight, warps. They do not depend on
+        # the number of tokens, so that neither does the order of a token's sums.
         if matrix.width != "wide":
             block_n, n_bytes, stages, warps = 32, 128, 4, 2
         elif matrix.n_rows >= 64 * self._n_processors:
@@ -188,7 +223,7 @@ class Kernels:
         else:
             block_n, n_bytes, stages, warps = 32, 512, 5, 4
         if block_m > MIN_DOT:
-            block_n, n_bytes, stages, warps = 64, min(256, n_bytes), 4, 4
+            stages = 3  # what shared memory has room for
         block_k = max(MIN_DOT, n_bytes // matrix.values.element_size())
         if matrix.width == "int4":
             block_k *= 2
@@ -196,7 +231,7 @@ class Kernels:
         tiles = triton.cdiv(matrix.n_rows, block_n)
         splits = 1
         if matrix.width != "wide":
-            while 2 * tiles * splits < 5 * self._n_processors and k > 2 * splits * block_k:
+            while tiles * splits < 4 * self._n_processors and k > 2 * splits * block_k:
                 splits *= 2
         columns = triton.cdiv(n_tokens, block_m)
         partial = x

@@ -233,10 +233,44 @@ def qkv(
     )  # fmt: skip
     if not is_mine:
         return
-    # Neighbouring features are a pair, which is rotated by the angle of its position.
     PAIRS: tl.constexpr = BLOCK_N // 2
     first, second = tl.split(tl.permute(tl.reshape(sums, (PAIRS, 2, BLOCK_M)), (0, 2, 1)))
-    feature = tl.program_id(0) * BLOCK_N + 2 * tl.arange(0, PAIRS)  # the first of each pair
+    feature = tl.program_id(0) * BLOCK_N + 2 * tl.arange(0, PAIRS)
+    _store_heads(
+        q, keys, values, first, second, feature, tokens, rotations, positions, n_tokens,
+        stride_row, stride_position, n_heads, n_kv_heads, head_dim, tokens_a_row,
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=COUNTS)
+def rotate(
+    q, keys, values, x, rotations, positions, n_tokens, stride_row, stride_position,
+    n_heads, n_kv_heads, head_dim, tokens_a_row, BLOCK_M: tl.constexpr, PAIRS: tl.constexpr,
+):  # fmt: skip
+    """What `qkv` does with its sums, for products x (M, (H + 2 K) hd) that are there already."""
+    n_features = (n_heads + 2 * n_kv_heads) * head_dim
+    feature = 2 * (tl.program_id(0) * PAIRS + tl.arange(0, PAIRS))
+    tokens = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
+    mask = (feature < n_features)[:, None] & (tokens < n_tokens)[None, :]
+    at = x + tokens.to(tl.int64)[None, :] * n_features + feature[:, None]
+    first = tl.load(at, mask=mask, other=0).to(tl.float32)
+    second = tl.load(at + 1, mask=mask, other=0).to(tl.float32)
+    _store_heads(
+        q, keys, values, first, second, feature, tokens, rotations, positions, n_tokens,
+        stride_row, stride_position, n_heads, n_kv_heads, head_dim, tokens_a_row,
+    )  # fmt: skip
+
+
+@triton.jit
+def _store_heads(
+    q, keys, values, first, second, feature, tokens, rotations, positions, n_tokens,
+    stride_row, stride_position, n_heads, n_kv_heads, head_dim, tokens_a_row,
+):  # fmt: skip
+    """Rotate the pairs of features (feature, feature + 1) of queries and keys; store all.
+
+    first, second: float32 (PAIRS, BLOCK_M). A pair is rotated by the angle of its position.
+    """
+    n_features = (n_heads + 2 * n_kv_heads) * head_dim
     head = feature // head_dim
     is_token = tokens < n_tokens
     position = tl.load(positions + tokens, mask=is_token, other=0)
@@ -247,7 +281,7 @@ def qkv(
     sine = tl.load(angle + 1, mask=is_rotated, other=0)
     first, second = first * cosine - second * sine, first * sine + second * cosine
 
-    at = q + tokens[None, :] * n_heads * head_dim + feature[:, None]
+    at = q + tokens.to(tl.int64)[None, :] * (n_heads * head_dim) + feature[:, None]
     _store_pairs(at, first, second, mask & (head < n_heads)[:, None])
     place = (tokens // tokens_a_row).to(tl.int64) * stride_row + position * stride_position
     at = keys + place[None, :] + (feature - n_heads * head_dim)[:, None]
@@ -272,3 +306,16 @@ def rms_norm(out, x, weight, dim, eps, BLOCK: tl.constexpr):
     rms = tl.rsqrt(tl.sum(x * x, 0) / dim + eps)
     gain = tl.load(weight + d, mask=mask, other=0)
     tl.store(out + token * dim + d, (x * rms).to(gain.dtype) * gain, mask=mask)
+
+
+@triton.jit
+def silu_times(out, x, n, BLOCK: tl.constexpr):
+    """out (M, n) = silu(gate) * up, where a row of x (M, 2 n) holds the gate's features first."""
+    token = tl.program_id(1).to(tl.int64)
+    feature = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    mask = feature < n
+    gate = tl.load(x + token * 2 * n + feature, mask=mask, other=0).to(tl.float32)
+    up = tl.load(x + token * 2 * n + n + feature, mask=mask, other=0).to(tl.float32)
+    tl.store(
+        out + token * n + feature, (gate * tl.sigmoid(gate) * up).to(out.dtype.element_ty), mask
+    )

@@ -19,7 +19,7 @@ from llama.engine.build import make_engine
 from llama.engine.request import Event
 from llama.engine.runner import Runner
 from llama.errors import GenerationError
-from llama.fast.mode import CacheWidth, Mode, check_proposing, drawback
+from llama.fast.mode import CacheWidth, Mode, check_invariant, check_proposing, drawback
 from llama.fast.quantize import Width
 from llama.model import Transformer
 from llama.sampling import SamplingParams, sample_top_p
@@ -70,6 +70,7 @@ class Llama:
         rope_factor: float | None = None,
         draft: str | Path | None = None,
         lookup: bool = False,
+        invariant: bool = False,
     ) -> "Llama":
         """Load a checkpoint on any number of ranks that its shape can be split over.
 
@@ -101,11 +102,15 @@ class Llama:
                 Mode fast only. Greedy output does not change. Sampled output keeps its
                 distribution, but a seed gives another sample.
             lookup: find an earlier occurrence of the last tokens in the text, and propose the
-                tokens that followed there. Mode fast only. The output does not change.
+                tokens that followed there. Mode fast only. The output does not change where mode
+                fast is invariant.
+            invariant: a token's logits are the same, to the last bit, whatever is computed beside
+                it. Mode fast only. On a CPU that always holds; on a GPU prompts take longer.
 
         Raises a LlamaError (a ValueError) that names what does not fit.
         """
         check_proposing(mode, draft is not None, lookup)
+        check_invariant(mode, invariant)
         start = time.perf_counter()
         opened = open_model(
             ckpt_dir, tokenizer_path, max_seq_len, max_batch_size, model_parallel_size,
@@ -117,7 +122,7 @@ class Llama:
             llama = Llama(
                 load_model(setup), tokenizer, seed, mode, quantize=setup.quantize,
                 kv_cache=kv_cache, draft=load_model(draft_setup) if draft_setup else None,
-                lookup=lookup,
+                lookup=lookup, invariant=invariant,
             )  # fmt: skip
         llama._warns_of_chat = kind_of(setup.opened.folder) == "base"
         if parallel.is_main_rank():
@@ -137,14 +142,16 @@ class Llama:
         kv_cache: CacheWidth | None = None,
         draft: Transformer | None = None,
         lookup: bool = False,
+        invariant: bool = False,
     ) -> None:
         self.model = model
         self.tokenizer = tokenizer
         self.mode = mode
         self._warns_of_chat = False  # True for a base model until the first dialog
         self.engine = make_engine(
-            model, tokenizer, seed, mode, max_batch_size, quantize, kv_cache, draft, lookup
-        )
+            model, tokenizer, seed, mode, max_batch_size, quantize, kv_cache, draft, lookup,
+            invariant,
+        )  # fmt: skip
         self.runner = Runner(self.engine, seed, is_reference=mode == "reference")
 
     @cached_property

@@ -2,6 +2,7 @@
 
 from llama.engine.engine import PREFILL_CHUNK, Engine
 from llama.engine.worker import Network
+from llama.errors import ConfigError
 from llama.fast.cpu.transformer import FastTransformer
 from llama.fast.gpu import device_weights
 from llama.fast.gpu.transformer import GpuTransformer
@@ -23,6 +24,7 @@ def make_engine(
     kv_cache: CacheWidth | None = None,
     draft: Transformer | None = None,
     lookup: bool = False,
+    invariant: bool = False,
 ) -> Engine:
     """The options are those of `Llama.build`; max_batch_size None: the model's.
 
@@ -31,6 +33,8 @@ def make_engine(
     rows = model.params.max_batch_size if max_batch_size is None else max_batch_size
     weight = model.norm.weight
     is_fast_on_cpu = check_mode(mode, quantize, weight.device, weight.dtype)
+    if invariant and weight.device.type != "cuda" and not is_fast_on_cpu:
+        raise ConfigError("invariant needs the kernels of a CPU or a CUDA GPU")
     is_fast_on_gpu = mode == "fast" and weight.device.type == "cuda"
 
     def network(model: Transformer) -> Network:
@@ -40,7 +44,7 @@ def make_engine(
             return model
         if quantize is not None:
             device_weights.narrow(model, quantize, weight.device)
-        return GpuTransformer(model)
+        return GpuTransformer(model, invariant)
 
     return Engine(
         network(model), rows, model.params.max_seq_len, tokenizer, seed,

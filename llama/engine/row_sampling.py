@@ -25,12 +25,12 @@ class RowSampler:
     def __init__(self, max_rows: int, vocab_size: int, device: torch.device) -> None:
         on_gpu = device.type == "cuda"
         self._max_rows = max_rows
-        self._numbers = torch.zeros(4, max_rows, pin_memory=on_gpu)
+        self._numbers = torch.zeros(4, max_rows, device="cpu", pin_memory=on_gpu)
         self._options = torch.zeros(4, max_rows, device=device)
         self._logits = torch.zeros(max_rows, vocab_size, device=device)
         self._noise = torch.ones(max_rows, vocab_size, device=device)
         self._chosen = torch.zeros(3, max_rows, dtype=torch.float64, device=device)
-        self._read = torch.zeros(3, max_rows, dtype=torch.float64, pin_memory=on_gpu)
+        self._read = torch.zeros(3, max_rows, dtype=torch.float64, device="cpu", pin_memory=on_gpu)
         self._is_read = torch.cuda.Event() if on_gpu else None
         self._graphs = Graphs(device)
 
@@ -56,7 +56,9 @@ class RowSampler:
         for row, request in enumerate(requests):
             if request.params.temperature > 0:
                 self._noise[row].exponential_(1, generator=request.generator)
-        self._numbers[:, :n] = torch.tensor([sampling.options_of(r.params) for r in requests]).T
+        self._numbers[:, :n] = torch.tensor(
+            [sampling.options_of(r.params) for r in requests], device="cpu"
+        ).T
         self._options.copy_(self._numbers, non_blocking=True)
         is_greedy = all(request.params.temperature == 0 for request in requests)
         self._run(min(next_power_of_two(n), self._max_rows), is_greedy)

@@ -75,6 +75,12 @@ def check_proposing(mode: str, drafts: bool, lookup: bool) -> None:
         raise ConfigError("draft and lookup exclude each other: give one of them")
 
 
+def check_invariant(mode: str, invariant: bool) -> None:
+    """Raise ConfigError where the option `invariant` does not fit."""
+    if invariant and mode != "fast":
+        raise ConfigError(f"invariant is for mode fast, but mode is {mode}")
+
+
 def check_draft(draft: ModelArgs, vocab_size: int, max_seq_len: int) -> None:
     """Raise ConfigError where a draft model does not fit the vocabulary or the length of texts."""
     if draft.vocab_size != vocab_size:

@@ -5,6 +5,7 @@ Run by `make test-slow`.
 
 import importlib.util
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -19,7 +20,14 @@ ROOT = Path(__file__).parent.parent.parent
 # Flags of the smallest run; {work} is a folder, {model} a checkpoint in it.
 SCRIPTS: dict[str, list[str]] = {
     "engine": ["--shape=demo", "--rounds=1"],
-    "gpu": ["--shape=demo", "--rows=1,2", "--prefill=32", "--widths=bfloat16", "--device=cpu"],
+    "gpu": [
+        "--shapes=demo",
+        "--rows=1,2",
+        "--prefills=32",
+        "--widths=bfloat16",
+        "--device=cpu",
+        "--compiled=False",
+    ],
     "kernel_speed": ["--shape=demo", "--rounds=1"],
     "load": ["--folder={work}/load", "--shape=demo", "--rounds=1"],
     "quality": ["--tales={work}/tales.jsonl"],
@@ -44,7 +52,10 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def run(script: str, *flags: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, str(ROOT / "benchmarks" / f"{script}.py"), *flags]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=500)
+    environment = {name: text for name, text in os.environ.items() if name != "TRITON_INTERPRET"}
+    return subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=500
+    )
 
 
 def numbers(figures: Any) -> list[float]:

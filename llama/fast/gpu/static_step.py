@@ -31,7 +31,9 @@ class StaticStep:
         # The starts of the rows, then the ids. Pinned memory is copied to the GPU without a
         # synchronisation. There are two, because the copy before may still be under way.
         size = rows + max(rows, MAX_TOKENS)
-        self._numbers = [torch.zeros(size, dtype=torch.long, pin_memory=on_gpu) for _ in range(2)]
+        self._numbers = [
+            torch.zeros(size, dtype=torch.long, device="cpu", pin_memory=on_gpu) for _ in range(2)
+        ]
         self._inputs = torch.zeros(size, dtype=torch.long, device=device)
         self._logits = torch.zeros(max(rows, MAX_TOKENS), model.vocab_size, device=device)
         self._graphs = Graphs(device)
@@ -70,7 +72,7 @@ class StaticStep:
 
     def _upload(self, numbers: list[int]) -> None:
         self._numbers.reverse()
-        self._numbers[0][: len(numbers)] = torch.tensor(numbers)
+        self._numbers[0][: len(numbers)] = torch.tensor(numbers, device="cpu")
         self._inputs.copy_(self._numbers[0], non_blocking=True)
 
     def _run(self, n_rows: int, seqlen: int) -> None:

@@ -84,7 +84,7 @@ def run_batch(
         )  # fmt: skip
         todo = files.todo(done, group, n_groups)
         tasks = (Task(llama, index, line, options, seed) for index, line in todo)
-        with llama.runner.leading([]), _bar(done, group, n_groups) as bar:
+        with llama.runner.leading(), _bar(done, group, n_groups) as bar:
             if part is not None:
                 failed = _run(llama, tasks, part, WINDOW * max_batch_size, bar)
     if part is not None:

@@ -76,7 +76,7 @@ def measure(
     for rows in BATCHES:
         works[f"decode {rows}"] = lambda rows=rows: _decode(engine, rows, decode)  # type: ignore[misc]
     times: dict[str, list[float]] = {name: [] for name in works}
-    with runner.leading([]) as is_first:
+    with runner.leading() as is_first:
         if not is_first:
             return None
         for number in tqdm(range(rounds + 1), desc="bench", unit="round"):

@@ -1,9 +1,14 @@
-"""Run requests on an engine: to their end, or as a stream of events, on every rank of a model.
+"""Run requests on an engine: to their end, or as a stream of events, from any thread.
 
-The first rank steps the engine. The other ranks of the model follow its plans until it is done.
+Calls from several threads run together in the engine's batch. The callers take turns: each steps
+the engine once for all, until its own requests have ended.
+
+With several ranks the first rank of a model steps the engine, and the others follow its plans.
 """
 
 import contextlib
+import signal
+import threading
 from collections import deque
 from collections.abc import Generator, Iterator, Sequence
 
@@ -12,6 +17,7 @@ import torch
 from llama import parallel
 from llama.engine.engine import Engine
 from llama.engine.request import Event, Request
+from llama.engine.turns import Turns
 from llama.errors import GenerationError
 from llama.sampling import SamplingParams
 
@@ -29,7 +35,12 @@ class Runner:
         self._device = engine.model.device
         self._is_reference = is_reference
         self._generator = torch.Generator(self._device).manual_seed(seed)
+        self._turns = Turns()
+        self._guard = threading.Lock()  # of the two numbers below
         self._inboxes: dict[Request, deque[Event]] = {}  # of the open streams
+        self._to_cancel: deque[Request] = deque()  # by the next step
+        self._n_leading = 0  # blocks of `leading` that are open
+        self._is_hosting = False  # one of them serves all calls
 
     def complete(
         self,
@@ -43,14 +54,17 @@ class Runner:
         """
         if is_exact is None:
             is_exact = self._is_exact(prompts, params)
-        if self._inboxes and parallel.mp_size() > 1:  # the other ranks still follow the stream
-            raise GenerationError("a stream is open: with several ranks, end or close it first")
-        requests = self._submit(prompts, params, is_exact)
+        is_hosted = self._check_ranks()
+        with self._turns:
+            requests = self._submit(prompts, params, is_exact)
         with self.leading(requests) as is_first_rank:
             while is_first_rank and any(request.finish_reason is None for request in requests):
-                self._step()
+                with self._turns:
+                    if any(request.finish_reason is None for request in requests):
+                        self._step()
         for request in requests:
-            request.share(self._device)
+            if not is_hosted:
+                request.share(self._device)
             if request.error is not None:
                 raise request.error
         return requests
@@ -68,15 +82,20 @@ class Runner:
         self, prompts: Sequence[Sequence[int]], params: SamplingParams, is_private: bool
     ) -> Generator[Event, None, None]:
         """Submit when the first event is asked for. Cancel at the end what has not ended."""
-        requests = self._submit(prompts, params, self._is_exact(prompts, params), is_private)
+        self._check_ranks()
         inbox: deque[Event] = deque()
-        self._inboxes |= dict.fromkeys(requests, inbox)
+        with self._turns:
+            is_exact = self._is_exact(prompts, params)
+            requests = self._submit(prompts, params, is_exact, is_private)
+            self._inboxes |= dict.fromkeys(requests, inbox)
         try:
             with self.leading(requests) as is_first_rank:
                 n_open = len(requests) if is_first_rank else 0
                 while n_open:
                     if not inbox:
-                        self._step()
+                        with self._turns:
+                            if not inbox:
+                                self._step()
                         continue
                     event = inbox.popleft()
                     if event.request.error is not None:
@@ -88,16 +107,20 @@ class Runner:
                 del self._inboxes[request]
 
     @contextlib.contextmanager
-    def leading(self, requests: list[Request]) -> Iterator[bool]:
+    def leading(self, requests: Sequence[Request] = ()) -> Iterator[bool]:
         """Yields True on the first rank, which steps the engine inside the block.
 
         The other ranks follow it to the end of its block, and then get False. At the end the first
         rank cancels those of the requests that have not ended, and dismisses the other ranks.
+        Without requests the block is a host: threads of the first rank may make any calls in it.
         """
         if parallel.mp_rank() > 0:
             self.engine.follow()
             yield False
             return
+        with self._guard:
+            self._n_leading += 1
+            self._is_hosting |= not requests
         failed = True
         try:
             yield True
@@ -106,9 +129,25 @@ class Runner:
             failed = False
             raise
         finally:
-            for request in requests:
-                self.engine.cancel(request)
-            self.engine.dismiss(failed)
+            self._cancel(requests)
+            with self._guard:
+                self._n_leading -= 1
+                is_last = self._n_leading == 0
+                self._is_hosting &= bool(requests)
+            if is_last:
+                self.engine.dismiss(failed)
+
+    def _check_ranks(self) -> bool:
+        """Whether a block of `leading` hosts this call, so that the other ranks do not make it.
+
+        Raises GenerationError where the other ranks are busy with another call.
+        """
+        if self._n_leading > 0 and not self._is_hosting and parallel.mp_size() > 1:
+            raise GenerationError(
+                "a call or a stream is open: with several ranks end it first, or make both inside "
+                "a block of llama.runner.leading()"
+            )
+        return self._is_hosting
 
     def _submit(
         self,
@@ -120,7 +159,7 @@ class Runner:
         """A request for each sample. One alone draws from the generator that `seed` started."""
         if not prompts:
             raise GenerationError("no prompts: give at least one")
-        is_alone = len(prompts) * params.n == 1
+        is_alone = len(prompts) * params.n == 1 and not self.engine.has_work
         generator = self._generator if is_alone and params.seed is None else None
         requests: list[Request] = []
         try:
@@ -139,7 +178,51 @@ class Runner:
     def _is_exact(self, prompts: Sequence[Sequence[int]], params: SamplingParams) -> bool:
         return self._is_reference and len(prompts) * params.n == 1
 
+    def _cancel(self, requests: Sequence[Request]) -> None:
+        """Cancel what has not ended: now, or with the next step where another thread has its turn,
+        which may be this one, since Python may close a forgotten stream anywhere."""
+        self._to_cancel.extend(request for request in requests if request.finish_reason is None)
+        if self._to_cancel and self._turns.take_if_free():
+            try:
+                self._cancel_all()
+            finally:
+                self._turns.give_back()
+
+    def _cancel_all(self) -> None:
+        while self._to_cancel:
+            self.engine.cancel(self._to_cancel.popleft())
+
     def _step(self) -> None:
-        for event in self.engine.step():
-            if event.request in self._inboxes:
-                self._inboxes[event.request].append(event)
+        self._cancel_all()
+        on_gpu = self._device.type == "cuda"  # a new thread starts with the first GPU
+        with contextlib.ExitStack() as stack:
+            if on_gpu:
+                stack.enter_context(torch.cuda.device(self._device))
+            if self._turns.is_wanted:
+                stack.enter_context(_interrupt_at_end())
+            self._deliver(self.engine.step())
+
+    def _deliver(self, events: Sequence[Event]) -> None:
+        """Put the events of open streams in their inboxes."""
+        for event in events:
+            inbox = self._inboxes.get(event.request)
+            if inbox is not None:
+                inbox.append(event)
+
+
+@contextlib.contextmanager
+def _interrupt_at_end() -> Iterator[None]:
+    """Let Ctrl-C wait until the end of the block: it must not cost other callers their events."""
+    usual = signal.getsignal(signal.SIGINT)
+    is_main = threading.current_thread() is threading.main_thread()
+    if not is_main or usual is not signal.default_int_handler:
+        yield
+        return
+    interrupts: list[int] = []
+    signal.signal(signal.SIGINT, lambda number, _: interrupts.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, usual)
+    if interrupts:
+        raise KeyboardInterrupt

@@ -1,0 +1,58 @@
+"""A lock that threads get in the order in which they ask for it."""
+
+import threading
+from collections import deque
+
+
+class Turns:
+    """Guards an engine. Callers take turns: each steps it once, for all, and hands it on.
+
+    A plain lock would let a thread that gives it up take it again at once, and callers that want to
+    submit a prompt would wait until that thread has all its tokens.
+    """
+
+    def __init__(self) -> None:
+        self._guard = threading.Lock()
+        self._is_held = False
+        self._queue: deque[threading.Lock] = deque()
+
+    def __enter__(self) -> None:
+        with self._guard:
+            if not self._is_held:
+                self._is_held = True
+                return
+            turn = threading.Lock()
+            turn.acquire()
+            self._queue.append(turn)
+        try:
+            turn.acquire()
+        except BaseException:  # interrupted while it waits
+            with self._guard:
+                is_waiting = turn in self._queue
+                if is_waiting:
+                    self._queue.remove(turn)
+            if not is_waiting:  # the turn came in the same moment
+                self.__exit__()
+            raise
+
+    def __exit__(self, *_: object) -> None:
+        with self._guard:
+            if self._queue:
+                self._queue.popleft().release()
+            else:
+                self._is_held = False
+
+    @property
+    def is_wanted(self) -> bool:
+        """Whether other threads wait for their turn."""
+        return bool(self._queue)
+
+    def take_if_free(self) -> bool:
+        """Take the lock where nobody holds it. Whoever gets True gives it back."""
+        with self._guard:
+            is_free = not self._is_held
+            self._is_held = True
+        return is_free
+
+    def give_back(self) -> None:
+        self.__exit__()

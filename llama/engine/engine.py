@@ -24,7 +24,7 @@ from llama.engine.plan import Action, Plan, Wanted, filled_up
 from llama.engine.proposer import Proposer
 from llama.engine.request import Event, Request
 from llama.engine.row_sampling import RowSampler
-from llama.engine.slot import Slot
+from llama.engine.slot import Slot, groups
 from llama.engine.speculative import MAX_PROPOSALS
 from llama.engine.text_stream import TextStream
 from llama.engine.token_choice import TokenChooser
@@ -141,7 +141,7 @@ class Engine:
             generator: of random numbers; None: the request's own, from its seed.
             is_private: no prefix is reused, neither by this request nor from it.
             is_exact: Meta's own forwards: the prompt in one piece with all its logits, no prefix
-                reuse, and Meta's operations while it decodes alone.
+                reuse, and decode steps without other requests.
 
         Raises GenerationError where the prompt or the params do not fit the model.
         """
@@ -210,8 +210,8 @@ class Engine:
             budget -= length
             events += [event] if event else []
             is_idle = False
-        if decoding := [s for s in self._slots if s.request and s is not self._prefilling]:
-            events += self._decode(decoding)
+        for group in groups([s for s in self._slots if s.request and s is not self._prefilling]):
+            events += self._decode(group)
             is_idle = False
         if is_idle:
             self._worker.run(Plan(Action.NOTHING))  # a sign of life for the ranks that wait
@@ -292,7 +292,7 @@ class Engine:
         if logits is None:
             start_pos = [len(slot.tokens) for slot in rows]
             tokens = [filled_up(fed.get(slot, []), seqlen) for slot in rows]
-            is_exact = len(rows) == 1 and decoding[0].running.is_exact
+            is_exact = decoding[0].running.is_exact
             logits = self._worker.run(Plan.decode(first, start_pos, tokens, is_exact))
         assert logits is not None
         events: list[Event] = []

@@ -47,3 +47,10 @@ class Slot:
         """Keep the first `length` tokens only."""
         del self.tokens[max(0, length) :]
         self.n_drafted = min(self.n_drafted, len(self.tokens))
+
+
+def groups(decoding: list[Slot]) -> list[list[Slot]]:
+    """The slots that decode in one forward: each exact request alone, all others together."""
+    alone = [[slot] for slot in decoding if slot.running.is_exact]
+    together = [slot for slot in decoding if not slot.running.is_exact]
+    return [*alone, together] if together else alone

@@ -1,4 +1,4 @@
-"""Calls from several threads run together. Each gets what it gets alone, and failures stay apart."""
+"""Calls from several threads run together, get what they get alone, and fail apart."""
 
 import asyncio
 import threading

@@ -170,6 +170,18 @@ def choose(
     return _draw(torch.softmax(logits, dim=-1), params.top_p, generator)
 
 
+def hide_unknown(logits: Tensor, n_words: int) -> Tensor:
+    """Minus infinity for the ids from n_words on, which no tokenizer can decode: (…, V) -> (…, V).
+
+    Vocabularies are padded to round numbers, as 32,016 rows for 32,000 tokens.
+    """
+    if n_words >= logits.shape[-1]:
+        return logits
+    return logits.index_fill(
+        -1, torch.arange(n_words, logits.shape[-1], device=logits.device), -math.inf
+    )
+
+
 def distribution(
     logits: Tensor, params: SamplingParams, prompt: Sequence[int], generated: Sequence[int]
 ) -> Tensor:

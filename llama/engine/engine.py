@@ -86,6 +86,7 @@ class Engine:
         self.max_seq_len = max_seq_len
         self.prefill_chunk = prefill_chunk
         self.cache: KVCache = model.make_cache(max_batch_size, max_seq_len, cache_dtype)
+        n_words = tokenizer.n_words if tokenizer else model.vocab_size
         networks = [(model, self.cache)]
         if draft is not None:
             networks.append((draft, draft.make_cache(max_batch_size, max_seq_len, cache_dtype)))
@@ -96,16 +97,16 @@ class Engine:
             assert isinstance(model, GpuTransformer)
             self._static = StaticStep(model, self.cache)
             if draft is None:  # whose tokens are drawn from another distribution
-                sampler = RowSampler(max_batch_size, model.vocab_size, model.device)
+                sampler = RowSampler(max_batch_size, model.vocab_size, n_words, model.device)
                 # With several ranks only the first would know the tokens in time.
                 if not lookup and parallel.mp_size() == 1:
                     self._lookahead = Lookahead(self._static)
         self._worker = Worker(networks, self._static)
-        self._choose = TokenChooser(sampler)
+        self._choose = TokenChooser(n_words, sampler)
         self._proposer: Proposer | None = None
         if draft is not None or lookup:
-            has_draft = draft is not None
-            self._proposer = Proposer(self._worker.run, max_seq_len, prefill_chunk, has_draft)
+            sizes = max_seq_len, prefill_chunk, n_words
+            self._proposer = Proposer(self._worker.run, *sizes, drafts=draft is not None)
         # Tokens that an idle row keeps. Steps of other rows may overwrite what follows.
         self._kept = max_seq_len - 1 - (MAX_PROPOSALS if self._proposer else 0)
         self._seed = seed
@@ -119,7 +120,7 @@ class Engine:
     @property
     def has_work(self) -> bool:
         """Whether a step would compute or report anything."""
-        return bool(self._waiting or self._cancelled or any(slot.request for slot in self._slots))
+        return bool(self._waiting or self._cancelled or any(s.request for s in self._slots))
 
     # ---- requests -----------------------------------------------------------------------------
 
@@ -203,17 +204,15 @@ class Engine:
         whose prompt is complete. Returns what happened; the order of requests is not fixed."""
         events, self._cancelled = self._cancelled, []
         self._steps += 1
-        is_idle = True
         budget = self.prefill_chunk
         while budget > 0 and (slot := self._next_to_prefill()) is not None:
             length, event = self._prefill(slot, budget)
             budget -= length
             events += [event] if event else []
-            is_idle = False
-        for group in groups([s for s in self._slots if s.request and s is not self._prefilling]):
+        decoding = groups([s for s in self._slots if s.request and s is not self._prefilling])
+        for group in decoding:
             events += self._decode(group)
-            is_idle = False
-        if is_idle:
+        if not decoding and budget == self.prefill_chunk:
             self._worker.run(Plan(Action.NOTHING))  # a sign of life for the ranks that wait
         return events
 
@@ -300,7 +299,7 @@ class Engine:
             for slot in decoding:
                 slot.tokens.append(fed[slot][at])
             of_slots = [logits[slot.index - first, at] for slot in decoding]
-            # Indexing with a list would make a GPU wait, stacking does not.
+            # Indexing with a list would make a GPU wait. Stacking does not.
             events += self._next_tokens(decoding, torch.stack(of_slots), at, rows)
             # The next logits hold only where the proposal they follow was accepted.
             decoding = [slot for slot in decoding if slot.goes_on(fed[slot][at + 1 : at + 2])]

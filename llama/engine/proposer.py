@@ -13,6 +13,7 @@ from torch import Tensor
 from llama.engine.plan import Action, Plan, Wanted, filled_up
 from llama.engine.slot import Slot
 from llama.engine.speculative import MAX_PROPOSALS, Lookup, StepTimes, best_length, draft_token
+from llama.sampling import hide_unknown
 
 MAX_REST = 128  # steps without a draft model that does not pay
 
@@ -24,6 +25,7 @@ class Proposer:
         run: does a plan on all ranks; returns the logits that it wants.
         max_seq_len: tokens of a slot at most.
         prefill_chunk: tokens that the draft model takes in before a step.
+        n_words: ids from here on are never proposed.
         drafts: whether there is a draft model, for plans that say so.
     """
 
@@ -32,8 +34,10 @@ class Proposer:
         run: Callable[[Plan], Tensor | None],
         max_seq_len: int,
         prefill_chunk: int,
+        n_words: int,
         drafts: bool,
     ) -> None:
+        self._n_words = n_words
         self._run = run
         self._max_seq_len = max_seq_len
         self._prefill_chunk = prefill_chunk
@@ -112,7 +116,8 @@ class Proposer:
             )
             assert logits is not None
             for slot in drafting:
-                row, proposed = logits[slot.index - rows[0].index, -1], slot.guesses.proposed
+                proposed = slot.guesses.proposed
+                row = hide_unknown(logits[slot.index - rows[0].index, -1], self._n_words)
                 token, q = draft_token(row, slot.running, proposed)
                 proposed.append(token)
                 slot.guesses.drawn_from.append(q)

@@ -20,11 +20,15 @@ OTHERS = ("repetition_penalty", "presence_penalty", "frequency_penalty", "logit_
 
 
 class RowSampler:
-    """Samples for up to max_rows requests at a time; on a GPU in CUDA graphs."""
+    """Samples for up to max_rows requests at a time; on a GPU in CUDA graphs.
 
-    def __init__(self, max_rows: int, vocab_size: int, device: torch.device) -> None:
+    Ids from n_words on are never drawn.
+    """
+
+    def __init__(self, max_rows: int, vocab_size: int, n_words: int, device: torch.device) -> None:
         on_gpu = device.type == "cuda"
         self._max_rows = max_rows
+        self._n_words = n_words
         self._numbers = torch.zeros(4, max_rows, device="cpu", pin_memory=on_gpu)
         self._options = torch.zeros(4, max_rows, device=device)
         self._logits = torch.zeros(max_rows, vocab_size, device=device)
@@ -78,11 +82,12 @@ class RowSampler:
     def _run(self, n_rows: int, is_greedy: bool) -> None:
         def work() -> None:
             logits = self._logits[:n_rows]
+            known = logits[:, : self._n_words]
             if is_greedy:
-                ids, finite = logits.argmax(-1), logits.amax(-1).isfinite()
+                ids, finite = known.argmax(-1), known.amax(-1).isfinite()
             else:
-                options, noise = self._options[:, :n_rows], self._noise[:n_rows]
-                ids, finite = sampling.draw_rows(logits, options, noise)
+                options, noise = self._options[:, :n_rows], self._noise[:n_rows, : self._n_words]
+                ids, finite = sampling.draw_rows(known, options, noise)
             logprobs = sampling.logprob_of(logits, ids)
             self._chosen[:, :n_rows] = torch.stack((ids.double(), logprobs, finite))
 

@@ -14,11 +14,13 @@ from llama.engine.speculative import choose
 class TokenChooser:
     """Chooses a token for each slot.
 
+    n_words: ids from here on are chosen by nothing but a request's own logits_processor.
     sampler: draws for many rows at once on a GPU, where their options allow it; None: each row is
         drawn by itself.
     """
 
-    def __init__(self, sampler: RowSampler | None = None) -> None:
+    def __init__(self, n_words: int, sampler: RowSampler | None = None) -> None:
+        self._n_words = n_words
         self._sampler = sampler
 
     def __call__(
@@ -52,11 +54,12 @@ class TokenChooser:
             chosen |= dict(zip(rows, drawn, strict=True))
         return [chosen[row] for row in range(len(slots))]
 
-    @staticmethod
-    def _one_by_one(slots: list[Slot], logits: Tensor, at: int) -> list[tuple[int, float]]:
+    def _one_by_one(self, slots: list[Slot], logits: Tensor, at: int) -> list[tuple[int, float]]:
         chosen: list[Tensor] = []
         for slot, row in zip(slots, logits, strict=True):
             request = slot.running
+            if request.params.logits_processor is None:
+                row = sampling.hide_unknown(row, self._n_words)
             try:
                 token = choose(row, request, slot.guesses, at)
             except Exception as error:  # a logits_processor of the caller may raise anything

@@ -392,7 +392,11 @@ def test_an_id_that_the_tokenizer_lacks_harms_no_other(tokenizer: Tokenizer) -> 
     args = SHAPE | {"vocab_size": VOCAB + 64}
     engine = Engine(Transformer(ModelArgs(**args, max_seq_len=MAX_SEQ_LEN)), 2, 32, tokenizer)
     options: dict[str, Any] = dict(temperature=0.0, max_gen_len=4, ignore_eos=True)
-    bad = engine.submit([1, 2], SamplingParams(logit_bias={VOCAB + 5: 1000.0}, **options))
+
+    def wish(tokens: Any, logits: torch.Tensor) -> torch.Tensor:
+        return logits.index_fill(0, torch.tensor([VOCAB + 5]), 1000.0)
+
+    bad = engine.submit([1, 2], SamplingParams(logits_processor=wish, **options))
     good = engine.submit([3, 4], SamplingParams(logit_bias={5: 1000.0}, **options))
     drain(engine)
     assert bad.finish_reason == "error"

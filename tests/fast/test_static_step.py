@@ -119,7 +119,7 @@ def test_no_operation_waits_for_a_count(model: Transformer) -> None:
     net = GpuTransformer(model)
     net.kernels = None
     step = StaticStep(net, model.make_cache(4, MAX_SEQ_LEN))
-    sampler = RowSampler(4, VOCAB, CPU)
+    sampler = RowSampler(4, VOCAB, VOCAB, CPU)
     requests = [request_of(options, seed=1) for options in OPTIONS[:4]]
     with torch.inference_mode(), torch.profiler.profile() as profile:
         sampler(step([[1], [2], [3], [4]], [0, 5, 2, 9])[:, 0], requests)
@@ -205,7 +205,7 @@ def request_of(options: dict[str, Any], seed: int) -> Request:
 
 
 def test_choices_are_those_of_a_row_alone() -> None:
-    sampler = RowSampler(8, VOCAB, CPU)
+    sampler = RowSampler(8, VOCAB, VOCAB, CPU)
     plain = [options for options in OPTIONS if sampler.takes(SamplingParams(**options))]
     assert len(plain) == len(OPTIONS) - 2
     for n in range(1, 9):

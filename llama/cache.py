@@ -125,7 +125,9 @@ def _zeros(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> li
     with torch.inference_mode(False):
         tensors = [torch.zeros(*shape, dtype=dtype, device=device) for _ in range(2)]
         if dtype == torch.int8:
-            tensors += [torch.zeros(*shape[:-1], device=device) for _ in range(2)]
+            tensors += [
+                torch.zeros(*shape[:-1], dtype=torch.float32, device=device) for _ in range(2)
+            ]
         return tensors
 
 

@@ -11,6 +11,12 @@ from typing import Literal, Protocol, TypedDict, get_args
 
 from llama.errors import DialogError
 
+# Llama 2's tags, by the names that Meta's package gives them.
+B_INST, E_INST = "[INST]", "[/INST]"
+B_SYS, E_SYS = "<<SYS>>\n", "\n<</SYS>>\n\n"
+SPECIAL_TAGS = (B_INST, E_INST, B_SYS.strip(), E_SYS.strip())
+UNSAFE_ERROR = "Error: special tags are not allowed as part of the prompt."
+
 Role = Literal["system", "user", "assistant", "ipython"]
 StopReason = Literal["end_of_turn", "end_of_message"]
 
@@ -126,7 +132,7 @@ class Llama2ChatFormat:
     """
 
     roles: tuple[str, ...] = ("system", "user", "assistant")
-    tags = ("[INST]", "[/INST]", "<<SYS>>", "<</SYS>>")
+    tags = SPECIAL_TAGS
 
     def __init__(self, tokenizer: Vocabulary):
         self.tokenizer = tokenizer
@@ -147,7 +153,7 @@ class Llama2ChatFormat:
         turns = list(dialog)
         if turns[0]["role"] == "system":
             system, first = turns[0]["content"], turns[1]["content"]
-            opening = f"<<SYS>>\n{system}\n<</SYS>>\n\n{first}"
+            opening = f"{B_SYS}{system}{E_SYS}{first}"
             turns[:2] = [{"role": turns[1]["role"], "content": opening}]
         for i, message in enumerate(turns):
             expected = ("user", "assistant")[i % 2]
@@ -161,9 +167,9 @@ class Llama2ChatFormat:
         texts = [message["content"].strip() for message in turns]
         tokens: list[int] = []
         for user, assistant in zip(texts[::2], texts[1::2], strict=False):  # no answer to the last
-            turn = f"[INST] {user} [/INST] {assistant} "
+            turn = f"{B_INST} {user} {E_INST} {assistant} "
             tokens += self.tokenizer.encode(turn, bos=True, eos=True)
-        return tokens + self.tokenizer.encode(f"[INST] {texts[-1]} [/INST]", bos=True, eos=False)
+        return tokens + self.tokenizer.encode(f"{B_INST} {texts[-1]} {E_INST}", bos=True, eos=False)
 
     def decode_message(self, tokens: Sequence[int], stop_token: int | None) -> Message:
         """Return the assistant's message for generated `tokens`. It has no stop_reason."""

@@ -10,7 +10,11 @@ from typing import Any, Literal, NotRequired, TypedDict, overload
 import torch
 
 from llama import parallel
-from llama.chat_format import ChatFormat, Dialog, Llama2ChatFormat, Message
+
+from llama.chat_format import (  # isort: skip
+    B_INST, B_SYS, E_INST, E_SYS, SPECIAL_TAGS, UNSAFE_ERROR,
+    ChatFormat, Dialog, Llama2ChatFormat, Message, Role,
+)  # fmt: skip
 from llama.checkpoints import doctor
 from llama.checkpoints.build import load_model, open_model
 from llama.checkpoints.folder import BUNDLED
@@ -25,7 +29,11 @@ from llama.model import Transformer
 from llama.sampling import SamplingParams, sample_top_p
 from llama.tokenizer import Tokenizer
 
-__all__ = ["ChatPrediction", "CompletionPrediction", "Dialog", "Llama", "Message", "sample_top_p"]
+# Every public name of Meta's `generation.py`, of Llama 2 and 3.
+__all__ = [
+    "B_INST", "B_SYS", "E_INST", "E_SYS", "SPECIAL_TAGS", "UNSAFE_ERROR",
+    "ChatPrediction", "CompletionPrediction", "Dialog", "Llama", "Message", "Role", "sample_top_p",
+]  # fmt: skip
 
 log = logging.getLogger("llama")
 
@@ -173,7 +181,8 @@ class Llama:
         """Continue each prompt until a stop token or `max_gen_len` tokens.
 
         Args:
-            prompt_tokens: token ids of each prompt. Prompts beyond max_batch_size wait for a row.
+            prompt_tokens: token ids of each prompt: lists, or tensors or arrays of one dimension,
+                or one tensor or array of two. Prompts beyond max_batch_size wait for a row.
             max_gen_len: most tokens to generate. None: as many as the KV cache has room for. 0
                 with logprobs and echo only scores the prompts.
             temperature: divides the logits; 0 takes the likeliest token.
@@ -190,7 +199,7 @@ class Llama:
         options |= dict(temperature=temperature, top_p=top_p, max_gen_len=max_gen_len)
         options |= dict(prompt_logprobs=True) if echo and logprobs else {}
         params = SamplingParams.of(options)
-        requests = self.runner.complete(prompt_tokens, params)
+        requests = self.runner.complete(_as_ids(prompt_tokens), params)
         tokens = [_echoed(echo, r.prompt_tokens, r.tokens) for r in requests]
         scores = [_echoed(echo, r.prompt_logprobs, r.logprobs) for r in requests]
         return tokens, scores if logprobs else None
@@ -288,6 +297,7 @@ class Llama:
             is_private: no KV cache prefix is reused, neither by this call nor from it.
             options: the fields of `SamplingParams`.
         """
+        prompts = _as_ids(prompts)
         prompt_list = prompts if _is_prompt_list(prompts) else [prompts]
         prompt_tokens = [self.encode_prompt(prompt) for prompt in prompt_list]
         return self.runner.stream(prompt_tokens, SamplingParams.of(options), is_private)
@@ -306,9 +316,8 @@ class Llama:
         """Token ids of a text (with bos) or of a dialog. Token ids are returned unchanged."""
         if isinstance(prompt, str):
             return self.tokenizer.encode(prompt, bos=True, eos=False)
-        if isinstance(prompt, Sequence) and prompt and isinstance(prompt[0], Mapping):
-            return self.encode_dialog(prompt)
-        return prompt
+        is_dialog = isinstance(prompt, Sequence) and prompt and isinstance(prompt[0], Mapping)
+        return self.encode_dialog(prompt) if is_dialog else _as_ids(prompt)
 
     def _encode_all(self, prompts: Sequence[Any]) -> list[list[int]]:
         if isinstance(prompts, str):
@@ -322,6 +331,13 @@ class Llama:
             if parallel.is_main_rank():
                 log.warning(doctor.CHAT["base"])
         return self.formatter.encode_dialog_prompt(dialog)
+
+
+def _as_ids(prompt: Any) -> Any:
+    """Tensors and arrays as lists, also inside a list; anything else unchanged."""
+    if isinstance(prompt, list | tuple):
+        return [_as_ids(part) for part in prompt]
+    return prompt.tolist() if hasattr(prompt, "tolist") else prompt
 
 
 def _echoed(echo: bool, prompt: list[Any], generated: list[Any]) -> list[Any]:

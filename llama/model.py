@@ -8,6 +8,7 @@ K key/value heads, hd head_dim, F feed-forward width, V vocabulary. H, K and F c
 of this rank.
 """
 
+import inspect
 import math
 from typing import Any, Literal
 
@@ -291,6 +292,36 @@ class FeedForward(nn.Module):
         return self.w2(F.silu(self.w1(x)) * self.w3(x))  # (B, S, D)
 
 
+def call_with_cache(
+    module: nn.Module, attention: Any, cache: LayerCache | None, *inputs: Any
+) -> Tensor:
+    """Call an attention layer or a block with Meta's four arguments and a cache.
+
+    A module that was subclassed or patched may take Meta's four arguments alone. Then its attention
+    finds the cache where it keeps its own.
+    """
+    if cache is None:
+        return module(*inputs)
+    if takes_cache(module.forward):
+        return module(*inputs, cache)
+    own, attention._cache = attention._cache, cache
+    try:
+        return module(*inputs)
+    finally:
+        attention._cache = own
+
+
+def takes_cache(forward: Any) -> bool:
+    """Whether the `forward` of an attention layer or a block takes a fifth argument."""
+    if getattr(forward, "__func__", None) in (Attention.forward, TransformerBlock.forward):
+        return True
+    try:
+        inspect.signature(forward).bind(*range(5))
+    except TypeError:
+        return False
+    return True
+
+
 class TransformerBlock(nn.Module):
     """Attention, then feed-forward. Each reads the normalized residual stream, and its output is
     added to the stream."""
@@ -315,8 +346,8 @@ class TransformerBlock(nn.Module):
         cache: LayerCache | None = None,
     ) -> Tensor:
         """x (B, S, D) -> (B, S, D); the arguments are those of `Attention.forward`."""
-        cache_args = () if cache is None else (cache,)  # a subclass may have Meta's signature
-        h = x + self.attention(self.attention_norm(x), start_pos, freqs_cis, mask, *cache_args)
+        inputs = self.attention_norm(x), start_pos, freqs_cis, mask
+        h = x + call_with_cache(self.attention, self.attention, cache, *inputs)
         return h + self.feed_forward(self.ffn_norm(h))  # (B, S, D)
 
 
@@ -399,8 +430,8 @@ class Transformer(nn.Module):
             table = self.freqs_cis
             freqs_cis = table[: h.shape[1]] if positions is None else table[positions]
         for layer_id, layer in enumerate(self.layers):
-            cache_args = () if cache is None else (cache.layer(layer_id),)
-            h = layer(h, start_pos, freqs_cis, mask, *cache_args)
+            layer_cache = None if cache is None else cache.layer(layer_id)
+            h = call_with_cache(layer, layer.attention, layer_cache, h, start_pos, freqs_cis, mask)
         return self.norm(h)
 
     def logits(self, features: Tensor) -> Tensor:

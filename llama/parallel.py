@@ -49,6 +49,9 @@ def initialize(model_parallel_size: int | None = None, device: torch.device | No
     Raises ParallelError where it is not that of the existing groups or does not divide the ranks.
     """
     device = device or torch.device("cpu")
+    check_fork()
+    if fs_init.model_parallel_is_initialized() and not _groups_are_alive():
+        fs_init.destroy_model_parallel()  # the caller has destroyed the process group
     world_size = dist.get_world_size() if dist.is_initialized() else _environment("WORLD_SIZE", 1)
     if fs_init.model_parallel_is_initialized():
         if model_parallel_size not in (None, mp_size()):
@@ -70,6 +73,30 @@ def initialize(model_parallel_size: int | None = None, device: torch.device | No
     # fairscale makes its groups without a timeout, which means half an hour for gloo.
     for group in (fs_init.get_model_parallel_group(), fs_init.get_data_parallel_group()):
         _set_pg_timeout(TIMEOUT, group)
+
+
+_made_in: int | None = None  # the process that made groups, whose children inherit this number
+
+
+def check_fork() -> None:
+    """Raise ParallelError in a forked child, where PyTorch's thread pool would hang forever."""
+    global _made_in
+    _made_in = _made_in or os.getpid()
+    if _made_in != os.getpid() and torch.get_num_threads() > 1:
+        raise ParallelError(
+            "this process was forked from one that has a model: its threads would hang. Start it "
+            'by "spawn", or call torch.set_num_threads(1) in it first'
+        )
+
+
+def _groups_are_alive() -> bool:
+    if not dist.is_initialized():
+        return False
+    try:
+        dist.get_group_rank(fs_init.get_model_parallel_group(), dist.get_rank())
+    except (RuntimeError, ValueError):  # of a process group before this one
+        return False
+    return True
 
 
 def _init_process_group(world_size: int, device: torch.device) -> None:

@@ -10,11 +10,14 @@ from operator import index
 from pathlib import Path
 from typing import Literal
 
+import sentencepiece
+import tiktoken
+
 from llama.chat_format import ChatFormat, Dialog, Llama2ChatFormat, Message, Role
 from llama.errors import TokenizerError
 from llama.files import why_unreadable
 from llama.tokenizer_files.hugging_face import ByteFallback, open_json
-from llama.tokenizer_files.meta import SentencePiece, Tiktoken, read_tiktoken
+from llama.tokenizer_files.meta import WORD_PATTERN, SentencePiece, Tiktoken, read_tiktoken
 
 __all__ = ["ChatFormat", "Dialog", "Message", "Role", "TextDecoder", "Tokenizer"]
 
@@ -46,6 +49,25 @@ class Tokenizer:
         self.eos_id: int = self._backend.eos_id
         self.pad_id = -1
         self.stop_tokens: list[int] = self._backend.stop_tokens
+
+    # ---- what Meta's tokenizers are asked for -------------------------------------------------
+
+    num_reserved_special_tokens = 256
+    pat_str = WORD_PATTERN
+
+    @property
+    def model(self) -> tiktoken.Encoding:
+        """The tiktoken encoding of a Llama 3 vocabulary."""
+        if not isinstance(self._backend, Tiktoken):
+            raise AttributeError(f"{self.model_path} is no Llama 3 vocabulary: it has no `model`")
+        return self._backend.encoding
+
+    @property
+    def sp_model(self) -> sentencepiece.SentencePieceProcessor:
+        """The SentencePiece processor of a Llama 2 vocabulary."""
+        if not isinstance(self._backend, SentencePiece):
+            raise AttributeError(f"{self.model_path} is no SentencePiece model: no `sp_model`")
+        return self._backend.processor
 
     def encode(
         self,

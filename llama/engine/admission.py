@@ -3,6 +3,9 @@
 from collections.abc import Sequence
 from typing import SupportsIndex
 
+import numpy as np
+import torch
+
 from llama.engine.request import Request
 from llama.engine.slot import Slot
 from llama.engine.speculative import n_alike
@@ -41,6 +44,17 @@ def check_prompt(
                 f"prompt {row} has token id {token}, but vocab_size is {vocab_size}"
             )
     return [token.__index__() for token in prompt_tokens]
+
+
+def make_generator(
+    seed: int | None, engine_seed: int, number: int, device: torch.device
+) -> torch.Generator:
+    """The random numbers of a request, which depend on no other request. seed None: made of the
+    engine's seed and the request's number."""
+    if seed is None:
+        mixed = np.random.SeedSequence([engine_seed % 2**64, number])
+        seed = int(mixed.generate_state(1, np.uint64)[0] >> np.uint64(1))
+    return torch.Generator(device).manual_seed(seed)
 
 
 def choose_slot(request: Request, slots: list[Slot], free: list[Slot]) -> tuple[Slot, Slot, int]:

@@ -12,13 +12,12 @@ import functools
 from collections import deque
 from collections.abc import Sequence
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from llama import parallel, sampling
 from llama.cache import KVCache
-from llama.engine.admission import check_prompt, choose_slot
+from llama.engine.admission import check_prompt, choose_slot, make_generator
 from llama.engine.lookahead import Lookahead
 from llama.engine.plan import Action, Plan, Wanted, filled_up
 from llama.engine.proposer import Proposer
@@ -85,9 +84,9 @@ class Engine:
         self.tokenizer = tokenizer
         self.max_seq_len = max_seq_len
         self.prefill_chunk = prefill_chunk
-        self.cache: KVCache = model.make_cache(max_batch_size, max_seq_len, cache_dtype)
+        cache = model.make_cache(max_batch_size, max_seq_len, cache_dtype)
         n_words = tokenizer.n_words if tokenizer else model.vocab_size
-        networks = [(model, self.cache)]
+        networks = [(model, cache)]
         if draft is not None:
             networks.append((draft, draft.make_cache(max_batch_size, max_seq_len, cache_dtype)))
         self._static: StaticStep | None = None
@@ -95,7 +94,7 @@ class Engine:
         sampler: RowSampler | None = None
         if static:
             assert isinstance(model, GpuTransformer)
-            self._static = StaticStep(model, self.cache)
+            self._static = StaticStep(model, cache)
             if draft is None:  # whose tokens are drawn from another distribution
                 sampler = RowSampler(max_batch_size, model.vocab_size, n_words, model.device)
                 # With several ranks only the first would know the tokens in time.
@@ -116,6 +115,11 @@ class Engine:
         self._cancelled: list[Event] = []  # reported by the next step
         self._submitted = 0
         self._steps = 0
+
+    @property
+    def cache(self) -> KVCache:
+        """Keys and values of all slots."""
+        return self._worker.cache
 
     @property
     def has_work(self) -> bool:
@@ -160,11 +164,15 @@ class Engine:
             row,
             is_private,
             is_exact,
-            generator or self._generator(params.seed),
+            generator
+            or make_generator(params.seed, self._seed, self._submitted, self.model.device),
             frozenset(() if params.ignore_eos else stop_tokens),
             min(wanted, room),
             None if self.tokenizer is None else TextStream(self.tokenizer, params.stop),
         )
+        if not self.has_work and self._worker.renew_caches():
+            for slot in self._slots:
+                slot.cut(0)
         self._submitted += 1
         self._waiting.append(request)
         return request
@@ -188,13 +196,6 @@ class Engine:
             raise GenerationError("stop strings need a tokenizer: give the engine one")
         vocab_size = self.model.vocab_size
         return check_prompt(prompt_tokens, params, row, vocab_size, self.max_seq_len)
-
-    def _generator(self, seed: int | None) -> torch.Generator:
-        """A generator whose numbers depend on no other request."""
-        if seed is None:
-            mixed = np.random.SeedSequence([self._seed % 2**64, self._submitted])
-            seed = int(mixed.generate_state(1, np.uint64)[0] >> np.uint64(1))
-        return torch.Generator(self.model.device).manual_seed(seed)
 
     # ---- a step -------------------------------------------------------------------------------
 

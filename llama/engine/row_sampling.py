@@ -26,13 +26,14 @@ class RowSampler:
     """
 
     def __init__(self, max_rows: int, vocab_size: int, n_words: int, device: torch.device) -> None:
+        dtype = torch.float32
         on_gpu = device.type == "cuda"
         self._max_rows = max_rows
         self._n_words = n_words
-        self._numbers = torch.zeros(4, max_rows, device="cpu", pin_memory=on_gpu)
-        self._options = torch.zeros(4, max_rows, device=device)
-        self._logits = torch.zeros(max_rows, vocab_size, device=device)
-        self._noise = torch.ones(max_rows, vocab_size, device=device)
+        self._numbers = torch.zeros(4, max_rows, dtype=dtype, device="cpu", pin_memory=on_gpu)
+        self._options = torch.zeros(4, max_rows, dtype=dtype, device=device)
+        self._logits = torch.zeros(max_rows, vocab_size, dtype=dtype, device=device)
+        self._noise = torch.ones(max_rows, vocab_size, dtype=dtype, device=device)
         self._chosen = torch.zeros(3, max_rows, dtype=torch.float64, device=device)
         self._read = torch.zeros(3, max_rows, dtype=torch.float64, device="cpu", pin_memory=on_gpu)
         self._is_read = torch.cuda.Event() if on_gpu else None

@@ -34,6 +34,7 @@ class Runner:
         self.engine = engine
         self._device = engine.model.device
         self._is_reference = is_reference
+        self._seed = seed
         self._generator = torch.Generator(self._device).manual_seed(seed)
         self._turns = Turns()
         self._guard = threading.Lock()  # of the two numbers below
@@ -157,8 +158,13 @@ class Runner:
         is_private: bool = False,
     ) -> list[Request]:
         """A request for each sample. One alone draws from the generator that `seed` started."""
+        parallel.check_fork()
         if not prompts:
             raise GenerationError("no prompts: give at least one")
+        device = self.engine.model.device
+        if device != self._device:  # the model was moved
+            self._device = device
+            self._generator = torch.Generator(device).manual_seed(self._seed)
         is_alone = len(prompts) * params.n == 1 and not self.engine.has_work
         generator = self._generator if is_alone and params.seed is None else None
         requests: list[Request] = []

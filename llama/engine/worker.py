@@ -29,6 +29,25 @@ class Worker:
         self._static = static
         self._device = networks[0][0].device
 
+    def renew_caches(self) -> bool:
+        """Make the caches anew where a model was moved or changed its dtype, as by `model.half()`.
+        Returns whether one was."""
+        renewed = False
+        for i, (model, cache) in enumerate(self._networks):
+            if not isinstance(model, Transformer) or cache.k_scale is not None:
+                continue
+            weight = model.norm.weight
+            if (cache.k.dtype, cache.k.device) != (weight.dtype, weight.device):
+                rows, positions = cache.max_batch_size, cache.max_seq_len
+                self._networks[i] = model, model.make_cache(rows, positions)
+                self._device, renewed = weight.device, True
+        return renewed
+
+    @property
+    def cache(self) -> KVCache:
+        """The model's."""
+        return self._networks[0][1]
+
     # ---- on the first rank ----------------------------------------------------------------------
 
     def run(self, plan: Plan) -> Tensor | None:

@@ -36,7 +36,7 @@ class Int8Weight(NamedTuple):
     def empty(cls, shape: Sequence[int], device: torch.device) -> Self:
         eights, quads = -(-shape[0] // LANES), shape[1] // QUAD
         values = torch.empty(eights, quads, LANES, QUAD, dtype=torch.int8, device=device)
-        return cls(values, torch.empty(eights * LANES, device=device))
+        return cls(values, torch.empty(eights * LANES, dtype=torch.float32, device=device))
 
     @property
     def shape(self) -> torch.Size:

@@ -55,7 +55,7 @@ class Tiktoken:
         eos: str = "<|end_of_text|>",
         always_allowed: Collection[str] = (),
     ):
-        self._bpe = tiktoken.Encoding(
+        self.encoding = tiktoken.Encoding(
             name="Llama 3", pat_str=WORD_PATTERN, mergeable_ranks=ranks, special_tokens=special
         )
         self._always_allowed = set(always_allowed)
@@ -71,23 +71,23 @@ class Tiktoken:
         allowed = allowed | self._always_allowed
         ids: list[int] = []
         for piece in _pieces(text):
-            ids += self._bpe.encode(piece, allowed_special=allowed, disallowed_special=())
+            ids += self.encoding.encode(piece, allowed_special=allowed, disallowed_special=())
         return ids
 
     def decode(self, ids: list[int]) -> str:
-        return self._bpe.decode(ids)
+        return self.encoding.decode(ids)
 
     def stream(self) -> "_TiktokenStream":
-        return _TiktokenStream(self._bpe)
+        return _TiktokenStream(self.encoding)
 
 
 class _TiktokenStream:
     def __init__(self, bpe: tiktoken.Encoding):
-        self._bpe = bpe
+        self.encoding = bpe
         self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
     def push(self, token_id: int) -> str:
-        return self._utf8.decode(self._bpe.decode_single_token_bytes(token_id))
+        return self._utf8.decode(self.encoding.decode_single_token_bytes(token_id))
 
     def flush(self) -> str:
         return self._utf8.decode(b"", final=True)
@@ -145,27 +145,27 @@ class SentencePiece:
 
     def __init__(self, path: Path, data: bytes):
         try:
-            self._sp = sentencepiece.SentencePieceProcessor(model_proto=data)
+            self.processor = sentencepiece.SentencePieceProcessor(model_proto=data)
         except RuntimeError:
             raise TokenizerError(f"{path}: not a whole SentencePiece model") from None
-        self.n_words = self._sp.vocab_size()
-        self.bos_id = self._sp.bos_id()
-        self.eos_id = self._sp.eos_id()
+        self.n_words = self.processor.vocab_size()
+        self.bos_id = self.processor.bos_id()
+        self.eos_id = self.processor.eos_id()
         if min(self.bos_id, self.eos_id) < 0:
             raise TokenizerError(f"{path}: the SentencePiece model lacks a bos or eos token")
-        special_ids = (self.bos_id, self.eos_id, self._sp.unk_id())
-        self.special_tokens = {self._sp.id_to_piece(i): i for i in special_ids}
+        special_ids = (self.bos_id, self.eos_id, self.processor.unk_id())
+        self.special_tokens = {self.processor.id_to_piece(i): i for i in special_ids}
         self.stop_tokens = [self.eos_id]
 
     def encode(self, text: str, allowed: set[str]) -> list[int]:
         # The library never encodes text as a special token.
-        return encode_around(text, allowed, self.special_tokens, self._sp.encode)
+        return encode_around(text, allowed, self.special_tokens, self.processor.encode)
 
     def decode(self, ids: list[int]) -> str:
-        return self._sp.decode(ids)
+        return self.processor.decode(ids)
 
     def stream(self) -> "_SentencePieceStream":
-        return _SentencePieceStream(self._sp)
+        return _SentencePieceStream(self.processor)
 
 
 def encode_around(

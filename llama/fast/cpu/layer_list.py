@@ -13,6 +13,7 @@ from torch import Tensor
 from llama.cache import KVCache
 from llama.errors import GenerationError
 from llama.fast.cpu.kernels import layer_ops, matmul, pool
+from llama.fast.cpu.kernels.buffer import float_buffer, int8_buffer
 from llama.fast.cpu.kernels.exchange import Exchange
 from llama.fast.cpu.kernels.product import Product
 from llama.fast.cpu.kernels.task_list import Task, TaskList
@@ -47,15 +48,15 @@ class LayerList:
         products = [product for layer in layers for product in layer]
         widest = max(product.features for product in products)
 
-        self._h = torch.empty(max_tokens, dim)
-        self._normed = torch.empty(max_tokens, dim)
-        self._rounded = torch.empty(max_tokens, widest, dtype=torch.int8)
-        self._steps = torch.empty(max_tokens, widest // GROUP, 2)
-        self._qkv = torch.empty(max_tokens, layers[0][0].rows)
-        self._scores = torch.empty(max_tokens, heads, layer_ops.BLOCK + layer_ops.STATS)
-        self._heads = torch.empty(max_tokens, heads * self._head_dim)
-        self._hidden = torch.empty(2 * max_tokens, layers[0][-1].features)
-        self._delta = torch.empty(max_tokens, dim)
+        self._h = float_buffer(max_tokens, dim)
+        self._normed = float_buffer(max_tokens, dim)
+        self._rounded = int8_buffer(max_tokens, widest)
+        self._steps = float_buffer(max_tokens, widest // GROUP, 2)
+        self._qkv = float_buffer(max_tokens, layers[0][0].rows)
+        self._scores = float_buffer(max_tokens, heads, layer_ops.BLOCK + layer_ops.STATS)
+        self._heads = float_buffer(max_tokens, heads * self._head_dim)
+        self._hidden = float_buffer(2 * max_tokens, layers[0][-1].features)
+        self._delta = float_buffer(max_tokens, dim)
         self._rotations = torch.view_as_real(model.freqs_cis)
         self._weights: list[Tensor] = []  # of the norms
         self._starts = np.zeros(max_tokens, np.int64)
@@ -137,7 +138,7 @@ class LayerList:
         n, (bsz, seqlen) = tokens.numel(), tokens.shape
         starts = [start_pos] * bsz if isinstance(start_pos, int) else start_pos.tolist()
         self._check(tokens.flatten().tolist(), starts, seqlen, cache)
-        out = torch.empty(bsz, seqlen, self._h.shape[1])
+        out = float_buffer(bsz, seqlen, self._h.shape[1])
         with self._lock:
             self._starts[:bsz] = starts
             self._point_to(cache, seqlen)

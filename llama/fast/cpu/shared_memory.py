@@ -45,7 +45,7 @@ class SharedMemory:
             memory = cls(file or path.open("r+b")) if name else None
         except (OSError, ImportError):
             memory = None
-        n_found = torch.tensor(int(memory is not None))
+        n_found = torch.tensor(int(memory is not None), device="cpu")
         try:
             dist.all_reduce(n_found, group=fs_init.get_model_parallel_group())
         finally:

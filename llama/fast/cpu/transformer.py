@@ -11,6 +11,7 @@ from torch import Tensor
 
 from llama import parallel
 from llama.cache import KVCache
+from llama.fast.cpu.kernels.buffer import float_buffer
 from llama.fast.cpu.kernels.product import Product, Weight
 from llama.fast.quantize import QUANTIZERS, Width, set_quantized
 from llama.model import Transformer
@@ -47,8 +48,8 @@ class FastTransformer:
         """Ids (B, S) -> float32 (B, S, D); see `Transformer.features`. The features of a token do
         not depend, to the last bit, on which tokens are computed beside it."""
         bsz, seqlen = tokens.shape
-        out = torch.empty(bsz, seqlen, self.params.dim)
-        starts = torch.as_tensor(start_pos).expand(bsz)
+        out = float_buffer(bsz, seqlen, self.params.dim)
+        starts = torch.as_tensor(start_pos, device="cpu").expand(bsz)
         for row in range(0, bsz, MAX_TOKENS):
             rows = slice(row, min(row + MAX_TOKENS, bsz))
             part = cache.part(row, rows.stop - row, cache.max_seq_len)

@@ -35,7 +35,9 @@ class StaticStep:
             torch.zeros(size, dtype=torch.long, device="cpu", pin_memory=on_gpu) for _ in range(2)
         ]
         self._inputs = torch.zeros(size, dtype=torch.long, device=device)
-        self._logits = torch.zeros(max(rows, MAX_TOKENS), model.vocab_size, device=device)
+        self._logits = torch.zeros(
+            max(rows, MAX_TOKENS), model.vocab_size, dtype=torch.float32, device=device
+        )
         self._graphs = Graphs(device)
 
     def n_rows(self, n: int) -> int:

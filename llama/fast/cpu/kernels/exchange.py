@@ -10,7 +10,6 @@ import functools
 import time
 
 import numpy as np
-import torch
 from fairscale.nn.model_parallel.mappings import (
     gather_from_model_parallel_region,
     reduce_from_model_parallel_region,
@@ -21,6 +20,7 @@ from torch import Tensor
 from llama import parallel
 from llama.errors import ParallelError
 from llama.fast.cpu.kernels import pool
+from llama.fast.cpu.kernels.buffer import float_buffer
 from llama.fast.cpu.kernels.instructions import pointer
 from llama.fast.cpu.kernels.matmul import VERSION, compile_task
 from llama.fast.cpu.kernels.task_list import SPINS, Task, atomic_add, atomic_load, call
@@ -124,7 +124,7 @@ class Exchange:
             return x
         if self._memory is None:
             return gather_from_model_parallel_region(x)
-        out = torch.empty(len(x), self._ranks * x.shape[1])
+        out = float_buffer(len(x), self._ranks * x.shape[1])
         rows = self._size // x.shape[1]
         for part, joined in zip(x.contiguous().split(rows), out.split(rows), strict=True):
             self._pass_on(part, joined)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from llama.errors import ConfigError
 from llama.fast.cpu.kernels import pool
+from llama.fast.cpu.kernels.buffer import float_buffer, int8_buffer
 from llama.fast.quantize import GROUP, Int4Weight, Int8Weight
 
 Weight = Tensor | Int8Weight | Int4Weight
@@ -97,12 +98,12 @@ class Product:
         matmul = _matmul()
         n = x.shape[0]
         x32 = x.float().contiguous()
-        out = torch.empty(2 * n if self.swiglu else n, self.rows)
+        out = float_buffer(2 * n if self.swiglu else n, self.rows)
         job = type(self.job).from_buffer_copy(self.job)
         job[matmul.N], job[matmul.X] = n, x32.data_ptr()
         if self.round_to_int8 is not None:
-            values = torch.empty(n, self.features, dtype=torch.int8)
-            steps = torch.empty(n, self.features // GROUP, 2)
+            values = int8_buffer(n, self.features)
+            steps = float_buffer(n, self.features // GROUP, 2)
             job[matmul.STEPS], job[matmul.OUT] = steps.data_ptr(), values.data_ptr()
             pool.run(self.round_to_int8, ctypes.addressof(job))
             job[matmul.CURSOR], job[matmul.X] = 0, values.data_ptr()

@@ -103,9 +103,8 @@ class TaskList:
 
     def __init__(self, tasks: Sequence[Task], jobs: Sequence[Sequence[int]]) -> None:
         width = JOB * (1 + -(-max(map(len, jobs)) // JOB))
-        self._memory = torch.zeros(
-            len(tasks), width, dtype=torch.int64
-        )  # rows are whole cache lines
+        # Rows are whole cache lines.
+        self._memory = torch.zeros(len(tasks), width, dtype=torch.int64, device="cpu")
         rows = self._memory.numpy()
         self.jobs = rows[:, JOB:]
         for row, task, job in zip(rows, tasks, jobs, strict=True):

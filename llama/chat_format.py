@@ -7,7 +7,7 @@ except a <|python_tag|> at the start of an assistant's message.
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Literal, Protocol, TypedDict, get_args
+from typing import Any, Literal, Protocol, TypedDict, get_args
 
 from llama.errors import DialogError
 
@@ -207,3 +207,15 @@ def _check_message(message: Message, roles: tuple[str, ...], name: str) -> None:
             f"{name} has the stop_reason {message.get('stop_reason')!r}, "
             f"but it must be one of {', '.join(get_args(StopReason))}"
         )
+
+
+def is_dialog(prompt: Any) -> bool:
+    """Whether a prompt is a dialog, not a text or token ids."""
+    is_list = isinstance(prompt, Sequence) and not isinstance(prompt, str)
+    return is_list and len(prompt) > 0 and isinstance(prompt[0], Mapping)
+
+
+def is_prompt_list(prompts: Any) -> bool:
+    """Whether `prompts` is a list of texts, of lists of ids, or of dialogs, not one prompt."""
+    is_list = isinstance(prompts, Sequence) and not isinstance(prompts, str) and len(prompts) > 0
+    return is_list and isinstance(prompts[0], Sequence)

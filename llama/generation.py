@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, NotRequired, TypedDict, overload
@@ -13,7 +13,7 @@ from llama import parallel
 
 from llama.chat_format import (  # isort: skip
     B_INST, B_SYS, E_INST, E_SYS, SPECIAL_TAGS, UNSAFE_ERROR,
-    ChatFormat, Dialog, Llama2ChatFormat, Message, Role,
+    ChatFormat, Dialog, Llama2ChatFormat, Message, Role, is_dialog, is_prompt_list,
 )  # fmt: skip
 from llama.checkpoints import doctor
 from llama.checkpoints.build import load_model, open_model
@@ -62,6 +62,7 @@ class Llama:
     """
 
     @staticmethod
+    @torch.inference_mode(False)  # weights made inside of it could never take gradients
     def build(
         ckpt_dir: str | Path | None = None,
         tokenizer_path: str | Path | None = None,
@@ -239,7 +240,9 @@ class Llama:
         options |= dict(prompt_logprobs=True) if echo and logprobs else {}
         params = SamplingParams.of(options)
         if stream:
-            return self.runner.stream(prompt_tokens, params)
+            return self.runner.stream(
+                prompt_tokens, params, is_continued=[prompt != "" for prompt in prompts]
+            )
         predictions: list[CompletionPrediction] = []
         for request in self.runner.complete(prompt_tokens, params):
             tokens = _echoed(echo, request.prompt_tokens, request.tokens)
@@ -289,7 +292,8 @@ class Llama:
         """Continue a text, token ids or a dialog, or a list of them. Yields one event per token.
 
         An event has row, token, text, logprob, top_logprobs and finish_reason. The joined texts of
-        a row are what the calls without a stream return. Closing the stream cancels its requests.
+        a row can be appended to a text prompt: with a SentencePiece tokenizer they begin with the
+        space that `text_completion` drops. Closing the stream cancels its requests.
         Under torchrun only the first rank of a model gets events. The other ranks must iterate over
         the stream too: they compute until it ends. No other call may start before that.
 
@@ -298,9 +302,11 @@ class Llama:
             options: the fields of `SamplingParams`.
         """
         prompts = _as_ids(prompts)
-        prompt_list = prompts if _is_prompt_list(prompts) else [prompts]
+        prompt_list = prompts if is_prompt_list(prompts) else [prompts]
         prompt_tokens = [self.encode_prompt(prompt) for prompt in prompt_list]
-        return self.runner.stream(prompt_tokens, SamplingParams.of(options), is_private)
+        params = SamplingParams.of(options)
+        is_continued = [prompt != "" and not is_dialog(prompt) for prompt in prompt_list]
+        return self.runner.stream(prompt_tokens, params, is_private, is_continued)
 
     def score(self, prompts: Sequence[str | Sequence[int]]) -> list[list[float]]:
         """The natural logarithm of each prompt token's probability; 0.0 for a prompt's first token.
@@ -316,8 +322,7 @@ class Llama:
         """Token ids of a text (with bos) or of a dialog. Token ids are returned unchanged."""
         if isinstance(prompt, str):
             return self.tokenizer.encode(prompt, bos=True, eos=False)
-        is_dialog = isinstance(prompt, Sequence) and prompt and isinstance(prompt[0], Mapping)
-        return self.encode_dialog(prompt) if is_dialog else _as_ids(prompt)
+        return self.encode_dialog(prompt) if is_dialog(prompt) else _as_ids(prompt)
 
     def _encode_all(self, prompts: Sequence[Any]) -> list[list[int]]:
         if isinstance(prompts, str):
@@ -342,9 +347,3 @@ def _as_ids(prompt: Any) -> Any:
 
 def _echoed(echo: bool, prompt: list[Any], generated: list[Any]) -> list[Any]:
     return prompt + generated if echo else generated
-
-
-def _is_prompt_list(prompts: Any) -> bool:
-    """Whether `prompts` is a list of texts, of lists of ids, or of dialogs, not one prompt."""
-    is_list = isinstance(prompts, Sequence) and not isinstance(prompts, str) and len(prompts) > 0
-    return is_list and isinstance(prompts[0], Sequence)

@@ -156,11 +156,14 @@ class TextDecoder:
 
     The joined results of every `push` and of `flush` are `tokenizer.decode` of all the ids. The
     cost of one id does not depend on how many came before. Use a new decoder for each text.
+
+    is_continued: the ids continue a text, and the results can be appended to it. A SentencePiece
+    tokenizer then keeps the space before the first word, which `tokenizer.decode` drops.
     """
 
-    def __init__(self, tokenizer: Tokenizer):
+    def __init__(self, tokenizer: Tokenizer, is_continued: bool = False):
         self._check = tokenizer._check
-        self._stream = tokenizer._backend.stream()
+        self._stream = tokenizer._backend.stream(is_continued)
 
     def push(self, token_id: int) -> str:
         """Return the text this id completes: "" while a character still lacks bytes.

@@ -74,7 +74,6 @@ def open_tokenizer(path: str | Path | None, folder: Path, ckpt_dir: Path) -> Tok
     return tokenizer
 
 
-@torch.inference_mode(False)  # weights made inside of it could never take gradients
 def load_model(setup: Setup) -> Transformer:
     """This rank's part of the model, on its device."""
     args = setup.opened.args

@@ -23,6 +23,14 @@ from llama.files import read_json
 
 BUNDLED = Path(__file__).parent.parent / "bundled"  # the model in this package
 
+# Files of folders that are not opened, and what to do instead.
+FOREIGN = {
+    "pytorch_model*.bin": "pickled weights are not opened: save the model as .safetensors, by "
+    "transformers' save_pretrained or from the repository's newer files",
+    "*.gguf": "a GGUF file is not opened: take the repository of the original model",
+    "adapter_config.json": "a LoRA adapter is not opened: merge it into its base model first",
+}
+
 
 def find_folder(ckpt_dir: str | Path) -> Path:
     """The folder that holds the weights: `ckpt_dir` with Meta's or Hugging Face's files, or the
@@ -36,6 +44,9 @@ def find_folder(ckpt_dir: str | Path) -> Path:
         return folder
     if has_params(folder / "original"):
         return folder / "original"
+    for pattern, advice in FOREIGN.items():
+        if found := sorted(folder.glob(pattern)):
+            raise CheckpointError(f"{found[0]}: {advice}")
     raise CheckpointError(
         f"{folder} has no params.json, no config.json with .safetensors, and no original/ folder"
     )
@@ -105,6 +116,11 @@ def open_checkpoint(ckpt_dir: str | Path, rope_factor: float | None = None) -> C
     tensors = hugging_face.map_tensors(folder)
     for name, tensor in tensors.items():
         check_kind(folder, name, tensor)
+    if not args.tied and "output.weight" not in tensors:
+        raise CheckpointError(
+            f"{folder}: lm_head.weight is missing, and config.json does not say "
+            '"tie_word_embeddings": true. If the model is tied, add that key'
+        )
     embedding = tensors.get("tok_embeddings.weight")
     if args.tied and embedding is not None:
         output = tensors.setdefault("output.weight", embedding)

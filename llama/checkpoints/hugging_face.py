@@ -144,21 +144,36 @@ def make_config(args: ModelArgs, dtype: torch.dtype) -> dict[str, Any]:
     return config
 
 
+# Llamas that are other models, by `model_type`, and what to take instead.
+OTHER_MODELS = {
+    "mllama": "Llama 3.2 Vision: its text model is Llama 3.1's of 8B or 70B, take that",
+    "llama4": "Llama 4, another architecture: take a Llama of 3.3 or before",
+    "llama4_text": "Llama 4, another architecture: take a Llama of 3.3 or before",
+}
+
+
 def _check_is_plain_llama(config: dict[str, Any]) -> None:
     """Raise a ConfigError that names the key where this is not a plain Llama text model."""
+    if config.get("model_type") in OTHER_MODELS:
+        raise ConfigError(f"this is {OTHER_MODELS[config['model_type']]}")
+    quantization = config.get("quantization_config")
+    if quantization is not None:
+        method = quantization.get("quant_method") if isinstance(quantization, dict) else None
+        raise ConfigError(
+            f"it is quantized ({method or 'by an unknown method'}): take the original model, which "
+            'quantize="int8" or "int4" rounds here'
+        )
     plain = {
         "model_type": ("llama",),
         "hidden_act": ("silu", None),
         "attention_bias": (False, None),
         "mlp_bias": (False, None),
-        "quantization_config": (None,),
         "vision_config": (None,),
     }
     for key, allowed in plain.items():
         value = config.get(key)
         if value not in allowed:
-            what = "it is quantized" if key == "quantization_config" else f"{key} is {value!r}"
-            raise ConfigError(f"{what}: not a plain Llama text model")
+            raise ConfigError(f"{key} is {value!r}: not a plain Llama text model")
 
 
 def _rope(config: dict[str, Any], rope_factor: float | None) -> tuple[float, RopeScaling | None]:

@@ -125,7 +125,12 @@ class Task:
         llama = self._llama
         tokens = llama.encode_dialog(prompt) if self._is_dialog else llama.encode_prompt(prompt)
         for params in _sampling_params(options, line, seed).samples():
-            request = llama.engine.submit(tokens, params, row=self._head["index"])
+            request = llama.engine.submit(
+                tokens,
+                params,
+                row=self._head["index"],
+                is_continued=not self._is_dialog and bool(prompt),
+            )
             self._requests.append(request)
 
     @property

@@ -3,9 +3,7 @@
 The KV cache has one row, a slot, for each request in flight. A request waits for a free slot. Its
 prompt is prefilled in chunks. Then it decodes one token a step, together with all other requests,
 each at its own position. When it ends, its slot is free, but keeps its tokens: a later request with
-the same prefix reuses them.
-
-Only one thread may call an engine's methods.
+the same prefix reuses them. One thread at a time may call an engine; `Runner` takes care of that.
 """
 
 import functools
@@ -54,8 +52,7 @@ class Engine:
         lookup: propose the tokens that followed the last ones earlier in the text.
         static: decode in steps of static shapes and sample on the device; for a GpuTransformer.
 
-    Raises GenerationError where a number is out of its range, ConfigError for a draft model that
-    does not go with this one.
+    Raises GenerationError for a number out of range, ConfigError for a draft that does not fit.
     """
 
     def __init__(
@@ -85,8 +82,7 @@ class Engine:
         self.max_seq_len = max_seq_len
         self.prefill_chunk = prefill_chunk
         cache = model.make_cache(max_batch_size, max_seq_len, cache_dtype)
-        n_words = tokenizer.n_words if tokenizer else model.vocab_size
-        networks = [(model, cache)]
+        networks, n_words = [(model, cache)], tokenizer.n_words if tokenizer else model.vocab_size
         if draft is not None:
             networks.append((draft, draft.make_cache(max_batch_size, max_seq_len, cache_dtype)))
         self._static: StaticStep | None = None
@@ -113,8 +109,7 @@ class Engine:
         self._waiting: deque[Request] = deque()
         self._prefilling: Slot | None = None  # one at a time, so that the next can share with it
         self._cancelled: list[Event] = []  # reported by the next step
-        self._submitted = 0
-        self._steps = 0
+        self._submitted = self._steps = 0
 
     @property
     def cache(self) -> KVCache:
@@ -136,6 +131,7 @@ class Engine:
         generator: torch.Generator | None = None,
         is_private: bool = False,
         is_exact: bool = False,
+        is_continued: bool = False,
     ) -> Request:
         """Queue a prompt.
 
@@ -147,6 +143,7 @@ class Engine:
             is_private: no prefix is reused, neither by this request nor from it.
             is_exact: Meta's own forwards: the prompt in one piece with all its logits, no prefix
                 reuse, and decode steps without other requests.
+            is_continued: the text can be appended to the prompt's; see `TextDecoder`.
 
         Raises GenerationError where the prompt or the params do not fit the model.
         """
@@ -168,7 +165,9 @@ class Engine:
             or make_generator(params.seed, self._seed, self._submitted, self.model.device),
             frozenset(() if params.ignore_eos else stop_tokens),
             min(wanted, room),
-            None if self.tokenizer is None else TextStream(self.tokenizer, params.stop),
+            None
+            if self.tokenizer is None
+            else TextStream(self.tokenizer, params.stop, is_continued),
         )
         if not self.has_work and self._worker.renew_caches():
             for slot in self._slots:

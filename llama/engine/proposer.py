@@ -1,8 +1,8 @@
-"""Which tokens the next step of the engine checks, and how many of them pay.
+"""Chooses the tokens that the next step of the engine checks, and how many.
 
-What is looked up costs next to nothing, and shows unchecked whether it would have been right. A
-draft model has to run for that. So once it does not pay it rests for a number of steps, twice as
-many each time, and for fewer again as it goes on paying.
+A lookup costs next to nothing. Its proposals update the acceptance rate even where no step checks
+them. A draft model must run before anything is known. So it rests where it does not pay: for a
+number of steps that doubles each time, and shrinks again while it pays.
 """
 
 import time
@@ -22,11 +22,11 @@ class Proposer:
     """Proposes tokens for the slots of an engine, by lookup or by a draft model.
 
     Args:
-        run: does a plan on all ranks; returns the logits that it wants.
-        max_seq_len: tokens of a slot at most.
+        run: executes a plan on all ranks and returns the logits that it asks for.
+        max_seq_len: the most tokens of a slot.
         prefill_chunk: tokens that the draft model takes in before a step.
         n_words: ids from here on are never proposed.
-        drafts: whether there is a draft model, for plans that say so.
+        drafts: whether a draft model proposes, not a lookup.
     """
 
     def __init__(
@@ -52,16 +52,16 @@ class Proposer:
         room = self._max_seq_len - 1 - max(len(slot.tokens) for slot in rows)
         limits: dict[Slot, int] = {}
         for slot in decoding:
-            request, guesses = slot.running, slot.guesses
+            request, proposals = slot.running, slot.proposals
             limit = min(MAX_PROPOSALS, room, request.max_gen_len - len(request.tokens) - 1)
-            came = guesses.review(request.tokens)
+            new_tokens = proposals.review(request.tokens)
             if not self._drafts:
                 if slot.lookup is None:
                     slot.lookup = Lookup()
                     slot.lookup.extend(request.prompt_tokens)
-                slot.lookup.extend(came)
-                guesses.proposed = slot.lookup.propose(MAX_PROPOSALS)
-                limit = min(limit, len(guesses.proposed))
+                slot.lookup.extend(new_tokens)
+                proposals.proposed = slot.lookup.propose(MAX_PROPOSALS)
+                limit = min(limit, len(proposals.proposed))
             limits[slot] = 0 if request.is_exact else limit
         length = self._length(limits, len(rows))
         drafting = [slot for slot in decoding if limits[slot] > 0] if length > 0 else []
@@ -70,7 +70,7 @@ class Proposer:
         self._start = time.perf_counter()
         if self._drafts and drafting:
             self._draft(drafting, rows, length)
-        proposed = {slot: slot.guesses.proposed[: min(limits[slot], length)] for slot in drafting}
+        proposed = {slot: slot.proposals.proposed[: min(limits[slot], length)] for slot in drafting}
         for slot, tokens in proposed.items():
             slot.running.proposed += len(tokens)
         return proposed
@@ -80,7 +80,7 @@ class Proposer:
         if self._resting > 0:
             self._resting -= 1
             return 0
-        rates = [slot.guesses.rate for slot in limits]
+        rates = [slot.proposals.acceptance_rate for slot in limits]
         length = best_length(
             rates, list(limits.values()), lambda length: self._times.seconds(n_rows, length)
         )
@@ -116,11 +116,11 @@ class Proposer:
             )
             assert logits is not None
             for slot in drafting:
-                proposed = slot.guesses.proposed
+                proposed = slot.proposals.proposed
                 row = hide_unknown(logits[slot.index - rows[0].index, -1], self._n_words)
                 token, q = draft_token(row, slot.running, proposed)
                 proposed.append(token)
-                slot.guesses.drawn_from.append(q)
+                slot.proposals.drawn_from.append(q)
                 fed[slot] = [token]
                 positions[slot] += seqlen
             seqlen = 1

@@ -71,23 +71,34 @@ class Runner:
         return requests
 
     def stream(
-        self, prompts: Sequence[Sequence[int]], params: SamplingParams, is_private: bool = False
+        self,
+        prompts: Sequence[Sequence[int]],
+        params: SamplingParams,
+        is_private: bool = False,
+        is_continued: Sequence[bool] = (),
     ) -> Generator[Event, None, None]:
         """The events of the prompts' requests, on the first rank. Raises GenerationError now, not
-        with the first event, where the engine cannot take a prompt."""
+        with the first event, where the engine cannot take a prompt.
+
+        is_continued: for each prompt, whether the texts can be appended to it.
+        """
         for row, prompt in enumerate(prompts):
             self.engine.check(prompt, params, row)
-        return self._events(prompts, params, is_private)
+        return self._events(prompts, params, is_private, is_continued)
 
     def _events(
-        self, prompts: Sequence[Sequence[int]], params: SamplingParams, is_private: bool
+        self,
+        prompts: Sequence[Sequence[int]],
+        params: SamplingParams,
+        is_private: bool,
+        is_continued: Sequence[bool],
     ) -> Generator[Event, None, None]:
         """Submit when the first event is asked for. Cancel at the end what has not ended."""
         self._check_ranks()
         inbox: deque[Event] = deque()
         with self._turns:
             is_exact = self._is_exact(prompts, params)
-            requests = self._submit(prompts, params, is_exact, is_private)
+            requests = self._submit(prompts, params, is_exact, is_private, is_continued)
             self._inboxes |= dict.fromkeys(requests, inbox)
         try:
             with self.leading(requests) as is_first_rank:
@@ -156,6 +167,7 @@ class Runner:
         params: SamplingParams,
         is_exact: bool,
         is_private: bool = False,
+        is_continued: Sequence[bool] = (),
     ) -> list[Request]:
         """A request for each sample. One alone draws from the generator that `seed` started."""
         parallel.check_fork()
@@ -169,12 +181,14 @@ class Runner:
         generator = self._generator if is_alone and params.seed is None else None
         requests: list[Request] = []
         try:
-            for prompt in prompts:
+            for prompt, continued in zip(
+                prompts, is_continued or [False] * len(prompts), strict=True
+            ):
                 for sample in params.samples():
-                    row = len(requests)
-                    requests.append(
-                        self.engine.submit(prompt, sample, row, generator, is_private, is_exact)
+                    request = self.engine.submit(
+                        prompt, sample, len(requests), generator, is_private, is_exact, continued
                     )
+                    requests.append(request)
         except GenerationError:
             for request in requests:
                 self.engine.cancel(request)

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 
 from llama.engine.request import Request
-from llama.engine.speculative import Guesses, Lookup
+from llama.engine.speculative import Lookup, Proposals
 
 
 @dataclass(eq=False)
@@ -16,7 +16,7 @@ class Slot:
     last_used: int = 0
     n_drafted: int = 0  # number of these tokens that the draft model's cache holds too
     lookup: Lookup | None = None  # made with the request's first proposals
-    guesses: Guesses = field(default_factory=Guesses)
+    proposals: Proposals = field(default_factory=Proposals)
 
     @property
     def running(self) -> Request:
@@ -41,7 +41,7 @@ class Slot:
     def admit(self, request: Request, reused: int, n_drafted: int) -> None:
         """Take a request. The row holds the first `reused` tokens of its prompt already."""
         self.request, self.tokens = request, request.prompt_tokens[:reused]
-        self.n_drafted, self.lookup, self.guesses = n_drafted, None, Guesses()
+        self.n_drafted, self.lookup, self.proposals = n_drafted, None, Proposals()
 
     def cut(self, length: int) -> None:
         """Keep the first `length` tokens only."""

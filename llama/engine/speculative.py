@@ -9,8 +9,8 @@ Greedy decoding and lookup draw as plain decoding does, with the same random num
 of a draft model are draws themselves. `choose` accepts more of them; a seed then gives another text
 of the same distribution.
 
-This file holds the proposals and the estimate of what pays. `proposer` decides, the engine runs the
-forwards.
+This file holds proposals and the estimated times of steps. `proposer` decides how many tokens to
+propose. The engine runs the forwards.
 """
 
 from collections import deque
@@ -52,14 +52,14 @@ class Lookup:
                 self._next[tuple(self._text[-NGRAM:])] = len(self._text)
             self._text.append(token)
 
-    def propose(self, most: int) -> list[int]:
-        """Propose `most` tokens, or none where the last NGRAM tokens are new."""
+    def propose(self, length: int) -> list[int]:
+        """Propose `length` tokens, or none where the last NGRAM tokens have not occurred before."""
         start = self._next.get(tuple(self._text[-NGRAM:]))
         if start is None:
             return []
         # Where the match reaches the end of the text, the text is assumed to repeat.
         period = len(self._text) - start
-        return [self._text[start + i % period] for i in range(most)]
+        return [self._text[start + i % period] for i in range(length)]
 
 
 def draft_token(
@@ -83,52 +83,52 @@ def draft_token(
     return int(torch.multinomial(q, 1, generator=request.generator)), q
 
 
-class Guesses:
+class Proposals:
     """The proposals for a request, and their acceptance rate.
 
-    Attributes: `proposed`, the latest, of which a step may check only a part; `drawn_from`, the
-    distribution (V,) of each, where a draft model drew them; `rate`, about the probability that a
-    proposal is right where those before it are.
+    Attributes: `proposed`, the latest proposals, of which a step may check only the first ones;
+    `drawn_from`, the distribution (V,) that a draft model drew each from; `acceptance_rate`, the
+    estimated probability that a proposal is accepted where all before it were.
     """
 
     def __init__(self) -> None:
         self.proposed: list[int] = []
         self.drawn_from: list[Tensor | None] = []
-        self._n_seen = 0
-        self._right = PRIOR
+        self._n_reviewed = 0  # tokens of the request
+        self._accepted = PRIOR
         self._tried = 1.0
 
     @property
-    def rate(self) -> float:
-        return self._right / self._tried
+    def acceptance_rate(self) -> float:
+        return self._accepted / self._tried
 
     def review(self, tokens: Sequence[int]) -> Sequence[int]:
-        """Compare what was proposed, checked or not, with the request's tokens that came since;
-        returns these, and proposes nothing any more.
+        """Compare all proposals, checked or not, with the tokens that the request got since. Drops
+        the proposals and returns these tokens.
 
-        All that is known fades: after proposals have failed, they come to be tried again.
+        The acceptance rate falls back to PRIOR in time, so that proposals are tried again.
         """
-        came = tokens[self._n_seen :]
-        right = n_alike(self.proposed, came)
-        has_failed = right < min(len(self.proposed), len(came))
-        self._right = MEMORY * self._right + (1 - MEMORY) * PRIOR + right
-        self._tried = MEMORY * self._tried + (1 - MEMORY) + right + has_failed
-        self.proposed, self.drawn_from, self._n_seen = [], [], len(tokens)
-        return came
+        new_tokens = tokens[self._n_reviewed :]
+        accepted = n_alike(self.proposed, new_tokens)
+        has_failed = accepted < min(len(self.proposed), len(new_tokens))
+        self._accepted = MEMORY * self._accepted + (1 - MEMORY) * PRIOR + accepted
+        self._tried = MEMORY * self._tried + (1 - MEMORY) + accepted + has_failed
+        self.proposed, self.drawn_from, self._n_reviewed = [], [], len(tokens)
+        return new_tokens
 
 
-def choose(logits: Tensor, request: Request, guesses: Guesses, at: int = 0) -> Tensor:
+def choose(logits: Tensor, request: Request, proposals: Proposals, at: int = 0) -> Tensor:
     """The request's next token, an id (), from the model's logits (V,).
 
-    at: the number of the proposal in whose place it comes. One that a draft model drew from q is
-    kept with probability min(1, p / q), where p is what `sampling.choose` draws from; else the
-    token is drawn from max(p - q, 0), rescaled.
+    at: number of the proposal that the token replaces or confirms. Let p be the distribution that
+    `sampling.choose` draws from. A proposal that a draft model drew from q is accepted with
+    probability min(1, p / q). Otherwise the token is drawn from max(p - q, 0), rescaled.
     """
     text = (request.params, request.prompt_tokens, request.tokens)
-    q = guesses.drawn_from[at] if at < len(guesses.drawn_from) else None
+    q = proposals.drawn_from[at] if at < len(proposals.drawn_from) else None
     if q is None:
         return sampling.choose(logits, *text, request.generator)
-    p, token = sampling.distribution(logits, *text), guesses.proposed[at]
+    p, token = sampling.distribution(logits, *text), proposals.proposed[at]
     number = torch.rand((), generator=request.generator, device=p.device)
     if number.item() * q[token].item() < p[token].item():
         return torch.tensor(token, device=p.device)

@@ -13,12 +13,14 @@ class TextStream:
     stop string begins: the one that ends first, of those the longest. The cost of one id depends
     on the length of the stop strings, not on how many ids came before.
 
+    is_continued: the text can be appended to the prompt; see `TextDecoder`.
+
     Attributes: `stopped`, whether a stop string was completed; nothing comes after it.
     """
 
-    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = ()):
+    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = (), is_continued: bool = False):
         self.stopped = False
-        self._decoder = TextDecoder(tokenizer)
+        self._decoder = TextDecoder(tokenizer, is_continued)
         self._stop = tuple(stop)
         self._longest = max(map(len, self._stop), default=0)
         self._held = ""

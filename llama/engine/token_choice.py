@@ -61,7 +61,7 @@ class TokenChooser:
             if request.params.logits_processor is None:
                 row = sampling.hide_unknown(row, self._n_words)
             try:
-                token = choose(row, request, slot.guesses, at)
+                token = choose(row, request, slot.proposals, at)
             except Exception as error:  # a logits_processor of the caller may raise anything
                 request.error = error
                 token = torch.zeros((), dtype=torch.long, device=logits.device)

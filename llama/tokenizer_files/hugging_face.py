@@ -279,13 +279,13 @@ class ByteFallback:
         stream = self.stream()
         return "".join(map(stream.push, ids)) + stream.flush()
 
-    def stream(self) -> "_ByteFallbackStream":
-        return _ByteFallbackStream(self._pieces, self._drops_blank)
+    def stream(self, is_continued: bool = False) -> "_ByteFallbackStream":
+        return _ByteFallbackStream(self._pieces, self._drops_blank, is_continued)
 
 
 class _ByteFallbackStream(PieceStream):
-    def __init__(self, pieces: list[str | bytes], drops_blank: bool):
-        super().__init__()
+    def __init__(self, pieces: list[str | bytes], drops_blank: bool, is_continued: bool):
+        super().__init__(is_continued)
         self._pieces = pieces
         self._drops_blank = drops_blank
 

@@ -77,7 +77,7 @@ class Tiktoken:
     def decode(self, ids: list[int]) -> str:
         return self.encoding.decode(ids)
 
-    def stream(self) -> "_TiktokenStream":
+    def stream(self, is_continued: bool = False) -> "_TiktokenStream":
         return _TiktokenStream(self.encoding)
 
 
@@ -164,8 +164,8 @@ class SentencePiece:
     def decode(self, ids: list[int]) -> str:
         return self.processor.decode(ids)
 
-    def stream(self) -> "_SentencePieceStream":
-        return _SentencePieceStream(self.processor)
+    def stream(self, is_continued: bool = False) -> "_SentencePieceStream":
+        return _SentencePieceStream(self.processor, is_continued)
 
 
 def encode_around(
@@ -189,8 +189,8 @@ class PieceStream(ABC):
     U+FFFD (Python writes one for all the bytes of a broken character).
     """
 
-    def __init__(self) -> None:
-        self._started = False  # True: a leading blank is kept
+    def __init__(self, is_continued: bool = False) -> None:
+        self._started = is_continued  # True: a leading blank is kept
         self._bytes = b""  # of an incomplete character
 
     @abstractmethod
@@ -225,8 +225,8 @@ class PieceStream(ABC):
 
 
 class _SentencePieceStream(PieceStream):
-    def __init__(self, sp: sentencepiece.SentencePieceProcessor):
-        super().__init__()
+    def __init__(self, sp: sentencepiece.SentencePieceProcessor, is_continued: bool):
+        super().__init__(is_continued)
         self._sp = sp
 
     def _byte(self, token_id: int) -> bytes:

@@ -11,7 +11,7 @@ from helpers.ranks import run_ranks
 from make_checkpoint import demo_pieces, write_tokenizer
 
 from llama import Llama
-from llama.errors import ConfigError
+from llama.errors import CheckpointError, ConfigError
 
 
 def logits_of_all(folders: list[Path]) -> list[torch.Tensor]:
@@ -186,7 +186,17 @@ def test_what_a_hugging_face_folder_says(hf_folders: list[tuple[Path, Any]]) -> 
         ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
         ({"attention_bias": True}, "attention_bias is True"),
         ({"mlp_bias": True}, "mlp_bias is True"),
-        ({"quantization_config": {"bits": 4}}, "it is quantized"),
+        ({"quantization_config": {"bits": 4}}, "it is quantized .by an unknown method.: take the"),
+        ({"quantization_config": {"quant_method": "gptq"}}, "it is quantized .gptq.: take the"),
+        ({"quantization_config": {"quant_method": "awq"}}, "it is quantized .awq."),
+        ({"quantization_config": {"quant_method": "fp8"}}, "it is quantized .fp8."),
+        ({"quantization_config": {"quant_method": "compressed-tensors"}}, "compressed-tensors"),
+        (
+            {"quantization_config": {"quant_method": "bitsandbytes"}},
+            "quantized .bitsandbytes.",
+        ),
+        ({"model_type": "mllama"}, "this is Llama 3.2 Vision: its text model is"),
+        ({"model_type": "llama4"}, "this is Llama 4, another architecture"),
         ({"vision_config": {}}, "vision_config is {}"),
         ({"head_dim": 64}, "head_dim is 64, but hidden_size / num_attention_heads is 8"),
         ({"rope_parameters": {"rope_type": "yarn", "factor": 2}}, "RoPE of type 'yarn'"),
@@ -211,3 +221,36 @@ def test_what_is_not_a_plain_llama_is_refused_by_name(
     with pytest.raises(ValueError, match=message) as caught:
         Llama.build(tmp_path)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("stated", [False, None])
+def test_a_missing_output_matrix(
+    stated: bool | None, hf_folders: list[tuple[Path, Any]], tmp_path: Path
+) -> None:
+    """config.json must say that the model is tied."""
+    source = hf_folders[3][0]  # a tied one
+    for path in source.iterdir():
+        (tmp_path / path.name).symlink_to(path)
+    config = json.loads((source / "config.json").read_text())
+    del config["tie_word_embeddings"]
+    config |= {} if stated is None else {"tie_word_embeddings": stated}
+    (tmp_path / "config.json").unlink()
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match=r"lm_head\.weight is missing"):
+        Llama.build(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("pytorch_model.bin", "pickled weights are not opened: save the model as .safetensors"),
+        ("pytorch_model-00001-of-00002.bin", "pickled weights are not opened"),
+        ("model-Q4_K_M.gguf", "a GGUF file is not opened: take the repository of the original"),
+        ("adapter_config.json", "a LoRA adapter is not opened: merge it"),
+    ],
+)
+def test_folders_of_other_kinds(name: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / name).touch()
+    with pytest.raises(CheckpointError, match=rf"{name}: {message}"):
+        Llama.build(tmp_path)

@@ -17,7 +17,7 @@ from llama import Llama, ModelArgs, Tokenizer, Transformer
 from llama.checkpoints.folder import BUNDLED
 from llama.engine.engine import Engine
 from llama.engine.request import Event, Request
-from llama.engine.speculative import MAX_PROPOSALS, NGRAM, Guesses, Lookup, StepTimes, best_length
+from llama.engine.speculative import MAX_PROPOSALS, NGRAM, Lookup, Proposals, StepTimes, best_length
 from llama.errors import ConfigError
 from llama.sampling import SamplingParams, truncate_logits
 
@@ -448,14 +448,14 @@ def test_as_many_are_proposed_as_pay(
 
 def steps_with_proposals(is_right: bool, n_steps: int = 500) -> int:
     """Where each proposal costs a fifth of a step, and all are right or none."""
-    guesses, tokens, count = Guesses(), [0], 0
-    guesses.review(tokens)
+    proposals, tokens, count = Proposals(), [0], 0
+    proposals.review(tokens)
     for _ in range(n_steps):
-        length = best_length([guesses.rate], [8], lambda n: 1 + n / 5)
-        guesses.proposed = [1] * length
+        length = best_length([proposals.acceptance_rate], [8], lambda n: 1 + n / 5)
+        proposals.proposed = [1] * length
         count += length > 0
         tokens += [1] * (length + 1) if is_right else [2]
-        guesses.review(tokens)
+        proposals.review(tokens)
     return count
 
 

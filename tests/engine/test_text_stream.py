@@ -115,3 +115,24 @@ def test_the_flush_may_complete_a_stop_string(tokenizer: Tokenizer) -> None:
 def test_a_foreign_id_is_an_error(tokenizer: Tokenizer) -> None:
     with pytest.raises(TokenizerError, match="out of range"):
         TextStream(tokenizer).push(tokenizer.n_words)
+
+
+@settings(max_examples=300)
+@given(
+    prompt=st.lists(st.integers(3, 31999), min_size=1, max_size=5),
+    generated=st.lists(st.integers(0, 31999), max_size=6),
+)
+def test_a_continued_text_can_be_appended(
+    llama2_tokenizer_path: Path, prompt: list[int], generated: list[int]
+) -> None:
+    """The space before its first word is kept, which `decode` drops. Prompts that end within a
+    character are left out."""
+    tokenizer = Tokenizer(llama2_tokenizer_path)
+    before = tokenizer.decode([1, *prompt])
+    if not before.strip() or "\ufffd" in before:
+        return
+    stream = TextStream(tokenizer, is_continued=True)
+    text = "".join([stream.push(i) for i in generated]) + stream.finish()
+    whole = tokenizer.decode([1, *prompt, *generated])
+    if "\ufffd" not in whole:
+        assert before + text == whole

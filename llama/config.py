@@ -52,6 +52,7 @@ class ModelArgs:
     max_seq_len: int = 2048  # positions of the KV cache, and length of the RoPE table
 
     hidden_dim: int | None = None  # the feed-forward width; None: computed by `ffn_width`
+    head_width: int | None = None  # features of a head; None: dim / n_heads
     rope_scaling: RopeScaling | None = None  # None with use_scaled_rope: Meta's constants
     context_length: int | None = None  # longest trained context in tokens; None: see `context`
     embedding_shard_dim: int = 0  # ranks split it by 0: vocabulary (Llama 3), 1: features (Llama 2)
@@ -73,7 +74,11 @@ class ModelArgs:
         """Raise ConfigError where a number is out of range. Call it after assigning to a field."""
         whole = ["dim", "n_layers", "n_heads", "n_kv_heads", "multiple_of"]
         whole += ["max_batch_size", "max_seq_len"]
-        whole += [n for n in ("hidden_dim", "context_length") if getattr(self, n) is not None]
+        whole += [
+            n
+            for n in ("hidden_dim", "head_width", "context_length")
+            if getattr(self, n) is not None
+        ]
         for name in whole:
             _require_number(name, getattr(self, name), whole=True)
         for name in ("norm_eps", "rope_theta"):
@@ -83,7 +88,7 @@ class ModelArgs:
         _require_number("the feed-forward width", self.ffn_dim, whole=True)
         if self.vocab_size != -1:
             _require_number("vocab_size", self.vocab_size, whole=True)
-        if self.dim % self.n_heads:
+        if self.head_width is None and self.dim % self.n_heads:
             raise ConfigError(f"dim {self.dim} is not a multiple of n_heads {self.n_heads}")
         if self.head_dim % 2:
             raise ConfigError(f"RoPE rotates pairs: head_dim {self.head_dim} must be even")
@@ -102,7 +107,8 @@ class ModelArgs:
 
     @property
     def head_dim(self) -> int:
-        return self.dim // self.n_heads
+        """Features of a head."""
+        return self.dim // self.n_heads if self.head_width is None else self.head_width
 
     @property
     def ffn_dim(self) -> int:
@@ -134,7 +140,9 @@ class ModelArgs:
 
     def same_shape(self, preset: "ModelArgs") -> bool:
         """Whether this has the preset's shape. A vocab_size of -1 counts as equal."""
-        names = "dim n_layers n_heads n_kv_heads ffn_dim rope_theta use_scaled_rope".split()
+        names = (
+            "dim n_layers n_heads n_kv_heads head_dim ffn_dim rope_theta use_scaled_rope".split()
+        )
         same_vocab = self.vocab_size in (preset.vocab_size, -1)
         return same_vocab and all(getattr(self, n) == getattr(preset, n) for n in names)
 
@@ -155,12 +163,12 @@ class ModelArgs:
 
     def whole_shapes(self) -> dict[str, tuple[int, ...]]:
         """The shape of every tensor of the unsplit model, by its state-dict name, in order."""
-        kv_dim = self.local_kv_heads(1) * self.head_dim
+        q_dim, kv_dim = (n * self.head_dim for n in (self.n_heads, self.local_kv_heads(1)))
         layer = {
-            "attention.wq": (self.dim, self.dim),
+            "attention.wq": (q_dim, self.dim),
             "attention.wk": (kv_dim, self.dim),
             "attention.wv": (kv_dim, self.dim),
-            "attention.wo": (self.dim, self.dim),
+            "attention.wo": (self.dim, q_dim),
             "feed_forward.w1": (self.ffn_dim, self.dim),
             "feed_forward.w2": (self.dim, self.ffn_dim),
             "feed_forward.w3": (self.ffn_dim, self.dim),

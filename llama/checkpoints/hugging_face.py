@@ -106,6 +106,7 @@ def read_config(path: Path, rope_factor: float | None = None) -> ModelArgs:
         args = ModelArgs(
             **known,
             n_kv_heads=config.get("num_key_value_heads"),
+            head_width=_head_width(config),
             context_length=config.get("max_position_embeddings"),
             rope_theta=theta,
             rope_scaling=scaling,
@@ -113,12 +114,16 @@ def read_config(path: Path, rope_factor: float | None = None) -> ModelArgs:
         )
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from error
-    if config.get("head_dim") not in (None, args.head_dim):
-        raise ConfigError(
-            f"{path}: head_dim is {config['head_dim']}, but hidden_size / num_attention_heads is "
-            f"{args.head_dim}: not a plain Llama"
-        )
     return args
+
+
+def _head_width(config: dict[str, Any]) -> int | None:
+    """`head_dim` where it is not hidden_size / num_attention_heads, as in pruned models."""
+    width, dim, n_heads = (
+        config.get(k) for k in ("head_dim", "hidden_size", "num_attention_heads")
+    )
+    is_usual = isinstance(dim, int) and isinstance(n_heads, int) and width == dim / max(n_heads, 1)
+    return None if is_usual else width
 
 
 def make_config(args: ModelArgs, dtype: torch.dtype) -> dict[str, Any]:
@@ -138,6 +143,8 @@ def make_config(args: ModelArgs, dtype: torch.dtype) -> dict[str, Any]:
     }
     config |= {theirs: getattr(args, ours) for ours, theirs in FIELDS.items()}
     config["intermediate_size"] = args.ffn_dim
+    if args.head_width is not None:
+        config["head_dim"] = args.head_width
     if args.rope_scaling is not None:
         scaling = {theirs: getattr(args.rope_scaling, o) for o, theirs in SCALING_FIELDS.items()}
         config["rope_scaling"] = {"rope_type": "llama3", **scaling}

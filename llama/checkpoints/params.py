@@ -16,6 +16,7 @@ KNOWN_KEYS = frozenset(REQUIRED_KEYS) | {
     "rope_theta",
     "use_scaled_rope",
     "hidden_dim",  # this and the next keys are not in Meta's files
+    "head_dim",
     "context_length",
     "rope_scaling",
     "quantization",
@@ -50,6 +51,7 @@ def read_params(path: str | Path, rope_factor: float | None = None) -> ModelArgs
 
     known = {key: params[key] for key in params.keys() & KNOWN_KEYS}
     known.pop("quantization", None)  # see `folder.read_quantization`
+    known["head_width"] = known.pop("head_dim", None)
     scaling = known.pop("rope_scaling", None)
     # Llama 2's files have no rope_theta. Its value there is 10000, not the default of ModelArgs.
     known.setdefault("rope_theta", LLAMA_2_THETA)
@@ -76,6 +78,8 @@ def write_params(path: Path, args: ModelArgs, quantization: Width | None = None)
     quantization: the width of the files beside it; None: unquantized."""
     keys = "dim n_layers n_heads n_kv_heads vocab_size norm_eps rope_theta use_scaled_rope".split()
     params = {key: getattr(args, key) for key in keys} | args.metas_width()
+    if args.head_width is not None:
+        params["head_dim"] = args.head_width
     if args.context_length is not None:
         params["context_length"] = args.context_length
     if args.rope_scaling is not None:

@@ -172,7 +172,9 @@ def test_the_tokenizer_of_another_model(folder: Path, llama3_tokenizer_path: Pat
 def test_llama_2s_tokenizer_is_not_llama_3s(llama2_tokenizer_path: Path) -> None:
     tokenizer = Tokenizer(llama2_tokenizer_path)
     assert doctor.check_tokenizer(PRESETS["llama-2-7b"], tokenizer).level == doctor.OK
-    with pytest.raises(ConfigError, match="of Llama 2's kind with 32000 tokens, and is not that of"):
+    with pytest.raises(
+        ConfigError, match="of Llama 2's kind with 32000 tokens, and is not that of"
+    ):
         doctor.check_tokenizer(PRESETS["llama-3-8b"], tokenizer)
 
 

@@ -11,6 +11,7 @@ from helpers.ranks import run_ranks
 from make_checkpoint import demo_pieces, write_tokenizer
 
 from llama import Llama
+from llama.checkpoints.convert import convert
 from llama.errors import CheckpointError, ConfigError
 
 
@@ -121,13 +122,14 @@ HF_MODELS: dict[str, dict[str, Any]] = {
     "llama-3.2": dict(
         num_key_value_heads=4, tie_word_embeddings=True, rope_scaling=llama3_scaling(32.0)
     ),
+    "pruned": dict(num_key_value_heads=4, head_dim=12, rope_theta=500000.0),
 }
 
 
 @pytest.fixture(scope="module")
 def hf_folders(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[Path, Any]]:
     root = tmp_path_factory.mktemp("hf")
-    sizes = ["1GB", "200KB", "300KB", "1GB"]  # one file or many with an index
+    sizes = ["1GB", "200KB", "300KB", "1GB", "1GB"]  # one file or many with an index
     return [
         (root / name, write_hugging_face(root / name, dict(changes), size))
         for (name, changes), size in zip(HF_MODELS.items(), sizes, strict=True)
@@ -198,7 +200,9 @@ def test_what_a_hugging_face_folder_says(hf_folders: list[tuple[Path, Any]]) -> 
         ({"model_type": "mllama"}, "this is Llama 3.2 Vision: its text model is"),
         ({"model_type": "llama4"}, "this is Llama 4, another architecture"),
         ({"vision_config": {}}, "vision_config is {}"),
-        ({"head_dim": 64}, "head_dim is 64, but hidden_size / num_attention_heads is 8"),
+        ({"head_dim": 64}, "self_attn.q_proj.weight"),
+        ({"head_dim": 7}, "head_dim 7 must be even"),
+        ({"head_dim": "x"}, "head_width is 'x'"),
         ({"rope_parameters": {"rope_type": "yarn", "factor": 2}}, "RoPE of type 'yarn'"),
         ({"rope_parameters": {"type": "linear", "factor": 2}}, "RoPE of type 'linear'"),
         ({"rope_parameters": {"rope_type": "llama3", "factor": 2}}, "settings lack low_freq"),
@@ -254,3 +258,29 @@ def test_folders_of_other_kinds(name: str, message: str, tmp_path: Path) -> None
     (tmp_path / name).touch()
     with pytest.raises(CheckpointError, match=rf"{name}: {message}"):
         Llama.build(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "options", [dict(mode="fast"), dict(mode="fast", kv_cache="int8")], ids=str
+)
+def test_heads_of_their_own_width_in_fast_mode(
+    options: dict[str, Any], hf_folders: list[tuple[Path, Any]]
+) -> None:
+    folder = hf_folders[4][0]
+    prompts = [TOKENS[0].tolist(), TOKENS[1, :5].tolist()]
+    want = Llama.build(folder).score(prompts)
+    got = Llama.build(folder, mode="fast", **options).score(prompts)
+    tolerance = 1e-4 if "kv_cache" not in options else 0.05
+    for row, expected in zip(got, want, strict=True):
+        assert row == pytest.approx(expected, abs=tolerance)
+
+
+def test_heads_of_their_own_width_there_and_back(
+    hf_folders: list[tuple[Path, Any]], tmp_path: Path
+) -> None:
+    folder = hf_folders[4][0]
+    convert(folder, tmp_path / "meta", "meta", mp=2)
+    convert(tmp_path / "meta", tmp_path / "hf", "hf")
+    assert json.loads((tmp_path / "hf" / "config.json").read_text())["head_dim"] == 12
+    for kind in ("meta", "hf"):
+        assert torch.equal(logits_of(tmp_path / kind), logits_of(folder))

@@ -153,7 +153,7 @@ def _write_hugging_face(source: Checkpoint, folder: Path, dtype: torch.dtype | N
     if len(files) > 1:
         total = sum(_bytes(source, name, dtype) for name in names)
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        write_json(folder / hugging_face.INDEX, index)
+        write_json(folder / (hugging_face.WEIGHTS[0] + ".index.json"), index)
     kind = dtype or source.shards[0][names[-1]].dtype
     write_json(folder / "config.json", hugging_face.make_config(source.args, kind))
 

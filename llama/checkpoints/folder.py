@@ -10,7 +10,8 @@ from torch import Tensor
 from llama import config
 from llama.checkpoints import hugging_face
 from llama.checkpoints.params import read_params
-from llama.checkpoints.shards import Checkpoint, check_kind, find_shards, read_shard
+from llama.checkpoints.pickled import check_kind
+from llama.checkpoints.shards import Checkpoint, find_shards, read_shard
 from llama.config import ModelArgs
 from llama.errors import CheckpointError
 from llama.fast.quantize import (
@@ -25,8 +26,6 @@ BUNDLED = Path(__file__).parent.parent / "bundled"  # the model in this package
 
 # Files of folders that are not opened, and what to do instead.
 FOREIGN = {
-    "pytorch_model*.bin": "pickled weights are not opened: save the model as .safetensors, by "
-    "transformers' save_pretrained or from the repository's newer files",
     "*.gguf": "a GGUF file is not opened: take the repository of the original model",
     "adapter_config.json": "a LoRA adapter is not opened: merge it into its base model first",
 }
@@ -40,7 +39,7 @@ def find_folder(ckpt_dir: str | Path) -> Path:
         raise CheckpointError(f"no such checkpoint folder: {folder}")
     if has_params(folder):
         return folder
-    if os.path.lexists(folder / "config.json") and any(folder.glob("*.safetensors")):
+    if os.path.lexists(folder / "config.json") and hugging_face.weight_files(folder):
         return folder
     if has_params(folder / "original"):
         return folder / "original"
@@ -48,7 +47,8 @@ def find_folder(ckpt_dir: str | Path) -> Path:
         if found := sorted(folder.glob(pattern)):
             raise CheckpointError(f"{found[0]}: {advice}")
     raise CheckpointError(
-        f"{folder} has no params.json, no config.json with .safetensors, and no original/ folder"
+        f"{folder} has no params.json, no config.json with .safetensors or pytorch_model.bin, and "
+        "no original/ folder"
     )
 
 

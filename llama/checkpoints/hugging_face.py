@@ -12,11 +12,13 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from llama.checkpoints.pickled import read_pickled
 from llama.config import MAX_WHOLE_NUMBER, ModelArgs, RopeScaling
 from llama.errors import CheckpointError, ConfigError
 from llama.files import read_json, why_unreadable
 
-INDEX = "model.safetensors.index.json"
+# Weights in one file or in several with an index, in the order in which they are looked for.
+WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 
 # Meta's module names and Hugging Face's: of modules outside the layers, and within a layer.
 MODEL_MODULES = {"tok_embeddings": "model.embed_tokens", "norm": "model.norm", "output": "lm_head"}
@@ -219,39 +221,52 @@ def read_stop_tokens(folder: Path) -> list[int] | None:
 
 
 def map_tensors(folder: Path) -> dict[str, Tensor]:
-    """The memory-mapped tensors of the folder's `.safetensors` files, by Meta's names.
+    """The memory-mapped tensors of the folder's `.safetensors` or `.bin` files, by Meta's names.
 
     Raises CheckpointError for a file that is missing, damaged, or outside the folder.
     """
-    if os.path.lexists(folder / INDEX):
-        weight_map = read_json(folder / INDEX).get("weight_map")
+    weights = weight_files(folder) or WEIGHTS[0]
+    index = weights + ".index.json"
+    if os.path.lexists(folder / index):
+        weight_map = read_json(folder / index).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
-            raise CheckpointError(f"{folder / INDEX} has no weight_map")
+            raise CheckpointError(f"{folder / index} has no weight_map")
         for name, file in weight_map.items():
             if not isinstance(file, str) or Path(file).name != file:
-                raise CheckpointError(f"{folder / INDEX} places {name} outside its folder: {file}")
+                raise CheckpointError(f"{folder / index} places {name} outside its folder: {file}")
         files = sorted(set(weight_map.values()))
     else:
-        weight_map, files = None, ["model.safetensors"]
+        weight_map, files = None, [weights]
     tensors: dict[str, Tensor] = {}
     for file in files:
         found = map_file(folder / file)
         wanted = found if weight_map is None else [n for n in weight_map if weight_map[n] == file]
         for name in wanted:
             if name not in found:
-                raise CheckpointError(f"{folder / file} lacks {name}, which {INDEX} places there")
+                raise CheckpointError(f"{folder / file} lacks {name}, which {index} places there")
             if IGNORED.fullmatch(name):
                 continue
             if (ours := meta_name(name)) in tensors:
                 raise CheckpointError(f"{folder / file} has {name} twice, under two names")
             tensors[ours] = found[name]
     if not tensors:
-        raise CheckpointError(f"{folder} has no tensors in its .safetensors")
+        raise CheckpointError(f"{folder} has no tensors in its {weights}")
     return tensors
 
 
+def weight_files(folder: Path) -> str | None:
+    """The one of WEIGHTS that the folder has, whole or in parts; None: it has neither."""
+    for name in WEIGHTS:
+        path = folder / name
+        if any(folder.glob(f"{path.stem}*{path.suffix}")):
+            return name
+    return None
+
+
 def map_file(path: Path) -> dict[str, Tensor]:
-    """The memory-mapped tensors of one `.safetensors` file, by their names in the file."""
+    """The memory-mapped tensors of one file, by their names in the file."""
+    if path.suffix == ".bin":
+        return read_pickled(path)
     if reason := why_unreadable(path):
         raise CheckpointError(f"cannot read {path}: {reason}")
     try:

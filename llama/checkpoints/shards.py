@@ -1,11 +1,9 @@
 """Shards: the tensors of a checkpoint's files, mapped, cut into a rank's parts, and written."""
 
 import math
-import pickle
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,6 +11,7 @@ from torch.linalg import vector_norm
 
 from llama import parallel
 from llama.checkpoints import hugging_face
+from llama.checkpoints.pickled import read_pickled
 from llama.config import ModelArgs
 from llama.errors import CheckpointError, ConfigError
 from llama.fast.quantize import (
@@ -25,10 +24,9 @@ from llama.fast.quantize import (
     narrow,
     quantize_int8,
 )
-from llama.files import atomic_file, why_unreadable
+from llama.files import atomic_file
 from llama.memory import with_huge_pages
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 ROTATED = ("wq.weight", "wk.weight")  # the projections that RoPE rotates
 KEYS_AND_VALUES = ("wk.weight", "wv.weight")
 ALIGNMENT = 64  # bytes; safetensors aligns to 8
@@ -52,42 +50,8 @@ def find_shards(folder: Path, quantization: Width | None = None) -> list[Path]:
 
 
 def read_shard(path: Path) -> dict[str, Tensor]:
-    """The tensors of one `.pth` file by name, mapped from the file where its format allows.
-
-    Only tensors are unpickled, so a file cannot run code. Raises CheckpointError for a file that is
-    damaged or holds anything else.
-    """
-    if reason := why_unreadable(path):
-        raise CheckpointError(f"cannot read {path}: {reason}")
-    try:
-        with path.open("rb") as file:  # the format before PyTorch 1.6 cannot be mapped
-            is_zip = file.read(4) == b"PK\x03\x04"
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
-    except pickle.UnpicklingError as error:
-        reason = "is not a file of plain tensors: its code was not run"
-        raise CheckpointError(f"{path} {reason}") from error
-    except Exception as error:  # a damaged file may raise anything
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise CheckpointError(f"{path} is damaged or incomplete: {reason}") from error
-    if not isinstance(state, dict) or not state.keys() - {IGNORED}:
-        raise CheckpointError(f"{path} does not hold named tensors")
-    for name, tensor in state.items():
-        check_kind(path, name, tensor)
-    return {name: tensor for name, tensor in state.items() if name != IGNORED}
-
-
-def check_kind(path: Path, name: Any, tensor: Any) -> None:
-    if not isinstance(name, str):
-        raise CheckpointError(f"{path} has a tensor named {name!r}, which is not a string")
-    kind = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
-    if kind not in DTYPES:
-        raise CheckpointError(f"{path}: {name} is {kind}, not a tensor of floating point")
-    # A sparse tensor, or one with strides of zero, can have a huge shape in few bytes.
-    is_plain = tensor.layout == torch.strided and not tensor.is_meta
-    if not is_plain or tensor.nbytes > tensor.untyped_storage().nbytes():
-        raise CheckpointError(
-            f"{path}: {name} has fewer numbers than its shape {tuple(tensor.shape)} says"
-        )
+    """The tensors of one `.pth` file; see `read_pickled`."""
+    return {name: tensor for name, tensor in read_pickled(path).items() if name != IGNORED}
 
 
 @dataclass

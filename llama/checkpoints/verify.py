@@ -20,7 +20,8 @@ from llama.files import atomic_file, read_json, read_text, why_unreadable
 
 MANIFEST = "SHA256SUMS"  # what `sha256sum --check` reads too
 CHECKLIST = "checklist.chk"  # Meta's, with MD5
-SUFFIXES = (".pth", ".safetensors", ".json", ".model")  # the files that make up a checkpoint
+# The files that make up a checkpoint.
+SUFFIXES = (".pth", ".safetensors", ".bin", ".json", ".model")
 SPLIT_MATRIX = "layers.0.attention.wq.weight"  # each shard has another part of it
 CHUNK = 1 << 24  # bytes or elements that are read at a time
 

@@ -247,8 +247,6 @@ def test_a_missing_output_matrix(
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("pytorch_model.bin", "pickled weights are not opened: save the model as .safetensors"),
-        ("pytorch_model-00001-of-00002.bin", "pickled weights are not opened"),
         ("model-Q4_K_M.gguf", "a GGUF file is not opened: take the repository of the original"),
         ("adapter_config.json", "a LoRA adapter is not opened: merge it"),
     ],
@@ -260,9 +258,7 @@ def test_folders_of_other_kinds(name: str, message: str, tmp_path: Path) -> None
         Llama.build(tmp_path)
 
 
-@pytest.mark.parametrize(
-    "options", [dict(mode="fast"), dict(mode="fast", kv_cache="int8")], ids=str
-)
+@pytest.mark.parametrize("options", [{}, dict(kv_cache="int8")], ids=str)
 def test_heads_of_their_own_width_in_fast_mode(
     options: dict[str, Any], hf_folders: list[tuple[Path, Any]]
 ) -> None:
@@ -284,3 +280,46 @@ def test_heads_of_their_own_width_there_and_back(
     assert json.loads((tmp_path / "hf" / "config.json").read_text())["head_dim"] == 12
     for kind in ("meta", "hf"):
         assert torch.equal(logits_of(tmp_path / kind), logits_of(folder))
+
+
+@pytest.mark.parametrize("n_files", [1, 3])
+@pytest.mark.parametrize("zipped", [True, False])
+def test_pytorch_model_bin(
+    n_files: int, zipped: bool, hf_folders: list[tuple[Path, Any]], tmp_path: Path
+) -> None:
+    """What transformers wrote before .safetensors, in one file or several with an index."""
+    for source, theirs in hf_folders[1::2]:
+        folder = tmp_path / source.name
+        folder.mkdir()
+        for name in ("config.json", "tokenizer.model"):
+            (folder / name).symlink_to(source / name)
+        state = theirs.state_dict()
+        names = sorted(state)
+        files = [f"pytorch_model-{i + 1:05d}-of-{n_files:05d}.bin" for i in range(n_files)]
+        files = ["pytorch_model.bin"] if n_files == 1 else files
+        places = {name: files[i % n_files] for i, name in enumerate(names)}
+        for file in files:
+            part = {name: state[name] for name in names if places[name] == file}
+            torch.save(part, folder / file, _use_new_zipfile_serialization=zipped)
+        if n_files > 1:
+            index = {"metadata": {}, "weight_map": places}
+            (folder / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+        assert torch.equal(logits_of(folder), logits_of(source))
+
+
+class Harmful:
+    """A pickle that would run code."""
+
+    def __reduce__(self) -> Any:
+        return print, ("code ran",)
+
+
+def test_a_harmful_pytorch_model_bin(
+    hf_folders: list[tuple[Path, Any]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "config.json").symlink_to(hf_folders[0][0] / "config.json")
+    (tmp_path / "tokenizer.model").symlink_to(hf_folders[0][0] / "tokenizer.model")
+    torch.save({"model.norm.weight": Harmful()}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(CheckpointError, match="is not a file of plain tensors: its code was not"):
+        Llama.build(tmp_path)
+    assert "code ran" not in capsys.readouterr().out

@@ -1,5 +1,6 @@
 """Read whole files, and write files atomically: a kill or a full disk leaves no partial file."""
 
+import codecs
 import contextlib
 import json
 import os
@@ -31,9 +32,10 @@ def why_unreadable(path: Path) -> str | None:
 
 
 def read_text(path: str | Path) -> str:
-    """The text of a file. Raises DataError where it cannot be read or is not UTF-8."""
+    """The text of a file, without a byte-order mark. Raises DataError where it cannot be read or is
+    not UTF-8."""
     try:
-        return Path(path).read_bytes().decode("utf-8")
+        return Path(path).read_bytes().removeprefix(codecs.BOM_UTF8).decode("utf-8")
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror}") from error
     except UnicodeDecodeError as error:
@@ -62,7 +64,7 @@ def read_json(path: Path) -> dict[str, Any]:
     if reason := why_unreadable(path):
         raise ConfigError(f"cannot read {path}: {reason}")
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise ConfigError(f"cannot read {path}: {error.strerror}") from error
     except (ValueError, RecursionError) as error:

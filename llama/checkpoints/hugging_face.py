@@ -163,8 +163,8 @@ OTHER_MODELS = {
 
 def _check_is_plain_llama(config: dict[str, Any]) -> None:
     """Raise a ConfigError that names the key where this is not a plain Llama text model."""
-    if config.get("model_type") in OTHER_MODELS:
-        raise ConfigError(f"this is {OTHER_MODELS[config['model_type']]}")
+    if other := OTHER_MODELS.get(str(config.get("model_type"))):
+        raise ConfigError(f"this is {other}")
     quantization = config.get("quantization_config")
     if quantization is not None:
         method = quantization.get("quant_method") if isinstance(quantization, dict) else None

@@ -5,6 +5,7 @@ become OUT when all are done. A line is done when its result stands in any of th
 OUT.job.json says what they are made from.
 """
 
+import codecs
 import contextlib
 import fcntl
 import glob
@@ -172,9 +173,11 @@ def _named(path: Path) -> Iterator[None]:
 
 
 def _lines(path: Path) -> Iterator[bytes]:
-    """The lines that are not blank."""
+    """The lines that are not blank, without a byte-order mark."""
     try:
         with path.open("rb") as file:
+            if file.read(len(codecs.BOM_UTF8)) != codecs.BOM_UTF8:
+                file.seek(0)
             yield from (line for line in file if not line.isspace())
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror}") from error

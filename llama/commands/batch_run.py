@@ -47,8 +47,9 @@ def run_batch(
     """Continue every prompt and answer every dialog of a JSONL file; go on where a run was stopped.
 
     Args:
-        input: a line is {"prompt": text} or {"messages": dialog}, with "id" (anything, copied) and
-            sampling options of its own where wanted; blank lines do not count.
+        input: a line is {"prompt": text} or {"messages": dialog}, with "id" or "custom_id"
+            (anything, copied) and sampling options of its own where wanted; blank lines do not
+            count.
         output: a line for each: index, id, text or message, and more; or index, id and error.
         options: sampling options of lines that do not say otherwise.
         seed: a line without a seed has one made of this and its index, so that its result does not
@@ -112,8 +113,9 @@ class Task:
             self._error = error
 
     def _submit(self, line: dict[str, Any], options: Mapping[str, Any], seed: int) -> None:
-        if "id" in line:
-            self._head["id"] = line.pop("id")
+        for name in ("id", "custom_id"):
+            if name in line:
+                self._head[name] = line.pop(name)
         self._is_dialog = "messages" in line
         if self._is_dialog == ("prompt" in line):
             raise DataError('a line has either a "prompt" or "messages"')

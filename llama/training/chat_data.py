@@ -1,9 +1,11 @@
 """Dialogs as training data. Only what the assistant says has a loss."""
 
+import logging
 import random
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,6 +14,17 @@ from llama.chat_format import ChatFormat, Dialog, Llama2ChatFormat
 from llama.errors import DataError, DialogError
 from llama.files import read_records
 from llama.training.token_files import IGNORED
+
+log = logging.getLogger("llama")
+# Names of speakers in the form "conversations".
+ROLES = {
+    "system": "system",
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "assistant": "assistant",
+    "tool": "ipython",
+}
 
 
 @dataclass
@@ -58,15 +71,49 @@ def cut_dialog(formatter: ChatFormat, dialog: Dialog, limit: int) -> Dialog:
 
 
 def read_dialogs(path: str | Path) -> Iterator[tuple[int, Dialog]]:
-    """The dialogs of a JSONL file, {"messages": [{"role": …, "content": …}, …]} a line, with the
-    number of the line.
+    """The dialogs of a JSONL file, with the number of the line.
 
-    Raises DataError for what is no such line, or has no message of the assistant.
+    A line is {"messages": [{"role": …, "content": …}, …]}, or one of two other forms: ShareGPT's
+    {"conversations": [{"from": …, "value": …}, …]} and Alpaca's {"instruction": …, "input": …,
+    "output": …}. A log line says where one of these was read.
+    Raises DataError for a line of another form.
     """
+    told: set[str] = set()
     for number, record in read_records(path):
-        if not isinstance(record.get("messages"), list):
+        if isinstance(record.get("messages"), list):
+            yield number, record["messages"]
+            continue
+        if isinstance(record.get("conversations"), list):
+            form, dialog = "conversations", _from_conversations(record["conversations"])
+        elif {"instruction", "output"} <= record.keys():
+            form, dialog = "instruction and output", _from_instruction(record)
+        else:
             raise DataError(f'{path}, line {number} has no list "messages"')
-        yield number, record["messages"]
+        if dialog is None:
+            raise DataError(f"{path}, line {number}: {form} hold a role or a text that is unknown")
+        if form not in told:
+            told.add(form)
+            log.info("%s: %s are read as messages", path, form)
+        yield number, dialog
+
+
+def _from_conversations(turns: list[Any]) -> Dialog | None:
+    dialog: list[Any] = []
+    for turn in turns:
+        role = ROLES.get(str(turn.get("from"))) if isinstance(turn, dict) else None
+        if role is None or not isinstance(turn.get("value"), str):
+            return None
+        dialog.append({"role": role, "content": turn["value"]})
+    return dialog
+
+
+def _from_instruction(record: dict[str, Any]) -> Dialog | None:
+    texts = [record["instruction"], record.get("input") or "", record["output"]]
+    if not all(isinstance(text, str) for text in texts):
+        return None
+    instruction, more, output = texts
+    question = f"{instruction}\n\n{more}" if more else instruction
+    return [{"role": "user", "content": question}, {"role": "assistant", "content": output}]
 
 
 @dataclass

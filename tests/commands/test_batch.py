@@ -95,6 +95,17 @@ def test_one_result_a_line_in_order(batch: Batch, tmp_path: Path, ckpt_dir: str)
     assert results[6]["outputs"] != results[11]["outputs"]  # the same prompt on another line
 
 
+def test_files_as_other_tools_write_them(batch: Batch, tmp_path: Path) -> None:
+    """A byte-order mark, Windows line ends, blank lines, and OpenAI's name of the id."""
+    lines = [{"custom_id": f"q{i}", "prompt": "Once", "max_gen_len": 2} for i in range(3)]
+    text = "\r\n".join([*map(json.dumps, lines), "", ""])
+    (tmp_path / "in.jsonl").write_bytes(b"\xef\xbb\xbf" + text.encode())
+    assert batch() == (3, 0)
+    results = read_results(tmp_path)
+    assert [result["custom_id"] for result in results] == ["q0", "q1", "q2"]
+    assert all(result["text"] for result in results)
+
+
 def test_options_of_a_line(batch: Batch, tmp_path: Path, ckpt_dir: str) -> None:
     prompt = "this is the word"
     batch(

@@ -18,6 +18,7 @@ from llama.training.chat_data import (
     encode_dialog,
     load_dialogs,
     pack,
+    read_dialogs,
     to_batch,
 )
 
@@ -140,3 +141,52 @@ def test_bad_files(formatter: ChatFormat, tmp_path: Path) -> None:
     (tmp_path / "latin").write_bytes(b'{"messages": "\xe9"}')
     with pytest.raises(DataError, match="not UTF-8 text: byte 14"):
         load_dialogs(tmp_path / "latin", formatter, 100)
+
+
+OTHER_FORMS: list[tuple[dict[str, Any], list[dict[str, str]]]] = [
+    (
+        {"conversations": [{"from": "system", "value": "S"}, {"from": "human", "value": "Q"},
+                           {"from": "gpt", "value": "A"}], "id": 7},
+        [{"role": "system", "content": "S"}, {"role": "user", "content": "Q"},
+         {"role": "assistant", "content": "A"}],
+    ),
+    (
+        {"instruction": "Add", "input": "1 and 2", "output": "3"},
+        [{"role": "user", "content": "Add\n\n1 and 2"}, {"role": "assistant", "content": "3"}],
+    ),
+    (
+        {"instruction": "Greet", "input": "", "output": "Hello"},
+        [{"role": "user", "content": "Greet"}, {"role": "assistant", "content": "Hello"}],
+    ),
+]  # fmt: skip
+
+
+def test_other_forms_of_dialogs(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """With a byte-order mark, Windows line ends and blank lines, as other tools write them."""
+    lines = [json.dumps(record) for record, _ in OTHER_FORMS * 2]
+    path = tmp_path / "dialogs.jsonl"
+    path.write_bytes(b"\xef\xbb\xbf" + "\r\n".join([*lines, "", ""]).encode())
+    with caplog.at_level("INFO", logger="llama"):
+        dialogs = list(read_dialogs(path))
+    assert dialogs == [(i + 1, dialog) for i, (_, dialog) in enumerate(OTHER_FORMS * 2)]
+    said = [record.getMessage() for record in caplog.records]
+    assert said == [
+        f"{path}: conversations are read as messages",
+        f"{path}: instruction and output are read as messages",
+    ]
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"conversations": [{"from": "narrator", "value": "x"}]},
+        {"conversations": [{"from": "gpt", "value": 3}]},
+        {"conversations": ["x"]},
+        {"instruction": 1, "output": "x"},
+    ],
+)
+def test_dialogs_that_cannot_be_mapped(record: dict[str, Any], tmp_path: Path) -> None:
+    path = tmp_path / "dialogs.jsonl"
+    path.write_text(json.dumps(record))
+    with pytest.raises(DataError, match=r"line 1: .* hold a role or a text that is unknown"):
+        list(read_dialogs(path))

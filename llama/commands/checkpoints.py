@@ -6,7 +6,7 @@ from llama.commands.flags import as_text
 
 
 def inspect(
-    model: str,
+    model: str | None = None,
     mp: int = 1,
     max_seq_len: int | None = None,
     max_batch_size: int = 4,
@@ -18,15 +18,16 @@ def inspect(
 
     Args:
         model: a published model (llama-2-7b, llama-3-8b, llama-3.1-405b, llama-3.2-1b, …) or a
-            checkpoint folder; no weight is read.
+            checkpoint folder; by default the bundled model. No weight is read.
         mp: ranks that share the model.
         max_seq_len: tokens of a row of the KV cache; by default the model's context.
         max_batch_size: rows of the KV cache.
         dtype: float32, bfloat16 or float16, for the sizes in bytes.
     """
+    from llama.checkpoints.folder import BUNDLED
     from llama.checkpoints.inspect import describe
 
-    print(describe(str(model), mp, max_seq_len, max_batch_size, dtype))
+    print(describe(str(model or BUNDLED), mp, max_seq_len, max_batch_size, dtype))
 
 
 @as_text
@@ -59,18 +60,20 @@ def convert(
     print(f"Written to {written}")
 
 
-def verify(folder: str, manifest: bool = True) -> None:
+def verify(folder: str | None = None, manifest: bool = True) -> None:
     """Check a checkpoint folder: every tensor, its numbers, and the files' checksums.
 
     Ends with exit code 1 where something is wrong.
 
     Args:
-        folder: a checkpoint folder, Meta's or Hugging Face's.
-        manifest: write SHA256SUMS where there is none and nothing is wrong.
+        folder: a checkpoint folder, Meta's or Hugging Face's; by default the bundled model.
+        manifest: write SHA256SUMS where there is none and nothing is wrong; not for the bundled
+            model.
     """
+    from llama.checkpoints.folder import BUNDLED
     from llama.checkpoints.verify import verify as run
 
-    title, problems = run(str(folder), manifest)
+    title, problems = run(str(folder or BUNDLED), manifest and folder is not None)
     print(title)
     for problem in problems:
         print(f"wrong: {problem}")
@@ -81,7 +84,7 @@ def verify(folder: str, manifest: bool = True) -> None:
 
 @as_text
 def doctor(
-    folder: str,
+    folder: str | None = None,
     mp: int = 1,
     max_seq_len: int | None = None,
     max_batch_size: int = 4,
@@ -100,7 +103,8 @@ def doctor(
     Example: llama doctor Meta-Llama-3-8B --max_seq_len 8192
 
     Args:
-        folder: a checkpoint folder, Meta's or Hugging Face's, or the id of one on the Hub.
+        folder: a checkpoint folder, Meta's or Hugging Face's, or the id of one on the Hub; by
+            default the bundled model.
         mp: ranks of this machine that share the model.
         max_seq_len: tokens of a row of the KV cache; by default as in Llama.build.
         max_batch_size: rows of the KV cache.
@@ -113,10 +117,11 @@ def doctor(
         dtype: float32, bfloat16 or float16; by default as in Llama.build.
     """
     from llama.checkpoints.doctor import PROBLEM, examine, report
+    from llama.checkpoints.folder import BUNDLED
     from llama.parallel import is_main_rank
 
     findings = examine(
-        str(folder), tokenizer_path, max_seq_len, max_batch_size, mp, device, dtype,
+        str(folder or BUNDLED), tokenizer_path, max_seq_len, max_batch_size, mp, device, dtype,
         mode, quantize, kv_cache, draft,  # type: ignore[arg-type]
     )  # fmt: skip
     if is_main_rank():

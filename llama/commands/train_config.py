@@ -1,5 +1,6 @@
 """Training from a configuration: flags or a TOML file become a model, loaders and a run."""
 
+import logging
 import tomllib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
@@ -19,6 +20,8 @@ from llama.training.checkpoint import checkpoints
 from llama.training.log import TrainingLog
 from llama.training.loop import Loader, Trainer, TrainingOptions, shard_model
 from llama.training.token_files import DistributedShardedDataLoader
+
+log = logging.getLogger("llama")
 
 
 @dataclass(kw_only=True)
@@ -63,6 +66,8 @@ class RunConfig:
             except OSError as error:
                 raise ConfigError(f"cannot read {path}: {error.strerror}") from error
             except ValueError as error:  # TOML's and Unicode's errors are both
+                if Path(path).suffix in (".jsonl", ".json"):
+                    raise ConfigError(f"{path} is no TOML file of options: is it --data?") from None
                 raise ConfigError(f"{path} is not TOML: {error}") from error
         given |= flags
         known = {f.name: f for f in fields(cls)}
@@ -75,6 +80,8 @@ class RunConfig:
                 continue
             kind = f.type.__name__ if isinstance(f.type, type) else str(f.type)
             given[name] = _convert(name, given[name], kind)
+        if "warmup_steps" not in given:
+            _shorten_warmup(given, cls.warmup_steps)
         return cls(**given)
 
     def options(self, device: torch.device) -> TrainingOptions:
@@ -82,6 +89,14 @@ class RunConfig:
         same = {f.name for f in fields(TrainingOptions)} - {"autocast"}
         values = {name: value for name, value in asdict(self).items() if name in same}
         return TrainingOptions(**values, autocast=torch.bfloat16 if autocast else None)
+
+
+def _shorten_warmup(given: dict[str, Any], usual: int) -> None:
+    """Warm up for half of a run that is too short for the usual warm-up."""
+    room = given.get("steps", usual) - (given.get("decay_steps") or 0)
+    if 0 < room < usual:
+        given["warmup_steps"] = room // 2
+        log.info("a run of %d steps warms up for %d, not %d", given["steps"], room // 2, usual)
 
 
 def _convert(name: str, value: Any, kind: str) -> Any:

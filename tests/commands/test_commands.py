@@ -12,7 +12,7 @@ from make_checkpoint import demo_pieces, write_tokenizer
 
 from llama import Llama
 from llama.__main__ import main
-from llama.commands.train_config import PretrainConfig
+from llama.commands.train_config import FinetuneConfig, PretrainConfig
 from llama.evaluation.perplexity import score
 from llama.tokenizer import Tokenizer
 from llama.training.chat_data import load_dialogs
@@ -191,7 +191,11 @@ def test_mistakes_in_training(folder: Path, fail: Run) -> None:
     assert many == "error: steps is 'many': it must be int"
     small = ["--ckpt_dir", make_base(folder), "--data", folder / "dialogs.jsonl", *out]
     assert "learning rate: -1" in fail("finetune", *small, "--learning_rate=-1")
-    assert "warmup_steps 10 do not fit into 2 steps" in fail("finetune", *small, "--steps=2")
+    short = [*small, "--steps=2", "--warmup_steps=10"]
+    assert "warmup_steps 10 do not fit into 2 steps" in fail("finetune", *short)
+    assert "dialogs.jsonl is no TOML file of options: is it --data?" in fail(
+        "finetune", folder / "dialogs.jsonl", *out
+    )
     assert "preset is 'llama-9'" in fail("train", *where, *out, "--preset=llama-9")
     assert "cannot read nowhere.toml" in fail("train", "nowhere.toml")
     (folder / "bad.toml").write_text("steps = = 3")
@@ -257,3 +261,24 @@ def test_over_long_dialogs_are_counted(folder: Path, run: Run) -> None:
     assert "0 dialogs cut at a turn and 1 left out, to fit into 64 tokens" in printed
     formatter = Tokenizer(folder / "tokenizer.model").chat_format()
     assert load_dialogs(folder / "dialogs.jsonl", formatter, 65).dropped == 1
+
+
+@pytest.mark.parametrize(
+    ("given", "warmup"),
+    [({}, 10), ({"steps": 10}, 10), ({"steps": 6}, 3), ({"steps": 1}, 0),
+     ({"steps": 12, "decay_steps": 6}, 3), ({"steps": 6, "warmup_steps": 2}, 2)],
+)  # fmt: skip
+def test_a_short_run_has_a_short_warm_up(
+    given: dict[str, int], warmup: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    flags = dict(out_dir="run", data="dialogs.jsonl", ckpt_dir="base", **given)
+    with caplog.at_level("INFO", logger="llama"):
+        assert FinetuneConfig.read(None, flags).warmup_steps == warmup
+    is_shortened = warmup not in (10, given.get("warmup_steps"))
+    assert bool(caplog.records) == is_shortened
+
+
+def test_the_bundled_model_where_no_folder_is_named(run: Run) -> None:
+    assert "feed-forward 640" in run("inspect")
+    assert "all is well" in run("verify")
+    assert "all is well" in run("doctor")

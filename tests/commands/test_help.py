@@ -103,10 +103,10 @@ def test_the_overview_names_every_command(
 def test_the_console_script_and_the_module(command: list[str]) -> None:
     program = Path(sys.executable).parent / "llama" if command == ["llama"] else command[0]
     shown = subprocess.run(
-        [program, *command[1:], "inspect"], capture_output=True, text=True, check=False
+        [program, *command[1:], "convert"], capture_output=True, text=True, check=False
     )
     assert shown.returncode == 2
-    assert "MODEL is missing" in shown.stderr
+    assert "SRC is missing" in shown.stderr
 
 
 def test_the_version(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

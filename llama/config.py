@@ -14,16 +14,25 @@ MAX_NUMBER = 10**18
 
 @dataclass(frozen=True)
 class RopeScaling:
-    """How Llama 3.1 and later scale RoPE for a longer context than that of pre-training."""
+    """How RoPE is scaled for a longer context than that of pre-training.
+
+    kind: "llama3" divides low frequencies, as Llama 3.1 and later. "linear" divides all, as some
+        fine-tunes of Llama 2; it needs nothing but the factor. Chen et al. 2023,
+        arxiv.org/abs/2306.15595.
+    """
 
     factor: float = 8.0
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
     original_context_length: int = 8192
+    kind: str = "llama3"
 
     def __post_init__(self) -> None:
+        if self.kind not in ("llama3", "linear"):
+            raise ConfigError(f"RoPE scaling is of kind {self.kind!r}: it must be llama3 or linear")
         for field in fields(self):
-            _require_number(field.name, getattr(self, field.name))
+            if field.name != "kind":
+                _require_number(field.name, getattr(self, field.name))
         if self.high_freq_factor <= self.low_freq_factor:
             raise ConfigError(
                 f"RoPE high_freq_factor is {self.high_freq_factor}: it must be above "

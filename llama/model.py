@@ -53,6 +53,8 @@ def apply_scaling(freqs: Tensor, scaling: RopeScaling | None = None) -> Tensor:
     interpolated. freqs: (hd / 2,) radians per position. scaling None: Meta's constants, factor 8.
     """
     scaling = RopeScaling() if scaling is None else scaling
+    if scaling.kind == "linear":
+        return freqs / scaling.factor
     context = scaling.original_context_length
     low, high = scaling.low_freq_factor, scaling.high_freq_factor
     wavelen = 2 * math.pi / freqs  # positions per full turn

@@ -149,7 +149,9 @@ def make_config(args: ModelArgs, dtype: torch.dtype) -> dict[str, Any]:
         config["head_dim"] = args.head_width
     if args.rope_scaling is not None:
         scaling = {theirs: getattr(args.rope_scaling, o) for o, theirs in SCALING_FIELDS.items()}
-        config["rope_scaling"] = {"rope_type": "llama3", **scaling}
+        if args.rope_scaling.kind == "linear":
+            scaling = {"factor": args.rope_scaling.factor}
+        config["rope_scaling"] = {"rope_type": args.rope_scaling.kind, **scaling}
     return config
 
 
@@ -194,8 +196,10 @@ def _rope(config: dict[str, Any], rope_factor: float | None) -> tuple[float, Rop
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind == "default":
         return theta, None
+    if kind == "linear" and "factor" in rope:
+        return theta, RopeScaling(rope["factor"] if rope_factor is None else rope_factor, kind=kind)
     if kind != "llama3":
-        raise ConfigError(f"RoPE of type {kind!r}: it must be default or llama3")
+        raise ConfigError(f"RoPE of type {kind!r}: it must be default, llama3 or linear")
     if missing := [theirs for theirs in SCALING_FIELDS.values() if theirs not in rope]:
         raise ConfigError(f"the RoPE settings lack {', '.join(missing)}")
     values = {ours: rope[theirs] for ours, theirs in SCALING_FIELDS.items()}

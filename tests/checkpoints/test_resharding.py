@@ -122,6 +122,7 @@ HF_MODELS: dict[str, dict[str, Any]] = {
     "llama-3.2": dict(
         num_key_value_heads=4, tie_word_embeddings=True, rope_scaling=llama3_scaling(32.0)
     ),
+    "linear": dict(rope_scaling=dict(rope_type="linear", factor=4.0)),
     "pruned": dict(num_key_value_heads=4, head_dim=12, rope_theta=500000.0),
 }
 
@@ -129,7 +130,7 @@ HF_MODELS: dict[str, dict[str, Any]] = {
 @pytest.fixture(scope="module")
 def hf_folders(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[Path, Any]]:
     root = tmp_path_factory.mktemp("hf")
-    sizes = ["1GB", "200KB", "300KB", "1GB", "1GB"]  # one file or many with an index
+    sizes = ["1GB", "200KB", "300KB", "1GB", "1GB", "1GB"]  # one file or many with an index
     return [
         (root / name, write_hugging_face(root / name, dict(changes), size))
         for (name, changes), size in zip(HF_MODELS.items(), sizes, strict=True)
@@ -204,7 +205,9 @@ def test_what_a_hugging_face_folder_says(hf_folders: list[tuple[Path, Any]]) -> 
         ({"head_dim": 7}, "head_dim 7 must be even"),
         ({"head_dim": "x"}, "head_width is 'x'"),
         ({"rope_parameters": {"rope_type": "yarn", "factor": 2}}, "RoPE of type 'yarn'"),
-        ({"rope_parameters": {"type": "linear", "factor": 2}}, "RoPE of type 'linear'"),
+        ({"rope_parameters": {"type": "dynamic", "factor": 2}}, "RoPE of type 'dynamic'"),
+        ({"rope_parameters": {"type": "linear"}}, "RoPE of type 'linear'"),
+        ({"rope_parameters": {"type": "linear", "factor": 0}}, "factor is 0"),
         ({"rope_parameters": {"rope_type": "llama3", "factor": 2}}, "settings lack low_freq"),
         ({"rope_parameters": [1]}, r"RoPE settings are \[1\]"),
         ({"hidden_size": None}, "dim is None"),
@@ -262,7 +265,7 @@ def test_folders_of_other_kinds(name: str, message: str, tmp_path: Path) -> None
 def test_heads_of_their_own_width_in_fast_mode(
     options: dict[str, Any], hf_folders: list[tuple[Path, Any]]
 ) -> None:
-    folder = hf_folders[4][0]
+    folder = hf_folders[5][0]
     prompts = [TOKENS[0].tolist(), TOKENS[1, :5].tolist()]
     want = Llama.build(folder).score(prompts)
     got = Llama.build(folder, mode="fast", **options).score(prompts)
@@ -274,7 +277,7 @@ def test_heads_of_their_own_width_in_fast_mode(
 def test_heads_of_their_own_width_there_and_back(
     hf_folders: list[tuple[Path, Any]], tmp_path: Path
 ) -> None:
-    folder = hf_folders[4][0]
+    folder = hf_folders[5][0]
     convert(folder, tmp_path / "meta", "meta", mp=2)
     convert(tmp_path / "meta", tmp_path / "hf", "hf")
     assert json.loads((tmp_path / "hf" / "config.json").read_text())["head_dim"] == 12
@@ -323,3 +326,13 @@ def test_a_harmful_pytorch_model_bin(
     with pytest.raises(CheckpointError, match="is not a file of plain tensors: its code was not"):
         Llama.build(tmp_path)
     assert "code ran" not in capsys.readouterr().out
+
+
+def test_linear_scaling_there_and_back(hf_folders: list[tuple[Path, Any]], tmp_path: Path) -> None:
+    folder = hf_folders[4][0]
+    convert(folder, tmp_path / "meta", "meta")
+    convert(tmp_path / "meta", tmp_path / "hf", "hf")
+    config = json.loads((tmp_path / "hf" / "config.json").read_text())
+    assert config["rope_scaling"] == {"rope_type": "linear", "factor": 4.0}
+    for kind in ("meta", "hf"):
+        assert torch.equal(logits_of(tmp_path / kind), logits_of(folder))

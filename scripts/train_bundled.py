@@ -23,12 +23,11 @@ from torch import Tensor
 from llama import Llama, parallel
 from llama.chat_format import ChatFormat
 from llama.checkpoints.convert import convert
-from llama.checkpoints.folder import open_checkpoint
+from llama.checkpoints.folder import open_checkpoint, run_checkpoints
 from llama.evaluation.perplexity import score
 from llama.model import ModelArgs, Transformer
 from llama.tokenizer import Tokenizer
 from llama.training.chat_data import Example, to_batch
-from llama.training.checkpoint import checkpoints
 from llama.training.loop import StepReport, Trainer, TrainingOptions
 from llama.training.optimizer import Muon
 from llama.training.vocabulary import train_vocabulary
@@ -214,7 +213,7 @@ def export(run: str, bundled: str, corpus: str, hours: float, machine: str) -> N
         hours: that the training took, for the card.
         machine: that it ran on, for the card.
     """
-    folder, last = Path(bundled), checkpoints(Path(run))[-1]
+    folder, last = Path(bundled), run_checkpoints(Path(run))[-1]
     convert(last, folder, to="meta", mp=2, dtype="bfloat16", force=True)
 
     texts, held_out = read_tales(corpus)

@@ -1,6 +1,8 @@
 """Checkpoint folders, Meta's or Hugging Face's: which files they hold, and opening them."""
 
+import logging
 import os
+import re
 from pathlib import Path
 from typing import cast
 
@@ -22,13 +24,23 @@ from llama.fast.quantize import (
 )
 from llama.files import read_json
 
+log = logging.getLogger("llama")
 BUNDLED = Path(__file__).parent.parent / "bundled"  # the model in this package
+
+STEP = re.compile(r"step_\d{8}")
 
 # Files of folders that are not opened, and what to do instead.
 FOREIGN = {
     "*.gguf": "a GGUF file is not opened: take the repository of the original model",
     "adapter_config.json": "a LoRA adapter is not opened: merge it into its base model first",
 }
+
+
+def run_checkpoints(out_dir: Path) -> list[Path]:
+    """The whole checkpoints of a training run, oldest first: folders `step_00000200` and so on."""
+    if not out_dir.is_dir():
+        return []
+    return sorted(path for path in out_dir.iterdir() if STEP.fullmatch(path.name))
 
 
 def find_folder(ckpt_dir: str | Path) -> Path:
@@ -43,6 +55,11 @@ def find_folder(ckpt_dir: str | Path) -> Path:
         return folder
     if has_params(folder / "original"):
         return folder / "original"
+    if steps := run_checkpoints(folder):
+        log.info(
+            "%s is a training run: its newest checkpoint, %s, is opened", folder, steps[-1].name
+        )
+        return find_folder(steps[-1])
     for pattern, advice in FOREIGN.items():
         if found := sorted(folder.glob(pattern)):
             raise CheckpointError(f"{found[0]}: {advice}")

@@ -10,13 +10,13 @@ from typing import Any, Literal, Self
 import torch
 
 from llama import parallel
+from llama.checkpoints.folder import run_checkpoints
 from llama.config import PRESETS, ModelArgs
 from llama.errors import ConfigError, TrainingError
 from llama.generation import Llama
 from llama.model import Transformer
 from llama.tokenizer import Tokenizer
 from llama.training.chat_data import DialogLoader, load_dialogs
-from llama.training.checkpoint import checkpoints
 from llama.training.log import TrainingLog
 from llama.training.loop import Loader, Trainer, TrainingOptions, shard_model
 from llama.training.token_files import DistributedShardedDataLoader
@@ -254,7 +254,7 @@ def _run(
         trainer.run()
     finally:
         report.close()
-    return checkpoints(trainer.out_dir)[-1]
+    return run_checkpoints(trainer.out_dir)[-1]
 
 
 def _needs_fsdp(config: RunConfig, model: Transformer, device: torch.device) -> bool:

@@ -4,7 +4,6 @@ A folder is written under another name and renamed when all of it is on disk. So
 step_… is whole, and a kill or a full disk leaves the ones before as they were.
 """
 
-import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,13 +17,12 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from llama import parallel
 from llama.checkpoints import shards
+from llama.checkpoints.folder import run_checkpoints
 from llama.checkpoints.params import write_params
 from llama.errors import CheckpointError, LlamaError, TrainingError
 from llama.files import atomic_file
 from llama.model import Transformer
 from llama.training.token_files import Loader
-
-NAME = re.compile(r"step_(\d{8})")
 
 
 @dataclass
@@ -38,13 +36,6 @@ class Run:
     tokenizer_path: str | Path | None  # copied into each checkpoint
     keep: int  # checkpoints, the newest
     step: int = 0  # steps done
-
-
-def checkpoints(out_dir: Path) -> list[Path]:
-    """The whole checkpoints of a run, oldest first."""
-    if not out_dir.is_dir():
-        return []
-    return sorted(path for path in out_dir.iterdir() if NAME.fullmatch(path.name))
 
 
 def save(run: Run) -> Path:
@@ -71,7 +62,7 @@ def save(run: Run) -> Path:
         if final.exists():  # a resumed run repeats this step
             shutil.rmtree(final)
         partial.rename(final)
-        for old in checkpoints(run.out_dir)[: -run.keep]:
+        for old in run_checkpoints(run.out_dir)[: -run.keep]:
             shutil.rmtree(old)
     _wait_for_all()
     return final
@@ -103,7 +94,7 @@ def load_newest(run: Run) -> bool:
 
     Raises TrainingError for another number of ranks, CheckpointError for a damaged file.
     """
-    found = checkpoints(run.out_dir)
+    found = run_checkpoints(run.out_dir)
     if not found:
         return False
     folder = found[-1]

@@ -12,11 +12,11 @@ from make_checkpoint import demo_pieces, write_tokenizer
 
 from llama import Llama
 from llama.__main__ import main
+from llama.checkpoints.folder import run_checkpoints
 from llama.commands.train_config import FinetuneConfig, PretrainConfig
 from llama.evaluation.perplexity import score
 from llama.tokenizer import Tokenizer
 from llama.training.chat_data import load_dialogs
-from llama.training.checkpoint import checkpoints
 from llama.training.token_files import read_token_file
 
 TEXTS = [
@@ -78,7 +78,7 @@ def train_small(run: Run, folder: Path, *more: object) -> Path:
         "--out_dir", folder / "run", "--dim=32", "--n_layers=2", "--n_kv_heads=2", "--batch=4",
         "--seq_len=64", "--steps=6", "--warmup_steps=2", "--learning_rate=0.01", "--device=cpu",
         *more)  # fmt: skip
-    return checkpoints(folder / "run")[-1]
+    return run_checkpoints(folder / "run")[-1]
 
 
 def test_from_texts_to_a_score(folder: Path, run: Run) -> None:
@@ -116,7 +116,7 @@ def test_training_learns_and_goes_on(folder: Path, run: Run) -> None:
                 "--batch=4", "--seq_len=64", "--steps=30", "--warmup_steps=2",
                 "--learning_rate=0.01", "--device=cpu")  # fmt: skip
     assert "Going on after step 6" in again
-    later = Llama.build(checkpoints(folder / "run")[-1])
+    later = Llama.build(run_checkpoints(folder / "run")[-1])
     assert score(later, [text]).nats < 0.8 * score(first, [text]).nats
 
 
@@ -126,7 +126,10 @@ def test_finetuning_teaches_the_answer(folder: Path, run: Run) -> None:
                   folder / "tuned", "--batch=2", "--seq_len=64", "--steps=40", "--device=cpu",
                   "--learning_rate=0.02", "--eval_data", folder / "dialogs.jsonl")  # fmt: skip
     assert "Saved in" in printed
-    tuned = Llama.build(checkpoints(folder / "tuned")[-1])
+    tuned = Llama.build(run_checkpoints(folder / "tuned")[-1])
+    whole = Llama.build(folder / "tuned")  # the run's folder: its newest checkpoint
+    weights = zip(tuned.model.parameters(), whole.model.parameters(), strict=True)
+    assert all(torch.equal(ours, theirs) for ours, theirs in weights)
     (answer,) = tuned.chat_completion([DIALOG["messages"][:1]], temperature=0)  # type: ignore[list-item]
     assert answer["generation"]["content"] == "this is the word."
 

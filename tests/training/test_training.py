@@ -14,10 +14,10 @@ from make_checkpoint import demo_pieces, write_tokenizer
 from torch import Tensor
 
 from llama import Llama, ModelArgs, Transformer, parallel
+from llama.checkpoints.folder import run_checkpoints
 from llama.engine.engine import Engine
 from llama.errors import ConfigError, LlamaError, TrainingError
 from llama.sampling import SamplingParams
-from llama.training import checkpoint
 from llama.training.loop import Trainer, TrainingOptions, shard_model
 from llama.training.objective import document_mask, document_numbers, document_positions
 from llama.training.optimizer import Muon, clip_grad_norm, learning_rate_factor, orthogonalize
@@ -311,7 +311,7 @@ def run_on_rank(folder: Path, fsdp: bool) -> list[float]:
         runs.append(trainer.run())
         if seed == 1:
             if parallel.is_main_rank():
-                shutil.rmtree(checkpoint.checkpoints(folder)[-1])
+                shutil.rmtree(run_checkpoints(folder)[-1])
             torch.distributed.barrier()
     assert runs[1] == runs[0][2:]
     if fsdp:  # samples on the way: generation gathers what is sharded
@@ -358,7 +358,7 @@ def test_two_ranks_equal_one(
         assert rank[way] == pytest.approx(losses, abs=1e-5)
     # Whatever wrote the checkpoint, one rank reads it.
     write_tokenizer(tmp_path / "tokenizer.model", demo_pieces())
-    newest = checkpoint.checkpoints(folder / way)[-1]
+    newest = run_checkpoints(folder / way)[-1]
     llama = Llama.build(newest, tmp_path / "tokenizer.model")
     batch = Rows(4, 24).next_batch()
     torch.testing.assert_close(
@@ -381,7 +381,7 @@ def test_llama_build_opens_a_checkpoint(tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path / "run")
     trainer.tokenizer_path = tmp_path / "tokenizer.model"
     trainer.run()
-    newest = checkpoint.checkpoints(tmp_path / "run")[-1]
+    newest = run_checkpoints(tmp_path / "run")[-1]
     assert newest.name == "step_00000004"
     llama = Llama.build(newest)
     assert llama.model.params.max_seq_len == 64
@@ -394,7 +394,7 @@ def test_a_tokenizer_json_keeps_its_name(tmp_path: Path) -> None:
     trainer.tokenizer_path = tmp_path / "tokenizer.json"
     trainer.tokenizer_path.write_text("{}")
     trainer.run()
-    [newest] = checkpoint.checkpoints(tmp_path / "run")[-1:]
+    [newest] = run_checkpoints(tmp_path / "run")[-1:]
     assert [path.name for path in newest.glob("tokenizer*")] == ["tokenizer.json"]
 
 

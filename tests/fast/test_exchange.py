@@ -14,8 +14,8 @@ from llama.fast.cpu.kernels import exchange
 from llama.fast.cpu.kernels.exchange import Exchange
 
 # Of a sum, some longer than what is passed at once; and of rows to join.
-LENGTHS = [1, 2048, exchange.MIN_ROOM, 2 * exchange.MIN_ROOM + 7]
-SHAPES = [(1, 64), (5, 96), (3, exchange.MIN_ROOM // 2)]
+LENGTHS = [1, 2048, exchange.MIN_SIZE, 2 * exchange.MIN_SIZE + 7]
+SHAPES = [(1, 64), (5, 96), (3, exchange.MIN_SIZE // 2)]
 
 
 def numbers(rank: int, *shape: int) -> Tensor:

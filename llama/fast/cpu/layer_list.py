@@ -1,4 +1,4 @@
-"""All layers of a model for some tokens, as one list of compiled tasks on the CPU."""
+"""Runs all layers of a model on the CPU, as one list of compiled tasks."""
 
 import threading
 from collections.abc import Sequence
@@ -22,12 +22,12 @@ from llama.model import RMSNorm, Transformer, TransformerBlock
 
 
 class LayerList:
-    """Everything between embedding and output matrix, for up to `max_tokens` tokens at a time.
+    """The network except its output matrix, for up to `max_tokens` tokens at a time.
 
     It is made once for a model. It holds the addresses of the weights, the buffers of all
     intermediate results, and the list of tasks.
 
-    layers: four products a layer: queries, keys and values; wo; gate and up with SwiGLU; down.
+    layers: the four products of each layer: wq, wk and wv; wo; w1 and w3 with SwiGLU; w2.
     exchange: sums the partial results of the ranks.
     """
 
@@ -58,30 +58,30 @@ class LayerList:
         self._hidden = float_buffer(2 * max_tokens, layers[0][-1].features)
         self._delta = float_buffer(max_tokens, dim)
         self._rotations = torch.view_as_real(model.freqs_cis)
-        self._weights: list[Tensor] = []  # of the norms
+        self._norm_weights: list[Tensor] = []  # kept alive, because tasks hold their addresses
         self._starts = np.zeros(max_tokens, np.int64)
         self._cache = np.zeros(layer_ops.CACHE_LENGTH, np.int64)
         self._cache[layer_ops.STARTS] = self._starts.ctypes.data
 
         self._tasks: list[Task] = []
         self._jobs: list[list[int]] = []
-        # The products by their index in the list, with their input and output.
+        # The index of a product's task -> the product, its input and its output.
         self._products: dict[int, tuple[Product, Tensor, Tensor]] = {}
-        cuts = []  # indices of tasks before which the ranks are summed
+        all_reduces = []  # indices of the tasks that an all-reduce precedes
         for number, (block, layer) in enumerate(zip(blocks, layers, strict=True)):
             qkv, wo, gate_and_up, down = layer
             self._add_norm(block.attention_norm, is_first=number == 0)
             self._add_product(qkv, self._normed, self._qkv)
             self._add_attention(number)
             self._add_product(wo, self._heads, self._delta)
-            cuts.append(len(self._tasks))
+            all_reduces.append(len(self._tasks))
             self._add_norm(block.ffn_norm)
             self._add_product(gate_and_up, self._normed, self._hidden)
             self._add_product(down, self._hidden, self._delta)
-            cuts.append(len(self._tasks))
+            all_reduces.append(len(self._tasks))
         self._add_norm(model.norm)
         self._list = TaskList(self._tasks, self._jobs)
-        self._cuts = [] if exchange.is_alone else cuts
+        self._all_reduces = [] if exchange.is_alone else all_reduces
         is_bfloat16 = layers[0][0].kind == "bfloat16"
         self._uses_onednn = is_bfloat16 and matmul.may_use_onednn()
         self._n_threads = pool.threads()
@@ -93,7 +93,7 @@ class LayerList:
 
     def _add_norm(self, norm: RMSNorm, is_first: bool = False) -> None:
         weight = norm.weight.detach().float()
-        self._weights.append(weight)
+        self._norm_weights.append(weight)
         fields = {
             layer_ops.DIM: weight.numel(),
             layer_ops.H: self._h.data_ptr(),
@@ -130,7 +130,7 @@ class LayerList:
         self._add(layer_ops.attend(self._head_dim), fields)
 
     def __call__(self, tokens: Tensor, start_pos: int | Tensor, cache: KVCache) -> Tensor:
-        """Ids (B, S), at max_tokens `max_tokens` -> float32 (B, S, D); see `Transformer.features`.
+        """Ids (B, S), at most `max_tokens` -> float32 (B, S, D); see `Transformer.features`.
 
         Row r of the tokens uses row r of the cache. Raises GenerationError for an id outside the
         vocabulary and for tokens that do not fit the cache.
@@ -141,7 +141,7 @@ class LayerList:
         out = float_buffer(bsz, seqlen, self._h.shape[1])
         with self._lock:
             self._starts[:bsz] = starts
-            self._point_to(cache, seqlen)
+            self._set_cache(cache, seqlen)
             self._embed(tokens.flatten())
             jobs = self._list.jobs
             jobs[:, layer_ops.N] = n
@@ -151,15 +151,15 @@ class LayerList:
                 for place, (product, _, _) in self._products.items():
                     jobs[place, matmul.CHUNK] = product.chunk()
             first = 0
-            for cut in [*self._cuts, len(jobs)]:
-                self._run(first, cut, n)
-                if cut < len(jobs):
+            for last in [*self._all_reduces, len(jobs)]:
+                self._run(first, last, n)
+                if last < len(jobs):
                     self._exchange.sum(self._delta[:n])
-                first = cut
+                first = last
         return out
 
     def _run(self, first: int, last: int, n: int) -> None:
-        """Run tasks `first` to `last - 1`. oneDNN takes products of many tokens, where allowed."""
+        """Run tasks `first` to `last - 1`. If allowed, products of many tokens run in oneDNN."""
         if self._uses_onednn and n > matmul.FEW_ROWS:
             for place in [place for place in self._products if first <= place < last]:
                 self._list.run(first, place)
@@ -171,8 +171,8 @@ class LayerList:
     def _embed(self, tokens: Tensor) -> None:
         """Write the embedding of ids (n) to the first n rows of h."""
         embedding, h = self.model.tok_embeddings, self._h[: len(tokens)]
-        is_of_words = isinstance(embedding, VocabParallelEmbedding)
-        if self._exchange.is_alone or not is_of_words:  # each rank holds part of the features
+        is_vocab_parallel = isinstance(embedding, VocabParallelEmbedding)
+        if self._exchange.is_alone or not is_vocab_parallel:  # the rank holds every word
             h.copy_(self._exchange.join(F.embedding(tokens, embedding.weight).float()))
             return
         first = embedding.vocab_start_index
@@ -181,7 +181,7 @@ class LayerList:
         h.copy_(embedded.masked_fill(~is_here[:, None], 0))
         self._exchange.sum(h)
 
-    def _point_to(self, cache: KVCache, seqlen: int) -> None:
+    def _set_cache(self, cache: KVCache, seqlen: int) -> None:
         self._cache[layer_ops.SEQLEN] = seqlen
         self._cache[layer_ops.TO_LAYER : layer_ops.KEYS] = cache.k.stride()[:3]
         held = (cache.k, cache.v, cache.k_scale, cache.v_scale)

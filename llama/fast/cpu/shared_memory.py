@@ -17,8 +17,8 @@ from llama import parallel
 class SharedMemory:
     """A block of zeros, at another address in each rank. It is freed when the last rank ends.
 
-    Each rank locks one byte of the file behind it. The system unlocks it when the rank ends, in
-    whatever way, so that the others see it.
+    Each rank locks one byte of the mapped file. The system releases the lock when the rank ends or
+    crashes, so that the others notice.
     """
 
     def __init__(self, file: BinaryIO) -> None:
@@ -33,7 +33,7 @@ class SharedMemory:
     def of_all_ranks(cls, n_bytes: int) -> Self | None:
         """Make the block. All model-parallel ranks call this together.
 
-        None where a rank is on another machine, or the system has no shared memory left.
+        Returns None if a rank is on another machine, or the system has no shared memory left.
         """
         file, name = None, None
         if parallel.mp_rank() == 0:
@@ -53,7 +53,7 @@ class SharedMemory:
                 path.unlink()  # all ranks have opened it
         return memory if n_found.item() == parallel.mp_size() else None
 
-    def has_left(self, rank: int) -> bool:
+    def has_ended(self, rank: int) -> bool:
         """Whether the process of another rank has ended."""
         import fcntl
 
@@ -66,7 +66,7 @@ class SharedMemory:
 
 
 def _make(n_bytes: int) -> BinaryIO | None:
-    """A new file of that size, in memory where the system has /dev/shm. None without room."""
+    """A new file of that size, in memory if the system has /dev/shm; None if there is no room."""
     folder = Path("/dev/shm")
     try:
         descriptor, path = tempfile.mkstemp(

@@ -1,7 +1,7 @@
-"""The network in compiled kernels on a CPU, with its weights as they are or quantized.
+"""A Transformer that runs in compiled kernels on a CPU, with float or quantized weights.
 
-Activations and KV cache are float32 whatever the weights are, because rounding them saves a CPU no
-time.
+Activations are float32 for every kind of weights, because a CPU saves no time by rounding them. The
+KV cache is float32 or int8.
 """
 
 from typing import Any
@@ -20,9 +20,10 @@ MAX_TOKENS = 512  # of one call of the layer list
 
 
 class FastTransformer:
-    """A `Transformer` on a CPU with compiled kernels, for inference. The engine calls both alike.
+    """A `Transformer` on a CPU with compiled kernels, for inference. It has the methods that the
+    engine calls.
 
-    quantize: round the matrices that are not rounded yet to eight or four bits.
+    quantize: "int8" or "int4", for the matrices that are not quantized yet.
     Raises ConfigError where the kernels cannot take the weights, or numba is not installed.
     """
 
@@ -45,8 +46,8 @@ class FastTransformer:
         return self.model.make_cache(max_batch_size, max_seq_len, dtype or torch.float32)
 
     def features(self, tokens: Tensor, start_pos: int | Tensor, cache: KVCache) -> Tensor:
-        """Ids (B, S) -> float32 (B, S, D); see `Transformer.features`. The features of a token do
-        not depend, to the last bit, on which tokens are computed beside it."""
+        """Ids (B, S) -> float32 (B, S, D); see `Transformer.features`. To the last bit, a token's
+        features do not depend on which tokens are computed with it; oneDNN is an exception."""
         bsz, seqlen = tokens.shape
         out = float_buffer(bsz, seqlen, self.params.dim)
         starts = torch.as_tensor(start_pos, device="cpu").expand(bsz)
@@ -62,7 +63,7 @@ class FastTransformer:
         return out
 
     def logits(self, features: Tensor) -> Tensor:
-        """(…, D) -> float32 (…, V), those of all ranks."""
+        """Features (…, D) -> logits of the whole vocabulary, float32 (…, V)."""
         rows = self.output(features.flatten(0, -2))
         size = self.vocab_size // parallel.mp_size()
         rows = rows[:, :size]  # int8 and int4 rows are padded to multiples of eight

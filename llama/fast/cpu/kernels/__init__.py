@@ -1,1 +1,1 @@
-"""Compiled kernels for the CPU. They need numba, which the extra [fast] brings."""
+"""Compiled kernels for the CPU. They need numba, which the extra [fast] installs."""

@@ -1,7 +1,7 @@
 """The two products of attention over a block of the cache, as LLVM instructions.
 
-Keys and values are float32, or int8 that the caller scales. Head_dim is known when this is
-compiled: a query, or the sum of values, stays in registers.
+Keys and values are float32, or int8 that the caller scales. head_dim is a constant of the compiled
+code, so that a key, or the sum of the values, stays in registers.
 """
 
 import math
@@ -16,14 +16,14 @@ from numba.core import cgutils, types
 from numba.extending import intrinsic
 
 MAX_LANES = 16
-PREFETCH = 8  # positions ahead; they lie too far apart for the processor to prefetch them itself
+PREFETCH = 8  # positions ahead; the processor does not prefetch over such distances itself
 
 i8, i32, i64, f32 = ir.IntType(8), ir.IntType(32), ir.IntType(64), ir.FloatType()
 ANY_ORDER = ("reassoc", "contract", "nsz")
 
 
-class _Pieces:
-    """A head's features as vectors of as many lanes as divide head_dim."""
+class _HeadVectors:
+    """A head's features, as vectors of at most 16 lanes. The number of lanes divides head_dim."""
 
     def __init__(self, b: Builder, kind: str, head_dim: int) -> None:
         self.b = b
@@ -33,7 +33,7 @@ class _Pieces:
         self.cached = self.floats if kind == "float32" else ir.VectorType(i8, self.lanes)
 
     def at(self, address: Value, kind: ir.VectorType) -> list[Value]:
-        """The offsets of the vectors in a head."""
+        """Pointers to the vectors of the head at an address."""
         first = self.b.inttoptr(address, kind.as_pointer())
         return [self.b.gep(first, [ir.Constant(i32, i)]) for i in range(self.count)]
 
@@ -42,10 +42,10 @@ class _Pieces:
 
     def load_cached(self, address: Value) -> list[Value]:
         """Keys or values, as float32."""
-        pieces = [self.b.load(place, align=1) for place in self.at(address, self.cached)]
+        vectors = [self.b.load(place, align=1) for place in self.at(address, self.cached)]
         if self.cached is self.floats:
-            return pieces
-        return [self.b.sitofp(piece, self.floats) for piece in pieces]
+            return vectors
+        return [self.b.sitofp(vector, self.floats) for vector in vectors]
 
     def prefetch(self, address: Value) -> None:
         bits = 32 if self.cached is self.floats else 8
@@ -102,17 +102,17 @@ def score_keys(
 
     def generate(context: Any, b: Builder, signature: Any, operands: list[Value]) -> Value:
         group, queries, count, keys, step, scores, scores_step = operands[2:]
-        pieces = _Pieces(b, kind.literal_value, head_dim.literal_value)
+        vectors = _HeadVectors(b, kind.literal_value, head_dim.literal_value)
         query_bytes = ir.Constant(i64, 4 * head_dim.literal_value)
-        with pieces.loop(count, keys, step) as (i, address):
-            key = pieces.load_cached(address)
+        with vectors.loop(count, keys, step) as (i, address):
+            key = vectors.load_cached(address)
             with cgutils.for_range(b, group) as loop:
-                query = pieces.load(b.add(queries, b.mul(loop.index, query_bytes)))
+                query = vectors.load(b.add(queries, b.mul(loop.index, query_bytes)))
                 total = b.fmul(query[0], key[0])
                 for x, y in zip(query[1:], key[1:], strict=True):
-                    total = pieces.multiply_add(x, y, total)
+                    total = vectors.multiply_add(x, y, total)
                 row = b.add(scores, b.mul(loop.index, scores_step))
-                b.store(pieces.sum(total), _float(b, row, i))
+                b.store(vectors.sum(total), _float(b, row, i))
         return context.get_dummy_value()
 
     return signature, generate
@@ -128,13 +128,13 @@ def add_values(
 
     def generate(context: Any, b: Builder, signature: Any, operands: list[Value]) -> Value:
         weights, count, values, step, out = operands[2:]
-        pieces = _Pieces(b, kind.literal_value, head_dim.literal_value)
-        totals = [cgutils.alloca_once_value(b, piece) for piece in pieces.load(out)]
-        with pieces.loop(count, values, step) as (i, address):
-            weight = pieces.fill(b.load(_float(b, weights, i)))
-            for total, value in zip(totals, pieces.load_cached(address), strict=True):
-                b.store(pieces.multiply_add(weight, value, b.load(total)), total)
-        for total, place in zip(totals, pieces.at(out, pieces.floats), strict=True):
+        vectors = _HeadVectors(b, kind.literal_value, head_dim.literal_value)
+        totals = [cgutils.alloca_once_value(b, vector) for vector in vectors.load(out)]
+        with vectors.loop(count, values, step) as (i, address):
+            weight = vectors.fill(b.load(_float(b, weights, i)))
+            for total, value in zip(totals, vectors.load_cached(address), strict=True):
+                b.store(vectors.multiply_add(weight, value, b.load(total)), total)
+        for total, place in zip(totals, vectors.at(out, vectors.floats), strict=True):
             b.store(b.load(total), place, align=4)
         return context.get_dummy_value()
 

@@ -1,8 +1,8 @@
 """All-reduce and all-gather between the ranks of one machine, through shared memory.
 
-gloo hands a few numbers from thread to thread and socket to socket: where each must wake up first,
-that takes longer than half a layer of a decode step. Here each rank writes its numbers where all
-can read them, counts up its flag and looks at the flags of the others until they have done so too.
+gloo passes numbers through threads and sockets. Waking these up takes longer than half a layer of a
+decode step. Here each rank writes its numbers to shared memory, increments its flag, and polls the
+flags of the other ranks.
 """
 
 import ctypes
@@ -26,21 +26,21 @@ from llama.fast.cpu.kernels.matmul import VERSION, compile_task
 from llama.fast.cpu.kernels.task_list import SPINS, Task, atomic_add, atomic_load, call
 from llama.fast.cpu.shared_memory import SharedMemory
 
-RANK, RANKS, FLAGS, PLACES, PLACE_BYTES, COUNT, ROWS, WIDTH, X, OUT, YIELD, IS_THERE, IS_DONE = (
-    range(13)
-)
+RANK, RANKS, FLAGS, BUFFERS, BUFFER_BYTES = range(5)
+COUNT, ROWS, WIDTH, X, OUT, YIELD, IS_WRITTEN, IS_DONE = range(5, 13)
 LENGTH = 13
 LINE = 64  # bytes of a cache line; each flag has one of its own
-MIN_ROOM = 1 << 18  # numbers of a rank
+MIN_SIZE = 1 << 18  # the least size of a buffer, in numbers
 POLLS = 100_000  # of a flag, before Python checks whether its rank still runs
 
 
 @functools.cache
-def _pass_on() -> Task:
-    """Write x (rows, width), wait for all ranks; out is all of them side by side, or their sum
-    where there is no out: then it replaces x. In the order of the ranks, so that all get the same.
+def _exchange_task() -> Task:
+    """The task: write x (rows, width) to shared memory, wait for all ranks, and read their x.
 
-    Returns early where a rank does not come; then it may be called again.
+    With OUT, all x are written side by side to out. Without it, their sum replaces x. Ranks are
+    added in their order, so that all get the same sum. If a rank is late, the task returns before
+    IS_DONE is set, and is to be called again.
     """
     version = VERSION
 
@@ -50,12 +50,12 @@ def _pass_on() -> Task:
         rows, width, ranks = job[ROWS], job[WIDTH], job[RANKS]
         n = rows * width
         x = carray(pointer(job[X], np.float32), n)
-        if job[IS_THERE] == 0:
-            mine = carray(pointer(job[PLACES] + job[RANK] * job[PLACE_BYTES], np.float32), n)
+        if job[IS_WRITTEN] == 0:
+            mine = carray(pointer(job[BUFFERS] + job[RANK] * job[BUFFER_BYTES], np.float32), n)
             for i in range(n):
                 mine[i] = x[i]
             atomic_add(job[FLAGS] + LINE * job[RANK], 1)
-            job[IS_THERE] = 1
+            job[IS_WRITTEN] = 1
         for rank in range(ranks):
             looks = 0
             while atomic_load(job[FLAGS] + LINE * rank) < job[COUNT]:
@@ -65,7 +65,8 @@ def _pass_on() -> Task:
                 if looks > SPINS and job[YIELD] != 0:
                     call(job[YIELD], 0)
         for rank in range(ranks):
-            part = carray(pointer(job[PLACES] + rank * job[PLACE_BYTES], np.float32), (rows, width))
+            buffer = job[BUFFERS] + rank * job[BUFFER_BYTES]
+            part = carray(pointer(buffer, np.float32), (rows, width))
             for row in range(rows):
                 if job[OUT] != 0:
                     start = job[OUT] + 4 * (row * ranks + rank) * width
@@ -84,26 +85,26 @@ def _pass_on() -> Task:
 
 
 class Exchange:
-    """Sums and joins float32 tensors of all model-parallel ranks, which make it together and call
-    it in the same order. Ranks on several machines share no memory: gloo serves them.
+    """All-reduce and all-gather of float32 tensors. All model-parallel ranks make it together and
+    call its methods in the same order. Without shared memory, as on several machines, it uses gloo.
 
-    widest: numbers in a row of what is joined, at most.
+    widest: the most numbers in a row that `join` takes.
     """
 
     def __init__(self, widest: int) -> None:
         self._ranks = parallel.mp_size()
-        self._size = max(MIN_ROOM, widest)
-        # A flag and two places for each rank: one is written while the other may still be read.
+        self._size = max(MIN_SIZE, widest)
+        # Each rank has a flag and two buffers. It writes one while others may still read the other.
         self._all_flags = LINE * self._ranks
-        self._all_places = 4 * self._size * self._ranks
+        self._all_buffers = 4 * self._size * self._ranks
         self._memory: SharedMemory | None = None
         if self._ranks > 1:
-            n_bytes = self._all_flags + 2 * self._all_places
+            n_bytes = self._all_flags + 2 * self._all_buffers
             self._memory = SharedMemory.of_all_ranks(n_bytes)
-        self._task = _pass_on()
+        self._task = _exchange_task()
         self._job = (ctypes.c_int64 * LENGTH)()
         self._job[RANK], self._job[RANKS] = parallel.mp_rank(), self._ranks
-        self._job[PLACE_BYTES], self._job[YIELD] = 4 * self._size, pool.yield_address()
+        self._job[BUFFER_BYTES], self._job[YIELD] = 4 * self._size, pool.yield_address()
 
     @property
     def is_alone(self) -> bool:
@@ -116,7 +117,7 @@ class Exchange:
             reduce_from_model_parallel_region(x)  # in place
             return
         for part in x.view(1, -1).split(self._size, 1):
-            self._pass_on(part)
+            self._exchange(part)
 
     def join(self, x: Tensor) -> Tensor:
         """All-gather: (N, D) of each rank -> (N, ranks D), columns in the order of the ranks."""
@@ -127,27 +128,27 @@ class Exchange:
         out = float_buffer(len(x), self._ranks * x.shape[1])
         rows = self._size // x.shape[1]
         for part, joined in zip(x.contiguous().split(rows), out.split(rows), strict=True):
-            self._pass_on(part, joined)
+            self._exchange(part, joined)
         return out
 
-    def _pass_on(self, x: Tensor, out: Tensor | None = None) -> None:
+    def _exchange(self, x: Tensor, out: Tensor | None = None) -> None:
         memory, job = self._memory, self._job
         assert memory is not None
         job[COUNT] += 1
         job[FLAGS] = memory.address
-        job[PLACES] = memory.address + self._all_flags + job[COUNT] % 2 * self._all_places
+        job[BUFFERS] = memory.address + self._all_flags + job[COUNT] % 2 * self._all_buffers
         job[ROWS], job[WIDTH] = x.shape
         job[X], job[OUT] = x.data_ptr(), 0 if out is None else out.data_ptr()
-        job[IS_THERE] = job[IS_DONE] = 0
+        job[IS_WRITTEN] = job[IS_DONE] = 0
         end = time.monotonic() + parallel.TIMEOUT.total_seconds()
-        have_left: list[int] = []
+        ended: list[int] = []
         while True:
             self._task(ctypes.addressof(job))
             if job[IS_DONE]:
                 return
-            if have_left:  # after its flag was last seen: it may have ended well
-                raise ParallelError(f"rank {have_left[0]} has ended: its own message says why")
+            if ended:  # before this call: a rank may set its flag and then end without an error
+                raise ParallelError(f"rank {ended[0]} has ended: its own message says why")
             if time.monotonic() > end:
-                raise ParallelError(f"a rank did not come within {parallel.TIMEOUT.seconds} s")
+                raise ParallelError(f"a rank did not respond in {parallel.TIMEOUT.seconds} s")
             others = [rank for rank in range(self._ranks) if rank != job[RANK]]
-            have_left = [rank for rank in others if memory.has_left(rank)]
+            ended = [rank for rank in others if memory.has_ended(rank)]

@@ -37,7 +37,7 @@ def load_at(b: Builder, kind: ir.Type, base: Value, offset: Value) -> Value:
 
 
 def prefetch(b: Builder, base: Value, offset: Value) -> None:
-    """Ask for memory early: the processor by itself looks ahead to the end of a page at most."""
+    """Prefetch a cache line. The processor itself prefetches only to the end of a page."""
     address = b.gep(base, [offset])
     read, keep, data = (ir.Constant(i32, number) for number in (0, 3, 1))
     call_instruction(b, "llvm.prefetch.p0", ir.VoidType(), address, read, keep, data)
@@ -52,14 +52,14 @@ def add_const(b: Builder, number: Value, term: int) -> Value:
 
 
 def broadcast(b: Builder, scalar: Value) -> Value:
-    """Eight lanes of one number."""
+    """A vector whose eight lanes all hold the number."""
     lanes = ir.Constant(ir.VectorType(scalar.type, LANES), ir.Undefined)
     one = b.insert_element(lanes, scalar, ir.Constant(i32, 0))
     return b.shuffle_vector(one, one, splat(ints8, 0))
 
 
 def widen(b: Builder, halves: Value) -> Value:
-    """bfloat16 is the upper half of a float32: eight of them, or one."""
+    """One or eight bfloat16 -> float32. A bfloat16 is the upper half of a float32."""
     wide = ints8 if isinstance(halves.type, ir.VectorType) else i32
     shift = splat(wide, 16) if wide is ints8 else ir.Constant(i32, 16)
     return b.bitcast(b.shl(b.zext(halves, wide), shift), floats8 if wide is ints8 else f32)
@@ -76,7 +76,7 @@ def sum_lanes(b: Builder, lanes: Value) -> Value:
 
 
 def multiply_add(b: Builder, a: Value, c: Value, total: Value) -> Value:
-    """total += a * c, for an alloca; one rounding where the processor can."""
+    """total += a * c, where `total` is an alloca; rounded once if the processor has FMA."""
     kind = a.type
     name = "llvm.fmuladd.v8f32" if kind == floats8 else "llvm.fmuladd.f32"
     b.store(call_instruction(b, name, kind, a, c, b.load(total)), total)
@@ -84,7 +84,7 @@ def multiply_add(b: Builder, a: Value, c: Value, total: Value) -> Value:
 
 @intrinsic
 def fetch_add(context: Any, counter: Any) -> tuple[Any, Callable[..., Value]]:
-    """Add one to the int64 at a pointer, atomically. Returns the value before."""
+    """Add one to the int64 at a pointer, atomically. Returns the old value."""
 
     def generate(context: Any, b: Builder, signature: Any, operands: list[Value]) -> Value:
         return b.atomic_rmw("add", operands[0], ir.Constant(i64, 1), "monotonic")

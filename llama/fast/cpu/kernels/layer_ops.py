@@ -17,23 +17,23 @@ from llama.fast.cpu.kernels.instructions import fetch_add, pointer
 from llama.fast.cpu.kernels.matmul import VERSION, compile_task, step_of
 
 CURSOR, N = 0, 1
-# of add_and_norm
+# Fields of the job of add_and_norm.
 DIM, H, DELTA, WEIGHT, EPS, OUT = range(2, 8)
-# of store and of attend
+# Fields of the job of store and of attend.
 LAYER, GROUP, KV_HEADS, HEAD_DIM, QKV, ROTATIONS, CACHE, SCORES, HEADS = range(2, 11)
 LENGTH = 11
 
-# What all layers share: tokens of a row; the address of every row's first position; the strides of
-# layers, rows and positions, in numbers; the addresses of keys and values; the addresses of their
-# scales, 0 where the cache is not int8. There is one scale for each head.
+# Fields of CACHE, which all layers share: tokens in a row; the address of the array of the rows'
+# first positions; the cache's strides in elements; the addresses of keys and values; the addresses
+# of their scales, or 0 unless the cache is int8. Each head has one scale at each position.
 SEQLEN, STARTS, TO_LAYER, TO_ROW, TO_POSITION, KEYS, VALUES, KEY_SCALES, VALUE_SCALES = range(9)
 CACHE_LENGTH = 9
 
 BLOCK = 64  # keys of one pass of the online softmax
-STATS = 2  # behind a block's scores: the running maximum, and the running sum of the weights
-LEAST = np.float32(-3e38)
+STATS = 2  # after a block's scores: the running maximum, and the running sum of the weights
+LEAST = np.float32(-3e38)  # start of the running maximum
 
-# The compiler may reorder sums, in the same way each time. NaN stays NaN.
+# Fast-math flags. The compiler may reorder sums, the same way in each run. NaN stays NaN.
 SUMS = frozenset({"reassoc", "contract", "nsz"})
 
 Task = Callable[[int], None]
@@ -76,7 +76,7 @@ def add_and_norm() -> Task:
 
 @njit(error_model="numpy")
 def locate(job, token):  # type: ignore[no-untyped-def]
-    """A token's position, and the offset of its row in the cache of the layer, in numbers."""
+    """A token's position, and the offset in the cache of its layer and row, in elements."""
     cache = carray(pointer(job[CACHE], np.int64), CACHE_LENGTH)
     row, step = token // cache[SEQLEN], token % cache[SEQLEN]
     start = carray(pointer(cache[STARTS], np.int64), row + 1)[row]
@@ -125,10 +125,10 @@ def store() -> Task:
             turns = carray(
                 pointer(job[ROTATIONS] + position * width, np.float32), (head_dim // 2, 2)
             )
-            ours = job[QKV] + token * (heads + 2 * kv_heads) * width  # queries, keys, values
-            key = ours + (heads + head) * width
+            token_qkv = job[QKV] + token * (heads + 2 * kv_heads) * width  # queries, keys, values
+            key = token_qkv + (heads + head) * width
             for i in range(group + 1):
-                turned = key if i == group else ours + (head * group + i) * width
+                turned = key if i == group else token_qkv + (head * group + i) * width
                 pairs = carray(pointer(turned, np.float32), (head_dim // 2, 2))
                 for j in range(head_dim // 2):
                     x, y = pairs[j, 0], pairs[j, 1]
@@ -152,12 +152,12 @@ def scale_by(numbers, count, scales, first, step):  # type: ignore[no-untyped-de
 def attend(head_dim: int) -> Task:
     """Attention of each token's heads over its row of the cache up to its own position.
 
-    scores: room for (n, H, BLOCK + STATS). heads: the result (n, H, hd). The keys are read in
-    blocks, once for all query heads of theirs; what is summed so far is scaled down whenever a
-    block has a larger score: Milakov & Gimelshein 2018, arxiv.org/abs/1805.02867.
+    scores: a buffer (n, H, BLOCK + STATS). heads: the result (n, H, hd). The keys are read in
+    blocks, once for all query heads that share them. The softmax is online: a block with a larger
+    score scales the sums so far down. Milakov & Gimelshein 2018, arxiv.org/abs/1805.02867.
     """
     version = VERSION
-    shrink_scores = np.float32(1 / np.sqrt(head_dim))
+    score_scale = np.float32(1 / np.sqrt(head_dim))
 
     def task(address):  # type: ignore[no-untyped-def]
         version  # noqa: B018
@@ -200,7 +200,7 @@ def attend(head_dim: int) -> Task:
                     before = scores[h, BLOCK]
                     most = before
                     for i in range(count):
-                        scores[h, i] *= shrink_scores
+                        scores[h, i] *= score_scale
                         most = max(most, scores[h, i])
                     total = np.float32(0)
                     for i in range(count):

@@ -1,7 +1,7 @@
-"""Matrix products: the loops around the register tiles, each compiled to a C function of one job.
+"""Matrix products: the loops around the register tiles, compiled to C functions that take a job.
 
-A job is a row of int64: numbers and addresses, in the order of the names below. The threads of a
-job take chunks of its rows of weights from a cursor until none is left. A slow thread takes fewer.
+A job is an array of int64, numbers and addresses, in the order of the names below. The threads take
+chunks of its rows of weights from a cursor until none is left. A slow thread takes fewer.
 """
 
 import ctypes
@@ -22,16 +22,17 @@ from llama.fast.cpu.kernels.tile import tile, tile_rows
 from llama.fast.quantize import GROUP, LANES, OFFSET
 
 CURSOR, N, K, X, STEPS, OUT, TOTAL, CHUNK, MATRICES = range(9)
-FIRST = 9  # then for each matrix: its rows, and the addresses of its weights and its scales
+FIRST = 9  # from here, for each matrix: its rows, the addresses of its weights and of its scales
 LENGTH = FIRST + 3 * 3
 GROUPS = 64  # groups of activations that a thread rounds at a time
 
-FEW_ROWS = 8  # rows of x
-BAND = 3  # tiles that a block of activation rows passes at once
+FEW_ROWS = 8  # the most rows of x that a decode step has
+BAND = 3  # tiles that up to four activation rows are multiplied with before the next four
 IN_CACHE = 1 << 15  # activations that stay in a core's cache
-DEPTH = 1024  # floats of a row
+DEPTH = 1024  # columns that a prefill with float weights multiplies at a time
 
-# Numba compares only a task's own file with its cache. VERSION stands for all of these files.
+# Numba recompiles a task when the task's own file has changed. Each task reads VERSION, a hash of
+# all kernel files, so that it is recompiled when any of them has changed.
 SOURCES = [*sorted(Path(__file__).parent.glob("*.py")), Path(quantize.__file__)]
 VERSION = hashlib.sha256(b"".join(path.read_bytes() for path in SOURCES)).hexdigest()
 
@@ -54,10 +55,10 @@ def has_bfloat16() -> bool:
 
 
 def may_use_onednn() -> bool:
-    """Whether PyTorch's bfloat16 products (oneDNN) may take more than FEW_ROWS rows of x.
+    """Whether products of more than FEW_ROWS rows of x may run in PyTorch's oneDNN, in bfloat16.
 
-    Only where LLAMA_ONEDNN is 1 and the processor has such instructions: prompts are faster then,
-    but a token's last bits depend on how many rows are computed with it.
+    LLAMA_ONEDNN must be 1, and the processor must multiply bfloat16. Prompts are faster then, but a
+    token's last bits depend on how many rows are computed with it.
     """
     return os.environ.get("LLAMA_ONEDNN") == "1" and has_bfloat16()
 
@@ -65,8 +66,8 @@ def may_use_onednn() -> bool:
 def compile_task(
     function: Callable[..., None], fastmath: frozenset[str] = frozenset()
 ) -> Callable[[int], None]:
-    """Compile a task to a C function, or read it from numba's cache: NUMBA_CACHE_DIR, else
-    the folder of this file, else, where that is read-only, the user's cache folder."""
+    """Compile a task to a C function, or read it from numba's cache. The cache is NUMBA_CACHE_DIR,
+    else the folder of this file or, if that is read-only, the user's cache folder."""
     compile_cached = functools.partial(
         cfunc,
         types.void(types.CPointer(types.int64)),
@@ -84,25 +85,25 @@ def compile_task(
 
 
 @njit(error_model="numpy")
-def tile_place(number, tiles, high, is_apart):  # type: ignore[no-untyped-def]
-    """The rows of a tile, the rows of all tiles before it, and its first row.
+def tile_place(number, tiles, high, is_strided):  # type: ignore[no-untyped-def]
+    """The number of rows in a tile, the number in all tiles before it, and its first row.
 
-    After `tiles` tiles of `high` rows, every row left is a tile of its own. is_apart: the rows of a
-    tile do not lie side by side; each is followed in memory by a row of the next tile. Each is then
-    a sequential stream, which the processor prefetches: short rows are read 1.5 times as fast.
+    The first `tiles` tiles have `high` rows. Each row after them is a tile of its own. is_strided:
+    the rows of a tile lie `tiles` rows apart. Consecutive tiles then read `high` sequential
+    streams, which the processor prefetches, so that short rows are read 1.5 times as fast.
     """
     if number >= tiles:
         done = number + tiles * (high - 1)
         return 1, done, done
-    return high, number * high, number if is_apart else number * high
+    return high, number * high, number if is_strided else number * high
 
 
 @functools.cache
 def product(kind: str, isa: str, swiglu: bool) -> Callable[[int], None]:
-    """The task that multiplies x (n, K) with each matrix: out (n, all rows). swiglu: with two
-    matrices, out (n, rows) is silu(x first) * (x second).
+    """The task that multiplies x (n, K) with each transposed matrix, to out (n, all rows).
 
-    The second product is kept behind the result, so out needs 2 * n rows.
+    swiglu: out (n, rows) is silu(x w1^T) * (x w3^T) for the two matrices. The product with w3 is
+    stored after it, so out needs 2 * n rows.
     """
     version = VERSION
     bits = {"float32": 32, "bfloat16": 16, "int8": 8, "int4": 4}[kind]
@@ -119,7 +120,7 @@ def product(kind: str, isa: str, swiglu: bool) -> Callable[[int], None]:
         # at a time, as much as stays in a core's caches.
         depth = k if bits <= 8 or n <= FEW_ROWS else min(k, DEPTH)
         block = max(4, IN_CACHE // depth & ~3)
-        # Each block of four activation rows passes over all tiles of the band.
+        # Four activation rows are multiplied with all tiles of a band before the next four.
         band = 1 if bits <= 8 else chunk if depth < k else BAND
         sums = np.empty(chunk * block * LANES if depth < k else 0, np.float32)
         while True:
@@ -136,21 +137,21 @@ def product(kind: str, isa: str, swiglu: bool) -> Callable[[int], None]:
                     out = job[OUT] + 4 * matrix * n * total
                 start, stop = max(begin - before, 0), min(end - before, rows)
                 tiles = max(stop - start, 0) // high
-                all_tiles = max(stop - start, 0) - tiles * (high - 1)  # with those of one row
+                all_tiles = max(stop - start, 0) - tiles * (high - 1)  # including those of one row
                 for first in range(0, n, block):
                     last = min(first + block, n)
-                    for deep in range(0, k, depth):
-                        deepest = min(deep + depth, k)
-                        for top in range(0, all_tiles, band):
+                    for column in range(0, k, depth):
+                        column_end = min(column + depth, k)
+                        for first_tile in range(0, all_tiles, band):
                             i = first
                             while i < last:
                                 count = 4 if i + 4 <= last else 2 if i + 2 <= last else 1
-                                for number in range(top, min(top + band, all_tiles)):
+                                for number in range(first_tile, min(first_tile + band, all_tiles)):
                                     taken, done, row = tile_place(number, tiles, high, bits > 8)
                                     row += start
                                     part = done * (last - first) + taken * (i - first)
                                     tile(
-                                        kind, isa, taken, count, i, k, deep, deepest, x, steps,
+                                        kind, isa, taken, count, i, k, column, column_end, x, steps,
                                         weights + row * width, tiles, scales + row * scale_width,
                                         out + 4 * row, out_step, sums.ctypes.data + 32 * part,
                                     )  # fmt: skip
@@ -171,7 +172,8 @@ def product(kind: str, isa: str, swiglu: bool) -> Callable[[int], None]:
 def step_of(bits):  # type: ignore[no-untyped-def]
     """The scale of a group: its largest absolute value / 127, from the bits of float32 as int32.
 
-    As bits too, NaN and infinity are larger than any number. The scale is then not finite.
+    As integers, NaN and infinity are larger than all other values. If a group has one of them, its
+    scale is therefore not finite.
     """
     most = np.int32(0)
     for i in range(len(bits)):
@@ -184,7 +186,8 @@ def step_of(bits):  # type: ignore[no-untyped-def]
 def round_to_int8() -> Callable[[int], None]:
     """The task that rounds activations to int8, in groups of 32 with a scale each.
 
-    Beside each scale stands the correction for int4 weights, which are stored with an offset.
+    After each scale comes OFFSET times the group's sum, which corrects for the offset of int4
+    weights.
     """
     version = VERSION
 

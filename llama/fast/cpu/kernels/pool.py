@@ -1,8 +1,8 @@
 """The thread pool: kernels run on the OpenMP threads of PyTorch.
 
-A second pool, numba's say, would fight for the cores with PyTorch's threads, which wait for their
-next work spinning. So the entry to the OpenMP runtime is looked up in the one that PyTorch has
-loaded; compilers call the same function for a `#pragma omp parallel`.
+PyTorch's threads spin while they wait for work. A second pool, such as numba's, would compete with
+them for the cores. So kernels call GOMP_parallel in the OpenMP runtime that PyTorch has loaded.
+Compilers call the same function for `#pragma omp parallel`.
 """
 
 import ctypes
@@ -15,9 +15,9 @@ import torch
 @functools.cache
 def _parallel() -> Callable[[int, int, int, int], None] | None:
     try:
-        call = ctypes.CDLL(torch._C.__file__).GOMP_parallel  # the library and what it depends on
+        call = ctypes.CDLL(torch._C.__file__).GOMP_parallel  # found in a dependency
     except (AttributeError, OSError):
-        return None  # another runtime, as on a Mac: one thread then
+        return None  # another OpenMP runtime, as on a Mac: kernels then run on one thread
     call.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
     call.restype = None
     return call

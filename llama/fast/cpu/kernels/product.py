@@ -1,8 +1,8 @@
 """Products with large matrices, for few rows of activations.
 
-`F.linear` is made for many rows. A decode step has one to eight rows, and takes as long as reading
-every weight once. These kernels reach that, on all of PyTorch's threads, with weights in float32,
-bfloat16, int8 or int4. They need the extra `[fast]` and weights on the CPU.
+`F.linear` is made for many rows. A decode step has one to eight rows, so it can be as fast as
+reading every weight once. These kernels reach that speed, on all of PyTorch's threads, with weights
+in float32, bfloat16, int8 or int4. They need the extra `[fast]` and weights on the CPU.
 """
 
 import ctypes
@@ -24,9 +24,9 @@ Weight = Tensor | Int8Weight | Int4Weight
 CPU = torch.device("cpu")
 FLOATS = (torch.float32, torch.bfloat16)
 MAX_MATRICES = 3
-UNIT = 24  # rows of weights; a multiple of the tile height of every kind
-MAX_CHUNK = 48  # rows of weights that stay in the cache while all activations pass
-CHUNKS = 8  # of a thread's share; a thread that is done early takes another one
+UNIT = 24  # a chunk is a multiple of this many rows of weights, this of every kind's tile height
+MAX_CHUNK = 48  # rows of weights; a chunk stays in the cache while all activations use it
+CHUNKS = 8  # about how many chunks a thread computes; one that is done early takes more
 
 
 def is_installed() -> bool:
@@ -51,13 +51,13 @@ def _matmul() -> ModuleType:
 
 
 class Product:
-    """x times one to three matrices, transposed, in one pass. One object serves many x.
+    """Multiplies x with one to three transposed matrices in one pass. One object serves many x.
 
-    weights: each (N, K), of one kind and one K: float32, bfloat16, int8 or
-        int4, contiguous, on the CPU. They are not copied.
-    swiglu: of two matrices w1 and w3, silu(x w1^T) * (x w3^T) instead.
-    isa: "vnni", "avx2" or "plain" in place of the best that the processor has, for bytes.
-    Raises ConfigError where that does not hold, or numba is not installed.
+    weights: matrices (N, K) of the same kind and K: float32, bfloat16, int8 or int4, contiguous, on
+        the CPU. They are not copied.
+    swiglu: compute silu(x w1^T) * (x w3^T) for two matrices w1 and w3.
+    isa: "vnni", "avx2" or "plain", for products of bytes; None: the best that the processor has.
+    Raises ConfigError for other weights, an isa that the processor lacks, or without numba.
     """
 
     def __init__(self, *weights: Weight, swiglu: bool = False, isa: str | None = None) -> None:
@@ -85,10 +85,10 @@ class Product:
         self.round_to_int8 = matmul.round_to_int8() if self.is_quantized else None
 
     def __call__(self, x: Tensor) -> Tensor:
-        """x (n, K) -> (n, all matrices' N), or (n, N) with swiglu; float32 or bfloat16, as x is.
+        """x (n, K) -> (n, sum of all N), or (n, N) with swiglu, in the dtype of x.
 
-        Sums are in float32. For int8 and int4 weights, x is rounded to int8 in groups of 32. Row r
-        of the result depends on row r of x alone, to the last bit.
+        x is float32 or bfloat16. Sums are in float32. For int8 and int4 weights, x is rounded to
+        int8 in groups of 32. To the last bit, row r of the result depends only on row r of x.
         """
         if x.dim() != 2 or x.shape[1] != self.features or x.dtype not in FLOATS or x.device != CPU:
             raise ConfigError(
@@ -134,13 +134,15 @@ def linear(x: Tensor, weight: Weight, isa: str | None = None) -> Tensor:
 
 
 def _check(weights: tuple[Weight, ...]) -> str:
-    """The kind of the weights. Raises ConfigError where one pass cannot read them all."""
+    """The kind of the weights. Raises ConfigError for weights that one product cannot take."""
     if not 1 <= len(weights) <= MAX_MATRICES:
         raise ConfigError(f"{len(weights)} matrices at once, but the limit is {MAX_MATRICES}")
     kinds = sorted({_kind(weight) for weight in weights})
     widths = sorted({weight.shape[1] for weight in weights})
     if len(kinds) > 1 or len(widths) > 1:
-        raise ConfigError(f"matrices at once must be alike, not {kinds} with {widths} features")
+        raise ConfigError(
+            f"the matrices of one product must be alike, not {kinds} with {widths} features"
+        )
     for weight in weights:
         for tensor in weight if isinstance(weight, tuple) else (weight,):
             if tensor.device != CPU or not tensor.is_contiguous():

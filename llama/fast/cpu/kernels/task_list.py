@@ -19,12 +19,13 @@ from llama.fast.cpu.kernels.matmul import VERSION, compile_task
 
 Task = Callable[[int], None]
 
-# A task's row of int64: the number of threads inside it, the address of its function, and its job
-# in cache lines of its own. The job of the whole list names the rows to run.
+# Each task has a row of int64. INSIDE counts the threads that run the task, TASK is the address of
+# its function, and its own job starts at JOB, in a new cache line.
 INSIDE, TASK = 0, 1
 JOB = 8
+# The job of `_run`: the range of rows to run, the address and size of rows, `pool.yield_address()`.
 FIRST, LAST, ROWS, ROW_BYTES, YIELD = range(5)
-SPINS = 4000  # polls; afterwards the thread yields, for another may need its processor
+SPINS = 4000  # polls before a thread yields its core, which another thread may need
 
 i64 = ir.IntType(64)
 
@@ -43,7 +44,7 @@ def call(context: Any, function: Any, job: Any) -> tuple[Any, Callable[..., ir.V
 
 @intrinsic
 def atomic_add(context: Any, address: Any, by: Any) -> tuple[Any, Callable[..., ir.Value]]:
-    """Add to the int64 at an address, atomically and sequentially consistent."""
+    """Add to the int64 at an address, atomically and with sequential consistency."""
 
     def generate(context: Any, b: ir.IRBuilder, signature: Any, operands: Any) -> ir.Value:
         counter = b.inttoptr(operands[0], i64.as_pointer())
@@ -55,7 +56,7 @@ def atomic_add(context: Any, address: Any, by: Any) -> tuple[Any, Callable[..., 
 
 @intrinsic
 def atomic_load(context: Any, address: Any) -> tuple[Any, Callable[..., ir.Value]]:
-    """Load the int64 at an address that other threads change. On x86 it pauses first."""
+    """Load the int64 at an address that other threads change. On x86, run PAUSE first."""
 
     def generate(context: Any, b: ir.IRBuilder, signature: Any, operands: Any) -> ir.Value:
         if llvmlite.binding.get_process_triple().startswith("x86"):
@@ -80,8 +81,8 @@ def _run() -> Task:
             atomic_add(row, 1)
             call(fields[TASK], row + 8 * JOB)
             atomic_add(row, -1)
-            # No chunk of this task is left. Threads that still compute one are inside. The barrier
-            # waits for them, and not for threads that never entered.
+            # The barrier. No chunk of this task is left, but other threads may still compute one.
+            # Those are inside the task. A thread that enters later finds no chunk.
             spins = 0
             while atomic_load(row) != 0:
                 spins += 1
@@ -94,11 +95,11 @@ def _run() -> Task:
 class TaskList:
     """Tasks with their jobs, in the order in which they run.
 
-    Each is a C function `void task(int64 *job)`. It takes chunks of its work by counting up the
-    cursor, the first number of the job, until none is left. All threads enter all tasks. No thread
-    enters a task before all chunks of the one before are done.
+    Each is a C function `void task(int64 *job)`. The first number of its job is a cursor, which
+    each thread increments to take a chunk, until none is left. All threads enter all tasks. No
+    thread enters a task before all chunks of the previous one are done.
 
-    jobs: int64 (tasks, numbers), written between runs. The first number of each is the cursor.
+    jobs: int64 (tasks, numbers), which the caller may change between runs.
     """
 
     def __init__(self, tasks: Sequence[Task], jobs: Sequence[Sequence[int]]) -> None:

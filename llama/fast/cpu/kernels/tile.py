@@ -1,9 +1,9 @@
 """Register tiles: some rows of weights times some rows of activations, as LLVM instructions.
 
-A tile keeps all its sums in registers. Each sum runs over eight lanes in one order, whatever the
-tile's size, so that a result does not depend, to the last bit, on what is computed beside it.
-Integers are exact within a group of 32. Numba turns Python loops into such code only by luck:
-integer products become 64 bits wide there.
+A tile keeps all its sums in registers. Each sum is added up in eight lanes, in the same order for
+every size of tile. So a result does not depend, to the last bit, on the rest of the tile. Integer
+sums are exact within a group of 32. Numba does not compile Python loops to such code reliably: it
+makes integer products 64 bits wide.
 """
 
 import functools
@@ -46,10 +46,11 @@ PREFETCH = 2048  # bytes ahead
 class Integers:
     """Exact sums of products of bytes: eight lanes, each the sum of four neighbouring products.
 
-    is_signed: weights are -127 to 127, else 0 to 15 and at most eight of them are added; the other
-    factor is -127 to 127. The instructions take unsigned times signed bytes: signed weights give
-    their signs to x. Two such products are at most 2 * 127 * 127 = 32258, sixteen of the others
-    16 * 15 * 127 = 30480: neither overflows the 16 bits in which they are added.
+    is_signed: weights are -127 to 127. Otherwise they are 0 to 15, and a sum has at most eight
+    calls of `add`. Activations are -127 to 127. The instructions multiply unsigned by signed bytes,
+    so the sign of a signed weight is moved to x. The 16-bit sums do not overflow: they add two
+    signed products, at most 2 * 127 * 127 = 32258, or sixteen others, at most 16 * 15 * 127 =
+    30480.
     """
 
     def __init__(self, b: Builder, isa: str, is_signed: bool) -> None:
@@ -75,7 +76,7 @@ class Integers:
         return more if total is None else b.add(total, more)
 
     def result(self, total: Value) -> Value:
-        """Eight int32."""
+        """The sums as eight int32."""
         return self._add_pairs(total) if total.type == shorts16 else total
 
     def _add_pairs(self, pairs: Value) -> Value:
@@ -94,11 +95,11 @@ def _add_quads(b: Builder, products: Value) -> Value:
 
 
 class _Tile:
-    """Code for `rows` rows of weights and `n` of activations at addresses that the job gives."""
+    """Writes the code that multiplies `rows` rows of weights with `n` rows of activations."""
 
     def __init__(self, b: Builder, isa: str, rows: int, n: int, operands: list[Value]) -> None:
         (
-            first, self.k, self.begin, self.end, x, steps, w, apart, scales, out, self.out_step,
+            first, self.k, self.begin, self.end, x, steps, w, row_step, scales, out, self.out_step,
             partial,
         ) = operands  # fmt: skip
         pointer = i8.as_pointer()
@@ -107,7 +108,7 @@ class _Tile:
         self.x, self.steps = b.inttoptr(x, pointer), b.inttoptr(steps, pointer)
         self.out, self.partial = b.inttoptr(out, pointer), b.inttoptr(partial, pointer)
         self.inputs = [add_const(b, first, i) for i in range(n)]
-        self.rows = [mul_const(b, apart, row) for row in range(rows)]
+        self.rows = [mul_const(b, row_step, row) for row in range(rows)]
 
     def floats(self, width: int) -> None:
         """x float32; w float32 or bfloat16, by its width in bytes. Any K."""
@@ -122,7 +123,7 @@ class _Tile:
         sums, rest = zeros(splat(floats8, 0)), zeros(ir.Constant(f32, 0))
 
         def multiply(i: Value, kind: ir.Type, half: ir.Type, totals: list[list[Value]]) -> None:
-            weights = []  # they stay in registers, while one row of x after the other passes by
+            weights = []  # stay in registers for all rows of x
             for start in w_starts:
                 offset = b.add(start, mul_const(b, i, width))
                 if width == 4:
@@ -142,7 +143,7 @@ class _Tile:
             for total, place in places:
                 b.store(load_at(b, floats8, place, ir.Constant(i64, 0)), total)
 
-        line = 64 // width  # weights
+        line = 64 // width  # weights of a cache line
         lines = b.udiv(b.sub(self.end, self.begin), ir.Constant(i64, line))
         with cgutils.for_range(b, lines) as loop:
             i = b.add(self.begin, mul_const(b, loop.index, line))
@@ -165,7 +166,7 @@ class _Tile:
                     b.store(b.load(total), b.bitcast(place, floats8.as_pointer()), align=4)
 
     def int8(self) -> None:
-        """x in groups of int8; w int8, a scale a row."""
+        """x: int8 in groups, each with a scale. w: int8, with a scale for each row."""
         b = self.b
         integers = Integers(b, self.isa, is_signed=True)
         scale = load_at(b, floats8, self.scales, ir.Constant(i64, 0))
@@ -185,7 +186,7 @@ class _Tile:
             self._store(b.fmul(total, scale), i)
 
     def int4(self) -> None:
-        """x in groups of int8; w in groups of four bits, a bfloat16 scale each."""
+        """x: int8 in groups, each with a scale. w: int4 in groups, each with a bfloat16 scale."""
         b = self.b
         integers = Integers(b, self.isa, is_signed=False)
 
@@ -211,7 +212,7 @@ class _Tile:
             self._store(total, i)
 
     def _weights(self, group: Value, size: int) -> Value:
-        """The address of a group's weights. Later groups are prefetched."""
+        """The offset of a group's weights, in bytes. Later groups are prefetched."""
         start = mul_const(self.b, group, size)
         for line in range(0, size, 64):
             prefetch(self.b, self.w, add_const(self.b, start, PREFETCH + line))
@@ -229,8 +230,8 @@ class _Tile:
     ) -> list[Value]:
         """Sum the integer products of all groups, each times the scale of its activations.
 
-        int4 groups are multiplied by their own scale too, and the offset of their weights is
-        subtracted.
+        For int4, the offset of the weights is subtracted first, and the scale of the weights is a
+        factor too.
         """
         b = self.b
         totals = [cgutils.alloca_once_value(b, splat(floats8, 0)) for _ in self.inputs]
@@ -260,18 +261,20 @@ class _Tile:
 @intrinsic(prefer_literal=True)
 def tile(
     context: Any, kind: Any, isa: Any, rows: Any, n: Any, first: Any, k: Any, begin: Any, end: Any,
-    x: Any, steps: Any, w: Any, apart: Any, scales: Any, out: Any, out_step: Any, partial: Any,
+    x: Any, steps: Any, w: Any, row_step: Any, scales: Any, out: Any, out_step: Any, partial: Any,
 ) -> tuple[Any, Callable[..., Value]]:  # fmt: skip
     """out[i, r] = row r of the weights times row i of x, for the n rows of x from `first` on.
 
-    kind: "float32", "bfloat16", "int8" or "int4"; isa: see `instruction_sets`; rows: of weights,
-    `tile_rows` or, of floats, one; n: 1, 2 or 4; k: a row's length; all of these int64, like what
-    follows, mostly addresses. out_step: bytes from one row of results to the next. Of floats, the
-    rows of weights are each `apart` rows from the one before, and the columns from `begin` to `end`
-    may be a part of all k, a multiple of 32 long: then `partial` is where the sums lie on the way.
+    kind: "float32", "bfloat16", "int8" or "int4". isa: see `instruction_sets`. The others are
+    int64, from x on mostly addresses. rows: `tile_rows(kind)` or, for floats, 1. n: 1, 2 or 4.
+    k: a row's length. out_step: bytes from one row of results to the next.
+
+    For floats only: the rows of weights lie `row_step` rows apart, and columns `begin` to `end` are
+    added. A part that does not end at k has a multiple of 32 columns. The sums of the parts so far
+    are stored at `partial`.
     """
     numbers = (
-        rows, n, first, k, begin, end, x, steps, w, apart, scales, out, out_step, partial,
+        rows, n, first, k, begin, end, x, steps, w, row_step, scales, out, out_step, partial,
     )  # fmt: skip
     signature = types.void(kind, isa, *[types.int64] * len(numbers))
     name = kind.literal_value
@@ -299,5 +302,5 @@ def tile(
 
 
 def tile_rows(kind: str) -> int:
-    """Rows of weights in a tile. Three rows of floats times four of x fill AVX2's registers."""
+    """Rows of weights in a tile. For floats, three times four rows of x fill AVX2's registers."""
     return LANES if kind in ("int8", "int4") else 3

@@ -1,1 +1,1 @@
-"""Fast mode: the same network for speed, on a CPU or a GPU. It is optional."""
+"""Fast mode: faster code for the same network, on a CPU or a GPU. It is optional."""

@@ -31,7 +31,7 @@ def check_mode(
     if quantize is not None and (mode != "fast" or device.type not in ("cpu", "cuda")):
         raise ConfigError("quantized weights are for mode fast on the CPU or a CUDA GPU")
     if quantize == "fp8" and not has_fp8(device):
-        raise ConfigError(f"quantize is 'fp8': {device} has no products of that, only newer GPUs")
+        raise ConfigError(f"quantize is 'fp8': it needs an Ada, Hopper or newer GPU, not {device}")
     if quantize is not None and device.type == "cpu" and not is_installed():
         raise ConfigError("quantized weights need numba: pip install 'llama-reference[fast]'")
     return mode == "fast" and (can or (quantize is not None and device.type == "cpu"))
@@ -53,13 +53,13 @@ def drawback(
 
 
 def has_fp8(device: torch.device) -> bool:
-    """Whether the device is a GPU that converts e4m3 itself: Ada, Hopper or newer."""
+    """Whether the device is a GPU with instructions that convert e4m3: Ada, Hopper or newer."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9)
 
 
 def cache_dtype(mode: Mode, kv_cache: CacheWidth | None) -> torch.dtype | None:
-    """The dtype of the KV cache. None: that of the activations. Raises ConfigError for mode
-    reference, whose cache is never rounded."""
+    """The dtype of the KV cache; None: the dtype of the activations. Raises ConfigError for an int8
+    cache in mode reference."""
     if kv_cache not in (None, *get_args(CacheWidth)):
         raise ConfigError(f"kv_cache is {kv_cache!r}: {' or '.join(get_args(CacheWidth))}")
     if kv_cache is not None and mode != "fast":

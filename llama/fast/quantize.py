@@ -1,8 +1,9 @@
 """Weights in eight and four bits: their formats, quantizing and dequantizing.
 
-Only matrices (N, K) are quantized. A product reads eight rows at once, so that its sums lie in the
-eight lanes of a vector: the rows are stored interleaved by eights, and N is rounded up to one with
-rows of zeros. Dettmers & Zettlemoyer 2023, arxiv.org/abs/2212.09720, compare widths and groups.
+Only matrices (N, K) are quantized. A product reads eight rows at once, so that their sums lie in
+the eight lanes of a vector. So each eight rows are stored interleaved, and N is padded with rows of
+zeros to a multiple of eight. Dettmers & Zettlemoyer 2023, arxiv.org/abs/2212.09720, compare widths
+and groups.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -15,13 +16,13 @@ from torch import Tensor, nn
 from llama.errors import ConfigError
 
 LANES = 8  # rows that are interleaved
-QUAD = 4  # neighbouring weights of a row that stay together; 32 bytes hold eight rows' quads
-GROUP = 32  # weights of a row that share a scale of four-bit weights
-OFFSET = 8  # four bits are stored as 0 to 15 and stand for -8 to 7
-LAYOUT = 1  # version of the layout of the tensors below; files name it
-CUT = (LANES, GROUP)  # rows and columns that stay together where a weight is cut
-# Weights that are quantized at once. Small temporary copies stay in the caches. Larger ones leave
-# holes in the heap between the int8 weights, a third of their size.
+QUAD = 4  # neighbouring weights of a row that are stored together
+GROUP = 32  # neighbouring weights of a row that share a scale in int4
+OFFSET = 8  # int4 weights of -8 to 7 are stored as 0 to 15
+LAYOUT = 1  # version of the layout of the tensors below, which files record
+CUT = (LANES, GROUP)  # a weight is cut only at multiples of these rows and columns
+# Weights that are quantized at once. Their temporary copies stay in the processor's caches. Larger
+# copies would leave holes in the heap between int8 weights, of a third of the weights' size.
 INT8_BLOCK, INT4_BLOCK = 1 << 16, 1 << 20
 GPU_BLOCK = 1 << 24  # enough to fill a GPU
 
@@ -47,8 +48,8 @@ class Int8Weight(NamedTuple):
 class Int4Weight(NamedTuple):
     """Weight 32 * g + j of row 8 * i + r is (its four bits - 8) * scales[i, g, r].
 
-    Of the four bits, the low ones of a byte are the first half of a group: those of j < 16 are in
-    byte 32 * (j // 4) + 4 * r + j % 4, and those of j + 16 in its high half.
+    For j < 16, the low four bits of byte 32 * (j // 4) + 4 * r + j % 4 hold weight j of the group.
+    The high four bits of that byte hold weight j + 16.
     """
 
     packed: Tensor  # uint8 (N / 8, K / 32, 128)
@@ -72,7 +73,7 @@ Quantized = Int8Weight | Int4Weight
 def quantize_int8(w: Tensor, largest: Tensor | None = None) -> Int8Weight:
     """Round each row of w, (N, K), to 255 steps; the row's largest weight is ±127.
 
-    largest: (N,) the absolute value of each row's largest, where w is some of its columns.
+    largest: (N,) the largest absolute value of each whole row, if w has only some of its columns.
     Raises ConfigError where w is not a matrix of finite numbers or K is not a multiple of 32.
     """
     _check(w)
@@ -92,7 +93,7 @@ def quantize_int8(w: Tensor, largest: Tensor | None = None) -> Int8Weight:
 def quantize_int4(w: Tensor) -> Int4Weight:
     """Round each group of 32 in the rows of w, (N, K), to sixteen steps.
 
-    A group's scale is the one of two that loses less in squares.
+    Of two scales for a group, it takes the one with the smaller squared error.
     Raises ConfigError where w is not a matrix of finite numbers or K is not a multiple of 32.
     """
     _check(w)
@@ -126,9 +127,10 @@ def _steps(groups: Tensor, scale: Tensor) -> Tensor:
 
 
 def _best_scale(groups: Tensor) -> Tensor:
-    """The better of two scales of each group (..., 32), as stored.
+    """The better of two scales of each group (..., 32), in bfloat16.
 
-    The weight with the largest magnitude becomes -8, or -7 with finer steps for the other 31.
+    One makes the weight with the largest magnitude -8, and clips weights of the other sign to 7.
+    The other makes it -7: the steps are coarser, but no weight is clipped.
     """
     least, most = groups.amin(-1), groups.amax(-1)
     largest = torch.where(-least > most, least, most)
@@ -156,9 +158,13 @@ def _blocks(w: Tensor, weights: int) -> Iterator[tuple[slice, Tensor]]:
 
 def _check(w: Tensor) -> None:
     if w.dim() != 2 or not w.is_floating_point():
-        raise ConfigError(f"a matrix of floats can be quantized, not {w.dtype} {tuple(w.shape)}")
+        shape = tuple(w.shape)
+        raise ConfigError(f"only a matrix of floats can be quantized, not {w.dtype} {shape}")
     if w.shape[1] == 0 or w.shape[1] % GROUP:
-        raise ConfigError(f"a row of {w.shape[1]} weights cannot be quantized: {GROUP} go together")
+        raise ConfigError(
+            f"a row of {w.shape[1]} weights cannot be quantized: the number must be a multiple of "
+            f"{GROUP}"
+        )
 
 
 def _check_finite(scale: Tensor) -> None:
@@ -173,12 +179,13 @@ def _check_finite(scale: Tensor) -> None:
 def narrow(weight: Quantized, dim: int, start: int, length: int) -> Quantized:
     """Some rows (dim 0) or columns (1), as views; `Tensor.narrow`.
 
-    Raises ConfigError where that would cut through what is stored together.
+    Raises ConfigError where the part does not begin and end at multiples of CUT.
     """
     if start % CUT[dim] or length % CUT[dim]:
         what = ("rows", "columns")[dim]
         raise ConfigError(
-            f"quantized, {length} {what} from {start} on cannot be cut out: {CUT[dim]} go together"
+            f"cannot cut {length} {what} from {start} on out of a quantized weight: both numbers "
+            f"must be multiples of {CUT[dim]}"
         )
 
     def part(tensor: Tensor) -> Tensor:
@@ -193,8 +200,8 @@ def narrow(weight: Quantized, dim: int, start: int, length: int) -> Quantized:
 def join(parts: Sequence[Quantized], dim: int) -> Quantized:
     """Concatenate parts along the rows (dim 0) or columns (1); contiguous.
 
-    A single contiguous part is returned as it is. Parts of columns share the scales of their rows,
-    which are taken from the first part.
+    A single contiguous part is returned as it is. The int8 scales belong to rows. Along columns,
+    all parts must have the same ones, and those of the first part are kept.
     """
 
     def joined(tensors: tuple[Tensor, ...]) -> Tensor:
@@ -206,7 +213,7 @@ def join(parts: Sequence[Quantized], dim: int) -> Quantized:
 
 
 Width = Literal["int8", "int4", "fp8"]
-# For a CPU and for folders. A GPU has `gpu/device_weights.py`.
+# For a CPU and for checkpoint folders. For a GPU see `gpu/device_weights.py`.
 QUANTIZERS: dict[str, Callable[[Tensor], Quantized]] = {
     "int8": quantize_int8,
     "int4": quantize_int4,
@@ -217,7 +224,7 @@ BYTES = {"int8": 1.0, "int4": 0.5 + 2 / GROUP, "fp8": 1.0}
 
 
 def is_quantized(name: str) -> bool:
-    """Whether a tensor of that state-dict name is a matrix that `quantize` rounds."""
+    """Whether the tensor with this state-dict name is to be quantized."""
     return "norm" not in name and not name.startswith("tok_embeddings")
 
 

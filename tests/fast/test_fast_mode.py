@@ -132,7 +132,7 @@ def test_two_ranks(tmp_path: Path, quantize: Any) -> None:
         (dict(mode="quick"), "mode is 'quick': reference or fast"),
         (dict(mode="fast", quantize="int3"), "quantize is 'int3': int8 or int4"),
         (dict(quantize="int8"), "quantized weights are for mode fast on the CPU or a CUDA GPU"),
-        (dict(mode="fast", quantize="fp8", device="cpu"), "quantize is 'fp8': cpu has no products"),
+        (dict(mode="fast", quantize="fp8", device="cpu"), "quantize is 'fp8': it needs an Ada"),
     ],
 )
 def test_what_cannot_be(options: dict[str, Any], message: str) -> None:

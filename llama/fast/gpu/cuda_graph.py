@@ -4,15 +4,15 @@ from collections.abc import Callable, Hashable
 
 import torch
 
-WARM_UPS = 2  # the first compiles kernels and makes workspaces and connections
+WARM_UPS = 2  # runs before a capture; the first compiles kernels and allocates workspaces
 
 
 class Graphs:
-    """Functions without arguments that read and write tensors which stay where they are.
+    """Captures and replays functions without arguments, on tensors that keep their addresses.
 
-    On a GPU each is captured when it is first run: from then on all of its kernels are launched at
-    once, and Python runs none of it. It must give the same when it runs again, and must not wait
-    for the GPU. Ranks that talk to each other in one run it at the same time.
+    On a GPU, the first run of a function captures it. Later runs launch all of its kernels at once,
+    without Python. A function must give the same results each time, and must not wait for the GPU.
+    If it calls collectives, all ranks must run it at the same time.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -20,12 +20,11 @@ class Graphs:
         self._captured: dict[Hashable, torch.cuda.CUDAGraph] = {}
         if device.type == "cuda":
             self._stream = torch.cuda.Stream(device)
-            self._pool = (
-                torch.cuda.graph_pool_handle()
-            )  # one pool, because graphs run one after the other
+            # All graphs share one memory pool, because they run one after the other.
+            self._pool = torch.cuda.graph_pool_handle()
 
     def run(self, key: Hashable, work: Callable[[], None]) -> None:
-        """Run the work. For one key it must be the same every time."""
+        """Run the work. The same key must always come with the same work."""
         if self._device.type != "cuda":
             work()
             return

@@ -8,11 +8,11 @@ import torch
 
 from llama.engine.request import Request
 from llama.engine.slot import Slot
-from llama.engine.speculative import n_alike
+from llama.engine.speculative import common_prefix_length
 from llama.errors import GenerationError
 from llama.sampling import SamplingParams
 
-MIN_REUSE = 16  # tokens; a shorter common prefix is not worth the loss of another slot's tokens
+MIN_REUSE = 16  # least length of a reused prefix; a shorter one saves less than it overwrites
 
 
 def check_prompt(
@@ -31,7 +31,7 @@ def check_prompt(
         raise GenerationError(f"prompt {row} is {prompt_tokens!r}, not a list of token ids")
     if not prompt_tokens:
         raise GenerationError(f"prompt {row} is empty: it needs at least one token")
-    # A prompt that is only scored skips its last token.
+    # If nothing is generated, the last token is not fed.
     if len(prompt_tokens) > max_seq_len + (params.max_gen_len == 0):
         raise GenerationError(
             f"prompt {row} has {len(prompt_tokens)} tokens, but max_seq_len is {max_seq_len}"
@@ -58,10 +58,10 @@ def make_generator(
 
 
 def choose_slot(request: Request, slots: list[Slot], free: list[Slot]) -> tuple[Slot, Slot, int]:
-    """A free slot for the request, the slot whose prefix it reuses, and the length of the prefix.
+    """Returns a free slot, the slot whose prefix the request reuses, and the prefix's length.
 
-    Both are one slot where the prefix lies in a free one. Nothing is reused by a request that is
-    exact, private, or scored.
+    The two slots are the same if the second one is free. A request reuses nothing if it is exact,
+    private or scored, or generates nothing.
     """
     least_recent = min(free, key=lambda slot: (slot.last_used, slot.index))
     is_scored = request.params.prompt_logprobs or request.max_gen_len == 0
@@ -69,7 +69,9 @@ def choose_slot(request: Request, slots: list[Slot], free: list[Slot]) -> tuple[
         return least_recent, least_recent, 0
     # The last token of the prompt is always computed, because its logits are needed.
     prompt = request.prompt_tokens[:-1]
-    shared = {slot: n_alike(slot.tokens, prompt) for slot in slots if slot.may_be_shared}
+    shared = {
+        slot: common_prefix_length(slot.tokens, prompt) for slot in slots if slot.may_be_shared
+    }
     # A free slot wins a tie, because its tokens need no copy.
     best = max(shared, key=lambda slot: (shared[slot], slot.request is None), default=least_recent)
     if shared.get(best, 0) < MIN_REUSE:

@@ -1,4 +1,4 @@
-"""An engine for a model in a mode: which network computes, and in which cache."""
+"""Make an engine: choose its network and the dtype of its KV cache from the mode."""
 
 from llama.engine.engine import PREFILL_CHUNK, Engine
 from llama.engine.worker import Network
@@ -26,7 +26,7 @@ def make_engine(
     lookup: bool = False,
     invariant: bool = False,
 ) -> Engine:
-    """The options are those of `Llama.build`; max_batch_size None: the model's.
+    """Make an engine. The options are those of `Llama.build`; max_batch_size None: the model's.
 
     In mode fast the models become `FastTransformer`s on a CPU and `GpuTransformer`s on a GPU.
     """

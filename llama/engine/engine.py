@@ -17,7 +17,7 @@ from llama import parallel, sampling
 from llama.cache import KVCache
 from llama.engine.admission import check_prompt, choose_slot, make_generator
 from llama.engine.lookahead import Lookahead
-from llama.engine.plan import Action, Plan, Wanted, filled_up
+from llama.engine.plan import Action, Plan, Wanted, padded
 from llama.engine.proposer import Proposer
 from llama.engine.request import Event, Request
 from llama.engine.row_sampling import RowSampler
@@ -33,7 +33,7 @@ from llama.fast.mode import check_draft
 from llama.sampling import SamplingParams
 from llama.tokenizer import Tokenizer
 
-PREFILL_CHUNK = 512  # tokens of prompts that one step takes in, at most
+PREFILL_CHUNK = 512  # prompt tokens that one step prefills
 
 
 class Engine:
@@ -41,13 +41,13 @@ class Engine:
 
     Args:
         model: the transformer, on its device.
-        max_batch_size: slots; more requests than that wait for their turn.
+        max_batch_size: the number of slots; further requests wait for a free one.
         max_seq_len: tokens of prompt and answer together, at most the model's own max_seq_len.
-        tokenizer: gives events their text and requests their stop tokens. Without it there is no
-            text, and only the params name stop tokens.
-        seed: a request without a seed gets one made of this and its number.
-        prefill_chunk: tokens of prompts taken in by one step.
-        cache_dtype: of the keys and values, int8 too; None: as the model computes.
+        tokenizer: gives events their text and requests their stop tokens. Without it events have
+            no text, and stop tokens come from the params only.
+        seed: a request without a seed gets one derived from this and the request's number.
+        prefill_chunk: prompt tokens that one step prefills; exact requests exceed it.
+        cache_dtype: dtype of the keys and values, such as int8; None: the model's default.
         draft: a smaller model with the same vocabulary, which proposes tokens to this one.
         lookup: propose the tokens that followed the last ones earlier in the text.
         static: decode in steps of static shapes and sample on the device; for a GpuTransformer.
@@ -101,13 +101,13 @@ class Engine:
         self._proposer: Proposer | None = None
         if draft is not None or lookup:
             sizes = max_seq_len, prefill_chunk, n_words
-            self._proposer = Proposer(self._worker.run, *sizes, drafts=draft is not None)
+            self._proposer = Proposer(self._worker.run, *sizes, has_draft=draft is not None)
         # Tokens that an idle row keeps. Steps of other rows may overwrite what follows.
         self._kept = max_seq_len - 1 - (MAX_PROPOSALS if self._proposer else 0)
         self._seed = seed
         self._slots = [Slot(i) for i in range(max_batch_size)]
         self._waiting: deque[Request] = deque()
-        self._prefilling: Slot | None = None  # one at a time, so that the next can share with it
+        self._prefilling: Slot | None = None  # only one, so that the next can reuse its prefix
         self._cancelled: list[Event] = []  # reported by the next step
         self._submitted = self._steps = 0
 
@@ -190,7 +190,7 @@ class Engine:
     def check(
         self, prompt_tokens: Sequence[int], params: SamplingParams, row: int = 0
     ) -> list[int]:
-        """The prompt's ids, after the checks that `submit` makes."""
+        """Check the prompt and params as `submit` does. Returns the prompt's ids."""
         if params.stop and self.tokenizer is None:
             raise GenerationError("stop strings need a tokenizer: give the engine one")
         vocab_size = self.model.vocab_size
@@ -200,8 +200,8 @@ class Engine:
 
     @torch.inference_mode()
     def step(self) -> list[Event]:
-        """Prefill up to `prefill_chunk` prompt tokens, then decode one token for every request
-        whose prompt is complete. Returns what happened; the order of requests is not fixed."""
+        """Prefill up to `prefill_chunk` prompt tokens, then decode for every request whose prompt
+        is complete. Returns the events; the order of requests is not fixed."""
         events, self._cancelled = self._cancelled, []
         self._steps += 1
         budget = self.prefill_chunk
@@ -217,7 +217,7 @@ class Engine:
         return events
 
     def _next_to_prefill(self) -> Slot | None:
-        """The slot whose prompt is incomplete, else a free slot that takes the next request."""
+        """The slot that is prefilling, else a free slot, to which the next request is admitted."""
         if self._prefilling is None and self._waiting:
             free = [slot for slot in self._slots if slot.request is None]
             if free:
@@ -225,11 +225,11 @@ class Engine:
         return self._prefilling
 
     def _admit(self, request: Request, free: list[Slot]) -> Slot:
-        """Give the request a free slot, with the prefix of its prompt that another slot holds."""
+        """Give the request a free slot. A prefix that it reuses from another slot is copied."""
         slot, source, n_reused = choose_slot(request, self._slots, free)
         if slot is not source:
             self._worker.run(Plan(Action.COPY, slot.index, source.index, n_reused))
-        slot.admit(request, n_reused, min(source.n_drafted, n_reused))
+        slot.admit(request, n_reused, min(source.n_in_draft_cache, n_reused))
         return slot
 
     def _prefill(self, slot: Slot, budget: int) -> tuple[int, Event | None]:
@@ -237,14 +237,14 @@ class Engine:
         last chunk, the event of the first generated token."""
         request = slot.running
         prompt, start = request.prompt_tokens, len(slot.tokens)
-        wants_prompt = request.params.prompt_logprobs
-        # A prompt that is only scored skips its last token. One that is neither scored nor
-        # continued skips the model.
-        n_fed = len(prompt) if request.max_gen_len > 0 else (len(prompt) - 1) * wants_prompt
+        scores_prompt = request.params.prompt_logprobs
+        # If nothing is generated, a scored prompt is fed without its last token, and an unscored
+        # one not at all.
+        n_fed = len(prompt) if request.max_gen_len > 0 else (len(prompt) - 1) * scores_prompt
         end = n_fed if request.is_exact else min(start + budget, n_fed)
         is_last = end == n_fed
         wanted = Wanted.LAST if is_last else Wanted.NOTHING
-        if request.is_exact or wants_prompt:
+        if request.is_exact or scores_prompt:
             wanted = Wanted.ALL
         logits = None
         if end > start:
@@ -254,7 +254,7 @@ class Engine:
             )  # fmt: skip
             logits = self._worker.run(plan)
             slot.tokens = prompt[:end]
-        if wants_prompt and logits is not None:
+        if scores_prompt and logits is not None:
             targets = torch.tensor(prompt[start + 1 : end + 1], device=logits.device)
             scored = logits[0, : len(targets)]
             request.prompt_logprobs += sampling.logprob_of(scored, targets).tolist()
@@ -262,7 +262,7 @@ class Engine:
         if not is_last:
             return end - start, None
         self._prefilling = None
-        if wants_prompt:
+        if scores_prompt:
             request.prompt_logprobs.insert(0, 0.0)  # no logits predict the first token
             request.prompt_is_greedy.insert(0, False)
         if request.max_gen_len == 0:
@@ -274,15 +274,15 @@ class Engine:
     def _decode(self, decoding: list[Slot]) -> list[Event]:
         """Decode one token for each slot, and one for each accepted proposal, in one forward.
 
-        The forward covers all rows from the first slot to the last. Rows between them that are idle
-        or have fewer proposals are computed too, and their results are dropped. What they store in
-        the cache is overwritten by their next tokens.
+        The forward covers all rows from the first slot to the last. Rows with fewer proposals are
+        padded, and idle rows are all padding. The results of padding are dropped. The next tokens
+        of a row overwrite what its padding stored in the cache.
         """
         first, last = decoding[0].index, decoding[-1].index
         if self._static is not None:
             first, last = 0, self._static.n_rows(last + 1) - 1
         rows = self._slots[first : last + 1]
-        for slot in decoding:  # an interrupted step may have stored tokens already
+        for slot in decoding:  # drop tokens that an interrupted step appended
             slot.cut(len(slot.running.prompt_tokens) + len(slot.running.tokens) - 1)
         proposed = self._proposer.propose(decoding, rows) if self._proposer else {}
         fed = {s: [s.running.tokens[-1], *proposed.get(s, ())] for s in decoding}
@@ -290,7 +290,7 @@ class Engine:
         logits = self._lookahead.take(decoding, len(rows)) if self._lookahead else None
         if logits is None:
             start_pos = [len(slot.tokens) for slot in rows]
-            tokens = [filled_up(fed.get(slot, []), seqlen) for slot in rows]
+            tokens = [padded(fed.get(slot, []), seqlen) for slot in rows]
             is_exact = decoding[0].running.is_exact
             logits = self._worker.run(Plan.decode(first, start_pos, tokens, is_exact))
         assert logits is not None
@@ -302,7 +302,7 @@ class Engine:
             # Indexing with a list would make a GPU wait. Stacking does not.
             events += self._next_tokens(decoding, torch.stack(of_slots), at, rows)
             # The next logits hold only where the proposal they follow was accepted.
-            decoding = [slot for slot in decoding if slot.goes_on(fed[slot][at + 1 : at + 2])]
+            decoding = [slot for slot in decoding if slot.accept(fed[slot][at + 1 : at + 2])]
             if not decoding:
                 break
         if self._proposer is not None:
@@ -339,11 +339,11 @@ class Engine:
     # ---- ranks --------------------------------------------------------------------------------
 
     def follow(self) -> None:
-        """On all ranks of a model but the first: execute what the first one plans, until it calls
-        `dismiss`. Requests that were submitted here are the first rank's to run."""
+        """On every rank but the first: execute the first rank's plans until it calls `dismiss`.
+        The queue is cleared, because the first rank runs the same requests."""
         self._waiting.clear()
         self._worker.follow()
 
     def dismiss(self, failed: bool = False) -> None:
-        """On the first rank: let the others return from `follow`, with an error where it failed."""
+        """On the first rank: end `follow` on the others. If `failed`, it raises there."""
         self._worker.dismiss(failed)

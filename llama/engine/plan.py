@@ -30,14 +30,14 @@ class Wanted(IntEnum):
 
 @dataclass(frozen=True)
 class Plan:
-    """One action. It is small: cache rows by their index, and token ids.
+    """One action. A plan holds only numbers: indices of cache rows, positions and token ids.
 
-    row: of the cache, the first that a forward uses or the one a copy goes to.
-    source: the row that a copy comes from.
-    n_keys: positions of the cache that take part.
-    is_exact: Meta's operations; then all rows start at the same position.
-    is_draft: a forward of the draft model, not of the model itself.
-    start_pos: of each row's first token. tokens: (B, S) ids.
+    row: the first cache row of a forward, or the row that a copy writes.
+    source: the cache row that a copy reads.
+    n_keys: how many positions of each cache row are used.
+    is_exact: compute with Meta's operations; all rows then start at the same position.
+    is_draft: the forward is of the draft model.
+    start_pos: the position of each row's first token. tokens: ids (B, S).
     """
 
     action: Action
@@ -85,6 +85,6 @@ class Plan:
         )  # fmt: skip
 
 
-def filled_up(tokens: list[int], length: int) -> list[int]:
-    """Pad a row of tokens to the length of the others. The results of padding are dropped."""
+def padded(tokens: list[int], length: int) -> list[int]:
+    """Pad tokens with zeros to a length. The caller drops the results of padding."""
     return tokens + [0] * (length - len(tokens))

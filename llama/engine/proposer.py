@@ -1,8 +1,9 @@
-"""Chooses the tokens that the next step of the engine checks, and how many.
+"""Proposes the tokens that the engine's next step checks, as many as are worth their time.
 
-A lookup costs next to nothing. Its proposals update the acceptance rate even where no step checks
-them. A draft model must run before anything is known. So it rests where it does not pay: for a
-number of steps that doubles each time, and shrinks again while it pays.
+Lookup costs next to nothing, and its acceptance rate is known even if no step checks its tokens.
+The rate of a draft model is known only if the draft model runs. When drafting is not worth its
+time, it pauses for some steps, for twice as many each time. Each step that drafts makes the next
+pause one step shorter.
 """
 
 import time
@@ -10,23 +11,23 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from llama.engine.plan import Action, Plan, Wanted, filled_up
+from llama.engine.plan import Action, Plan, Wanted, padded
 from llama.engine.slot import Slot
 from llama.engine.speculative import MAX_PROPOSALS, Lookup, StepTimes, best_length, draft_token
 from llama.sampling import hide_unknown
 
-MAX_REST = 128  # steps without a draft model that does not pay
+MAX_PAUSE = 128  # steps
 
 
 class Proposer:
     """Proposes tokens for the slots of an engine, by lookup or by a draft model.
 
     Args:
-        run: executes a plan on all ranks and returns the logits that it asks for.
+        run: executes a plan on all ranks and returns the logits that the plan asks for.
         max_seq_len: the most tokens of a slot.
-        prefill_chunk: tokens that the draft model takes in before a step.
+        prefill_chunk: the most tokens that the draft model prefills before a step.
         n_words: ids from here on are never proposed.
-        drafts: whether a draft model proposes, not a lookup.
+        has_draft: whether a draft model proposes, instead of lookup.
     """
 
     def __init__(
@@ -35,60 +36,60 @@ class Proposer:
         max_seq_len: int,
         prefill_chunk: int,
         n_words: int,
-        drafts: bool,
+        has_draft: bool,
     ) -> None:
-        self._n_words = n_words
         self._run = run
         self._max_seq_len = max_seq_len
         self._prefill_chunk = prefill_chunk
-        self._drafts = drafts
+        self._n_words = n_words
+        self._has_draft = has_draft
         self._times = StepTimes()
         self._start = 0.0
-        self._rest = 1  # steps without the draft model, the next time it does not pay
-        self._resting = 0  # steps left of the current rest
+        self._next_pause = 1  # steps
+        self._pause_left = 0  # steps
 
     def propose(self, decoding: list[Slot], rows: list[Slot]) -> dict[Slot, list[int]]:
-        """Propose tokens for the decoding slots, which are some of the rows."""
+        """Propose tokens for the decoding slots. rows: all slots that the forward covers."""
         room = self._max_seq_len - 1 - max(len(slot.tokens) for slot in rows)
         limits: dict[Slot, int] = {}
         for slot in decoding:
             request, proposals = slot.running, slot.proposals
             limit = min(MAX_PROPOSALS, room, request.max_gen_len - len(request.tokens) - 1)
             new_tokens = proposals.review(request.tokens)
-            if not self._drafts:
+            if not self._has_draft:
                 if slot.lookup is None:
                     slot.lookup = Lookup()
                     slot.lookup.extend(request.prompt_tokens)
                 slot.lookup.extend(new_tokens)
-                proposals.proposed = slot.lookup.propose(MAX_PROPOSALS)
-                limit = min(limit, len(proposals.proposed))
+                proposals.tokens = slot.lookup.propose(MAX_PROPOSALS)
+                limit = min(limit, len(proposals.tokens))
             limits[slot] = 0 if request.is_exact else limit
         length = self._length(limits, len(rows))
         drafting = [slot for slot in decoding if limits[slot] > 0] if length > 0 else []
-        if self._drafts:
-            drafting = self._caught_up(drafting)
+        if self._has_draft:
+            drafting = self._prefill_draft(drafting)
         self._start = time.perf_counter()
-        if self._drafts and drafting:
+        if self._has_draft and drafting:
             self._draft(drafting, rows, length)
-        proposed = {slot: slot.proposals.proposed[: min(limits[slot], length)] for slot in drafting}
+        proposed = {slot: slot.proposals.tokens[: min(limits[slot], length)] for slot in drafting}
         for slot, tokens in proposed.items():
             slot.running.proposed += len(tokens)
         return proposed
 
     def _length(self, limits: dict[Slot, int], n_rows: int) -> int:
         """The number of tokens to propose for each slot, within the limits."""
-        if self._resting > 0:
-            self._resting -= 1
+        if self._pause_left > 0:
+            self._pause_left -= 1
             return 0
-        rates = [slot.proposals.acceptance_rate for slot in limits]
+        rates = [slot.proposals.rate for slot in limits]
         length = best_length(
             rates, list(limits.values()), lambda length: self._times.seconds(n_rows, length)
         )
-        if self._drafts and length > 0:
-            self._rest = max(1, self._rest - 1)
-        elif self._drafts and any(limits.values()):
-            self._resting = self._rest
-            self._rest = min(2 * self._rest, MAX_REST)
+        if self._has_draft and length > 0:
+            self._next_pause = max(1, self._next_pause - 1)
+        elif self._has_draft and any(limits.values()):
+            self._pause_left = self._next_pause
+            self._next_pause = min(2 * self._next_pause, MAX_PAUSE)
         return length
 
     def end_step(self, n_rows: int, length: int) -> None:
@@ -97,12 +98,13 @@ class Proposer:
 
     def _draft(self, drafting: list[Slot], rows: list[Slot], length: int) -> None:
         """Draft `length` tokens for each slot."""
-        # The last two tokens come first: where all proposals were accepted, its cache lacks both.
+        # The first forward takes the last two tokens. The draft model's cache lacks both if all
+        # proposals of the last step were accepted.
         fed = {slot: [slot.tokens[-1], slot.running.tokens[-1]] for slot in drafting}
         positions = {slot: len(slot.tokens) - 1 for slot in drafting}
         seqlen = 2
         for _ in range(length):
-            start_pos = [positions.get(slot, slot.n_drafted) for slot in rows]
+            start_pos = [positions.get(slot, slot.n_in_draft_cache) for slot in rows]
             logits = self._run(
                 Plan(
                     Action.FORWARD,
@@ -111,12 +113,12 @@ class Proposer:
                     wanted=Wanted.LAST,
                     is_draft=True,
                     start_pos=start_pos,
-                    tokens=[filled_up(fed.get(slot, []), seqlen) for slot in rows],
+                    tokens=[padded(fed.get(slot, []), seqlen) for slot in rows],
                 )
             )
             assert logits is not None
             for slot in drafting:
-                proposed = slot.proposals.proposed
+                proposed = slot.proposals.tokens
                 row = hide_unknown(logits[slot.index - rows[0].index, -1], self._n_words)
                 token, q = draft_token(row, slot.running, proposed)
                 proposed.append(token)
@@ -125,21 +127,21 @@ class Proposer:
                 positions[slot] += seqlen
             seqlen = 1
         for slot in drafting:
-            slot.n_drafted = positions[slot]
+            slot.n_in_draft_cache = positions[slot]
 
-    def _caught_up(self, slots: list[Slot]) -> list[Slot]:
-        """Prefill the draft model's cache. Returns the slots whose text it holds completely."""
+    def _prefill_draft(self, slots: list[Slot]) -> list[Slot]:
+        """Prefill the draft model's cache. Returns the slots whose prefill is complete."""
         budget = self._prefill_chunk
         for slot in slots:
-            budget -= self._catch_up(slot, budget)
-        return [slot for slot in slots if slot.n_drafted >= len(slot.tokens) - 1]
+            budget -= self._prefill_slot(slot, budget)
+        return [slot for slot in slots if slot.n_in_draft_cache >= len(slot.tokens) - 1]
 
-    def _catch_up(self, slot: Slot, budget: int) -> int:
+    def _prefill_slot(self, slot: Slot, budget: int) -> int:
         """Prefill the next chunk of the slot's tokens that the draft model's cache lacks.
 
-        The last token is left out. Returns the chunk's length.
+        The slot's last token is left to `_draft`. Returns the chunk's length.
         """
-        start = slot.n_drafted
+        start = slot.n_in_draft_cache
         tokens = slot.tokens[start:-1][:budget]
         if tokens:
             end = start + len(tokens)
@@ -153,5 +155,5 @@ class Proposer:
                     tokens=[tokens],
                 )
             )
-            slot.n_drafted = end
+            slot.n_in_draft_cache = end
         return len(tokens)

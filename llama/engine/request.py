@@ -21,16 +21,16 @@ class Request:
     """A prompt and what the engine has generated for it so far.
 
     Attributes to read:
-        tokens, logprobs: the generated ids, without the stop token, and the natural logarithm of
-            each one's probability under the model, whatever the sampling.
-        top_logprobs: the likeliest ids at each place with theirs, where the params ask for them.
-        prompt_logprobs: of the prompt's tokens, where asked for; 0.0 for the first.
-        prompt_is_greedy: whether each prompt token was the likeliest one, beside prompt_logprobs.
-        text: of the tokens, up to a stop string.
-        finish_reason: None while it is in flight; "stop" (a stop token or string), "length" (of the
-            params or the cache), "cancelled", or "error", then `error` says which.
-        stop_token: the id that ended it.
-        proposed, accepted: numbers of proposed and of accepted tokens.
+        tokens: the generated ids, without the stop token.
+        logprobs: the natural logarithm of each token's probability, before any sampling option.
+        top_logprobs: for each token, the likeliest ids and their logprobs, if asked for.
+        prompt_logprobs: the logprobs of the prompt's tokens, if asked for; 0.0 for the first.
+        prompt_is_greedy: for each of the prompt_logprobs, whether its token was the likeliest.
+        text: the text of the tokens, up to a stop string.
+        finish_reason: None until the request ends; then "stop" (a stop token or string), "length"
+            (max_gen_len, or the cache is full), "cancelled", or "error" (see `error`).
+        stop_token: the stop token that ended the request, if one did.
+        proposed, accepted: how many tokens were proposed, and how many of them were accepted.
     """
 
     prompt_tokens: list[int]
@@ -57,7 +57,7 @@ class Request:
     def push(self, token: int, logprob: float) -> str:
         """Add a generated token. Returns the text that can be shown now.
 
-        Raises TokenizerError, and adds nothing, where the id is not the tokenizer's.
+        Raises TokenizerError for an id that the tokenizer does not know; nothing is added then.
         """
         text = self.stream.push(token) if self.stream else ""
         self.tokens.append(token)
@@ -66,7 +66,7 @@ class Request:
         return text
 
     def advance(self, token: int, logprob: float, logits: Tensor) -> "Event":
-        """Take the next token, which may end the request; logits (V,) are those it came from."""
+        """Add the next token, which may end the request. logits (V,): it was chosen from these."""
         if self.error is None and token in self.stop_tokens:
             self.stop_token = token
             return self.end("stop")
@@ -74,7 +74,7 @@ class Request:
         if self.error is None:
             try:
                 text = self.push(token, logprob)
-            except TokenizerError as error:  # the model's vocabulary may be larger
+            except TokenizerError as error:  # the model's vocabulary may exceed the tokenizer's
                 self.error = error
         if self.error is not None:
             return self.end("error")
@@ -147,8 +147,8 @@ class Request:
 class Event:
     """One step of one request: a token, the end, or both.
 
-    token: None where the step only ended the request. text: whole characters that can be shown now;
-    none of them may begin a stop string.
+    token: None where the step only ended the request. text: whole characters that can be shown now,
+    because they belong to no stop string.
     """
 
     request: Request

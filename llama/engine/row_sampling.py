@@ -1,8 +1,8 @@
 """Sample the next token of many rows at once, on their device, with one synchronisation.
 
-For the requests that `RowSampler.takes` it is what `sampling.choose` does for one: the same
-operations on rows, each with the random numbers of its own request. So the tokens are the same, as
-far as no tokens' probabilities tie and, on a GPU, no last bits decide.
+For requests that `RowSampler.takes`, the operations are those of `sampling.choose`, on many rows.
+Each row uses its own request's random numbers. So the tokens are the same, unless probabilities tie
+or, on a GPU, differ in their last bits.
 """
 
 from collections.abc import Callable, Sequence
@@ -16,7 +16,7 @@ from llama.fast.gpu.cuda_graph import Graphs, next_power_of_two
 from llama.sampling import SamplingParams
 
 PLAIN = SamplingParams()
-OTHERS = ("repetition_penalty", "presence_penalty", "frequency_penalty", "logit_bias")
+UNSUPPORTED = ("repetition_penalty", "presence_penalty", "frequency_penalty", "logit_bias")
 
 
 class RowSampler:
@@ -42,7 +42,7 @@ class RowSampler:
     @staticmethod
     def takes(params: SamplingParams) -> bool:
         """Whether a request needs no more than temperature, top_k, min_p and top_p."""
-        is_plain = all(getattr(params, name) == getattr(PLAIN, name) for name in OTHERS)
+        is_plain = all(getattr(params, name) == getattr(PLAIN, name) for name in UNSUPPORTED)
         return is_plain and params.logits_processor is None
 
     def __call__(

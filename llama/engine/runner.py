@@ -26,8 +26,8 @@ class Runner:
     """Submits prompts to an engine and steps it until their requests end.
 
     Args:
-        seed: of the random numbers of a request that runs alone and has no seed of its own.
-        is_reference: a request that runs alone gets Meta's own forwards.
+        seed: for the random numbers of requests that run alone and have no seed of their own.
+        is_reference: a request that runs alone is exact; see `Engine.submit`.
     """
 
     def __init__(self, engine: Engine, seed: int, is_reference: bool) -> None:
@@ -49,9 +49,9 @@ class Runner:
         params: SamplingParams,
         is_exact: bool | None = None,
     ) -> list[Request]:
-        """Run a request for each sample of each prompt to its end. Every rank returns the same.
+        """Run one request for each sample of each prompt until all end. All ranks return the same.
 
-        is_exact: see `Engine.submit`. None: only a request alone, in reference mode.
+        is_exact: see `Engine.submit`. None: True for a request that runs alone in reference mode.
         """
         if is_exact is None:
             is_exact = self._is_exact(prompts, params)

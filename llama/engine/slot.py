@@ -14,7 +14,7 @@ class Slot:
     tokens: list[int] = field(default_factory=list)
     request: Request | None = None
     last_used: int = 0
-    n_drafted: int = 0  # number of these tokens that the draft model's cache holds too
+    n_in_draft_cache: int = 0  # how many of the tokens the draft model's cache holds too
     lookup: Lookup | None = None  # made with the request's first proposals
     proposals: Proposals = field(default_factory=Proposals)
 
@@ -29,24 +29,26 @@ class Slot:
         """Whether another request may reuse the tokens of this slot."""
         return self.request is None or not self.request.is_private
 
-    def goes_on(self, proposal: list[int]) -> bool:
-        """Whether the request goes on, and its last token is the one proposed, if any was. Counts
-        an accepted proposal."""
+    def accept(self, proposal: list[int]) -> bool:
+        """Whether the request is running and its last token is the proposed one. If so, count it.
+
+        proposal: one token, or none, which is never accepted.
+        """
         request = self.request
         if request is None or request.tokens[-1:] != proposal:
             return False
         request.accepted += 1
         return True
 
-    def admit(self, request: Request, reused: int, n_drafted: int) -> None:
+    def admit(self, request: Request, reused: int, n_in_draft_cache: int) -> None:
         """Take a request. The row holds the first `reused` tokens of its prompt already."""
         self.request, self.tokens = request, request.prompt_tokens[:reused]
-        self.n_drafted, self.lookup, self.proposals = n_drafted, None, Proposals()
+        self.n_in_draft_cache, self.lookup, self.proposals = n_in_draft_cache, None, Proposals()
 
     def cut(self, length: int) -> None:
         """Keep the first `length` tokens only."""
         del self.tokens[max(0, length) :]
-        self.n_drafted = min(self.n_drafted, len(self.tokens))
+        self.n_in_draft_cache = min(self.n_in_draft_cache, len(self.tokens))
 
 
 def groups(decoding: list[Slot]) -> list[list[Slot]]:

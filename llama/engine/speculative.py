@@ -1,16 +1,16 @@
-"""Speculative decoding: cheap proposals, which one forward of the model checks together.
+"""Speculative decoding: one forward of the model checks several cheaply proposed tokens.
 
 Leviathan et al. 2023, arxiv.org/abs/2211.17192; Chen et al. 2023, arxiv.org/abs/2302.01318. A
 forward of a few tokens costs little more than a forward of one, because both read all weights. It
-gives the logits after each token. The model draws a token from each, in order, until a draw differs
+gives the logits after each token. A token is drawn from each of these, in order, until one differs
 from its proposal. All tokens therefore come from the model's own distribution.
 
-Greedy decoding and lookup draw as plain decoding does, with the same random numbers. The proposals
-of a draft model are draws themselves. `choose` accepts more of them; a seed then gives another text
-of the same distribution.
+With greedy decoding or lookup, tokens are drawn as in plain decoding, with the same random numbers.
+With a draft model at a temperature above 0, the proposals are random too. The acceptance rule in
+`choose` accepts more of them. A seed then gives another text, from the same distribution.
 
-This file holds proposals and the estimated times of steps. `proposer` decides how many tokens to
-propose. The engine runs the forwards.
+This file holds the acceptance rule, lookup, and the estimates of rates and times. `proposer`
+decides what to propose. The engine runs the model.
 """
 
 from collections import deque
@@ -30,36 +30,37 @@ MAX_PROPOSALS = 15  # for a row in one step
 NGRAM = 3  # tokens that a lookup must find earlier in the text
 GAIN = 1.05  # the least speedup over plain decoding for which tokens are proposed
 
-ROW_COST = 0.17  # assumed cost of a proposal, as a share of a plain step, until measured
+PROPOSAL_COST = 0.17  # assumed cost of a proposal, as a share of a plain step, until measured
 PRIOR = 0.6  # assumed acceptance rate, until measured
-MEMORY = 0.97  # weight of the past in the acceptance rate, at each step
+DECAY = 0.97  # factor on earlier results in the acceptance rate, at each step
 
 
 class Lookup:
     """Prompt lookup; Saxena 2023, github.com/apoorvumang/prompt-lookup-decoding.
 
-    It proposes the tokens that followed the last NGRAM tokens earlier in the prompt or answer.
+    It finds the latest earlier occurrence of the last NGRAM tokens in the prompt and answer, and
+    proposes the tokens that followed it.
     """
 
     def __init__(self) -> None:
         self._text: list[int] = []
-        self._next: dict[tuple[int, ...], int] = {}  # index of the token after an n-gram
+        self._index_after: dict[tuple[int, ...], int] = {}  # n-gram -> index of the token after it
 
     def extend(self, tokens: Sequence[int]) -> None:
         """Add tokens to the text."""
         for token in tokens:
             if len(self._text) >= NGRAM:
-                self._next[tuple(self._text[-NGRAM:])] = len(self._text)
+                self._index_after[tuple(self._text[-NGRAM:])] = len(self._text)
             self._text.append(token)
 
-    def propose(self, length: int) -> list[int]:
-        """Propose `length` tokens, or none where the last NGRAM tokens have not occurred before."""
-        start = self._next.get(tuple(self._text[-NGRAM:]))
+    def propose(self, most: int) -> list[int]:
+        """Propose `most` tokens, or none if the last NGRAM tokens do not occur earlier."""
+        start = self._index_after.get(tuple(self._text[-NGRAM:]))
         if start is None:
             return []
         # Where the match reaches the end of the text, the text is assumed to repeat.
         period = len(self._text) - start
-        return [self._text[start + i % period] for i in range(length)]
+        return [self._text[start + i % period] for i in range(most)]
 
 
 def draft_token(
@@ -71,14 +72,14 @@ def draft_token(
     distribution q (V,), which is returned too.
     """
     params = request.params
-    if params.logits_processor is not None:  # the caller expects one call a token
+    if params.logits_processor is not None:  # it expects one call for each token
         params = replace(params, logits_processor=None)
-    text = (params, request.prompt_tokens, [*request.tokens, *proposed])
+    context = (params, request.prompt_tokens, [*request.tokens, *proposed])
     try:
         if params.temperature == 0:
-            return int(sampling.choose(logits, *text)), None
-        q = sampling.distribution(logits, *text)
-    except GenerationError:  # the logits are not finite; the model will reject any token
+            return int(sampling.choose(logits, *context)), None
+        q = sampling.distribution(logits, *context)
+    except GenerationError:  # the logits are not finite; any proposal will do
         return 0, None
     return int(torch.multinomial(q, 1, generator=request.generator)), q
 
@@ -86,49 +87,50 @@ def draft_token(
 class Proposals:
     """The proposals for a request, and their acceptance rate.
 
-    Attributes: `proposed`, the latest proposals, of which a step may check only the first ones;
-    `drawn_from`, the distribution (V,) that a draft model drew each from; `acceptance_rate`, the
-    estimated probability that a proposal is accepted where all before it were.
+    Attributes:
+        tokens: the latest proposals. A step may check only the first of them.
+        drawn_from: the distribution (V,) of each, if a draft model drew it. Empty for lookup.
+        rate: estimated probability that a proposal is right if those before it are.
     """
 
     def __init__(self) -> None:
-        self.proposed: list[int] = []
+        self.tokens: list[int] = []
         self.drawn_from: list[Tensor | None] = []
-        self._n_reviewed = 0  # tokens of the request
-        self._accepted = PRIOR
+        self._n_seen = 0
+        self._right = PRIOR
         self._tried = 1.0
 
     @property
-    def acceptance_rate(self) -> float:
-        return self._accepted / self._tried
+    def rate(self) -> float:
+        return self._right / self._tried
 
     def review(self, tokens: Sequence[int]) -> Sequence[int]:
-        """Compare all proposals, checked or not, with the tokens that the request got since. Drops
-        the proposals and returns these tokens.
+        """Update the rate and clear the proposals. Returns the tokens added since the last call.
 
-        The acceptance rate falls back to PRIOR in time, so that proposals are tried again.
+        Proposals are compared with these tokens even if no step checked them. The rate decays to
+        PRIOR, so that proposals are tried again some time after they failed.
         """
-        new_tokens = tokens[self._n_reviewed :]
-        accepted = n_alike(self.proposed, new_tokens)
-        has_failed = accepted < min(len(self.proposed), len(new_tokens))
-        self._accepted = MEMORY * self._accepted + (1 - MEMORY) * PRIOR + accepted
-        self._tried = MEMORY * self._tried + (1 - MEMORY) + accepted + has_failed
-        self.proposed, self.drawn_from, self._n_reviewed = [], [], len(tokens)
+        new_tokens = tokens[self._n_seen :]
+        right = common_prefix_length(self.tokens, new_tokens)
+        has_failed = right < min(len(self.tokens), len(new_tokens))
+        self._right = DECAY * self._right + (1 - DECAY) * PRIOR + right
+        self._tried = DECAY * self._tried + (1 - DECAY) + right + has_failed
+        self.tokens, self.drawn_from, self._n_seen = [], [], len(tokens)
         return new_tokens
 
 
 def choose(logits: Tensor, request: Request, proposals: Proposals, at: int = 0) -> Tensor:
     """The request's next token, an id (), from the model's logits (V,).
 
-    at: number of the proposal that the token replaces or confirms. Let p be the distribution that
-    `sampling.choose` draws from. A proposal that a draft model drew from q is accepted with
-    probability min(1, p / q). Otherwise the token is drawn from max(p - q, 0), rescaled.
+    at: index of the proposal that the token is compared with. A proposal that a draft model drew
+    from q is accepted with probability min(1, p / q), where p is the distribution that
+    `sampling.choose` draws from. Otherwise the token is drawn from max(p - q, 0), rescaled.
     """
-    text = (request.params, request.prompt_tokens, request.tokens)
+    context = (request.params, request.prompt_tokens, request.tokens)
     q = proposals.drawn_from[at] if at < len(proposals.drawn_from) else None
     if q is None:
-        return sampling.choose(logits, *text, request.generator)
-    p, token = sampling.distribution(logits, *text), proposals.proposed[at]
+        return sampling.choose(logits, *context, request.generator)
+    p, token = sampling.distribution(logits, *context), proposals.tokens[at]
     number = torch.rand((), generator=request.generator, device=p.device)
     if number.item() * q[token].item() < p[token].item():
         return torch.tensor(token, device=p.device)
@@ -142,19 +144,19 @@ class _Timed:
     """The latest times of one kind of step, in seconds."""
 
     latest: deque[float]
-    at: int  # number of the last one among all steps
+    at: int  # number of the step that was timed last
     median: float = 0.0
 
 
 class StepTimes:
-    """Estimates the seconds of a step by its rows and its proposals a row, from timed steps."""
+    """Estimates the time of a step with some rows and proposals a row, from timed steps."""
 
-    LAST = 8  # latest times of a kind that are kept
-    FEW = 3  # with fewer times the expected time counts too, because the first may be slow
-    AGE = 256  # steps after which a time is dropped
+    LAST = 8  # latest times that are kept of each kind of step
+    FEW = 3  # with fewer times a kind's median is not trusted, because the first may be slow
+    AGE = 256  # steps without a time of a kind, after which its times are ignored
 
     def __init__(self) -> None:
-        self._known: dict[int, dict[int, _Timed]] = {}  # by rows, by proposals
+        self._known: dict[int, dict[int, _Timed]] = {}  # [rows][proposals a row]
         self._count = 0
 
     def add(self, n_rows: int, length: int, seconds: float) -> None:
@@ -169,8 +171,8 @@ class StepTimes:
         timed.median = sorted(timed.latest)[len(timed.latest) // 2]
 
     def seconds(self, n_rows: int, length: int) -> float:
-        """The median; where there are few times, at most what is expected from the nearest number
-        of proposals. 0 as long as a step without proposals was not timed often enough."""
+        """The median. With fewer than FEW times, it is at most an estimate from the nearest number
+        of proposals. 0 until steps without proposals have FEW times."""
         lengths = self._known.get(n_rows, {})
         plain = self._median(lengths, 0)
         if length == 0 or plain == 0:
@@ -179,7 +181,7 @@ class StepTimes:
             return median
         known = [n for n in lengths if n > 0 and self._median(lengths, n)]
         nearest = min(known, key=lambda n: abs(n - length), default=0)
-        slope = ROW_COST * plain
+        slope = PROPOSAL_COST * plain
         if nearest:
             slope = max(0.0, lengths[nearest].median - plain) / nearest
         expected = plain + slope * length
@@ -187,7 +189,7 @@ class StepTimes:
         return min(few.median, expected) if few and not self._is_old(few) else expected
 
     def _median(self, lengths: Mapping[int, _Timed], length: int) -> float:
-        """0 where there are few times."""
+        """The median, or 0 if the times are old or fewer than FEW."""
         timed = lengths.get(length)
         if timed is None or len(timed.latest) < self.FEW or self._is_old(timed):
             return 0.0
@@ -200,18 +202,18 @@ class StepTimes:
 def best_length(
     rates: Sequence[float], limits: Sequence[int], seconds: Callable[[int], float]
 ) -> int:
-    """How many tokens to propose for each row, so that the most tokens come in a second.
+    """The number of proposals a row that generates the most tokens per second.
 
-    rates, limits: of each row, the probability that a proposal is right and how many there can be.
-    seconds: a step's, by its number of proposals for each row; rows with fewer are filled up.
-    Returns 0 where proposals gain less than GAIN, or a step without them takes 0 s: not known yet.
+    rates, limits: for each row, the probability that a proposal is right, and the most proposals.
+    seconds: estimates a step's time from its proposals a row. Rows with fewer are padded.
+    Returns 0 if no number reaches a speedup of GAIN, or seconds(0) is 0, which means unknown.
     """
     longest = max(limits, default=0)
     if longest == 0 or (plain := seconds(0)) == 0:
         return 0
     best, most = 0, GAIN * len(rates) / plain
-    expected = [1.0] * len(rates)  # tokens
-    # No request takes more tokens than it has left.
+    expected = [1.0] * len(rates)  # tokens that each row gets from a step
+    # An upper bound of sum(expected): 1 + rate + rate**2 + … without end, or 1 + longest.
     bound = sum(1 / (1 - rate) if rate < 1 else 1 + longest for rate in rates)
     for length in range(1, longest + 1):
         took = seconds(length)
@@ -224,6 +226,6 @@ def best_length(
     return best
 
 
-def n_alike(a: Sequence[int], b: Sequence[int]) -> int:
+def common_prefix_length(a: Sequence[int], b: Sequence[int]) -> int:
     """The length of the common prefix."""
     return sum(1 for _ in takewhile(bool, map(eq, a, b)))

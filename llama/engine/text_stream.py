@@ -6,12 +6,12 @@ from llama.tokenizer import TextDecoder, Tokenizer
 
 
 class TextStream:
-    """Text of one request as it grows: whole characters, held back while the end may be the start
-    of a stop string.
+    """The text of one request while it grows, in whole characters. An end that may be the start of
+    a stop string is held back.
 
-    All that `push` returned and then `finish`, joined, is the decoded text, cut where its first
-    stop string begins: the one that ends first, of those the longest. The cost of one id depends
-    on the length of the stop strings, not on how many ids came before.
+    The strings from `push` and `finish` join to the decoded text before its first stop string. The
+    first one is the one that ends first, and of several with the same end the longest. The cost of
+    one id depends on the length of the stop strings, not on how many ids came before.
 
     is_continued: the text can be appended to the prompt; see `TextDecoder`.
 
@@ -26,9 +26,9 @@ class TextStream:
         self._held = ""
 
     def push(self, token_id: int) -> str:
-        """Return the text that this id makes safe to show.
+        """Add an id. Returns the text that can be shown now.
 
-        Raises TokenizerError where the id is not the tokenizer's.
+        Raises TokenizerError for an id that the tokenizer does not know.
         """
         if self.stopped:
             return ""
@@ -38,20 +38,20 @@ class TextStream:
         return text[:safe]
 
     def finish(self) -> str:
-        """Return what was held back, at the end of the ids; nothing after a stop string."""
+        """After the last id, return the text that was held back. After a stop string, it is ""."""
         if self.stopped:
             return ""
         text, self._held = self._held + self._decoder.flush(), ""
         return self._cut(text)
 
     def _cut(self, text: str) -> str:
-        """Return what stands before the first stop string, all where there is none."""
+        """Return the text before the first stop string, or all of it. Sets `stopped`."""
         found = [(at + len(stop), at) for stop in self._stop if (at := text.find(stop)) >= 0]
         self.stopped = bool(found)
         return text[: min(found)[1]] if found else text
 
     def _safe(self, text: str) -> int:
-        """Length of the text before the longest end that a stop string may start with."""
+        """The length of the text before its longest suffix that is the start of a stop string."""
         for start in range(max(0, len(text) - self._longest + 1), len(text)):
             end = text[start:]
             if any(stop.startswith(end) for stop in self._stop):

@@ -1,4 +1,4 @@
-"""The next token of every row of a step, from its logits."""
+"""Choose the next token of every row of a step from its logits."""
 
 from collections.abc import Callable
 

@@ -56,7 +56,7 @@ class Worker:
         return self.execute(plan)
 
     def dismiss(self, failed: bool = False) -> None:
-        """Let the other ranks return from `follow`, with an error where this rank failed."""
+        """End `follow` on the other ranks. If `failed`, it raises ParallelError there."""
         Plan(Action.FAILED if failed else Action.DONE).send(self._device)
 
     # ---- on the others --------------------------------------------------------------------------
@@ -72,8 +72,8 @@ class Worker:
     # ---- on all ---------------------------------------------------------------------------------
 
     def execute(self, plan: Plan) -> Tensor | None:
-        """Execute a plan. Returns the logits it asks for, of the whole vocabulary: (B, S, V), or
-        (B, 1, V) where only the last of each row are wanted."""
+        """Execute a plan. Returns the logits that it asks for, if any: (B, S, V), or (B, 1, V) for
+        the last token of each row. V is the whole vocabulary."""
         if plan.action is Action.COPY:
             for _, cache in self._networks:
                 cache.copy_row(plan.source, plan.row, plan.n_keys)

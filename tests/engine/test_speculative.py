@@ -451,8 +451,8 @@ def steps_with_proposals(is_right: bool, n_steps: int = 500) -> int:
     proposals, tokens, count = Proposals(), [0], 0
     proposals.review(tokens)
     for _ in range(n_steps):
-        length = best_length([proposals.acceptance_rate], [8], lambda n: 1 + n / 5)
-        proposals.proposed = [1] * length
+        length = best_length([proposals.rate], [8], lambda n: 1 + n / 5)
+        proposals.tokens = [1] * length
         count += length > 0
         tokens += [1] * (length + 1) if is_right else [2]
         proposals.review(tokens)

@@ -24,6 +24,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from llama import ModelArgs
+from llama.commands.limits import check_rate
 from llama.fast.cpu.kernels import matmul
 from llama.fast.cpu.kernels.product import Product, Weight
 from llama.fast.quantize import quantize_int4, quantize_int8
@@ -117,6 +118,7 @@ def main(
         kind, rows = name.split()[:2]
         median = statistics.median(taken)
         rate = models[kind].bytes / median / 1e9
+        check_rate(name, rate, speed, "GB")
         tokens = int(rows) / (median * whole)
         figures[name] = {"gb_per_s": rate, "of_read": rate / speed, "tokens_per_s": tokens}
         print(f"{name:26}{rate:8.1f}{rate / speed:9.0%}{tokens:9.1f}")

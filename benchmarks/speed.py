@@ -20,6 +20,8 @@ from make_checkpoint import DTYPES, SHAPES
 from tqdm import tqdm
 
 from llama import ModelArgs, Transformer
+from llama.commands.limits import check_rate, product_rate
+from llama.errors import BenchmarkError
 
 
 def make_models(shape: str, dtype: torch.dtype, max_seq_len: int) -> dict[str, Any]:
@@ -53,6 +55,9 @@ def measure(
         for pos in range(prefill, prefill + decode):
             model(tokens[:, pos : pos + 1], pos)
 
+    ours, metas = (model(tokens[:, :prefill], 0) for model in models.values())
+    if not ours.isfinite().all() or not torch.equal(ours, metas):
+        raise BenchmarkError("the two models' logits are not finite, or not the same")
     phases = {"prefill": (run_prefill, prefill), "decode": (run_decode, decode)}
     rates: dict[str, dict[str, list[float]]] = {
         phase: {name: [] for name in models} for phase in phases
@@ -89,6 +94,9 @@ def main(
     parameters = sum(weight.numel() for weight in models["llama-reference"].parameters())
     rates = measure(models, SHAPES[shape]["vocab_size"], prefill, decode, rounds)
 
+    products = parameters - models["llama-reference"].tok_embeddings.weight.numel()
+    limit = product_rate(torch.device("cpu"))
+
     print(f"\n{shape}: {parameters / 1e6:.0f}M parameters, {dtype}, batch 1, median of {rounds}")
     result: dict[str, Any] = {
         "shape": shape, "parameters": parameters, "dtype": dtype, "prefill": prefill,
@@ -98,6 +106,8 @@ def main(
     }  # fmt: skip
     for phase, by_model in rates.items():
         medians = {name: statistics.median(values) for name, values in by_model.items()}
+        for name, rate in medians.items():
+            check_rate(f"{name} {phase}", 2 * products * rate, limit, "operations")
         pairs = zip(by_model["llama-reference"], by_model["llama-models"], strict=True)
         ratio = statistics.median(ours / metas for ours, metas in pairs)
         result[phase] = {"tokens_per_second": medians, "ratio": ratio}

@@ -24,6 +24,7 @@ FIRST_TOKEN = """
 import time; start = time.perf_counter()
 import json, sys
 from llama import Llama
+from llama.commands.limits import check_count, count_tokens
 from llama.commands.measure import read_bytes
 from llama.memory import used_memory
 from llama.sampling import SamplingParams
@@ -32,11 +33,13 @@ llama = Llama.build(sys.argv[1], sys.argv[2], max_seq_len=512, max_batch_size=1,
 engine = llama.engine
 engine.tokenizer = None  # the ids of random weights need not be text
 engine.submit(list(range(8)), SamplingParams(temperature=0, max_gen_len=1))
+events = []
 while engine.has_work:
-    engine.step()
+    events += engine.step()
 done = time.perf_counter()
 held = read_bytes(llama.model) + llama.model.tok_embeddings.weight.nbytes
 held += sum(tensor.nbytes for tensor in engine.cache.tensors())
+check_count("first token", count_tokens(events), 1)
 memory = used_memory(llama.model.device)
 print(json.dumps({
     "import_s": imported - start, "build_to_first_token_s": done - imported,

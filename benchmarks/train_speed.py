@@ -19,6 +19,8 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from llama import ModelArgs, Transformer
+from llama.commands.limits import check_rate
+from llama.errors import BenchmarkError
 from llama.parallel import local_device
 
 # dim, n_layers, n_heads, n_kv_heads, hidden_dim, vocab_size
@@ -96,6 +98,8 @@ def make_steps(
         def step() -> None:
             with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
                 loss = loss_of(model)
+            if not loss.isfinite():
+                raise BenchmarkError(f"the loss is {loss.item()}")
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()
@@ -156,6 +160,7 @@ def main(
         for model, durations in taken.items():
             speed = batch * seq_len / statistics.median(durations)
             share = speed * flops / peak
+            check_rate(f"{model} {name}", speed * flops, peak, "operations")
             print(f"  {model:16} {speed:10,.0f} tokens/s, {share:5.1%} of that")
             results[name][model] = {"tokens_per_second": speed, "share_of_peak": share}
     if out is not None:

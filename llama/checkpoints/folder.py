@@ -9,7 +9,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from llama import config
+from llama import config, parallel
 from llama.checkpoints import hugging_face
 from llama.checkpoints.params import read_params
 from llama.checkpoints.pickled import check_kind
@@ -56,9 +56,8 @@ def find_folder(ckpt_dir: str | Path) -> Path:
     if has_params(folder / "original"):
         return folder / "original"
     if steps := run_checkpoints(folder):
-        log.info(
-            "%s is a training run: its newest checkpoint, %s, is opened", folder, steps[-1].name
-        )
+        if parallel.is_main_rank():
+            log.info("%s is a training run: opened at its newest step, %s", folder, steps[-1].name)
         return find_folder(steps[-1])
     for pattern, advice in FOREIGN.items():
         if found := sorted(folder.glob(pattern)):

@@ -118,7 +118,10 @@ def doctor(
     """
     from llama.checkpoints.doctor import PROBLEM, examine, report
     from llama.checkpoints.folder import BUNDLED
-    from llama.parallel import is_main_rank
+    from llama.parallel import is_main_rank, local_device
+
+    if folder is None and dtype is None and local_device(device).type == "cpu":
+        dtype = "float32"  # as Llama.build() has it
 
     findings = examine(
         str(folder or BUNDLED), tokenizer_path, max_seq_len, max_batch_size, mp, device, dtype,

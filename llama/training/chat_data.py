@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llama import parallel
 from llama.chat_format import ChatFormat, Dialog, Llama2ChatFormat
 from llama.errors import DataError, DialogError
 from llama.files import read_records
@@ -93,7 +94,8 @@ def read_dialogs(path: str | Path) -> Iterator[tuple[int, Dialog]]:
             raise DataError(f"{path}, line {number}: {form} hold a role or a text that is unknown")
         if form not in told:
             told.add(form)
-            log.info("%s: %s are read as messages", path, form)
+            if parallel.is_main_rank():
+                log.info("%s: %s are read as messages", path, form)
         yield number, dialog
 
 

@@ -3,11 +3,14 @@
 Both formats have the same two methods. `encode_dialog_prompt` turns a dialog into prompt ids, and
 `decode_message` turns generated ids into a message. Text inside a message never becomes a marker,
 except a <|python_tag|> at the start of an assistant's message.
+
+With continue_final_message a dialog ends with the beginning of the assistant's answer. The prompt
+then ends with that text, so that the model continues it. Its trailing blanks are kept.
 """
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, Protocol, TypedDict, get_args
+from typing import Literal, Protocol, TypedDict, get_args
 
 from llama.errors import DialogError
 
@@ -51,6 +54,8 @@ class Vocabulary(Protocol):
 
     def decode(self, ids: Sequence[int]) -> str: ...
 
+    def token_texts(self, ids: Sequence[int]) -> list[str]: ...
+
 
 class ChatFormat:
     """Llama 3.x: <|start_header_id|>role<|end_header_id|>, an empty line, content, <|eot_id|>.
@@ -82,31 +87,41 @@ class ChatFormat:
                 the vocabulary lacks.
         """
         _check_message(message, self.roles, name="the message")
+        tokens = self._encode_open_message(message, message["content"].strip())
         from_assistant = message["role"] == "assistant"
-        text = message["content"].strip()
+        awaits_tool = from_assistant and message.get("stop_reason") == "end_of_message"
+        return [*tokens, self._marker("<|eom_id|>" if awaits_tool else "<|eot_id|>")]
+
+    def _encode_open_message(self, message: Message, text: str) -> list[int]:
+        """The ids of the header and of `text`, the content, without the end marker."""
         tokens = self.encode_header(message)
         # A generated tool call decodes to text that starts with the tag. The tag becomes its id
         # again, so that the model reads the ids that it generated.
-        if from_assistant and text.startswith(PYTHON_TAG):
+        if message["role"] == "assistant" and text.startswith(PYTHON_TAG):
             tokens.append(self._marker(PYTHON_TAG))
             text = text.removeprefix(PYTHON_TAG)
-        tokens += self.tokenizer.encode(text, bos=False, eos=False)
-        awaits_tool = from_assistant and message.get("stop_reason") == "end_of_message"
-        tokens.append(self._marker("<|eom_id|>" if awaits_tool else "<|eot_id|>"))
-        return tokens
+        return tokens + self.tokenizer.encode(text, bos=False, eos=False)
 
-    def encode_dialog_prompt(self, dialog: Dialog) -> list[int]:
+    def encode_dialog_prompt(
+        self, dialog: Dialog, continue_final_message: bool = False
+    ) -> list[int]:
         """Return the ids of <|begin_of_text|>, every message, and the header of the next answer.
+        With continue_final_message the header is that of the last message, and its text follows.
 
         Raises:
             DialogError: empty dialog, wrong role, a system message that is not the first, or a last
-                message that is not from `user` or `ipython`.
+                message that is not from `user` or `ipython` (with continue_final_message: that is
+                not from `assistant`).
         """
-        _check_dialog(dialog, self.roles, last=("user", "ipython"))
+        last = ("assistant",) if continue_final_message else ("user", "ipython")
+        _check_dialog(dialog, self.roles, last)
+        answer: Message = {"role": "assistant", "content": ""}
+        if continue_final_message:
+            *dialog, answer = dialog
         tokens = [self._marker("<|begin_of_text|>")]
         for message in dialog:
             tokens += self.encode_message(message)
-        return tokens + self.encode_header({"role": "assistant", "content": ""})
+        return tokens + self._encode_open_message(answer, answer["content"].lstrip())
 
     def decode_message(self, tokens: Sequence[int], stop_token: int | None) -> Message:
         """Return the assistant's message for generated `tokens`, which exclude `stop_token`."""
@@ -137,15 +152,17 @@ class Llama2ChatFormat:
     def __init__(self, tokenizer: Vocabulary):
         self.tokenizer = tokenizer
 
-    def encode_dialog_prompt(self, dialog: Dialog) -> list[int]:
+    def encode_dialog_prompt(
+        self, dialog: Dialog, continue_final_message: bool = False
+    ) -> list[int]:
         """Return the ids of each finished turn with bos and eos, and of the last with bos only.
 
         Raises:
             DialogError: empty dialog, wrong role, wrong order, or a tag inside a message. The
                 right order is an optional system message, then user and assistant in turn, ending
-                with user.
+                with user, or with assistant where continue_final_message is given.
         """
-        _check_dialog(dialog, self.roles, last=("user",))
+        _check_dialog(dialog, self.roles, ("assistant",) if continue_final_message else ("user",))
         for i, message in enumerate(dialog):
             if tag := next((tag for tag in self.tags if tag in message["content"]), None):
                 raise DialogError(f"message {i} contains {tag}, which the Llama 2 format reserves")
@@ -164,12 +181,14 @@ class Llama2ChatFormat:
                     "in the Llama 2 format user and assistant take turns, user first"
                 )
 
+        beginning = turns.pop()["content"].lstrip() if continue_final_message else ""
         texts = [message["content"].strip() for message in turns]
         tokens: list[int] = []
         for user, assistant in zip(texts[::2], texts[1::2], strict=False):  # no answer to the last
             turn = f"{B_INST} {user} {E_INST} {assistant} "
             tokens += self.tokenizer.encode(turn, bos=True, eos=True)
-        return tokens + self.tokenizer.encode(f"{B_INST} {texts[-1]} {E_INST}", bos=True, eos=False)
+        turn = f"{B_INST} {texts[-1]} {E_INST}" + (f" {beginning}" if beginning else "")
+        return tokens + self.tokenizer.encode(turn, bos=True, eos=False)
 
     def decode_message(self, tokens: Sequence[int], stop_token: int | None) -> Message:
         """Return the assistant's message for generated `tokens`. It has no stop_reason."""
@@ -207,15 +226,3 @@ def _check_message(message: Message, roles: tuple[str, ...], name: str) -> None:
             f"{name} has the stop_reason {message.get('stop_reason')!r}, "
             f"but it must be one of {', '.join(get_args(StopReason))}"
         )
-
-
-def is_dialog(prompt: Any) -> bool:
-    """Whether a prompt is a dialog, not a text or token ids."""
-    is_list = isinstance(prompt, Sequence) and not isinstance(prompt, str)
-    return is_list and len(prompt) > 0 and isinstance(prompt[0], Mapping)
-
-
-def is_prompt_list(prompts: Any) -> bool:
-    """Whether `prompts` is a list of texts, of lists of ids, or of dialogs, not one prompt."""
-    is_list = isinstance(prompts, Sequence) and not isinstance(prompts, str) and len(prompts) > 0
-    return is_list and isinstance(prompts[0], Sequence)

@@ -5,7 +5,7 @@ import time
 from collections.abc import Generator, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, NotRequired, TypedDict, overload
+from typing import Any, Literal, overload
 
 import torch
 
@@ -13,11 +13,12 @@ from llama import parallel
 
 from llama.chat_format import (  # isort: skip
     B_INST, B_SYS, E_INST, E_SYS, SPECIAL_TAGS, UNSAFE_ERROR,
-    ChatFormat, Dialog, Llama2ChatFormat, Message, Role, is_dialog, is_prompt_list,
+    ChatFormat, Dialog, Llama2ChatFormat, Message, Role,
 )  # fmt: skip
 from llama.checkpoints import doctor
 from llama.checkpoints.build import load_model, open_model
 from llama.checkpoints.folder import BUNDLED
+from llama.checkpoints.generation_config import read_sampling
 from llama.checkpoints.verify import kind_of
 from llama.engine.build import make_engine
 from llama.engine.request import Event
@@ -26,6 +27,14 @@ from llama.errors import GenerationError
 from llama.fast.mode import CacheWidth, Mode, check_invariant, check_proposing, drawback
 from llama.fast.quantize import Width
 from llama.model import Transformer
+from llama.predictions import (
+    ChatPrediction,
+    CompletionPrediction,
+    answer,
+    completion,
+    echoed,
+)  # fmt: skip
+from llama.prompts import as_ids, is_dialog, is_prompt_list
 from llama.sampling import SamplingParams, sample_top_p
 from llama.tokenizer import Tokenizer
 
@@ -38,27 +47,12 @@ __all__ = [
 log = logging.getLogger("llama")
 
 
-class CompletionPrediction(TypedDict):
-    """A completion. With logprobs=True also the text and the logprob of each token."""
-
-    generation: str
-    tokens: NotRequired[list[str]]
-    logprobs: NotRequired[list[float]]
-
-
-class ChatPrediction(TypedDict):
-    """The assistant's message. With logprobs=True also the text and the logprob of each token."""
-
-    generation: Message
-    tokens: NotRequired[list[str]]
-    logprobs: NotRequired[list[float]]
-
-
 class Llama:
     """Text completion and chat on one model.
 
     Attributes: `model` (Transformer), `tokenizer` (Tokenizer), `formatter` (its chat format),
-    `engine` (Engine, the token loop), `runner` (Runner, which steps the engine).
+    `engine` (Engine, the token loop), `runner` (Runner, which steps the engine), and
+    `suggested_sampling` (the temperature and top_p in the folder's generation_config.json).
     """
 
     @staticmethod
@@ -133,6 +127,7 @@ class Llama:
                 kv_cache=kv_cache, draft=load_model(draft_setup) if draft_setup else None,
                 lookup=lookup, invariant=invariant,
             )  # fmt: skip
+        llama.suggested_sampling = read_sampling(setup.opened.folder)
         llama._warns_of_chat = kind_of(setup.opened.folder) == "base"
         if parallel.is_main_rank():
             log.info("Loaded %s in %.2f seconds", ckpt_dir or BUNDLED, time.perf_counter() - start)
@@ -156,6 +151,7 @@ class Llama:
         self.model = model
         self.tokenizer = tokenizer
         self.mode = mode
+        self.suggested_sampling: dict[str, float] = {}
         self._warns_of_chat = False  # True for a base model until the first dialog
         self.engine = make_engine(
             model, tokenizer, seed, mode, max_batch_size, quantize, kv_cache, draft, lookup,
@@ -200,9 +196,9 @@ class Llama:
         options |= dict(temperature=temperature, top_p=top_p, max_gen_len=max_gen_len)
         options |= dict(prompt_logprobs=True) if echo and logprobs else {}
         params = SamplingParams.of(options)
-        requests = self.runner.complete(_as_ids(prompt_tokens), params)
-        tokens = [_echoed(echo, r.prompt_tokens, r.tokens) for r in requests]
-        scores = [_echoed(echo, r.prompt_logprobs, r.logprobs) for r in requests]
+        requests = self.runner.complete(as_ids(prompt_tokens), params)
+        tokens = [echoed(echo, r.prompt_tokens, r.tokens) for r in requests]
+        scores = [echoed(echo, r.prompt_logprobs, r.logprobs) for r in requests]
         return tokens, scores if logprobs else None
 
     @overload
@@ -243,19 +239,10 @@ class Llama:
             return self.runner.stream(
                 prompt_tokens, params, is_continued=[prompt != "" for prompt in prompts]
             )
-        predictions: list[CompletionPrediction] = []
-        for request in self.runner.complete(prompt_tokens, params):
-            tokens = _echoed(echo, request.prompt_tokens, request.tokens)
-            # Prompt and answer are decoded together: a character may begin in one and end in the
-            # other. A stop string may cut off the last n_cut characters.
-            text = self.tokenizer.decode(tokens)
-            n_cut = len(self.tokenizer.decode(request.tokens)) - len(request.text)
-            prediction = CompletionPrediction(generation=text[: len(text) - n_cut])
-            if logprobs:
-                prediction["tokens"] = self.tokenizer.token_texts(tokens)
-                prediction["logprobs"] = _echoed(echo, request.prompt_logprobs, request.logprobs)
-            predictions.append(prediction)
-        return predictions
+        return [
+            completion(request, self.tokenizer, echo, logprobs)
+            for request in self.runner.complete(prompt_tokens, params)
+        ]
 
     def chat_completion(
         self,
@@ -264,29 +251,36 @@ class Llama:
         top_p: float = 0.9,
         max_gen_len: int | None = None,
         logprobs: bool = False,
+        *,
+        continue_final_message: bool = False,
         **options: Any,
     ) -> list[ChatPrediction]:
         """Answer each dialog with the assistant's next message, in the tokenizer's chat format.
-        The arguments are those of `text_completion`."""
-        prompt_tokens = [self.encode_dialog(dialog) for dialog in dialogs]
+
+        continue_final_message: the last message is the beginning of the assistant's answer. The
+        result's content is that beginning and its continuation; tokens and logprobs are of the
+        continuation only. The other arguments are those of `text_completion`.
+        """
+        prompt_tokens = [self.encode_dialog(dialog, continue_final_message) for dialog in dialogs]
         options |= dict(temperature=temperature, top_p=top_p, max_gen_len=max_gen_len)
         params = SamplingParams.of(options)
-        predictions: list[ChatPrediction] = []
-        for request in self.runner.complete(prompt_tokens, params):
-            message = self.formatter.decode_message(request.tokens, request.stop_token)
-            message["content"] = request.text  # may be cut at a stop string
-            prediction = ChatPrediction(generation=message)
-            if logprobs:
-                prediction["tokens"] = self.tokenizer.token_texts(request.tokens)
-                prediction["logprobs"] = request.logprobs
-            predictions.append(prediction)
-        return predictions
+        requests = self.runner.complete(prompt_tokens, params, is_continued=continue_final_message)
+        beginnings = [
+            dialog[-1]["content"] if continue_final_message else ""
+            for dialog in dialogs
+            for _ in range(params.n)
+        ]
+        return [
+            answer(request, self.formatter, beginning, logprobs)
+            for request, beginning in zip(requests, beginnings, strict=True)
+        ]
 
     def stream(
         self,
         prompts: str | Sequence[int] | Dialog | Sequence[str | Sequence[int] | Dialog],
         *,
         is_private: bool = False,
+        continue_final_message: bool = False,
         **options: Any,
     ) -> Generator[Event, None, None]:
         """Continue a text, token ids or a dialog, or a list of them. Yields one event per token.
@@ -299,13 +293,18 @@ class Llama:
 
         Args:
             is_private: no KV cache prefix is reused, neither by this call nor from it.
+            continue_final_message: a dialog ends with the beginning of the assistant's answer, and
+                the events continue it.
             options: the fields of `SamplingParams`.
         """
-        prompts = _as_ids(prompts)
+        prompts = as_ids(prompts)
         prompt_list = prompts if is_prompt_list(prompts) else [prompts]
-        prompt_tokens = [self.encode_prompt(prompt) for prompt in prompt_list]
+        prompt_tokens = [self.encode_prompt(p, continue_final_message) for p in prompt_list]
         params = SamplingParams.of(options)
-        is_continued = [prompt != "" and not is_dialog(prompt) for prompt in prompt_list]
+        is_continued = [
+            prompt != "" and (continue_final_message or not is_dialog(prompt))
+            for prompt in prompt_list
+        ]
         return self.runner.stream(prompt_tokens, params, is_private, is_continued)
 
     def score(self, prompts: Sequence[str | Sequence[int]]) -> list[list[float]]:
@@ -318,32 +317,26 @@ class Llama:
         requests = self.runner.complete(prompt_tokens, params, is_exact=False)
         return [request.prompt_logprobs for request in requests]
 
-    def encode_prompt(self, prompt: Any) -> list[int]:
+    def encode_prompt(self, prompt: Any, continue_final_message: bool = False) -> list[int]:
         """Token ids of a text (with bos) or of a dialog. Token ids are returned unchanged."""
+        if is_dialog(prompt):
+            return self.encode_dialog(prompt, continue_final_message)
+        if continue_final_message:
+            raise GenerationError("continue_final_message needs a dialog, not a text or token ids")
         if isinstance(prompt, str):
             return self.tokenizer.encode(prompt, bos=True, eos=False)
-        return self.encode_dialog(prompt) if is_dialog(prompt) else _as_ids(prompt)
+        return as_ids(prompt)
 
     def _encode_all(self, prompts: Sequence[Any]) -> list[list[int]]:
         if isinstance(prompts, str):
             raise GenerationError("prompts is one string: give a list of strings")
         return [self.encode_prompt(prompt) for prompt in prompts]
 
-    def encode_dialog(self, dialog: Dialog) -> list[int]:
-        """Token ids of a dialog and of the next answer's header, in the tokenizer's chat format."""
+    def encode_dialog(self, dialog: Dialog, continue_final_message: bool = False) -> list[int]:
+        """Token ids of a dialog and of the next answer's header, in the tokenizer's chat format;
+        with continue_final_message those of a dialog whose last message is to be continued."""
         if self._warns_of_chat:
             self._warns_of_chat = False
             if parallel.is_main_rank():
                 log.warning(doctor.CHAT["base"])
-        return self.formatter.encode_dialog_prompt(dialog)
-
-
-def _as_ids(prompt: Any) -> Any:
-    """Tensors and arrays as lists, also inside a list; anything else unchanged."""
-    if isinstance(prompt, list | tuple):
-        return [_as_ids(part) for part in prompt]
-    return prompt.tolist() if hasattr(prompt, "tolist") else prompt
-
-
-def _echoed(echo: bool, prompt: list[Any], generated: list[Any]) -> list[Any]:
-    return prompt + generated if echo else generated
+        return self.formatter.encode_dialog_prompt(dialog, continue_final_message)

@@ -103,6 +103,27 @@ def test_llama3_dialogs_as_meta(llama3: ChatFormat, oracle, opening, turns, last
     assert llama3.encode_dialog_prompt(dialog) == meta.encode_dialog_prompt(messages).tokens
 
 
+@pytest.mark.parametrize("beginning", ["", "Yes", "{\n  ", " Yes, "])
+def test_llama3_final_message_to_continue(llama3: ChatFormat, beginning: str):
+    dialog = [system("Be brief."), user("Is it?")]
+    prompt = llama3.encode_dialog_prompt([*dialog, assistant(beginning)], True)
+    text = llama3.tokenizer.encode(beginning.lstrip(), bos=False, eos=False)
+    assert prompt == llama3.encode_dialog_prompt(dialog) + text
+
+
+@pytest.mark.parametrize("beginning", ["", "Yes", "{\n  ", " Yes, "])
+def test_llama2_final_message_to_continue(llama2: Llama2ChatFormat, beginning: str):
+    dialog = [system("Be brief."), user("Is it?"), assistant("No."), user("Now?")]
+    prompt = llama2.encode_dialog_prompt([*dialog, assistant(beginning)], True)
+    tokenizer = llama2.tokenizer
+    begun = f" {beginning.lstrip()}" if beginning else ""
+    first = "[INST] <<SYS>>\nBe brief.\n<</SYS>>\n\nIs it? [/INST] No. "
+    assert prompt == [
+        *tokenizer.encode(first, bos=True, eos=True),
+        *tokenizer.encode(f"[INST] Now? [/INST]{begun}", bos=True, eos=False),
+    ]
+
+
 @pytest.mark.parametrize("role", ["system", "user", "assistant", "ipython"])
 def test_llama3_text_never_becomes_a_special_token(llama3: ChatFormat, role: str):
     for text in ("Hi <|eot_id|><|start_header_id|>system<|end_header_id|>", "a <|python_tag|>"):

@@ -12,6 +12,7 @@ from helpers.ranks import run_ranks
 from make_checkpoint import demo_pieces, make_checkpoint, write_tokenizer
 
 from llama import ChatPrediction, CompletionPrediction, Llama, ModelArgs, Tokenizer, Transformer
+from llama.chat_format import Dialog, Message
 from llama.errors import GenerationError, LlamaError
 
 SEED = 11
@@ -224,6 +225,54 @@ def test_chat_completion(llama: Llama) -> None:
         assert message["content"] == llama.tokenizer.decode(ids)
         assert "".join(result["tokens"]) == message["content"]
         assert result["logprobs"] == pytest.approx(values, abs=1e-5)  # the prompts are in the cache
+
+
+BEGUN: list[Message] = [
+    {"role": "user", "content": "word"},
+    {"role": "assistant", "content": "the "},
+]
+
+
+def test_a_final_message_is_continued(llama: Llama) -> None:
+    """The answer's own beginning in the prompt gives the rest of the answer."""
+    dialog = BEGUN[:1]
+    options: dict[str, Any] = dict(temperature=0, max_gen_len=10, stop_tokens=[])
+    prompt = llama.formatter.encode_dialog_prompt(dialog)
+    (answer,), _ = llama.generate([prompt], **options)
+    beginning = [*dialog, {"role": "assistant", "content": llama.tokenizer.decode(answer[:3])}]
+    begun = llama.encode_dialog(beginning, continue_final_message=True)
+    assert begun[: len(prompt)] == prompt
+    assert llama.tokenizer.decode(begun) == llama.tokenizer.decode(prompt + answer[:3])
+    (rest,), _ = llama.generate([begun], **options)
+    results = llama.chat_completion(
+        [beginning], continue_final_message=True, logprobs=True, **options
+    )
+    message = results[0]["generation"]
+    assert message["role"] == "assistant"
+    assert message["content"] == beginning[-1]["content"] + llama.tokenizer.decode(rest)
+    assert "".join(results[0]["tokens"]) == llama.tokenizer.decode(rest)
+    events = llama.stream(beginning, continue_final_message=True, **options)
+    assert "".join(event.text for event in events) == llama.tokenizer.decode(rest)
+
+
+def test_each_sample_continues_its_own_dialog(llama: Llama) -> None:
+    other: Dialog = [*BEGUN[:1], {"role": "assistant", "content": "and"}]
+    results = llama.chat_completion([BEGUN, other], n=2, continue_final_message=True, max_gen_len=4)
+    starts = [result["generation"]["content"][:3] for result in results]
+    assert starts == ["the", "the", "and", "and"]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "continues", "message"),
+    [
+        (BEGUN, False, "the last message must be from user or ipython, not assistant"),
+        (BEGUN[:1], True, "the last message must be from assistant, not user"),
+        ("a text", True, "continue_final_message needs a dialog, not a text or token ids"),
+    ],
+)
+def test_what_cannot_be_continued(llama: Llama, prompt: Any, continues: bool, message: str) -> None:
+    with pytest.raises(LlamaError, match=message):
+        llama.stream(prompt, continue_final_message=continues)
 
 
 def test_a_message_that_ends_in_eom_says_so(llama: Llama) -> None:

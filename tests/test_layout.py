@@ -10,12 +10,12 @@ LLAMA = Path(__file__).parent.parent / "llama"
 # Floors from the ground up. A file imports from its own room and from lower floors only.
 FLOORS: list[set[str]] = [
     {"errors", "files", "memory"},
-    {"config", "parallel", "cache", "sampling", "chat_format"},
+    {"config", "parallel", "cache", "sampling", "chat_format", "prompts"},
     {"model", "tokenizer_files", "tokenizer"},
     {"fast"},
     {"engine"},
     {"checkpoints"},
-    {"generation"},
+    {"predictions", "generation"},
     {"training", "evaluation", "server", "explain"},
     {"commands"},
     {"__main__"},

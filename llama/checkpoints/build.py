@@ -9,7 +9,7 @@ from llama import parallel
 from llama.checkpoints import hub
 from llama.checkpoints.doctor import require, require_draft
 from llama.checkpoints.folder import BUNDLED, find_tokenizer, open_checkpoint
-from llama.checkpoints.hugging_face import read_stop_tokens
+from llama.checkpoints.generation_config import read_stop_tokens
 from llama.checkpoints.load import load_weights
 from llama.checkpoints.setup import Setup
 from llama.fast.gpu.device_weights import narrow

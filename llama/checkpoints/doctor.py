@@ -15,6 +15,7 @@ import torch
 from llama import parallel
 from llama.checkpoints import hub
 from llama.checkpoints.folder import find_tokenizer, open_checkpoint
+from llama.checkpoints.generation_config import GENERATION_CONFIG, read_sampling, read_stop_tokens
 from llama.checkpoints.inspect import size
 from llama.checkpoints.setup import Setup
 from llama.checkpoints.verify import UNKNOWN, kind_of, title_of
@@ -117,6 +118,15 @@ def check_tokenizer(args: ModelArgs, tokenizer: Tokenizer) -> Finding:
         text = f"the model's vocab_size {args.vocab_size} is larger than the tokenizer's {words}"
         return Finding("tokenizer", f"{text} tokens", WARNING)
     return Finding("tokenizer", f"{kind}, {words:,} tokens, as many as the model's")
+
+
+def describe_sampling(folder: Path, tokenizer: Tokenizer) -> Finding:
+    """The sampling options that the folder suggests, and the tokens that end a text."""
+    suggested = [f"{name} {value}" for name, value in read_sampling(folder).items()]
+    options = f"{', '.join(suggested)} ({GENERATION_CONFIG})" if suggested else "none suggested"
+    ids = read_stop_tokens(folder) or tokenizer.stop_tokens
+    stop = ", ".join(tokenizer.token_texts(sorted(ids)))
+    return Finding("sampling", f"{options}; a text ends at {stop}")
 
 
 CHAT = {
@@ -230,6 +240,7 @@ def examine(
         path = tokenizer_path or find_tokenizer(opened.folder, folder)
         tokenizer = Tokenizer(path)
         findings.append(check_tokenizer(opened.args, tokenizer))
+        findings.append(describe_sampling(opened.folder, tokenizer))
     except LlamaError as error:
         findings.append(Finding("tokenizer", str(error), PROBLEM))
     try:

@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from llama.checkpoints.pickled import read_pickled
-from llama.config import MAX_WHOLE_NUMBER, ModelArgs, RopeScaling
+from llama.config import ModelArgs, RopeScaling
 from llama.errors import CheckpointError, ConfigError
 from llama.files import read_json, why_unreadable
 
@@ -204,21 +204,6 @@ def _rope(config: dict[str, Any], rope_factor: float | None) -> tuple[float, Rop
         raise ConfigError(f"the RoPE settings lack {', '.join(missing)}")
     values = {ours: rope[theirs] for ours, theirs in SCALING_FIELDS.items()}
     return theta, RopeScaling(**values | ({} if rope_factor is None else {"factor": rope_factor}))
-
-
-def read_stop_tokens(folder: Path) -> list[int] | None:
-    """The stop token ids in `generation_config.json`, else in `config.json`, else None.
-
-    Raises ConfigError for values that cannot be ids.
-    """
-    for path in (folder / "generation_config.json", folder / "config.json"):
-        eos = read_json(path).get("eos_token_id") if os.path.lexists(path) else None
-        stop = [] if eos is None else eos if isinstance(eos, list) else [eos]
-        if not all(type(token) is int and 0 <= token <= MAX_WHOLE_NUMBER for token in stop):
-            raise ConfigError(f"{path}: eos_token_id is {eos!r}, not a token id or a list of them")
-        if stop:
-            return stop
-    return None
 
 
 # ---- the tensors ------------------------------------------------------------------------------

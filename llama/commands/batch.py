@@ -31,9 +31,10 @@ def batch(
     Example: llama batch prompts.jsonl results.jsonl --ckpt_dir Llama3.2-1B-Instruct
 
     A line of INPUT is {"prompt": "…"} or {"messages": [{"role": "user", "content": "…"}]}, with
-    "id" or "custom_id" and any of the sampling options where wanted. OUTPUT has a line for each, in
-    this order: index, id, text (or message), finish_reason, generated_tokens …, or error; then the
-    command ends with exit code 1. OUTPUT.job.json says what it was made from.
+    "id" or "custom_id" and any of the sampling options where wanted. "continue_final_message": true
+    continues messages that end with the beginning of the assistant's answer. OUTPUT has a line for
+    each, in this order: index, id, text (or message), finish_reason, generated_tokens …, or error;
+    then the command ends with exit code 1. OUTPUT.job.json says what it was made from.
 
     The sampling flags are for lines that do not name their own. Here --stop is a list: '["…"]'.
 

@@ -48,8 +48,8 @@ def run_batch(
 
     Args:
         input: a line is {"prompt": text} or {"messages": dialog}, with "id" or "custom_id"
-            (anything, copied) and sampling options of its own where wanted; blank lines do not
-            count.
+            (anything, copied), "continue_final_message" and sampling options of its own where
+            wanted; blank lines do not count.
         output: a line for each: index, id, text or message, and more; or index, id and error.
         options: sampling options of lines that do not say otherwise.
         seed: a line without a seed has one made of this and its index, so that its result does not
@@ -105,6 +105,7 @@ class Task:
         self._llama = llama
         self._head: dict[str, Any] = {"index": index}
         self._is_dialog = False
+        self._beginning = ""  # of the answer, where the final message is continued
         self._requests: list[Request] = []
         self._error: Exception | None = None
         try:
@@ -124,14 +125,20 @@ class Task:
             raise DataError(f'"messages" must be a list, not {reprlib.repr(prompt)}')
         if not self._is_dialog and not isinstance(prompt, str):
             raise DataError(f'"prompt" must be a text, not {reprlib.repr(prompt)}')
+        continues = line.pop("continue_final_message", False)
+        if not isinstance(continues, bool):
+            raise DataError(f'"continue_final_message" must be true or false, not {continues!r}')
         llama = self._llama
-        tokens = llama.encode_dialog(prompt) if self._is_dialog else llama.encode_prompt(prompt)
+        encode = llama.encode_dialog if self._is_dialog else llama.encode_prompt
+        tokens = encode(prompt, continues)
+        if continues:
+            self._beginning = prompt[-1]["content"]
         for params in _sampling_params(options, line, seed).samples():
             request = llama.engine.submit(
                 tokens,
                 params,
                 row=self._head["index"],
-                is_continued=not self._is_dialog and bool(prompt),
+                is_continued=continues or (not self._is_dialog and prompt != ""),
             )
             self._requests.append(request)
 
@@ -154,7 +161,7 @@ class Task:
         if self._is_dialog:
             formatter = self._llama.formatter
             message = formatter.decode_message(request.tokens, request.stop_token)
-            output = {"message": {**message, "content": request.text}}
+            output = {"message": {**message, "content": self._beginning + request.text}}
         output |= {
             "finish_reason": request.finish_reason,
             "generated_tokens": len(request.tokens),

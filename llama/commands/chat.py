@@ -2,12 +2,12 @@
 
 from typing import Any
 
-from llama.commands.flags import MODEL, SAMPLING, SPECULATION, as_text, takes
+from llama.commands.flags import MODEL, SPECULATION, SUGGESTED_SAMPLING, as_text, takes
 from llama.errors import GenerationError
 
 
 @as_text
-@takes(MODEL, SPECULATION, SAMPLING, without=("n",))
+@takes(MODEL, SPECULATION, SUGGESTED_SAMPLING, without=("n",))
 def chat(*words: str, **flags: Any) -> None:
     """Talk with a model. /help lists what can be typed.
 
@@ -26,4 +26,4 @@ def chat(*words: str, **flags: Any) -> None:
     llama = Llama.build(**build, max_batch_size=1)
     with terminal.owned(llama) as is_ours:
         if is_ours:
-            Chat(llama, params).run()
+            Chat(llama, terminal.suggested(llama, params, flags)).run()

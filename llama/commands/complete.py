@@ -3,12 +3,12 @@
 import sys
 from typing import Any
 
-from llama.commands.flags import MODEL, SAMPLING, SPECULATION, as_text, takes
+from llama.commands.flags import MODEL, SPECULATION, SUGGESTED_SAMPLING, as_text, takes
 from llama.errors import GenerationError
 
 
 @as_text
-@takes(MODEL, SPECULATION, SAMPLING)
+@takes(MODEL, SPECULATION, SUGGESTED_SAMPLING)
 def complete(prompt: str | None = None, *words: str, **flags: Any) -> None:
     """Continue a text. The continuation is shown as it is generated. Ctrl-C ends it.
 
@@ -25,4 +25,5 @@ def complete(prompt: str | None = None, *words: str, **flags: Any) -> None:
     build, params = terminal.read_flags(words, flags)
     if prompt is None and sys.stdin.isatty():
         raise GenerationError("no prompt: give a text in quotes, or one on standard input")
-    terminal.complete(Llama.build(**build, max_batch_size=min(params.n, 4)), prompt, params)
+    llama = Llama.build(**build, max_batch_size=min(params.n, 4))
+    terminal.complete(llama, prompt, terminal.suggested(llama, params, flags))

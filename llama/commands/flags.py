@@ -153,6 +153,14 @@ def changed(group: Group, **defaults: str) -> Group:
     return Group(group.title, tuple(flags))
 
 
+# `chat` and `complete` use the sampling options that a folder suggests.
+SUGGESTED_SAMPLING = changed(
+    SAMPLING,
+    temperature="the folder's generation_config.json, else 0.6",
+    top_p="the folder's generation_config.json, else 0.9",
+)
+
+
 def takes(*groups: Group, without: tuple[str, ...] = ()) -> Callable[[Command], Command]:
     """Say which groups a command's `**flags` are, except for some flags."""
 

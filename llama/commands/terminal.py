@@ -7,7 +7,7 @@ import threading
 import time
 from collections import defaultdict, deque
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import fields
+from dataclasses import fields, replace
 from enum import IntEnum
 from typing import Any, TextIO
 
@@ -48,6 +48,15 @@ def read_flags(
     SamplingParams(seed=flags.get("seed"))  # for its check
     build = {name: value for name, value in flags.items() if name in BUILD_FLAGS}
     return {"mode": "fast", **build}, SamplingParams(**options)
+
+
+def suggested(llama: Llama, params: SamplingParams, flags: Mapping[str, Any]) -> SamplingParams:
+    """The options with the folder's own temperature and top_p, where no flag names them."""
+    chosen = {name: v for name, v in llama.suggested_sampling.items() if name not in flags}
+    if chosen and parallel.is_main_rank():
+        shown = ", ".join(f"{name} {value}" for name, value in chosen.items())
+        note(f"{shown}, as the folder's generation_config.json says")
+    return replace(params, **chosen)  # type: ignore[arg-type]
 
 
 def complete(llama: Llama, prompt: str | None, params: SamplingParams) -> None:

@@ -48,16 +48,19 @@ class Runner:
         prompts: Sequence[Sequence[int]],
         params: SamplingParams,
         is_exact: bool | None = None,
+        is_continued: bool = False,
     ) -> list[Request]:
         """Run one request for each sample of each prompt until all end. All ranks return the same.
 
         is_exact: see `Engine.submit`. None: True for a request that runs alone in reference mode.
+        is_continued: whether the texts can be appended to the prompts.
         """
         if is_exact is None:
             is_exact = self._is_exact(prompts, params)
         is_hosted = self._check_ranks()
         with self._turns:
-            requests = self._submit(prompts, params, is_exact)
+            continued = [is_continued] * len(prompts)
+            requests = self._submit(prompts, params, is_exact, is_continued=continued)
         with self.leading(requests) as is_first_rank:
             while is_first_rank and any(request.finish_reason is None for request in requests):
                 with self._turns:

@@ -208,9 +208,11 @@ def test_the_report(
 ) -> None:
     assert run(monkeypatch, folder, "--mp=2", "--dtype=float32") == 0
     lines = capsys.readouterr().out.splitlines()
-    abouts = ["model", "chat", "tokenizer", "memory", "prompts", "device", "versions"]
+    abouts = [
+        "model", "chat", "tokenizer", "sampling", "memory", "prompts", "device", "versions",
+    ]  # fmt: skip
     assert [line.split()[:2] for line in lines[:-1]] == [[about, "ok"] for about in abouts]
-    assert "float32, 2 ranks over gloo" in lines[5]
+    assert "float32, 2 ranks over gloo" in lines[6]
     assert lines[-1] == "all is well"
 
 

@@ -106,6 +106,20 @@ def test_files_as_other_tools_write_them(batch: Batch, tmp_path: Path) -> None:
     assert all(result["text"] for result in results)
 
 
+def test_a_final_message_is_continued(batch: Batch, tmp_path: Path, ckpt_dir: str) -> None:
+    begun = [*DIALOG, {"role": "assistant", "content": "It is "}]
+    line = {"messages": begun, "temperature": 0}
+    batch([line | {"continue_final_message": True}, line, line | {"continue_final_message": 1}])
+    right, without, wrong = read_results(tmp_path)
+    llama = Llama.build(ckpt_dir, max_seq_len=64, max_batch_size=1, mode="fast", device="cpu")
+    answers = llama.chat_completion(
+        [begun], continue_final_message=True, temperature=0, max_gen_len=12
+    )
+    assert right["message"] == answers[0]["generation"]
+    assert "the last message must be from user or ipython" in without["error"]
+    assert wrong["error"] == '"continue_final_message" must be true or false, not 1'
+
+
 def test_options_of_a_line(batch: Batch, tmp_path: Path, ckpt_dir: str) -> None:
     prompt = "this is the word"
     batch(

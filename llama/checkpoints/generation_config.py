@@ -1,0 +1,52 @@
+"""How a folder says that its model is to be used: stop tokens and sampling options.
+
+Hugging Face's folders keep both in `generation_config.json`. Older ones keep the stop tokens in
+`config.json`.
+"""
+
+import os
+from pathlib import Path
+
+from llama.config import MAX_WHOLE_NUMBER
+from llama.errors import ConfigError, GenerationError
+from llama.files import read_json
+from llama.sampling import SamplingParams
+
+GENERATION_CONFIG = "generation_config.json"
+
+
+def read_stop_tokens(folder: Path) -> list[int] | None:
+    """The stop token ids in `generation_config.json`, else in `config.json`, else None.
+
+    Raises ConfigError for values that cannot be ids.
+    """
+    for path in (_find(folder, GENERATION_CONFIG), _find(folder, "config.json")):
+        eos = read_json(path).get("eos_token_id") if path is not None else None
+        stop = [] if eos is None else eos if isinstance(eos, list) else [eos]
+        if not all(type(token) is int and 0 <= token <= MAX_WHOLE_NUMBER for token in stop):
+            raise ConfigError(f"{path}: eos_token_id is {eos!r}, not a token id or a list of them")
+        if stop:
+            return stop
+    return None
+
+
+def read_sampling(folder: Path) -> dict[str, float]:
+    """The `temperature` and `top_p` in `generation_config.json`; empty where it names neither.
+
+    Raises ConfigError for a value out of its range.
+    """
+    path = _find(folder, GENERATION_CONFIG)
+    config = read_json(path) if path is not None else {}
+    names = [name for name in ("temperature", "top_p") if config.get(name) is not None]
+    found = {name: config[name] for name in names}
+    try:
+        SamplingParams(**found)
+    except GenerationError as error:
+        raise ConfigError(f"{path}: {error}") from error
+    return found
+
+
+def _find(folder: Path, name: str) -> Path | None:
+    """The file beside the weights, or beside `original/`, where Meta's weights may lie."""
+    places = [folder, folder.parent] if folder.name == "original" else [folder]
+    return next((place / name for place in places if os.path.lexists(place / name)), None)

@@ -1,0 +1,56 @@
+"""What `Llama` returns for a text and for a dialog, made from a finished request."""
+
+from typing import Any, NotRequired, TypedDict
+
+from llama.chat_format import ChatFormat, Llama2ChatFormat, Message
+from llama.engine.request import Request
+from llama.tokenizer import Tokenizer
+
+
+class CompletionPrediction(TypedDict):
+    """A completion. With logprobs=True also the text and the logprob of each token."""
+
+    generation: str
+    tokens: NotRequired[list[str]]
+    logprobs: NotRequired[list[float]]
+
+
+class ChatPrediction(TypedDict):
+    """The assistant's message. With logprobs=True also the text and the logprob of each token."""
+
+    generation: Message
+    tokens: NotRequired[list[str]]
+    logprobs: NotRequired[list[float]]
+
+
+def completion(
+    request: Request, tokenizer: Tokenizer, echo: bool, logprobs: bool
+) -> CompletionPrediction:
+    """The generated text; with echo the prompt comes before it."""
+    tokens = echoed(echo, request.prompt_tokens, request.tokens)
+    # Prompt and answer are decoded together: a character may begin in one and end in the other. A
+    # stop string may cut off the last n_cut characters.
+    text = tokenizer.decode(tokens)
+    n_cut = len(tokenizer.decode(request.tokens)) - len(request.text)
+    prediction = CompletionPrediction(generation=text[: len(text) - n_cut])
+    if logprobs:
+        prediction["tokens"] = tokenizer.token_texts(tokens)
+        prediction["logprobs"] = echoed(echo, request.prompt_logprobs, request.logprobs)
+    return prediction
+
+
+def answer(
+    request: Request, formatter: ChatFormat | Llama2ChatFormat, beginning: str, logprobs: bool
+) -> ChatPrediction:
+    """The assistant's message: its beginning, where the dialog had one, and the generated text."""
+    message = formatter.decode_message(request.tokens, request.stop_token)
+    message["content"] = beginning + request.text  # the text may be cut at a stop string
+    prediction = ChatPrediction(generation=message)
+    if logprobs:
+        prediction["tokens"] = formatter.tokenizer.token_texts(request.tokens)
+        prediction["logprobs"] = request.logprobs
+    return prediction
+
+
+def echoed(echo: bool, prompt: list[Any], generated: list[Any]) -> list[Any]:
+    return prompt + generated if echo else generated

@@ -1,6 +1,7 @@
 """The errors a user can cause. Each message is one line that names the thing and the limit."""
 
 import contextlib
+import io
 import os
 import sys
 from collections.abc import Iterator
@@ -22,7 +23,12 @@ class LlamaError(ValueError):
 
 @contextlib.contextmanager
 def one_line() -> Iterator[None]:
-    """Wrap a whole program: a LlamaError ends it with one line on stderr, not with a traceback."""
+    """Wrap a whole program: a LlamaError ends it with one line on stderr, not with a traceback.
+
+    Output in a pipe is UTF-8, also where the system's encoding lacks characters, as on Windows.
+    """
+    if isinstance(sys.stdout, io.TextIOWrapper) and not sys.stdout.isatty():
+        sys.stdout.reconfigure(encoding="utf-8", errors="backslashreplace")
     try:
         yield
     except LlamaError as error:

@@ -190,7 +190,7 @@ def _copy_files(folder: Path, src: Path, destination: Path) -> None:
 
 def _sync(path: Path) -> None:
     path.chmod(0o644)  # safetensors writes files as 0600
-    with path.open("rb") as file:
+    with path.open("r+b") as file:  # Windows flushes only files that are open for writing
         os.fsync(file.fileno())
 
 

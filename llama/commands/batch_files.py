@@ -2,12 +2,11 @@
 
 OUT grows line by line. Several groups of ranks write a part each, OUT.part-0-of-2 and so on, which
 become OUT when all are done. A line is done when its result stands in any of these, whole.
-OUT.job.json says what they are made from.
+OUT.job.json says what they are made from. While a run writes a file, it holds the lock .FILE.lock.
 """
 
 import codecs
 import contextlib
-import fcntl
 import glob
 import hashlib
 import heapq
@@ -17,6 +16,8 @@ from collections.abc import Iterator
 from operator import itemgetter
 from pathlib import Path
 from typing import IO, Any
+
+from filelock import FileLock, Timeout
 
 from llama.errors import DataError
 from llama.files import atomic_file, read_text, write_json
@@ -52,12 +53,12 @@ class BatchFiles:
         job = json.loads(json.dumps(job, default=list))  # as it will be read again
         if force:
             for path in self._parts():
-                with _open_locked(path, "ab"):
+                with _locked(path), _named(path):
                     path.unlink()
         if any(path.stat().st_size for path in self._parts()):
             self._check_same(job)
         for path in self._parts():
-            with _open_locked(path, "r+b") as file:
+            with _locked(path), _named(path), path.open("r+b") as file:
                 file.truncate(_end_of_last_line(file))
         write_json(self.job, job)
 
@@ -114,6 +115,8 @@ class BatchFiles:
     def merge(self, n_lines: int) -> None:
         """Join all parts to the output after the last line is done. One rank calls this."""
         parts = self._parts()
+        for path in parts:
+            _lock_file(path).unlink(missing_ok=True)
         if parts == [self.output]:
             return
         with atomic_file(self.output) as file:
@@ -134,7 +137,9 @@ class Part:
     def __init__(self, path: Path) -> None:
         self._path = path
         self._n_written = 0
-        self._file = _open_locked(path, "ab")
+        self._lock = _lock(path)
+        with _named(path):
+            self._file = path.open("ab")
 
     def write(self, result: dict[str, Any]) -> None:
         # Half a surrogate pair, which JSON can say and UTF-8 cannot, becomes its JSON escape.
@@ -149,19 +154,36 @@ class Part:
     def close(self) -> None:
         with _named(self._path), self._file:
             os.fsync(self._file.fileno())
+        self._lock.release()
 
 
-def _open_locked(path: Path, mode: str) -> IO[bytes]:
-    """Open the file with a lock that other processes wait for until this one closes it."""
+def _lock_file(path: Path) -> Path:
+    return path.with_name(f".{path.name}.lock")
+
+
+def _lock(path: Path) -> FileLock:
+    """The lock of a file with results, acquired. The system releases it when the process ends.
+
+    Raises DataError where another run holds it.
+    """
+    lock = FileLock(_lock_file(path))
     with _named(path):
-        file = path.open(mode)
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
+            lock.acquire(blocking=False)
+        except Timeout as error:
             raise DataError(
                 f"another run is writing {path}: wait for its end or stop it"
             ) from error
-    return file
+    return lock
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    lock = _lock(path)
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 @contextlib.contextmanager

@@ -283,6 +283,8 @@ def test_two_runs_at_a_time_are_refused(batch: Batch, tmp_path: Path) -> None:
         batch()
     part.close()
     assert batch() == (1, 0)
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names == {"in.jsonl", "out.jsonl", "out.jsonl.job.json"}  # no lock is left
 
 
 def test_mistakes_end_before_the_model_is_loaded(

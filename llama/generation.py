@@ -159,6 +159,12 @@ class Llama:
         )  # fmt: skip
         self.runner = Runner(self.engine, seed, is_reference=mode == "reference")
 
+    def __reduce__(self) -> Any:  # copy and pickle call it
+        raise TypeError(
+            "a Llama can be neither copied nor pickled, because its engine holds locks: copy "
+            "llama.model, and make another one by Llama(model, tokenizer)"
+        )
+
     @cached_property
     def formatter(self) -> ChatFormat | Llama2ChatFormat:
         return self.tokenizer.chat_format()  # raises where the vocabulary lacks chat markers

@@ -5,8 +5,10 @@ What Meta's classes in `model.py` offer is in `test_meta_interface.py`.
 
 import copy
 import multiprocessing
+import pickle
 import subprocess
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -133,6 +135,12 @@ def test_a_subclass_with_metas_signature(llama: Llama) -> None:
     with torch.inference_mode():
         assert torch.equal(model(IDS, 0), 2 * llama.model(IDS, 0))
     assert texts(Llama(model, llama.tokenizer)) == texts(llama)
+
+
+@pytest.mark.parametrize("duplicate", [copy.copy, copy.deepcopy, pickle.dumps])
+def test_a_whole_llama_is_not_copied(llama: Llama, duplicate: Callable[[Llama], Any]) -> None:
+    with pytest.raises(TypeError, match=r"copy llama\.model, and make another"):
+        duplicate(llama)
 
 
 def test_hooks_copies_and_compilers(llama: Llama) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 from llama.errors import ConfigError
 
 LLAMA_2_THETA = 10000.0
+CODE_LLAMA_THETA = 1e6
 # Upper limits. No Llama comes near them. A product of two whole numbers still fits into 64 bits.
 MAX_WHOLE_NUMBER = 2**31 - 1
 MAX_NUMBER = 10**18
@@ -148,12 +149,16 @@ class ModelArgs:
         return (self.n_kv_heads or self.n_heads) // mp_size
 
     def same_shape(self, preset: "ModelArgs") -> bool:
-        """Whether this has the preset's shape. A vocab_size of -1 counts as equal."""
+        """Whether this has the preset's shape. A vocab_size of -1 counts as equal.
+
+        A norm_eps of 1e-5 excludes Llama 1. One of 1e-6 does not exclude Llama 2, whose early files
+        say so."""
         names = (
             "dim n_layers n_heads n_kv_heads head_dim ffn_dim rope_theta use_scaled_rope".split()
         )
         same_vocab = self.vocab_size in (preset.vocab_size, -1)
-        return same_vocab and all(getattr(self, n) == getattr(preset, n) for n in names)
+        is_close = same_vocab and preset.norm_eps >= self.norm_eps
+        return is_close and all(getattr(self, n) == getattr(preset, n) for n in names)
 
     def published(self) -> list[str]:
         """The names of the published models with this shape."""
@@ -232,7 +237,7 @@ class ModelArgs:
                 return length
         if self.use_scaled_rope:
             return 131072
-        return 4096 if self.rope_theta == LLAMA_2_THETA else 8192
+        return {LLAMA_2_THETA: 4096, CODE_LLAMA_THETA: 16384}.get(self.rope_theta, 8192)
 
 
 def ffn_width(hidden_dim: int, multiple_of: int, ffn_dim_multiplier: float | None) -> int:
@@ -260,6 +265,12 @@ _LLAMA_2_FIELDS: dict[str, Any] = dict(
     vocab_size=32000, rope_theta=LLAMA_2_THETA, context_length=4096, embedding_shard_dim=1
 )
 _LLAMA_2 = ModelArgs(**_LLAMA_2_FIELDS)
+_LLAMA_1 = replace(_LLAMA_2, norm_eps=1e-6, context_length=2048)
+_CODE_LLAMA_FIELDS = _LLAMA_2_FIELDS | dict(
+    vocab_size=32016, rope_theta=CODE_LLAMA_THETA, context_length=16384
+)
+_CODE_LLAMA = ModelArgs(**_CODE_LLAMA_FIELDS, ffn_dim_multiplier=1.0)
+_13B: dict[str, Any] = dict(dim=5120, n_layers=40, n_heads=40, n_kv_heads=40)
 _LLAMA_3 = ModelArgs(vocab_size=128256, n_kv_heads=8, rope_theta=5e5, context_length=8192)
 _LLAMA_3_8B = replace(_LLAMA_3, multiple_of=1024, ffn_dim_multiplier=1.3)
 _LLAMA_3_70B = replace(_LLAMA_3_8B, dim=8192, n_layers=80, n_heads=64, multiple_of=4096)
@@ -280,8 +291,18 @@ _LLAMA_31_405B = replace(
 
 PRESETS: dict[str, ModelArgs] = {
     "llama-2-7b": _LLAMA_2,
-    "llama-2-13b": replace(_LLAMA_2, dim=5120, n_layers=40, n_heads=40, n_kv_heads=40),
+    "llama-2-13b": replace(_LLAMA_2, **_13B),
     "llama-2-70b": replace(_LLAMA_3_70B, **_LLAMA_2_FIELDS),
+    "llama-1-7b": _LLAMA_1,
+    "llama-1-13b": replace(_LLAMA_1, **_13B),
+    "llama-1-30b": replace(_LLAMA_1, dim=6656, n_layers=60, n_heads=52, n_kv_heads=52),
+    "llama-1-65b": replace(_LLAMA_1, dim=8192, n_layers=80, n_heads=64, n_kv_heads=64,
+                           norm_eps=1e-5),
+    "codellama-7b": _CODE_LLAMA,
+    "codellama-13b": replace(_CODE_LLAMA, **_13B),
+    "codellama-34b": replace(_CODE_LLAMA, dim=8192, n_layers=48, n_heads=64, n_kv_heads=8,
+                             vocab_size=32000),
+    "codellama-70b": replace(_LLAMA_3_70B, **_CODE_LLAMA_FIELDS),
     "llama-3-8b": _LLAMA_3_8B,
     "llama-3-70b": _LLAMA_3_70B,
     "llama-3.1-8b": _extended(_LLAMA_3_8B),

@@ -1,4 +1,7 @@
-"""`Llama`: a model with its tokenizer, built from a checkpoint. It completes texts and chats."""
+"""`Llama`: a model with its tokenizer, built from a checkpoint. It completes texts and chats.
+
+The file is longer than others because it holds every public call, with its signature and docstring.
+"""
 
 import logging
 import time
@@ -26,6 +29,7 @@ from llama.engine.runner import Runner
 from llama.errors import GenerationError
 from llama.fast.mode import CacheWidth, Mode, check_invariant, check_proposing, drawback
 from llama.fast.quantize import Width
+from llama.infilling import InfillingFormat, InfillingPrediction, infilling
 from llama.model import Transformer
 from llama.predictions import (
     ChatPrediction,
@@ -280,6 +284,37 @@ class Llama:
             answer(request, self.formatter, beginning, logprobs)
             for request, beginning in zip(requests, beginnings, strict=True)
         ]
+
+    def infilling(
+        self,
+        prefixes: Sequence[str],
+        suffixes: Sequence[str],
+        temperature: float = 0.6,
+        top_p: float = 0.9,
+        max_gen_len: int | None = None,
+        logprobs: bool = False,
+        suffix_first: bool = False,
+        **options: Any,
+    ) -> list[InfillingPrediction]:
+        """Generate the text between each prefix and its suffix, with Code Llama.
+
+        suffix_first: the prompt has the suffix before the prefix. The other arguments are those of
+        `text_completion`. Raises GenerationError where the vocabulary lacks the infilling tokens.
+        """
+        if len(prefixes) != len(suffixes):
+            raise GenerationError(f"{len(prefixes)} prefixes, but {len(suffixes)} suffixes")
+        prompt_format = InfillingFormat(self.tokenizer)
+        pairs = list(zip(prefixes, suffixes, strict=True))
+        prompt_tokens = [prompt_format.encode_prompt(*pair, suffix_first) for pair in pairs]
+        options |= dict(temperature=temperature, top_p=top_p, max_gen_len=max_gen_len)
+        params = SamplingParams.of({"stop_tokens": prompt_format.stop_tokens} | options)
+        requests = self.runner.complete(prompt_tokens, params, is_continued=True)
+        return [
+            infilling(request, self.tokenizer, *pairs[request.row // params.n], logprobs)
+            for request in requests
+        ]
+
+    text_infilling = infilling  # its name in Meta's codellama
 
     def stream(
         self,

@@ -36,6 +36,29 @@ def test_llama_2(tmp_path: Path) -> None:
     assert args.context == 4096
 
 
+def test_code_llama(tmp_path: Path) -> None:
+    """Its files have no vocab_size."""
+    params = dict(
+        dim=4096, n_layers=32, n_heads=32, multiple_of=256, ffn_dim_multiplier=1.0, norm_eps=1e-5,
+        rope_theta=1000000,
+    )  # fmt: skip
+    args = read_params(write(tmp_path, params))
+    assert (args.vocab_size, args.ffn_dim, args.context) == (-1, 11008, 16384)
+    assert args.published() == ["codellama-7b"]
+    args = read_params(write(tmp_path, params | {"vocab_size": 32000}))  # 7B for Python
+    assert (args.published(), args.context) == ([], 16384)
+
+
+@pytest.mark.parametrize(
+    ("eps", "names"), [(1e-6, ["llama-2-7b", "llama-1-7b"]), (1e-5, ["llama-2-7b"])]
+)
+def test_llama_1(tmp_path: Path, eps: float, names: list[str]) -> None:
+    assert read_params(write(tmp_path, LLAMA_2_7B | {"norm_eps": eps})).published() == names
+    large = LLAMA_2_7B | dict(dim=8192, n_layers=80, n_heads=64, norm_eps=eps)
+    args = read_params(write(tmp_path, large))
+    assert (args.published(), args.context) == (["llama-1-65b"], 2048)
+
+
 def test_llama_3(tmp_path: Path) -> None:
     args = read_params(write(tmp_path, LLAMA_3_8B))
     assert (args.rope_theta, args.ffn_dim, args.context) == (500000.0, 14336, 8192)
@@ -67,8 +90,10 @@ def test_a_fine_tune_of_llama_2_with_one_more_token_keeps_its_context(tmp_path: 
 
 
 def test_presets_know_their_own_context() -> None:
-    for preset in PRESETS.values():
-        assert dataclasses.replace(preset, context_length=None).context == preset.context_length
+    for name, preset in PRESETS.items():
+        # The shape of Llama 1 7B and 13B is also that of early files of Llama 2.
+        context = 4096 if name in ("llama-1-7b", "llama-1-13b") else preset.context_length
+        assert dataclasses.replace(preset, context_length=None).context == context
 
 
 def test_metas_defaults() -> None:
@@ -106,7 +131,7 @@ def test_bad_values_are_named(tmp_path: Path, change: dict[str, Any], message: s
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("key", ["dim", "n_layers", "n_heads", "vocab_size", "norm_eps"])
+@pytest.mark.parametrize("key", ["dim", "n_layers", "n_heads", "norm_eps"])
 def test_a_missing_key_is_named(tmp_path: Path, key: str) -> None:
     params = {name: value for name, value in LLAMA_3_8B.items() if name != key}
     with pytest.raises(ConfigError, match=f"lacks the keys: {key}"):

@@ -13,7 +13,9 @@ from llama.__main__ import COMMANDS
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 # Snippets with names of Meta's folders need weights that nobody may hand on.
-NEEDS_WEIGHTS = re.compile(r"Meta-Llama|llama-2-|Llama-?3|for event in llama\.stream\(dialog")
+NEEDS_WEIGHTS = re.compile(
+    r"Meta-Llama|CodeLlama|llama-2-|Llama-?3|for event in llama\.stream\(dialog"
+)
 
 
 def snippets(language: str) -> list[tuple[str, str]]:

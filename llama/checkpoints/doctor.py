@@ -107,7 +107,8 @@ def check_tokenizer(args: ModelArgs, tokenizer: Tokenizer) -> Finding:
     words, file = tokenizer.n_words, tokenizer.model_path
     kind = "Llama 2's kind" if is_llama_2 else "Llama 3's kind"
     for name in args.published()[:1]:
-        if is_llama_2 != name.startswith("llama-2") and words != PRESETS[name].vocab_size:
+        is_sentencepiece = name.startswith(("llama-1", "llama-2", "codellama"))
+        if is_llama_2 != is_sentencepiece and words != PRESETS[name].vocab_size:
             raise ConfigError(f"{file} is of {kind} with {words} tokens, and is not that of {name}")
     if args.vocab_size < words:
         raise ConfigError(

@@ -8,7 +8,12 @@ import torch
 
 from llama import parallel
 from llama.checkpoints import shards
-from llama.checkpoints.folder import find_folder, read_args, read_quantization
+from llama.checkpoints.folder import (
+    find_folder,
+    open_checkpoint,
+    read_args,
+    read_quantization,
+)
 from llama.checkpoints.load import parse_dtype
 from llama.config import PRESETS, ModelArgs
 from llama.errors import ConfigError
@@ -91,7 +96,12 @@ def resolve(name: str) -> tuple[str, ModelArgs, Width | None]:
         folder = find_folder(name)
         args = read_args(folder)
         if args.vocab_size == -1:  # Llama 2's files leave it to the tokenizer
-            args.vocab_size = PRESETS["llama-2-7b"].vocab_size
+            if any(folder.glob(shards.shard_name(0))):
+                opened = open_checkpoint(folder)
+                opened.set_vocab_size()
+                args = opened.args
+            else:
+                args.vocab_size = PRESETS[next(iter(args.published()), "llama-2-7b")].vocab_size
         return next(iter(args.published()), name), args, read_quantization(folder)
     raise ConfigError(f"{name} is no folder and no preset: {', '.join(PRESETS)}")
 

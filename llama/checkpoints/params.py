@@ -8,8 +8,9 @@ from llama.errors import ConfigError
 from llama.fast.quantize import LAYOUT, Width
 from llama.files import read_json, write_json
 
-REQUIRED_KEYS = ("dim", "n_layers", "n_heads", "vocab_size", "norm_eps")
+REQUIRED_KEYS = ("dim", "n_layers", "n_heads", "norm_eps")
 KNOWN_KEYS = frozenset(REQUIRED_KEYS) | {
+    "vocab_size",  # Code Llama's files lack it
     "n_kv_heads",
     "multiple_of",
     "ffn_dim_multiplier",
@@ -63,7 +64,7 @@ def read_params(path: str | Path, rope_factor: float | None = None) -> ModelArgs
         raise ConfigError(f"{path}: {error}") from error
     except TypeError as error:
         raise ConfigError(f"{path}: rope_scaling is {scaling!r}") from error
-    if args.vocab_size == -1:  # Llama 2 leaves the size to its tokenizer
+    if args.vocab_size == -1:  # Llama 1, 2 and Code Llama leave it to the tokenizer
         args.embedding_shard_dim = 1
     if args.rope_scaling is not None and (scaling is None or rope_factor is not None):
         is_3_2 = any(args.same_shape(PRESETS[n]) for n in ("llama-3.2-1b", "llama-3.2-3b"))

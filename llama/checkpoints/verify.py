@@ -148,10 +148,12 @@ def _write_manifest(folder: Path) -> None:
 
 def title_of(opened: Checkpoint) -> str:
     """One line, such as: Llama 3.1 8B, instruct or base unknown, 1 shard, bfloat16, 16.06 GB."""
-    pretty = [name.removesuffix("-mp16").split("-", 2) for name in opened.args.published()]
-    if pretty:  # Llama 3.1 70B and 3.3 70B have the same shape
-        versions = " or ".join(dict.fromkeys(version for _, version, _ in pretty))
-        model = f"Llama {versions} {pretty[0][2].upper()}"
+    published = [name.removesuffix("-mp16").rpartition("-") for name in opened.args.published()]
+    if published:  # Llama 3.1 70B and 3.3 70B have the same shape
+        families = dict.fromkeys(family for family, _, _ in published)
+        versions = " or ".join(family.removeprefix("llama-") for family in families)
+        name = "Code Llama" if versions == "codellama" else f"Llama {versions}"
+        model = f"{name} {published[0][2].upper()}"
     else:
         total = sum(weight.parameters for weight in weights_of(opened.args, 1))
         model = f"a Llama of {total:,} parameters"
@@ -166,7 +168,9 @@ def title_of(opened: Checkpoint) -> str:
 
 
 # The folders of base models as Meta and Hugging Face name them. All of Llama 3.3 is instruct.
-BASE_NAME = re.compile(r"(meta-)?llama-?(2|3|3\.1|3\.2)-\d+b(-mp\d+)?(-hf)?")
+BASE_NAME = re.compile(
+    r"(meta-)?llama-?(2|3|3\.1|3\.2)-\d+b(-mp\d+)?(-hf)?|codellama-\d+b(-python)?(-hf)?"
+)
 UNKNOWN = "instruct or base unknown"
 
 

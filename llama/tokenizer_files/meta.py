@@ -140,6 +140,10 @@ def read_tiktoken(path: Path, data: bytes) -> Tiktoken:
 # ---- Llama 2: SentencePiece ----------------------------------------------------------------------
 
 
+# Code Llama's marks of prefix, middle, suffix and end. "▁" is SentencePiece's blank.
+INFILLING_TOKENS = ("▁<PRE>", "▁<MID>", "▁<SUF>", "▁<EOT>")
+
+
 class SentencePiece:
     is_llama_2 = True
 
@@ -155,6 +159,10 @@ class SentencePiece:
             raise TokenizerError(f"{path}: the SentencePiece model lacks a bos or eos token")
         special_ids = (self.bos_id, self.eos_id, self.processor.unk_id())
         self.special_tokens = {self.processor.id_to_piece(i): i for i in special_ids}
+        infilling = {name: self.processor.piece_to_id(name) for name in INFILLING_TOKENS}
+        self.special_tokens |= {
+            name: i for name, i in infilling.items() if i != self.processor.unk_id()
+        }
         self.stop_tokens = [self.eos_id]
 
     def encode(self, text: str, allowed: set[str]) -> list[int]:

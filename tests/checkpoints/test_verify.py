@@ -136,6 +136,9 @@ def test_published_models_by_name(tmp_path: Path) -> None:
     assert title("llama-3.1-8b", "a") == f"Llama 3.1 8B, {unknown}"
     assert title("llama-3.3-70b", "b") == f"Llama 3.1 or 3.3 70B, {unknown}"
     assert title("llama-2-7b", "llama-2-7b-chat").startswith("Llama 2 7B, instruct, 1 shard")
+    assert title("llama-1-7b", "c") == f"Llama 2 or 1 7B, {unknown}"
+    assert title("codellama-7b", "d") == f"Code Llama 7B, {unknown}"
+    assert title("codellama-13b", "CodeLlama-13b").startswith("Code Llama 13B, base")
     assert title("llama-3-8b", "Meta-Llama-3-8B").startswith("Llama 3 8B, base, 1 shard")
 
 

@@ -19,7 +19,8 @@ class RopeScaling:
 
     kind: "llama3" divides low frequencies, as Llama 3.1 and later. "linear" divides all, as some
         fine-tunes of Llama 2; it needs nothing but the factor. Chen et al. 2023,
-        arxiv.org/abs/2306.15595.
+        arxiv.org/abs/2306.15595. "dynamic" raises theta where a text is longer than the original
+        context; see `ModelArgs.scaled_theta`.
     """
 
     factor: float = 8.0
@@ -29,8 +30,10 @@ class RopeScaling:
     kind: str = "llama3"
 
     def __post_init__(self) -> None:
-        if self.kind not in ("llama3", "linear"):
-            raise ConfigError(f"RoPE scaling is of kind {self.kind!r}: it must be llama3 or linear")
+        if self.kind not in ("llama3", "linear", "dynamic"):
+            raise ConfigError(
+                f"RoPE scaling is of kind {self.kind!r}: it must be llama3, linear or dynamic"
+            )
         for field in fields(self):
             if field.name != "kind":
                 _require_number(field.name, getattr(self, field.name))
@@ -67,14 +70,15 @@ class ModelArgs:
     context_length: int | None = None  # longest trained context in tokens; None: see `context`
     embedding_shard_dim: int = 0  # ranks split it by 0: vocabulary (Llama 3), 1: features (Llama 2)
     tied: bool = False  # the output matrix is the embedding (Llama 3.2)
+    attention_bias: bool = False  # wq, wk, wv and wo add a bias, which Meta's models do not have
+    mlp_bias: bool = False  # w1, w2 and w3 add a bias
 
     def __post_init__(self) -> None:
         if self.n_kv_heads is None:
             self.n_kv_heads = self.n_heads
-        if not isinstance(self.use_scaled_rope, bool):
-            raise ConfigError(
-                f"use_scaled_rope is {self.use_scaled_rope!r}: it must be true or false"
-            )
+        for name in ("use_scaled_rope", "attention_bias", "mlp_bias"):
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(f"{name} is {getattr(self, name)!r}: it must be true or false")
         if self.use_scaled_rope and self.rope_scaling is None:
             self.rope_scaling = RopeScaling()
         self.use_scaled_rope = self.rope_scaling is not None
@@ -114,6 +118,26 @@ class ModelArgs:
             raise ConfigError(
                 "a tied embedding is split by vocabulary: embedding_shard_dim must be 0"
             )
+
+    @property
+    def has_bias(self) -> bool:
+        """Whether any linear layer adds a bias."""
+        return self.attention_bias or self.mlp_bias
+
+    @property
+    def scaled_theta(self) -> float:
+        """The base of RoPE's frequencies: `rope_theta`, or more with scaling of kind "dynamic".
+
+        That raises theta so that the lowest frequency is interpolated to the length of the text,
+        where this exceeds the original context (NTK-aware scaling, arxiv.org/abs/2309.00071,
+        section 3.1). The length here is max_seq_len, so that one table serves all texts.
+        """
+        scaling = self.rope_scaling
+        if scaling is None or scaling.kind != "dynamic":
+            return self.rope_theta
+        length = max(self.max_seq_len, scaling.original_context_length)
+        stretch = scaling.factor * length / scaling.original_context_length - (scaling.factor - 1)
+        return self.rope_theta * stretch ** (self.head_dim / (self.head_dim - 2))
 
     @property
     def head_dim(self) -> int:
@@ -178,22 +202,26 @@ class ModelArgs:
     def whole_shapes(self) -> dict[str, tuple[int, ...]]:
         """The shape of every tensor of the unsplit model, by its state-dict name, in order."""
         q_dim, kv_dim = (n * self.head_dim for n in (self.n_heads, self.local_kv_heads(1)))
-        layer = {
+        attention = {
             "attention.wq": (q_dim, self.dim),
             "attention.wk": (kv_dim, self.dim),
             "attention.wv": (kv_dim, self.dim),
             "attention.wo": (self.dim, q_dim),
+        }
+        feed_forward = {
             "feed_forward.w1": (self.ffn_dim, self.dim),
             "feed_forward.w2": (self.dim, self.ffn_dim),
             "feed_forward.w3": (self.ffn_dim, self.dim),
-            "attention_norm": (self.dim,),
-            "ffn_norm": (self.dim,),
         }
-        shapes: dict[str, tuple[int, ...]] = {"tok_embeddings": (self.vocab_size, self.dim)}
+        layer: dict[str, tuple[int, ...]] = {}
+        for part, has_bias in ((attention, self.attention_bias), (feed_forward, self.mlp_bias)):
+            layer |= {f"{name}.weight": shape for name, shape in part.items()}
+            layer |= {f"{name}.bias": shape[:1] for name, shape in part.items() if has_bias}
+        layer |= {"attention_norm.weight": (self.dim,), "ffn_norm.weight": (self.dim,)}
+        shapes: dict[str, tuple[int, ...]] = {"tok_embeddings.weight": (self.vocab_size, self.dim)}
         for i in range(self.n_layers):
             shapes |= {f"layers.{i}.{name}": shape for name, shape in layer.items()}
-        shapes |= {"norm": (self.dim,), "output": (self.vocab_size, self.dim)}
-        return {f"{name}.weight": shape for name, shape in shapes.items()}
+        return shapes | {"norm.weight": (self.dim,), "output.weight": (self.vocab_size, self.dim)}
 
     def parameter_shapes(self) -> dict[str, tuple[int, ...]]:
         """`whole_shapes` without the output matrix where it is tied to the embedding."""

@@ -135,7 +135,8 @@ class Llama:
         llama._warns_of_chat = kind_of(setup.opened.folder) == "base"
         if parallel.is_main_rank():
             log.info("Loaded %s in %.2f seconds", ckpt_dir or BUNDLED, time.perf_counter() - start)
-            if reason := drawback(mode, setup.quantize, setup.device, setup.dtype):
+            has_bias = llama.model.params.has_bias
+            if reason := drawback(mode, setup.quantize, setup.device, setup.dtype, has_bias):
                 log.info(reason)
         return llama
 

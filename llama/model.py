@@ -55,6 +55,8 @@ def apply_scaling(freqs: Tensor, scaling: RopeScaling | None = None) -> Tensor:
     scaling = RopeScaling() if scaling is None else scaling
     if scaling.kind == "linear":
         return freqs / scaling.factor
+    if scaling.kind == "dynamic":  # which changes theta; see `ModelArgs.scaled_theta`
+        return freqs
     context = scaling.original_context_length
     low, high = scaling.low_freq_factor, scaling.high_freq_factor
     wavelen = 2 * math.pi / freqs  # positions per full turn
@@ -203,10 +205,11 @@ class Attention(nn.Module):
         self.max_batch_size, self.max_seq_len = args.max_batch_size, args.max_seq_len
         self._cache: LayerCache | None = None  # made by the first call without a cache
 
-        self.wq = ColumnParallelLinear(args.dim, args.n_heads * self.head_dim, **COLUMN)
-        self.wk = ColumnParallelLinear(args.dim, self.n_kv_heads * self.head_dim, **COLUMN)
-        self.wv = ColumnParallelLinear(args.dim, self.n_kv_heads * self.head_dim, **COLUMN)
-        self.wo = RowParallelLinear(args.n_heads * self.head_dim, args.dim, **ROW)
+        column, row = (kind | {"bias": args.attention_bias} for kind in (COLUMN, ROW))
+        self.wq = ColumnParallelLinear(args.dim, args.n_heads * self.head_dim, **column)
+        self.wk = ColumnParallelLinear(args.dim, self.n_kv_heads * self.head_dim, **column)
+        self.wv = ColumnParallelLinear(args.dim, self.n_kv_heads * self.head_dim, **column)
+        self.wo = RowParallelLinear(args.n_heads * self.head_dim, args.dim, **row)
 
     def forward(
         self,
@@ -279,14 +282,16 @@ class FeedForward(nn.Module):
         hidden_dim: int,
         multiple_of: int | None = None,
         ffn_dim_multiplier: float | None = None,
+        bias: bool = False,
     ) -> None:
         super().__init__()
         parallel.initialize()
         if multiple_of is not None:
             hidden_dim = ffn_width(hidden_dim, multiple_of, ffn_dim_multiplier)
-        self.w1 = ColumnParallelLinear(dim, hidden_dim, **COLUMN)  # gate
-        self.w2 = RowParallelLinear(hidden_dim, dim, **ROW)  # down
-        self.w3 = ColumnParallelLinear(dim, hidden_dim, **COLUMN)  # up
+        column, row = (kind | {"bias": bias} for kind in (COLUMN, ROW))
+        self.w1 = ColumnParallelLinear(dim, hidden_dim, **column)  # gate
+        self.w2 = RowParallelLinear(hidden_dim, dim, **row)  # down
+        self.w3 = ColumnParallelLinear(dim, hidden_dim, **column)  # up
 
     def forward(self, x: Tensor) -> Tensor:
         # Gate and up are column-parallel, so their product needs no communication. w2 is
@@ -335,7 +340,7 @@ class TransformerBlock(nn.Module):
         self.head_dim = args.head_dim
         self.layer_id = layer_id
         self.attention = Attention(args)
-        self.feed_forward = FeedForward(args.dim, args.ffn_dim)
+        self.feed_forward = FeedForward(args.dim, args.ffn_dim, bias=args.mlp_bias)
         self.attention_norm = RMSNorm(args.dim, args.norm_eps)
         self.ffn_norm = RMSNorm(args.dim, args.norm_eps)
 
@@ -473,7 +478,7 @@ class Transformer(nn.Module):
                 self._freqs_cis = precompute_freqs_cis(
                     args.head_dim,
                     args.max_seq_len * 2,  # Meta's length
-                    args.rope_theta,
+                    args.scaled_theta,
                     scaling=args.rope_scaling,
                     device=self.device,
                 )
@@ -506,7 +511,8 @@ class Transformer(nn.Module):
 
     @torch.no_grad()
     def init_weights(self) -> None:
-        """Set the norms' weights to 1, and draw the matrices from a normal distribution.
+        """Set the norms' weights to 1 and biases to 0, and draw the matrices from a normal
+        distribution.
 
         The standard deviation is 0.02. For matrices that write to the residual stream it is divided
         by sqrt(2 * n_layers). Every rank draws the whole matrix and keeps its part, so that a seed
@@ -514,7 +520,7 @@ class Transformer(nn.Module):
         """
         for name, weight in self.named_parameters():
             if weight.dim() == 1:
-                weight.fill_(1.0)
+                weight.fill_(0.0 if name.endswith(".bias") else 1.0)
                 continue
             writes_residual = name.endswith(("wo.weight", "w2.weight"))
             std = 0.02 / math.sqrt(2 * self.n_layers) if writes_residual else 0.02
@@ -579,7 +585,8 @@ class Transformer(nn.Module):
     ) -> torch.optim.AdamW:
         """AdamW over the weights to train. All other weights get requires_grad False.
 
-        Weight decay is for matrices only. The norms' weights are close to 1 and do not decay.
+        Weight decay is for matrices only. The norms' weights are close to 1 and do not decay, and
+        neither do biases.
         train: "all"; "norms"; "all_but_embeddings" leaves out the embedding matrix, which is also
             the output matrix where the model is tied.
         Raises ConfigError for another value of train.
@@ -587,7 +594,7 @@ class Transformer(nn.Module):
         everything = list(self.parameters())
         choices = {
             "all": everything,
-            "norms": [w for w in everything if w.dim() == 1],
+            "norms": [w for name, w in self.named_parameters() if name.endswith("norm.weight")],
             "all_but_embeddings": [w for w in everything if w is not self.tok_embeddings.weight],
         }
         if train not in choices:

@@ -37,8 +37,10 @@ SHARD_DIMS = {"wq": 0, "wk": 0, "wv": 0, "wo": 1, "w1": 0, "w2": 1, "w3": 0, "ou
 
 def shard_dim(name: str, embedding_shard_dim: int) -> int | None:
     """The dimension along which ranks split the tensor with this name; None: replicated."""
-    module = name.removesuffix(".weight").rsplit(".", 1)[-1]
-    return embedding_shard_dim if module == "tok_embeddings" else SHARD_DIMS.get(module)
+    module, kind = name.split(".")[-2:]
+    dim = embedding_shard_dim if module == "tok_embeddings" else SHARD_DIMS.get(module)
+    # The bias of a row-parallel layer is added once, after the ranks' results are summed.
+    return None if kind == "bias" and dim == 1 else dim
 
 
 def initialize(model_parallel_size: int | None = None, device: torch.device | None = None) -> None:

@@ -5,6 +5,7 @@ Only this file knows Hugging Face's names of tensors and settings.
 
 import os
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -40,20 +41,20 @@ IGNORED = re.compile(r".*\.rotary_emb\.inv_freq")  # RoPE's table in old files, 
 def hugging_face_name(name: str) -> str:
     """Hugging Face's name of a tensor: layers.0.attention.wq.weight becomes
     model.layers.0.self_attn.q_proj.weight."""
-    module = name.removesuffix(".weight")
+    module, _, kind = name.rpartition(".")
     if module in MODEL_MODULES:
-        return f"{MODEL_MODULES[module]}.weight"
+        return f"{MODEL_MODULES[module]}.{kind}"
     _, layer, inner = module.split(".", 2)
-    return f"model.layers.{layer}.{LAYER_MODULES[inner]}.weight"
+    return f"model.layers.{layer}.{LAYER_MODULES[inner]}.{kind}"
 
 
 def meta_name(name: str) -> str:
     """Meta's name of a tensor. An unknown name stays as it is."""
-    module = name.removesuffix(".weight")
+    module, _, kind = name.rpartition(".")
     if found := re.fullmatch(r"model\.layers\.(\d+)\.(.+)", module):
         layer, inner = found.groups()
-        return f"layers.{layer}.{TO_META[inner]}.weight" if inner in TO_META else name
-    return f"{TO_META[module]}.weight" if module in TO_META else name
+        return f"layers.{layer}.{TO_META[inner]}.{kind}" if inner in TO_META else name
+    return f"{TO_META[module]}.{kind}" if module in TO_META else name
 
 
 # ---- the order of rows in Q and K -------------------------------------------------------------
@@ -62,14 +63,14 @@ def meta_name(name: str) -> str:
 
 
 def to_meta_rows(weight: Tensor, head_dim: int) -> Tensor:
-    """Rows from Hugging Face's order into Meta's: (heads * head_dim, D), a copy."""
-    heads = weight.view(-1, 2, head_dim // 2, weight.shape[1])
+    """Rows from Hugging Face's order into Meta's: (heads * head_dim, …), a copy."""
+    heads = weight.view(-1, 2, head_dim // 2, *weight.shape[1:])
     return heads.transpose(1, 2).reshape(weight.shape)
 
 
 def to_hugging_face_rows(weight: Tensor, head_dim: int) -> Tensor:
-    """Rows from Meta's order into Hugging Face's: (heads * head_dim, D), a copy."""
-    heads = weight.view(-1, head_dim // 2, 2, weight.shape[1])
+    """Rows from Meta's order into Hugging Face's: (heads * head_dim, …), a copy."""
+    heads = weight.view(-1, head_dim // 2, 2, *weight.shape[1:])
     return heads.transpose(1, 2).reshape(weight.shape)
 
 
@@ -109,9 +110,11 @@ def read_config(path: Path, rope_factor: float | None = None) -> ModelArgs:
             **known,
             n_kv_heads=config.get("num_key_value_heads"),
             head_width=_head_width(config),
-            context_length=config.get("max_position_embeddings"),
+            context_length=_context(config.get("max_position_embeddings"), scaling),
             rope_theta=theta,
             rope_scaling=scaling,
+            attention_bias=config.get("attention_bias") or False,
+            mlp_bias=config.get("mlp_bias") or False,
             tied=config.get("tie_word_embeddings", False) is True,
         )
     except ConfigError as error:
@@ -135,10 +138,10 @@ def make_config(args: ModelArgs, dtype: torch.dtype) -> dict[str, Any]:
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
         "hidden_act": "silu",
-        "attention_bias": False,
-        "mlp_bias": False,
+        "attention_bias": args.attention_bias,
+        "mlp_bias": args.mlp_bias,
         "num_key_value_heads": args.n_kv_heads,
-        "max_position_embeddings": args.context,
+        "max_position_embeddings": _max_position(args),
         "rope_theta": args.rope_theta,
         "tie_word_embeddings": args.tied,
         "torch_dtype": str(dtype).removeprefix("torch."),
@@ -149,7 +152,7 @@ def make_config(args: ModelArgs, dtype: torch.dtype) -> dict[str, Any]:
         config["head_dim"] = args.head_width
     if args.rope_scaling is not None:
         scaling = {theirs: getattr(args.rope_scaling, o) for o, theirs in SCALING_FIELDS.items()}
-        if args.rope_scaling.kind == "linear":
+        if args.rope_scaling.kind != "llama3":
             scaling = {"factor": args.rope_scaling.factor}
         config["rope_scaling"] = {"rope_type": args.rope_scaling.kind, **scaling}
     return config
@@ -177,8 +180,6 @@ def _check_is_plain_llama(config: dict[str, Any]) -> None:
     plain = {
         "model_type": ("llama",),
         "hidden_act": ("silu", None),
-        "attention_bias": (False, None),
-        "mlp_bias": (False, None),
         "vision_config": (None,),
     }
     for key, allowed in plain.items():
@@ -196,14 +197,37 @@ def _rope(config: dict[str, Any], rope_factor: float | None) -> tuple[float, Rop
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind == "default":
         return theta, None
-    if kind == "linear" and "factor" in rope:
-        return theta, RopeScaling(rope["factor"] if rope_factor is None else rope_factor, kind=kind)
+    if kind in ("linear", "dynamic") and "factor" in rope:
+        scaling = RopeScaling(rope["factor"] if rope_factor is None else rope_factor, kind=kind)
+        length = config.get("max_position_embeddings")
+        if kind == "dynamic" and length is not None:
+            scaling = replace(scaling, original_context_length=length)
+        return theta, scaling
     if kind != "llama3":
-        raise ConfigError(f"RoPE of type {kind!r}: it must be default, llama3 or linear")
+        raise ConfigError(f"RoPE of type {kind!r}: it must be default, llama3, linear or dynamic")
     if missing := [theirs for theirs in SCALING_FIELDS.values() if theirs not in rope]:
         raise ConfigError(f"the RoPE settings lack {', '.join(missing)}")
     values = {ours: rope[theirs] for ours, theirs in SCALING_FIELDS.items()}
     return theta, RopeScaling(**values | ({} if rope_factor is None else {"factor": rope_factor}))
+
+
+def _context(length: Any, scaling: RopeScaling | None) -> Any:
+    """The context in tokens, for the `max_position_embeddings` of a config.json.
+
+    With dynamic scaling that is the original context. With linear scaling some files say the
+    original context, which is at most Llama 2's 4096, and others the longer one.
+    """
+    if scaling is None or type(length) is not int:
+        return length
+    is_original = scaling.kind == "dynamic" or (scaling.kind == "linear" and length <= 4096)
+    return int(length * scaling.factor) if is_original else length
+
+
+def _max_position(args: ModelArgs) -> int:
+    """The `max_position_embeddings` that `_context` reads back as the model's context."""
+    if args.rope_scaling is not None and args.rope_scaling.kind == "dynamic":
+        return args.rope_scaling.original_context_length
+    return args.context
 
 
 # ---- the tensors ------------------------------------------------------------------------------

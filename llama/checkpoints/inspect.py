@@ -27,7 +27,7 @@ UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 class Weight:
     """One weight outside the layers, or one weight that every layer has."""
 
-    name: str  # layers.N.… stands for all layers
+    name: str  # in the state dict; layers.N.… stands for all layers
     shape: tuple[int, ...]
     split: int | None  # the dimension that ranks share; None: each has all of it
     count: int  # how many of them the model has
@@ -40,7 +40,7 @@ class Weight:
     @property
     def names(self) -> list[str]:
         """The names in the state dict, one for each layer that has the weight."""
-        return [f"{self.name.replace('.N.', f'.{i}.')}.weight" for i in range(self.count)]
+        return [self.name.replace(".N.", f".{i}.") for i in range(self.count)]
 
     def per_rank(self, mp_size: int) -> int:
         """Parameters that one rank holds."""
@@ -56,7 +56,7 @@ def weights_of(args: ModelArgs, mp_size: int) -> list[Weight]:
     for name, shape in replace(args, n_layers=1).parameter_shapes().items():
         weights.append(
             Weight(
-                name.replace("layers.0.", "layers.N.").removesuffix(".weight"),
+                name.replace("layers.0.", "layers.N."),
                 shape,
                 parallel.shard_dim(name, args.embedding_shard_dim),
                 args.n_layers if name.startswith("layers.") else 1,
@@ -146,7 +146,7 @@ def describe(
         shape = " × ".join(map(str, w.shape))
         split = SPLITS[w.split] + (f", {w.copies} ranks the same" if w.copies > 1 else "")
         numbers = (w.parameters // w.count, w.count, w.parameters, w.per_rank(mp))
-        rows.append((w.name, shape, split, *(f"{n:,}" for n in numbers)))
+        rows.append((w.name.removesuffix(".weight"), shape, split, *(f"{n:,}" for n in numbers)))
     if args.tied:
         rows.append(("output", "is tok_embeddings", "", "", "", "", ""))
     rows.append(("all", "", "", "", "", f"{total:,}", f"{total_per_rank:,}"))

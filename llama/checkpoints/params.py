@@ -18,6 +18,8 @@ KNOWN_KEYS = frozenset(REQUIRED_KEYS) | {
     "use_scaled_rope",
     "hidden_dim",  # this and the next keys are not in Meta's files
     "head_dim",
+    "attention_bias",
+    "mlp_bias",
     "context_length",
     "rope_scaling",
     "quantization",
@@ -81,6 +83,7 @@ def write_params(path: Path, args: ModelArgs, quantization: Width | None = None)
     params = {key: getattr(args, key) for key in keys} | args.metas_width()
     if args.head_width is not None:
         params["head_dim"] = args.head_width
+    params |= {key: True for key in ("attention_bias", "mlp_bias") if getattr(args, key)}
     if args.context_length is not None:
         params["context_length"] = args.context_length
     if args.rope_scaling is not None:

@@ -27,8 +27,9 @@ from llama.fast.quantize import (
 from llama.files import atomic_file
 from llama.memory import with_huge_pages
 
-ROTATED = ("wq.weight", "wk.weight")  # the projections that RoPE rotates
-KEYS_AND_VALUES = ("wk.weight", "wv.weight")
+# The projections that RoPE rotates, and those of keys and values.
+ROTATED = ("wq.weight", "wk.weight", "wq.bias", "wk.bias")
+KEYS_AND_VALUES = ("wk.weight", "wv.weight", "wk.bias", "wv.bias")
 ALIGNMENT = 64  # bytes; safetensors aligns to 8
 IGNORED = "rope.freqs"  # RoPE's table in Llama 2's files, which is not needed
 

@@ -32,10 +32,11 @@ def make_engine(
     """
     rows = model.params.max_batch_size if max_batch_size is None else max_batch_size
     weight = model.norm.weight
-    is_fast_on_cpu = check_mode(mode, quantize, weight.device, weight.dtype)
-    if invariant and weight.device.type != "cuda" and not is_fast_on_cpu:
+    has_bias = model.params.has_bias or (draft is not None and draft.params.has_bias)
+    is_fast_on_cpu = check_mode(mode, quantize, weight.device, weight.dtype, has_bias)
+    if invariant and (has_bias or (weight.device.type != "cuda" and not is_fast_on_cpu)):
         raise ConfigError("invariant needs the kernels of a CPU or a CUDA GPU")
-    is_fast_on_gpu = mode == "fast" and weight.device.type == "cuda"
+    is_fast_on_gpu = mode == "fast" and weight.device.type == "cuda" and not has_bias
 
     def network(model: Transformer) -> Network:
         if is_fast_on_cpu:

@@ -14,20 +14,28 @@ from llama.fast.quantize import Width
 # with kernels of our own.
 Mode = Literal["reference", "fast"]
 CacheWidth = Literal["int8"]
+NO_QUANTIZED_BIAS = "a model with attention_bias or mlp_bias cannot be quantized"
 
 
 def check_mode(
-    mode: Mode, quantize: Width | None, device: torch.device, dtype: torch.dtype
+    mode: Mode,
+    quantize: Width | None,
+    device: torch.device,
+    dtype: torch.dtype,
+    has_bias: bool = False,
 ) -> bool:
     """Whether the model becomes a `FastTransformer`, which is for CPUs.
 
+    has_bias: the model's linear layers add biases, for which there are no kernels.
     Raises ConfigError for an unknown mode or width, and where the width cannot run here.
     """
     if mode not in get_args(Mode):
         raise ConfigError(f"mode is {mode!r}: {' or '.join(get_args(Mode))}")
     if quantize not in (None, *get_args(Width)):
         raise ConfigError(f"quantize is {quantize!r}: {' or '.join(get_args(Width))}")
-    can = device.type == "cpu" and dtype in FLOATS and is_installed()
+    can = device.type == "cpu" and dtype in FLOATS and is_installed() and not has_bias
+    if quantize is not None and has_bias:
+        raise ConfigError(NO_QUANTIZED_BIAS)
     if quantize is not None and (mode != "fast" or device.type not in ("cpu", "cuda")):
         raise ConfigError("quantized weights are for mode fast on the CPU or a CUDA GPU")
     if quantize == "fp8" and not has_fp8(device):
@@ -38,9 +46,15 @@ def check_mode(
 
 
 def drawback(
-    mode: Mode, quantize: Width | None, device: torch.device, dtype: torch.dtype
+    mode: Mode,
+    quantize: Width | None,
+    device: torch.device,
+    dtype: torch.dtype,
+    has_bias: bool = False,
 ) -> str | None:
     """The reason why fast mode is slower here than it could be, for the log."""
+    if mode == "fast" and has_bias:
+        return "fast mode has no kernels for attention_bias and mlp_bias: PyTorch computes them"
     if mode != "fast" or device.type != "cpu":
         return None
     if not is_installed():

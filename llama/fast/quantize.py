@@ -225,7 +225,8 @@ BYTES = {"int8": 1.0, "int4": 0.5 + 2 / GROUP, "fp8": 1.0}
 
 def is_quantized(name: str) -> bool:
     """Whether the tensor with this state-dict name is to be quantized."""
-    return "norm" not in name and not name.startswith("tok_embeddings")
+    is_matrix = "norm" not in name and not name.endswith(".bias")
+    return is_matrix and not name.startswith("tok_embeddings")
 
 
 def set_quantized(layer: nn.Module, weight: Quantized) -> None:

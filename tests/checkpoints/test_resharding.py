@@ -9,10 +9,12 @@ import torch
 from helpers.folders import MODELS, TOKENS, VOCAB, logits_of, make_model, write_meta
 from helpers.ranks import run_ranks
 from make_checkpoint import demo_pieces, write_tokenizer
+from safetensors.torch import load_file
 
 from llama import Llama
 from llama.checkpoints.convert import convert
 from llama.errors import CheckpointError, ConfigError
+from llama.fast.mode import Mode
 
 
 def logits_of_all(folders: list[Path]) -> list[torch.Tensor]:
@@ -94,15 +96,15 @@ def write_hugging_face(folder: Path, changes: dict[str, Any], max_shard_size: st
     scaling = changes.pop("rope_scaling", None)
     config = LlamaConfig(
         hidden_size=128, intermediate_size=320, num_hidden_layers=2, num_attention_heads=16,
-        vocab_size=VOCAB, max_position_embeddings=16384, bos_token_id=384, eos_token_id=[5, 7],
-        **{"num_key_value_heads": 16} | changes,
+        vocab_size=VOCAB, bos_token_id=384, eos_token_id=[5, 7],
+        **{"num_key_value_heads": 16, "max_position_embeddings": 16384} | changes,
     )  # fmt: skip
     if scaling is not None:
         config.rope_parameters = {"rope_theta": 500000.0, **scaling}
     torch.manual_seed(6)
     model = LlamaForCausalLM(config).eval()
-    for weight in model.parameters():
-        torch.nn.init.normal_(weight, float(weight.dim() == 1), 0.08)
+    for name, weight in model.named_parameters():
+        torch.nn.init.normal_(weight, float("norm" in name), 0.08)
     model.save_pretrained(folder, max_shard_size=max_shard_size)
     write_tokenizer(folder / "tokenizer.model", demo_pieces())
     return model
@@ -124,13 +126,15 @@ HF_MODELS: dict[str, dict[str, Any]] = {
     ),
     "linear": dict(rope_scaling=dict(rope_type="linear", factor=4.0)),
     "pruned": dict(num_key_value_heads=4, head_dim=12, rope_theta=500000.0),
+    "dynamic": dict(rope_scaling=dict(rope_type="dynamic", factor=4.0)),
+    "biased": dict(num_key_value_heads=2, attention_bias=True, mlp_bias=True),
 }
 
 
 @pytest.fixture(scope="module")
 def hf_folders(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[Path, Any]]:
     root = tmp_path_factory.mktemp("hf")
-    sizes = ["1GB", "200KB", "300KB", "1GB", "1GB", "1GB"]  # one file or many with an index
+    sizes = ["1GB", "200KB", "300KB", *["1GB"] * 5]  # one file or many with an index
     return [
         (root / name, write_hugging_face(root / name, dict(changes), size))
         for (name, changes), size in zip(HF_MODELS.items(), sizes, strict=True)
@@ -187,8 +191,9 @@ def test_what_a_hugging_face_folder_says(hf_folders: list[tuple[Path, Any]]) -> 
     [
         ({"model_type": "mistral"}, "model_type is 'mistral': not a plain Llama"),
         ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
-        ({"attention_bias": True}, "attention_bias is True"),
-        ({"mlp_bias": True}, "mlp_bias is True"),
+        ({"attention_bias": True}, "lacks model.layers.0.self_attn.q_proj.bias"),
+        ({"mlp_bias": True}, "lacks model.layers.0.mlp.gate_proj.bias"),
+        ({"mlp_bias": "yes"}, "mlp_bias is 'yes': it must be true or false"),
         ({"quantization_config": {"bits": 4}}, "it is quantized .by an unknown method.: take the"),
         ({"quantization_config": {"quant_method": "gptq"}}, "it is quantized .gptq.: take the"),
         ({"quantization_config": {"quant_method": "awq"}}, "it is quantized .awq."),
@@ -205,7 +210,7 @@ def test_what_a_hugging_face_folder_says(hf_folders: list[tuple[Path, Any]]) -> 
         ({"head_dim": 7}, "head_dim 7 must be even"),
         ({"head_dim": "x"}, "head_width is 'x'"),
         ({"rope_parameters": {"rope_type": "yarn", "factor": 2}}, "RoPE of type 'yarn'"),
-        ({"rope_parameters": {"type": "dynamic", "factor": 2}}, "RoPE of type 'dynamic'"),
+        ({"rope_parameters": {"type": "dynamic"}}, "RoPE of type 'dynamic'"),
         ({"rope_parameters": {"type": "linear"}}, "RoPE of type 'linear'"),
         ({"rope_parameters": {"type": "linear", "factor": 0}}, "factor is 0"),
         ({"rope_parameters": {"rope_type": "llama3", "factor": 2}}, "settings lack low_freq"),
@@ -328,11 +333,87 @@ def test_a_harmful_pytorch_model_bin(
     assert "code ran" not in capsys.readouterr().out
 
 
-def test_linear_scaling_there_and_back(hf_folders: list[tuple[Path, Any]], tmp_path: Path) -> None:
-    folder = hf_folders[4][0]
-    convert(folder, tmp_path / "meta", "meta")
+@pytest.mark.parametrize("name", ["linear", "dynamic", "biased"])
+def test_there_and_back(name: str, hf_folders: list[tuple[Path, Any]], tmp_path: Path) -> None:
+    folder, theirs = hf_folders[list(HF_MODELS).index(name)]
+    convert(folder, tmp_path / "meta", "meta", mp=2)
     convert(tmp_path / "meta", tmp_path / "hf", "hf")
     config = json.loads((tmp_path / "hf" / "config.json").read_text())
-    assert config["rope_scaling"] == {"rope_type": "linear", "factor": 4.0}
+    if name != "biased":
+        assert config["rope_scaling"] == {"rope_type": name, "factor": 4.0}
+    assert config["max_position_embeddings"] == 16384
+    assert config["attention_bias"] == config["mlp_bias"] == (name == "biased")
     for kind in ("meta", "hf"):
         assert torch.equal(logits_of(tmp_path / kind), logits_of(folder))
+    tensors = load_file(tmp_path / "hf" / "model.safetensors")
+    assert tensors.keys() == theirs.state_dict().keys()
+    assert all(torch.equal(tensor, tensors[n]) for n, tensor in theirs.state_dict().items())
+
+
+@pytest.mark.parametrize("length", [40, 64, 100, 256])
+def test_dynamic_scaling_is_that_of_the_longest_text(length: int, tmp_path: Path) -> None:
+    """transformers scales for the text at hand, here for max_seq_len: the same where they agree,
+    and up to the original context of 64 tokens."""
+    scaling = dict(rope_type="dynamic", factor=4.0)
+    theirs = write_hugging_face(
+        tmp_path, dict(rope_scaling=scaling, max_position_embeddings=64), "1GB"
+    )
+    tokens = torch.randint(0, VOCAB, (2, length), generator=torch.Generator().manual_seed(1))
+    llama = Llama.build(tmp_path, max_seq_len=length)
+    with torch.inference_mode():
+        want = theirs(tokens).logits
+        torch.testing.assert_close(llama.model(tokens, 0), want, atol=1e-4, rtol=1e-4)
+    assert llama.model.params.context == 256
+    with pytest.raises(ConfigError, match="max_seq_len 257 is above the model's context, 256"):
+        Llama.build(tmp_path, max_seq_len=257)
+
+
+@pytest.mark.parametrize(
+    ("kind", "length", "context"),
+    [("linear", 4096, 16384), ("linear", 32768, 32768), ("dynamic", 32768, 131072)],
+)
+def test_the_context_of_a_scaled_model(
+    kind: str, length: int, context: int, tmp_path: Path
+) -> None:
+    scaling = dict(rope_type=kind, factor=4.0)
+    changes = dict(rope_scaling=scaling, max_position_embeddings=length)
+    write_hugging_face(tmp_path / "a", changes, "1GB")
+    assert Llama.build(tmp_path / "a").model.params.context == context
+
+
+def texts_of(folder: Path, mode: Mode) -> list[Any]:
+    llama = Llama.build(folder, max_seq_len=64, mode=mode)
+    return [llama.generate([[3, 4, 5], [7, 8, 9, 10]], max_gen_len=12, temperature=0)[0]]
+
+
+def test_biases_in_fast_mode(
+    hf_folders: list[tuple[Path, Any]], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """PyTorch computes them; nothing is refused but rounding."""
+    folder = hf_folders[list(HF_MODELS).index("biased")][0]
+    want = texts_of(folder, "reference")
+    with caplog.at_level("INFO"):
+        assert texts_of(folder, "fast") == want
+    assert "fast mode has no kernels for attention_bias and mlp_bias" in caplog.text
+    assert run_ranks(2, tmp_path, texts_of, folder, "fast") == [want, want]
+    with pytest.raises(ConfigError, match="attention_bias or mlp_bias cannot be quantized"):
+        Llama.build(folder, mode="fast", quantize="int8")
+    with pytest.raises(ConfigError, match="attention_bias or mlp_bias cannot be quantized"):
+        convert(folder, tmp_path / "int8", "meta", quantize="int8")
+    with pytest.raises(ConfigError, match="invariant needs the kernels"):
+        Llama.build(folder, mode="fast", invariant=True)
+
+
+def test_biases_are_trained_and_do_not_decay(hf_folders: list[tuple[Path, Any]]) -> None:
+    model = make_model(attention_bias=True, mlp_bias=True)
+    model.init_weights()
+    biases = [w for name, w in model.named_parameters() if name.endswith(".bias")]
+    assert len(biases) == 14
+    assert not any(bias.any() for bias in biases)
+    optimizer = model.configure_optimizers(0.1)
+    _, constant = (group["params"] for group in optimizer.param_groups)
+    assert all(any(bias is w for w in constant) for bias in biases)
+    model.forward_loss(TOKENS, TOKENS).backward()
+    assert all(bias.grad is not None for bias in biases)
+    model.configure_optimizers(0.1, train="norms")
+    assert not any(bias.requires_grad for bias in biases)

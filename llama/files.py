@@ -80,6 +80,13 @@ def write_json(path: str | Path, content: dict[str, Any]) -> None:
         file.write((json.dumps(content, indent=2) + "\n").encode())
 
 
+def sync_file(path: Path) -> None:
+    """Make a file readable for all, and wait until it is on disk."""
+    path.chmod(0o644)  # some libraries write files as 0600
+    with path.open("r+b") as file:  # Windows flushes only files that are open for writing
+        os.fsync(file.fileno())
+
+
 @contextlib.contextmanager
 def atomic_file(path: str | Path) -> Iterator[BinaryIO]:
     """Open a temporary file to write to. It is renamed to `path` if the block raises no error."""

@@ -16,6 +16,7 @@ import tiktoken
 from llama.chat_format import ChatFormat, Dialog, Llama2ChatFormat, Message, Role
 from llama.errors import TokenizerError
 from llama.files import why_unreadable
+from llama.tokenizer_files.as_json import as_json, as_ranks
 from llama.tokenizer_files.hugging_face import ByteFallback, open_json
 from llama.tokenizer_files.meta import WORD_PATTERN, SentencePiece, Tiktoken, read_tiktoken
 
@@ -141,6 +142,17 @@ class Tokenizer:
     def chat_format(self) -> ChatFormat | Llama2ChatFormat:
         """Return the prompt format that models with this kind of tokenizer were trained on."""
         return Llama2ChatFormat(self) if self.is_llama_2 else ChatFormat(self)
+
+    def to_json(self) -> bytes:
+        """The content of a `tokenizer.json` with the same ids. Raises TokenizerError where the file
+        cannot say what this tokenizer does, and for a tokenizer that was read from one."""
+        if isinstance(self._backend, ByteFallback):
+            raise TokenizerError(f"{self.model_path} is a tokenizer.json already")
+        return as_json(self._backend)
+
+    def to_ranks(self) -> bytes | None:
+        """The content of Meta's `tokenizer.model`, for Llama 3's vocabulary; None for others."""
+        return as_ranks(self._backend) if isinstance(self._backend, Tiktoken) else None
 
     def _check(self, ids: list[int]) -> None:
         # tiktoken may answer a bad id with a Rust panic, which `except Exception` does not catch.

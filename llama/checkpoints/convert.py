@@ -17,6 +17,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from llama.checkpoints import hugging_face, shards
+from llama.checkpoints.beside_weights import complete_hugging_face, complete_meta, copy_files
 from llama.checkpoints.folder import open_checkpoint
 from llama.checkpoints.load import check_complete, parse_dtype
 from llama.checkpoints.params import write_params
@@ -24,18 +25,9 @@ from llama.checkpoints.shards import Checkpoint
 from llama.errors import CheckpointError, ConfigError
 from llama.fast.mode import NO_QUANTIZED_BIAS
 from llama.fast.quantize import QUANTIZERS, Width, is_quantized
-from llama.files import write_json
+from llama.files import sync_file, write_json
 
 HF_FILE_BYTES = 5 * 10**9  # most bytes of weights in one `.safetensors`, as Hugging Face does
-# Files of the tokenizer and of generation, which are copied unchanged.
-COPIED_FILES = (
-    "tokenizer.model",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "chat_template.jinja",
-    "generation_config.json",
-)
 
 
 def convert(
@@ -49,7 +41,8 @@ def convert(
 ) -> Path:
     """Write the checkpoint `src` as a new folder `dst`.
 
-    to: "meta" for `params.json` and `mp` shards, "hf" for `config.json` and `.safetensors`.
+    to: "meta" for `params.json` and `mp` shards, "hf" for `config.json` and `.safetensors`. Both
+        come with the files of the tokenizer and of generation; see `beside_weights`.
     dtype: dtype of all weights; None: each weight keeps its own.
     force: replace `dst` where it exists.
     quantize: "int8" or "int4": quantize the matrices, for fast mode. Only with to="meta"; the
@@ -81,11 +74,13 @@ def convert(
     except OSError as error:
         raise CheckpointError(f"cannot write {dst}: {error.strerror}") from error
     try:
+        copy_files(source, Path(src), partial)
         if to == "meta":
             _write_meta(source, partial, mp, kind, quantize)
+            complete_meta(source, Path(src), partial)
         else:
             _write_hugging_face(source, partial, kind)
-        _copy_files(source.folder, Path(src), partial)
+            complete_hugging_face(source, Path(src), partial)
         partial.chmod(0o755)  # mkdtemp makes it 0700
         _rename(partial, destination)
     except (OSError, SafetensorError) as error:
@@ -122,7 +117,7 @@ def _write_meta(
         path = folder / shards.shard_name(i, quantize)
         if quantize is not None:
             save_file(shard, path)
-            _sync(path)
+            sync_file(path)
             continue
         if args.tied:
             shard["output.weight"] = shard["tok_embeddings.weight"]
@@ -150,7 +145,7 @@ def _write_hugging_face(source: Checkpoint, folder: Path, dtype: torch.dtype | N
             tensors[hugging_face.hugging_face_name(name)] = _cast(weight, dtype)
             progress.update()
         save_file(tensors, folder / file, metadata={"format": "pt"})
-        _sync(folder / file)
+        sync_file(folder / file)
         weight_map |= dict.fromkeys(tensors, file)
     progress.close()
     if len(files) > 1:
@@ -180,21 +175,6 @@ def _group_by_file(
         groups[-1].append(name)
         filled += size
     return groups
-
-
-def _copy_files(folder: Path, src: Path, destination: Path) -> None:
-    """Copy COPIED_FILES from the weights' folder, or else from `src`, which may contain it."""
-    for name in COPIED_FILES:
-        found = next((p / name for p in (folder, src) if (p / name).is_file()), None)
-        if found is not None:
-            shutil.copyfile(found, destination / name)
-            _sync(destination / name)
-
-
-def _sync(path: Path) -> None:
-    path.chmod(0o644)  # safetensors writes files as 0600
-    with path.open("r+b") as file:  # Windows flushes only files that are open for writing
-        os.fsync(file.fileno())
 
 
 def _rename(partial: Path, destination: Path) -> None:

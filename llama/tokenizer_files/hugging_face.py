@@ -160,7 +160,7 @@ def _alphabet() -> dict[str, int]:
 # character stands for its own byte. The other bytes have the characters from U+0100 on, in order.
 BYTE_OF_CHARACTER = _alphabet()
 
-_LLAMA_3_STEPS = (
+LLAMA_3_STEPS = (
     {"type": "Split", "pattern": {"Regex": WORD_PATTERN}, "behavior": "Isolated", "invert": False},
     {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False},
 )
@@ -173,8 +173,8 @@ def _tiktoken(content: _Content) -> Tiktoken:
     steps = _steps(content.file, "pre_tokenizer", "pretokenizers")
     is_llama3 = (
         content.file.get("normalizer") is None
-        and len(steps) == len(_LLAMA_3_STEPS)
-        and all(map(_has_entries, steps, _LLAMA_3_STEPS))
+        and len(steps) == len(LLAMA_3_STEPS)
+        and all(map(_has_entries, steps, LLAMA_3_STEPS))
     )
     if not is_llama3:
         raise TokenizerError("neither the byte-level BPE of Llama 3 nor Llama 2's byte fallback")
@@ -233,6 +233,13 @@ def _merge_below(token: str, vocab: dict[str, int], end: int) -> list[str]:
 
 # ---- Llama 2: BPE with byte fallback ---------------------------------------------------------
 
+# The last step drops the blank that the encoder puts before each text.
+LLAMA_2_DECODER = [
+    {"type": "Replace", "pattern": {"String": "▁"}, "content": " "},
+    {"type": "ByteFallback"},
+    {"type": "Fuse"},
+    {"type": "Strip", "content": " ", "start": 1, "stop": 0},
+]
 _BYTE_PIECE = re.compile(r"<0x([0-9A-F]{2})>")
 
 
@@ -321,12 +328,6 @@ def _drops_blank(file: dict[str, Any]) -> bool:
     """Whether the decoder drops the leading blank of a text. Raises TokenizerError unless it
     decodes as SentencePiece does."""
     steps = _steps(file, "decoder", "decoders")
-    plain = [
-        {"type": "Replace", "pattern": {"String": "▁"}, "content": " "},
-        {"type": "ByteFallback"},
-        {"type": "Fuse"},
-    ]
-    strip = {"type": "Strip", "content": " ", "start": 1, "stop": 0}
-    if steps not in (plain, [*plain, strip]):
+    if steps not in (LLAMA_2_DECODER, LLAMA_2_DECODER[:-1]):
         raise TokenizerError("the decoder is not that of Llama 2")
-    return len(steps) == 4
+    return len(steps) == len(LLAMA_2_DECODER)

@@ -26,7 +26,7 @@ WORD_PATTERN = (
 
 # The published names of Llama 3.1 in the order of their ids. The first id follows the last rank. In
 # Llama 3.0 the names 4, 8 and 10 were still reserved; its file does not differ.
-_SPECIAL_TOKENS = (
+SPECIAL_TOKENS = (
     "<|begin_of_text|>",
     "<|end_of_text|>",
     "<|reserved_special_token_0|>",
@@ -134,7 +134,7 @@ def read_tiktoken(path: Path, data: bytes) -> Tiktoken:
         )
     if lacking := [byte for byte in range(256) if bytes([byte]) not in ranks]:
         raise TokenizerError(f"{path}: no token for the single byte 0x{lacking[0]:02X}")
-    return Tiktoken(ranks, {name: len(ranks) + i for i, name in enumerate(_SPECIAL_TOKENS)})
+    return Tiktoken(ranks, {name: len(ranks) + i for i, name in enumerate(SPECIAL_TOKENS)})
 
 
 # ---- Llama 2: SentencePiece ----------------------------------------------------------------------

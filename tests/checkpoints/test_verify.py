@@ -48,9 +48,14 @@ def test_a_whole_folder(folder: Path) -> None:
 
 
 def test_a_hugging_face_folder(folder: Path, tmp_path: Path) -> None:
-    title, problems = verify(convert(folder, tmp_path / "base", "hf"))
+    """A chat template is written, except for a model whose name says that it is a base model."""
+    title, problems = verify(convert(folder, tmp_path / "a", "hf"))
     assert problems == []
-    assert "instruct or base unknown, Hugging Face's layout, float32" in title
+    assert ", instruct, Hugging Face's layout, float32" in title
+    base = Path(shutil.copytree(folder, tmp_path / "Llama-3.2-1B"))
+    title, problems = verify(convert(base, tmp_path / "b", "hf"))
+    assert problems == []
+    assert ", base, Hugging Face's layout, float32" in title
 
 
 def test_a_changed_file_is_noticed(folder: Path) -> None:

@@ -302,6 +302,8 @@ class Llama:
         suffix_first: the prompt has the suffix before the prefix. The other arguments are those of
         `text_completion`. Raises GenerationError where the vocabulary lacks the infilling tokens.
         """
+        if isinstance(prefixes, str) or isinstance(suffixes, str):
+            raise GenerationError("prefixes and suffixes must be lists of strings, not strings")
         if len(prefixes) != len(suffixes):
             raise GenerationError(f"{len(prefixes)} prefixes, but {len(suffixes)} suffixes")
         prompt_format = InfillingFormat(self.tokenizer)

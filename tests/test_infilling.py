@@ -124,6 +124,8 @@ def test_what_cannot_be_filled(folder: Path, tmp_path: Path) -> None:
     llama = Llama.build(folder, max_seq_len=64)
     with pytest.raises(GenerationError, match="1 prefixes, but 2 suffixes"):
         llama.infilling(["a"], ["b", "c"])
+    with pytest.raises(GenerationError, match="must be lists of strings, not strings"):
+        llama.infilling("a", ["b"])
     path = tmp_path / "tokenizer.model"
     path.write_bytes(model_file())
     with pytest.raises(GenerationError, match=f"{path} has no ▁<PRE>: only Code Llama"):

@@ -101,7 +101,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def server(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
     """It has the model as meta-llama's repositories have theirs: the tokenizer in `original/`."""
-    files = {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+    names = ("config.json", "model.safetensors", "tokenizer.model")
+    files = {name: (folder / name).read_bytes() for name in names}
     files["original/tokenizer.model"] = files.pop("tokenizer.model")
     files |= dict.fromkeys(OTHERS, b"must not be fetched")
     server = Hub({"tiny/Llama-3.2-1B": files, "tiny/pickled": {"pytorch_model.bin": b"x"}})

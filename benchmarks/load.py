@@ -30,6 +30,8 @@ from llama.checkpoints import shards
 from llama.checkpoints.folder import open_checkpoint
 from llama.checkpoints.load import load_weights
 from llama.checkpoints.setup import Setup
+from llama.commands.limits import check_rate, read_rate
+from llama.errors import BenchmarkError
 from llama.memory import used_memory
 from llama.model import Transformer
 
@@ -139,6 +141,7 @@ def main(folder: str, shape: str = "1.5b", out: str | None = None, rounds: int =
     if not Path(folder, "params.json").exists():
         make_checkpoint(folder, shape)
     size = sum(path.stat().st_size for path in shards.find_shards(Path(folder)))
+    limit = read_rate(min(size, 1 << 28), CPU)
     report: dict[str, Any] = {
         "file_bytes": size,
         "machine": f"{platform.machine()}, {os.cpu_count()} cores",
@@ -162,6 +165,12 @@ def main(folder: str, shape: str = "1.5b", out: str | None = None, rounds: int =
         figures["median_seconds"] = seconds
         figures["speed_of_plain_copy"] = statistics.median(copy / ours for copy, ours in pairs)
         report[f"{ranks}_ranks"] = figures
+        # The file has little besides the weights, and memory is read no faster than it can be.
+        loaded = figures["memory"]["share"] * ranks
+        if not 0.9 * size <= loaded <= 1.1 * size:
+            raise BenchmarkError(f"{loaded:,} bytes were loaded of files of {size:,} bytes")
+        for name in ("load_and_read", "plain_copy"):
+            check_rate(name, size / seconds[name], limit, "bytes")
         memory = {name: f"{amount / GB:.3f} GB" for name, amount in figures["memory"].items()}
         rates = {name: f"{size / GB / time:.2f} GB/s" for name, time in seconds.items()}
         print(f"{ranks} rank(s), {size / GB:.3f} GB of files")

@@ -24,8 +24,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from llama import Llama, ModelArgs, Transformer
+from llama.commands.limits import check_count, check_rate, read_rate
+from llama.commands.measure import read_bytes
 from llama.engine.engine import Engine
 from llama.engine.request import Request
+from llama.errors import BenchmarkError
 from llama.fast.cpu.transformer import FastTransformer
 from llama.fast.quantize import Width
 from llama.sampling import SamplingParams
@@ -63,9 +66,16 @@ def seconds_of(engine: Engine, prompt: list[int], params: SamplingParams) -> tup
 
 
 def compare(
-    plain: Engine, other: Engine, jobs: list[tuple[list[int], SamplingParams]], rounds: int
+    plain: Engine,
+    other: Engine,
+    jobs: list[tuple[list[int], SamplingParams]],
+    rounds: int,
+    limit: float,
 ) -> dict[str, float]:
-    """Of all jobs: how much faster the other engine is, and how many of its proposals are right."""
+    """Of all jobs: how much faster the other engine is, and how many of its proposals are right.
+
+    limit: tokens a second that reading the weights once a token allows.
+    """
     for engine in (plain, other):  # warm
         seconds_of(engine, *jobs[0])
     ratios: list[list[float]] = [[] for _ in jobs]
@@ -74,9 +84,13 @@ def compare(
     for _ in range(rounds):
         for job, taken in zip(jobs, ratios, strict=True):
             (slow, one), (fast, two) = seconds_of(plain, *job), seconds_of(other, *job)
-            assert one.tokens == two.tokens or job[1].temperature > 0
+            if one.tokens != two.tokens and job[1].temperature == 0:
+                raise BenchmarkError("speculative decoding changed a greedy text")
+            for request in (one, two):
+                check_count("a text", len(request.tokens), job[1].max_gen_len or 0)
             taken.append(slow / fast)
             rates.append((len(one.tokens) - 1) / slow)
+            check_rate("plain decoding", rates[-1], limit, "tokens")
             proposed += two.proposed
             accepted += two.accepted
     return {
@@ -120,7 +134,9 @@ def main(
     draft = FastTransformer(copy.deepcopy(model), "int4") if shape == "bundled" else None
     network = FastTransformer(model, quantize)
     plain, lookup = (Engine(network, 1, MAX_SEQ_LEN, lookup=flag) for flag in (False, True))
-    report = {f"lookup, {kind}": compare(plain, lookup, jobs, rounds)
+    n_bytes = read_bytes(model)
+    limit = read_rate(n_bytes, model.device) / n_bytes
+    report = {f"lookup, {kind}": compare(plain, lookup, jobs, rounds, limit)
               for kind, jobs in tqdm(kinds.items())}  # fmt: skip
     if draft is not None:
         # Its own int4 weights are about as slow as the model: this shows what backing off costs.
@@ -128,7 +144,9 @@ def main(
             params = SamplingParams(temperature=temperature, max_gen_len=TALE, ignore_eos=True)
             drafted = Engine(network, 1, MAX_SEQ_LEN, draft=draft)
             jobs = [(prompt, params) for prompt in prompts]
-            report[f"draft int4, temperature {temperature}"] = compare(plain, drafted, jobs, rounds)
+            report[f"draft int4, temperature {temperature}"] = compare(
+                plain, drafted, jobs, rounds, limit
+            )
     for name, figures in report.items():
         print(name, *(f"{figure} {value:.2f}" for figure, value in figures.items()), sep="  ")
     if out is not None:

@@ -49,6 +49,7 @@ class Vocabulary(Protocol):
 
     model_path: Path
     special_tokens: dict[str, int]
+    eos_id: int
 
     def encode(self, s: str, bos: bool | None, eos: bool | None) -> list[int]: ...
 
@@ -70,6 +71,15 @@ class ChatFormat:
             raise DialogError(f"{tokenizer.model_path} has no ids for Llama 3's message headers")
         self.tokenizer = tokenizer
 
+    @property
+    def opening(self) -> list[int]:
+        """The ids before the first message."""
+        return [self._marker("<|begin_of_text|>")]
+
+    def completed(self, dialog: Dialog) -> Dialog:
+        """The dialog as the prompt has it: unchanged in this format."""
+        return dialog
+
     def encode_header(self, message: Message) -> list[int]:
         """Return the ids of the header, which names the role of `message`."""
         return [
@@ -86,11 +96,15 @@ class ChatFormat:
             DialogError: not a message, a role other than the four of Llama 3.1, or a marker that
                 the vocabulary lacks.
         """
-        _check_message(message, self.roles, name="the message")
+        check_message(message, self.roles, name="the message")
         tokens = self._encode_open_message(message, message["content"].strip())
+        return tokens + self.encode_end(message)
+
+    def encode_end(self, message: Message) -> list[int]:
+        """Return the ids after the content of `message`."""
         from_assistant = message["role"] == "assistant"
         awaits_tool = from_assistant and message.get("stop_reason") == "end_of_message"
-        return [*tokens, self._marker("<|eom_id|>" if awaits_tool else "<|eot_id|>")]
+        return [self._marker("<|eom_id|>" if awaits_tool else "<|eot_id|>")]
 
     def _encode_open_message(self, message: Message, text: str) -> list[int]:
         """The ids of the header and of `text`, the content, without the end marker."""
@@ -114,18 +128,18 @@ class ChatFormat:
                 not from `assistant`).
         """
         last = ("assistant",) if continue_final_message else ("user", "ipython")
-        _check_dialog(dialog, self.roles, last)
+        check_dialog(dialog, self.roles, last)
         answer: Message = {"role": "assistant", "content": ""}
         if continue_final_message:
             *dialog, answer = dialog
-        tokens = [self._marker("<|begin_of_text|>")]
-        for message in dialog:
+        tokens = self.opening
+        for message in self.completed(dialog):
             tokens += self.encode_message(message)
         return tokens + self._encode_open_message(answer, answer["content"].lstrip())
 
     def decode_message(self, tokens: Sequence[int], stop_token: int | None) -> Message:
         """Return the assistant's message for generated `tokens`, which exclude `stop_token`."""
-        message = _assistant_message(self.tokenizer, tokens)
+        message = assistant_message(self.tokenizer, tokens)
         # A tokenizer.json of Llama 3.0 has no <|eom_id|>.
         if stop_token is not None and stop_token == self.tokenizer.special_tokens.get("<|eom_id|>"):
             message["stop_reason"] = "end_of_message"
@@ -162,7 +176,7 @@ class Llama2ChatFormat:
                 right order is an optional system message, then user and assistant in turn, ending
                 with user, or with assistant where continue_final_message is given.
         """
-        _check_dialog(dialog, self.roles, ("assistant",) if continue_final_message else ("user",))
+        check_dialog(dialog, self.roles, ("assistant",) if continue_final_message else ("user",))
         for i, message in enumerate(dialog):
             if tag := next((tag for tag in self.tags if tag in message["content"]), None):
                 raise DialogError(f"message {i} contains {tag}, which the Llama 2 format reserves")
@@ -192,25 +206,25 @@ class Llama2ChatFormat:
 
     def decode_message(self, tokens: Sequence[int], stop_token: int | None) -> Message:
         """Return the assistant's message for generated `tokens`. It has no stop_reason."""
-        return _assistant_message(self.tokenizer, tokens)
+        return assistant_message(self.tokenizer, tokens)
 
 
-def _assistant_message(tokenizer: Vocabulary, tokens: Sequence[int]) -> Message:
+def assistant_message(tokenizer: Vocabulary, tokens: Sequence[int]) -> Message:
     return {"role": "assistant", "content": tokenizer.decode(tokens)}
 
 
-def _check_dialog(dialog: Dialog, roles: tuple[str, ...], last: tuple[str, ...]) -> None:
+def check_dialog(dialog: Dialog, roles: tuple[str, ...], last: tuple[str, ...]) -> None:
     if not dialog:
         raise DialogError("the dialog is empty: it needs at least one message")
     for i, message in enumerate(dialog):
-        _check_message(message, roles, name=f"message {i}")
+        check_message(message, roles, name=f"message {i}")
         if message["role"] == "system" and i > 0:
             raise DialogError(f"message {i} is from system, but only the first message may be")
     if (speaker := dialog[-1]["role"]) not in last:
         raise DialogError(f"the last message must be from {' or '.join(last)}, not {speaker}")
 
 
-def _check_message(message: Message, roles: tuple[str, ...], name: str) -> None:
+def check_message(message: Message, roles: tuple[str, ...], name: str) -> None:
     if not isinstance(message, Mapping):
         kind = type(message).__name__
         raise DialogError(f"{name} must be a mapping with role and content, not {kind}")

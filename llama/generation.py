@@ -16,13 +16,13 @@ from llama import parallel
 
 from llama.chat_format import (  # isort: skip
     B_INST, B_SYS, E_INST, E_SYS, SPECIAL_TAGS, UNSAFE_ERROR,
-    ChatFormat, Dialog, Llama2ChatFormat, Message, Role,
+    Dialog, Message, Role,
 )  # fmt: skip
-from llama.checkpoints import doctor
+from llama.chat_forms import AnyFormat, FormatName
 from llama.checkpoints.build import load_model, open_model
+from llama.checkpoints.chat_form import chat_warning
 from llama.checkpoints.folder import BUNDLED
 from llama.checkpoints.generation_config import read_sampling
-from llama.checkpoints.verify import kind_of
 from llama.engine.build import make_engine
 from llama.engine.request import Event
 from llama.engine.runner import Runner
@@ -78,6 +78,7 @@ class Llama:
         draft: str | Path | None = None,
         lookup: bool = False,
         invariant: bool = False,
+        format: FormatName | None = None,
     ) -> "Llama":
         """Load a checkpoint on any number of ranks that its shape can be split over.
 
@@ -113,6 +114,8 @@ class Llama:
                 fast is invariant.
             invariant: a token's logits are the same, to the last bit, whatever is computed beside
                 it. Mode fast only. On a CPU that always holds; on a GPU prompts take longer.
+            format: chat format, "llama3", "llama2", "chatml" or "zephyr". None: that of the
+                folder's chat template, else that of the vocabulary's kind.
 
         Raises a LlamaError (a ValueError) that names what does not fit.
         """
@@ -121,7 +124,7 @@ class Llama:
         start = time.perf_counter()
         opened = open_model(
             ckpt_dir, tokenizer_path, max_seq_len, max_batch_size, model_parallel_size,
-            mode, quantize, kv_cache, device, dtype, rope_factor, draft,
+            mode, quantize, kv_cache, device, dtype, rope_factor, draft, format,
         )  # fmt: skip
         setup, tokenizer, draft_setup = opened
         assert tokenizer is not None
@@ -132,7 +135,7 @@ class Llama:
                 lookup=lookup, invariant=invariant,
             )  # fmt: skip
         llama.suggested_sampling = read_sampling(setup.opened.folder)
-        llama._warns_of_chat = kind_of(setup.opened.folder) == "base"
+        llama._chat_warning = chat_warning(setup.opened.folder, format)
         if parallel.is_main_rank():
             log.info("Loaded %s in %.2f seconds", ckpt_dir or BUNDLED, time.perf_counter() - start)
             has_bias = llama.model.params.has_bias
@@ -157,7 +160,7 @@ class Llama:
         self.tokenizer = tokenizer
         self.mode = mode
         self.suggested_sampling: dict[str, float] = {}
-        self._warns_of_chat = False  # True for a base model until the first dialog
+        self._chat_warning: str | None = None  # logged with the first dialog
         self.engine = make_engine(
             model, tokenizer, seed, mode, max_batch_size, quantize, kv_cache, draft, lookup,
             invariant,
@@ -171,7 +174,7 @@ class Llama:
         )
 
     @cached_property
-    def formatter(self) -> ChatFormat | Llama2ChatFormat:
+    def formatter(self) -> AnyFormat:
         return self.tokenizer.chat_format()  # raises where the vocabulary lacks chat markers
 
     # ---- generation ---------------------------------------------------------------------------
@@ -379,8 +382,8 @@ class Llama:
     def encode_dialog(self, dialog: Dialog, continue_final_message: bool = False) -> list[int]:
         """Token ids of a dialog and of the next answer's header, in the tokenizer's chat format;
         with continue_final_message those of a dialog whose last message is to be continued."""
-        if self._warns_of_chat:
-            self._warns_of_chat = False
+        if self._chat_warning is not None:
             if parallel.is_main_rank():
-                log.warning(doctor.CHAT["base"])
+                log.warning(self._chat_warning)
+            self._chat_warning = None
         return self.formatter.encode_dialog_prompt(dialog, continue_final_message)

@@ -2,7 +2,8 @@
 
 from typing import Any, NotRequired, TypedDict
 
-from llama.chat_format import ChatFormat, Llama2ChatFormat, Message
+from llama.chat_format import Message
+from llama.chat_forms import AnyFormat
 from llama.engine.request import Request
 from llama.tokenizer import Tokenizer
 
@@ -40,7 +41,7 @@ def completion(
 
 
 def answer(
-    request: Request, formatter: ChatFormat | Llama2ChatFormat, beginning: str, logprobs: bool
+    request: Request, formatter: AnyFormat, beginning: str, logprobs: bool
 ) -> ChatPrediction:
     """The assistant's message: its beginning, where the dialog had one, and the generated text."""
     message = formatter.decode_message(request.tokens, request.stop_token)

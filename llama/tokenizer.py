@@ -14,10 +14,13 @@ import sentencepiece
 import tiktoken
 
 from llama.chat_format import ChatFormat, Dialog, Llama2ChatFormat, Message, Role
-from llama.errors import TokenizerError
+from llama.chat_forms import AnyFormat, make_format
+from llama.errors import DialogError, TokenizerError
 from llama.files import why_unreadable
 from llama.tokenizer_files.as_json import as_json, as_ranks
+from llama.tokenizer_files.chat_templates import ChatForm
 from llama.tokenizer_files.hugging_face import ByteFallback, open_json
+from llama.tokenizer_files.library import NO_TOKEN, LibraryTokenizer
 from llama.tokenizer_files.meta import WORD_PATTERN, SentencePiece, Tiktoken, read_tiktoken
 
 __all__ = ["ChatFormat", "Dialog", "Message", "Role", "TextDecoder", "Tokenizer"]
@@ -28,11 +31,14 @@ class Tokenizer:
 
     Args:
         model_path: a `tokenizer.model` or `tokenizer.json`. The format is found from the content,
-            not from the name. A `tokenizer.json` of Llama 2's kind needs the extra `[hf]`.
+            not from the name. A `tokenizer.json` of another kind than Llama 3's needs the extra
+            `[hf]`.
 
     Attributes:
         n_words: size of the vocabulary, special tokens included; ids are 0 to n_words - 1.
-        bos_id, eos_id: the ids that begin and end a text.
+        bos_id, eos_id: the ids that begin and end a text; -1 where a vocabulary of another kind
+            than Llama's has no such token.
+        form: the chat form that the folder's template is of; None: that of the vocabulary's kind.
         pad_id: always -1, which is no token. Meta's code pads with it and masks it out.
         stop_tokens: ids that end a generation; may be assigned.
         special_tokens: id of each special token by its name.
@@ -50,6 +56,7 @@ class Tokenizer:
         self.eos_id: int = self._backend.eos_id
         self.pad_id = -1
         self.stop_tokens: list[int] = self._backend.stop_tokens
+        self.form: ChatForm | None = None
 
     # ---- what Meta's tokenizers are asked for -------------------------------------------------
 
@@ -102,9 +109,9 @@ class Tokenizer:
             if name in s:
                 raise TokenizerError(f"the text contains the disallowed special token {name}")
         ids = self._backend.encode(s, allowed)
-        if bos:
+        if bos and self.bos_id != NO_TOKEN:
             ids.insert(0, self.bos_id)
-        if eos:
+        if eos and self.eos_id != NO_TOKEN:
             ids.append(self.eos_id)
         return ids
 
@@ -139,14 +146,34 @@ class Tokenizer:
         own, others = (each.encode(sample, bos=True, eos=True) for each in (self, other))
         return self.n_words == other.n_words and own == others
 
-    def chat_format(self) -> ChatFormat | Llama2ChatFormat:
-        """Return the prompt format that models with this kind of tokenizer were trained on."""
+    @property
+    def kind(self) -> str:
+        """The kind of the vocabulary, for messages."""
+        if isinstance(self._backend, LibraryTokenizer):
+            return "a kind of its own"
+        return "Llama 2's kind" if self.is_llama_2 else "Llama 3's kind"
+
+    @property
+    def start_id(self) -> int:
+        """The id before a text that is scored: bos, or eos where there is no bos."""
+        return self.eos_id if self.bos_id == NO_TOKEN else self.bos_id
+
+    def chat_format(self) -> AnyFormat:
+        """Return the prompt format of `form`, else the one that models with this kind of tokenizer
+        were trained on. Raises DialogError where there is none."""
+        if self.form is not None:
+            return make_format(self.form.name, self, self.form.default_system)
+        if isinstance(self._backend, LibraryTokenizer):
+            raise DialogError(
+                f"{self.model_path}: no chat form is known for this vocabulary: complete texts, or "
+                "name one with format"
+            )
         return Llama2ChatFormat(self) if self.is_llama_2 else ChatFormat(self)
 
     def to_json(self) -> bytes:
         """The content of a `tokenizer.json` with the same ids. Raises TokenizerError where the file
         cannot say what this tokenizer does, and for a tokenizer that was read from one."""
-        if isinstance(self._backend, ByteFallback):
+        if isinstance(self._backend, ByteFallback | LibraryTokenizer):
             raise TokenizerError(f"{self.model_path} is a tokenizer.json already")
         return as_json(self._backend)
 
@@ -191,7 +218,7 @@ class TextDecoder:
         return self._stream.flush()
 
 
-def _open(path: Path) -> Tiktoken | SentencePiece | ByteFallback:
+def _open(path: Path) -> Tiktoken | SentencePiece | ByteFallback | LibraryTokenizer:
     if reason := why_unreadable(path):
         raise TokenizerError(f"{path}: cannot read the tokenizer: {reason}")
     try:

@@ -10,7 +10,7 @@ LLAMA = Path(__file__).parent.parent / "llama"
 # Floors from the ground up. A file imports from its own room and from lower floors only.
 FLOORS: list[set[str]] = [
     {"errors", "files", "memory"},
-    {"config", "parallel", "cache", "sampling", "chat_format", "prompts"},
+    {"config", "parallel", "cache", "sampling", "chat_format", "chat_forms", "prompts"},
     {"model", "tokenizer_files", "tokenizer"},
     {"fast"},
     {"engine"},

@@ -6,7 +6,9 @@ from pathlib import Path
 import torch
 
 from llama import parallel
+from llama.chat_forms import FormatName
 from llama.checkpoints import hub
+from llama.checkpoints.chat_form import read_form
 from llama.checkpoints.doctor import require, require_draft
 from llama.checkpoints.folder import BUNDLED, find_tokenizer, open_checkpoint
 from llama.checkpoints.generation_config import read_stop_tokens
@@ -32,6 +34,7 @@ def open_model(
     dtype: str | torch.dtype | None,
     rope_factor: float | None = None,
     draft: str | Path | None = None,
+    format: FormatName | None = None,
     *,
     needs_tokenizer: bool = True,
 ) -> tuple[Setup, Tokenizer | None, Setup | None]:
@@ -53,7 +56,7 @@ def open_model(
         opened = open_checkpoint(folder, rope_factor)
         tokenizer = None
         if needs_tokenizer or tokenizer_path is not None:
-            tokenizer = open_tokenizer(tokenizer_path, opened.folder, folder)
+            tokenizer = open_tokenizer(tokenizer_path, opened.folder, folder, format)
         setup = Setup.make(
             opened, parallel.mp_size(), parallel.local_size(), max_seq_len, max_batch_size,
             target, dtype, mode, quantize, kv_cache,
@@ -66,11 +69,20 @@ def open_model(
     return setup, tokenizer, draft_setup
 
 
-def open_tokenizer(path: str | Path | None, folder: Path, ckpt_dir: Path) -> Tokenizer:
-    """The tokenizer for the weights in `folder`, with the stop tokens that the folder names."""
+def open_tokenizer(
+    path: str | Path | None, folder: Path, ckpt_dir: Path, format: FormatName | None = None
+) -> Tokenizer:
+    """The tokenizer for the weights in `folder`, with the stop tokens and the chat form that the
+    folder names; format: the form that the user names."""
     tokenizer = Tokenizer(path or find_tokenizer(folder, ckpt_dir))
-    if stop_tokens := read_stop_tokens(folder):
-        tokenizer.stop_tokens = stop_tokens
+    tokenizer.form = read_form(folder, format)
+    stop_tokens = read_stop_tokens(folder) or tokenizer.stop_tokens
+    end = tokenizer.special_tokens.get("<|im_end|>")
+    if tokenizer.form is not None and tokenizer.form.name == "chatml" and end is not None:
+        stop_tokens = list(dict.fromkeys([*stop_tokens, end]))
+    tokenizer.stop_tokens = stop_tokens
+    if format is not None:
+        tokenizer.chat_format()  # raises where the vocabulary lacks a marker
     return tokenizer
 
 

@@ -14,11 +14,12 @@ import torch
 
 from llama import parallel
 from llama.checkpoints import hub
+from llama.checkpoints.chat_form import CHAT, chat_warning, read_form
 from llama.checkpoints.folder import find_tokenizer, open_checkpoint
 from llama.checkpoints.generation_config import GENERATION_CONFIG, read_sampling, read_stop_tokens
 from llama.checkpoints.inspect import size
 from llama.checkpoints.setup import Setup
-from llama.checkpoints.verify import UNKNOWN, kind_of, title_of
+from llama.checkpoints.verify import kind_of, title_of
 from llama.config import PRESETS, ModelArgs
 from llama.errors import ConfigError, LlamaError
 from llama.fast.mode import CacheWidth, Mode, check_draft, check_proposing
@@ -105,7 +106,7 @@ def check_tokenizer(args: ModelArgs, tokenizer: Tokenizer) -> Finding:
     """Check that the tokenizer fits the model. Raises ConfigError where it is another model's."""
     is_llama_2 = tokenizer.is_llama_2
     words, file = tokenizer.n_words, tokenizer.model_path
-    kind = "Llama 2's kind" if is_llama_2 else "Llama 3's kind"
+    kind = tokenizer.kind
     for name in args.published()[:1]:
         is_sentencepiece = name.startswith(("llama-1", "llama-2", "codellama"))
         if is_llama_2 != is_sentencepiece and words != PRESETS[name].vocab_size:
@@ -130,11 +131,14 @@ def describe_sampling(folder: Path, tokenizer: Tokenizer) -> Finding:
     return Finding("sampling", f"{options}; a text ends at {stop}")
 
 
-CHAT = {
-    UNKNOWN: "the folder does not say whether the model was taught to chat",
-    "instruct": "taught to chat",
-    "base": "base model: complete text, do not chat",
-}
+def check_chat(folder: Path) -> Finding:
+    """Whether the model was taught to chat, and the form of its dialogs."""
+    warning = chat_warning(folder)
+    text = CHAT[kind_of(folder)]
+    if warning is None and (form := read_form(folder)) is not None:
+        text += f", dialogs in the form {form.name}"
+    is_unknown_form = warning not in (None, CHAT["base"])
+    return Finding("chat", warning or text, WARNING if is_unknown_form else OK)
 
 
 def check_device(setup: Setup) -> Finding:
@@ -235,7 +239,7 @@ def examine(
     draft_folder = None if draft is None else hub.local_folder(draft)
     opened = open_checkpoint(folder)
     opened.set_vocab_size()
-    findings = [Finding("model", title_of(opened)), Finding("chat", CHAT[kind_of(opened.folder)])]
+    findings = [Finding("model", title_of(opened)), check_chat(opened.folder)]
     tokenizer = None
     try:
         path = tokenizer_path or find_tokenizer(opened.folder, folder)

@@ -20,7 +20,7 @@ def read_stop_tokens(folder: Path) -> list[int] | None:
 
     Raises ConfigError for values that cannot be ids.
     """
-    for path in (_find(folder, GENERATION_CONFIG), _find(folder, "config.json")):
+    for path in (find_beside(folder, GENERATION_CONFIG), find_beside(folder, "config.json")):
         eos = read_json(path).get("eos_token_id") if path is not None else None
         stop = [] if eos is None else eos if isinstance(eos, list) else [eos]
         if not all(type(token) is int and 0 <= token <= MAX_WHOLE_NUMBER for token in stop):
@@ -35,7 +35,7 @@ def read_sampling(folder: Path) -> dict[str, float]:
 
     Raises ConfigError for a value out of its range.
     """
-    path = _find(folder, GENERATION_CONFIG)
+    path = find_beside(folder, GENERATION_CONFIG)
     config = read_json(path) if path is not None else {}
     names = [name for name in ("temperature", "top_p") if config.get(name) is not None]
     found = {name: config[name] for name in names}
@@ -46,7 +46,7 @@ def read_sampling(folder: Path) -> dict[str, float]:
     return found
 
 
-def _find(folder: Path, name: str) -> Path | None:
+def find_beside(folder: Path, name: str) -> Path | None:
     """The file beside the weights, or beside `original/`, where Meta's weights may lie."""
     places = [folder, folder.parent] if folder.name == "original" else [folder]
     return next((place / name for place in places if os.path.lexists(place / name)), None)

@@ -23,6 +23,7 @@ def batch(
     dtype: str | None = None,
     draft: str | None = None,
     lookup: bool = False,
+    format: str | None = None,
     force: bool = False,
     **sampling: Any,
 ) -> None:
@@ -55,6 +56,8 @@ def batch(
         dtype: float32, bfloat16 or float16; by default as in Llama.build.
         draft: folder of a smaller model that proposes tokens; a seed then gives other samples.
         lookup: propose what followed in the text so far; the results stay the same.
+        format: chat format: llama3, llama2, chatml or zephyr; by default the folder's, else the
+            vocabulary's.
         force: start anew, whatever OUTPUT holds.
     """
     from llama.commands.batch_run import run_batch
@@ -65,7 +68,7 @@ def batch(
         tokenizer_path=tokenizer_path and str(tokenizer_path), max_seq_len=max_seq_len,
         max_batch_size=max_batch_size, model_parallel_size=model_parallel_size, mode=mode,  # type: ignore[arg-type]
         quantize=quantize, kv_cache=kv_cache, draft=draft, lookup=lookup,  # type: ignore[arg-type]
-        device=device, dtype=dtype, force=force,
+        device=device, dtype=dtype, format=format, force=force,  # type: ignore[arg-type]
     )  # fmt: skip
     if is_main_rank():
         print(f"{n_lines:,} lines in {output}, {n_failed:,} of them failed")

@@ -11,6 +11,7 @@ import numpy as np
 from tqdm import tqdm
 
 from llama import parallel
+from llama.chat_forms import FormatName
 from llama.commands.batch_files import BatchFiles, Part
 from llama.engine.request import Request
 from llama.errors import DataError, GenerationError
@@ -42,6 +43,7 @@ def run_batch(
     dtype: str | None = None,
     draft: str | None = None,
     lookup: bool = False,
+    format: FormatName | None = None,
     force: bool = False,
 ) -> tuple[int, int]:
     """Continue every prompt and answer every dialog of a JSONL file; go on where a run was stopped.
@@ -72,6 +74,7 @@ def run_batch(
         if parallel.is_main_rank():
             model = dict(ckpt_dir=ckpt_dir, tokenizer_path=tokenizer_path, dtype=dtype)
             model |= dict(mode=mode, quantize=quantize, kv_cache=kv_cache)
+            model |= dict(format=format) if format is not None else {}
             files.prepare(model | {"max_seq_len": max_seq_len, "seed": seed, **options}, force)
     with parallel.failing_together(target):
         part = files.open_part(group, n_groups) if parallel.mp_rank() == 0 else None
@@ -81,7 +84,7 @@ def run_batch(
         llama = Llama.build(
             ckpt_dir, tokenizer_path, max_seq_len, max_batch_size, model_parallel_size, seed,
             mode=mode, quantize=quantize, kv_cache=kv_cache, device=device, dtype=dtype,
-            draft=draft, lookup=lookup,
+            draft=draft, lookup=lookup, format=format,
         )  # fmt: skip
         todo = files.todo(done, group, n_groups)
         tasks = (Task(llama, index, line, options, seed) for index, line in todo)

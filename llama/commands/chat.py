@@ -1,5 +1,6 @@
 """llama chat: talk with a model in a terminal."""
 
+import os
 from typing import Any
 
 from llama.commands.flags import MODEL, SPECULATION, SUGGESTED_SAMPLING, as_text, takes
@@ -8,20 +9,33 @@ from llama.errors import GenerationError
 
 @as_text
 @takes(MODEL, SPECULATION, SUGGESTED_SAMPLING, without=("n",))
-def chat(*words: str, **flags: Any) -> None:
+def chat(model: str | None = None, *words: str, **flags: Any) -> None:
     """Talk with a model. /help lists what can be typed.
 
-    Example: llama chat --ckpt_dir Llama3.2-1B-Instruct
+    Example: llama chat HuggingFaceTB/SmolLM2-360M-Instruct
 
     A turn computes only its own tokens, because the KV cache keeps the turns before. Under torchrun
     the first rank has the terminal, and Ctrl-C ends all ranks.
+
+    Args:
+        model: a checkpoint folder, or an id on the Hub; by default --ckpt_dir.
     """
     if words:
         raise GenerationError(f"unexpected {words[0]!r}: type messages when the chat has started")
+    from llama.checkpoints.hub import ID
     from llama.commands import terminal
     from llama.commands.chat_session import Chat
     from llama.generation import Llama
 
+    if model is not None:
+        if "ckpt_dir" in flags:
+            raise GenerationError(f"two models: {model} and --ckpt_dir {flags['ckpt_dir']}")
+        if not os.path.exists(model) and not ID.fullmatch(model):
+            raise GenerationError(
+                f"{model!r} is no folder and no id on the Hub: type messages when the chat has "
+                "started"
+            )
+        flags["ckpt_dir"] = model
     build, params = terminal.read_flags(words, flags)
     llama = Llama.build(**build, max_batch_size=1)
     with terminal.owned(llama) as is_ours:

@@ -170,8 +170,8 @@ class Chat:
         if not isinstance(formatter, ChatFormat):
             return tokens
         answers = iter(self.answers)
-        tokens = tokens[:1]  # <|begin_of_text|>
-        for message in dialog:
+        tokens = formatter.opening
+        for message in formatter.completed(dialog):
             is_answer = message["role"] == "assistant"
             tokens += next(answers) if is_answer else formatter.encode_message(message)
         return tokens + formatter.encode_header({"role": "assistant", "content": ""})
@@ -184,7 +184,7 @@ class Chat:
         encoded = formatter.encode_message(answer)
         if self.llama.tokenizer.decode(tokens) != answer["content"]:
             return encoded
-        return [*formatter.encode_header(answer), *tokens, encoded[-1]]
+        return [*formatter.encode_header(answer), *tokens, *formatter.encode_end(answer)]
 
     def _with_system(self, messages: list[Message]) -> list[Message]:
         system: list[Message] = [{"role": "system", "content": self.system}]

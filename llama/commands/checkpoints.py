@@ -18,7 +18,7 @@ def inspect(
 
     Args:
         model: a published model (llama-2-7b, llama-3-8b, llama-3.1-405b, llama-3.2-1b, …) or a
-            checkpoint folder; by default the bundled model. No weight is read.
+            checkpoint folder, of which no weight is read; by default the bundled model.
         mp: ranks that share the model.
         max_seq_len: tokens of a row of the KV cache; by default the model's context.
         max_batch_size: rows of the KV cache.

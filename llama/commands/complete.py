@@ -8,7 +8,7 @@ from llama.errors import GenerationError
 
 
 @as_text
-@takes(MODEL, SPECULATION, SUGGESTED_SAMPLING)
+@takes(MODEL, SPECULATION, SUGGESTED_SAMPLING, without=("format",))
 def complete(prompt: str | None = None, *words: str, **flags: Any) -> None:
     """Continue a text. The continuation is shown as it is generated. Ctrl-C ends it.
 

@@ -18,7 +18,7 @@ Command = Callable[..., None]
 # Values that stay text whatever they look like. fire would read 1.50 as a number.
 as_text: Callable[[Command], Command] = SetParseFn(
     str, "prompt", "stop", "ckpt_dir", "tokenizer_path", "device", "dtype", "mode", "quantize",
-    "kv_cache", "draft",
+    "kv_cache", "draft", "format", "model",
 )  # fmt: skip
 
 
@@ -61,6 +61,8 @@ MODEL = group(
     ("dtype", "text", "bfloat16 on a GPU, else the checkpoint's",
      "float32, bfloat16 or float16; the bundled model computes in float32 on a CPU"),
     ("rope_factor", "number", "as published", "factor of scaled RoPE; Meta's code always takes 8"),
+    ("format", "text", "the folder's, else the vocabulary's",
+     "chat format: llama3, llama2, chatml or zephyr"),
 )  # fmt: skip
 SPECULATION = group(
     "Speculation: tokens are proposed, and one forward checks several",
@@ -188,11 +190,11 @@ def own_flags(command: Command) -> tuple[list[Flag], list[Flag]]:
             continue
         flag = _described(parameter, meanings.get(parameter.name, ""))
         is_flag = parameter.kind is parameter.KEYWORD_ONLY or parameter.default is not _NONE
-        is_prompt = parameter.name in ("prompt", "config")  # optional, and usually without a dash
+        is_optional_argument = parameter.name in ("prompt", "config", "model", "folder")
         if parameter.kind is parameter.VAR_POSITIONAL:
             if flag.meaning:
                 arguments.append(flag)
-        elif is_flag and not is_prompt:
+        elif is_flag and not is_optional_argument:
             flags.append(flag)
         else:
             arguments.append(flag)

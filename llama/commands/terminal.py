@@ -24,7 +24,7 @@ from llama.sampling import SamplingParams
 # a repeated question in one chat gets another answer.
 BUILD_FLAGS = (
     "ckpt_dir", "tokenizer_path", "max_seq_len", "seed", "mode", "quantize", "kv_cache", "device",
-    "dtype", "rope_factor", "draft", "lookup",
+    "dtype", "rope_factor", "format", "draft", "lookup",
 )  # fmt: skip
 SIGN_OF_LIFE = parallel.TIMEOUT.total_seconds() / 5
 

@@ -75,7 +75,7 @@ class LlamaLM(TemplateLM):
     @property
     def prefix_token_id(self) -> int:
         """The token of an empty context."""
-        return self.llama.tokenizer.bos_id
+        return self.llama.tokenizer.start_id
 
     def tok_encode(
         self, string: str, add_special_tokens: bool | None = None, **kwargs: Any

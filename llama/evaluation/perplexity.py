@@ -57,6 +57,6 @@ def score(llama: Llama, texts: Iterable[str], window: int | None = None) -> Scor
     nats = 0.0
     hidden = not parallel.is_main_rank()
     for tokens in tqdm(windows, "Scoring", unit="window", delay=2, disable=hidden):
-        (logprobs,) = llama.score([[llama.tokenizer.bos_id, *tokens]])
+        (logprobs,) = llama.score([[llama.tokenizer.start_id, *tokens]])
         nats -= sum(logprobs)
     return Score(nats, sum(map(len, windows)), n_bytes)

@@ -1,8 +1,13 @@
-"""The two chat formats of `chat_format.py` as templates for transformers' `apply_chat_template`.
+"""Chat templates, as Hugging Face's folders hold them: two that are written, and known forms.
 
-They are written into Hugging Face's folders, and never run here. Each gives the ids that
-`encode_dialog_prompt` gives.
+The two templates are the formats of `chat_format.py` for transformers' `apply_chat_template`. Each
+gives the ids that `encode_dialog_prompt` gives. No template is ever run here.
 """
+
+import re
+from dataclasses import dataclass
+
+from llama.chat_forms import FormatName
 
 LLAMA_3_TEMPLATE = """\
 {{- bos_token }}
@@ -42,3 +47,43 @@ LLAMA_2_TEMPLATE = """\
     {%- endif %}
 {%- endfor %}
 """
+
+
+# ---- which form a template is of ----------------------------------------------------------------
+
+# What a template of each form contains, as `_normalized` writes it. The templates of a form differ
+# in blanks, in quotes and in what they do for tools.
+FORMS: dict[FormatName, tuple[str, ...]] = {
+    "llama3": ("'<|start_header_id|>'+message.role+'<|end_header_id|>", "<|eot_id|>"),
+    "llama2": ("[INST]", "[/INST]", "<<SYS>>", "<</SYS>>"),
+    "chatml": ("'<|im_start|>'+message.role+''+message.content+'<|im_end|>'",),
+    "zephyr": tuple(
+        f"'<|{role}|>'+message.content+eos_token" for role in ("system", "user", "assistant")
+    ),
+}
+DEFAULT_SYSTEM = re.compile(r"<\|im_start\|>system(?:\n|\\n)([^'\"{}]+?)<\|im_end\|>")
+
+
+@dataclass(frozen=True)
+class ChatForm:
+    """A chat format by its name, and the default system message of a ChatML template."""
+
+    name: FormatName
+    default_system: str = ""
+
+
+def form_of(template: str) -> ChatForm | None:
+    """The form that a template writes, from its text alone: it is compared, and never run. None
+    where it is of no known form, or of several."""
+    text = _normalized(template)
+    names = [name for name, parts in FORMS.items() if all(part in text for part in parts)]
+    if len(names) != 1:
+        return None
+    system = DEFAULT_SYSTEM.search(template) if names == ["chatml"] else None
+    return ChatForm(names[0], system[1] if system else "")
+
+
+def _normalized(template: str) -> str:
+    """Without blanks and newlines, with one kind of quotes, and x.role for x['role']."""
+    text = re.sub(r"\s|\\n", "", template).replace('"', "'")
+    return re.sub(r"\['(\w+)'\]", r".\1", text)

@@ -2,7 +2,7 @@
 
 Llama 3's is byte-level BPE. It is converted to tiktoken's ranks, which give the same merges. Llama
 2's is BPE with byte fallback, where "▁" stands for a blank. The `tokenizers` library (extra `[hf]`)
-encodes it. Any other kind is refused.
+encodes it. Any other kind is left to the library alone; see `library.py`.
 """
 
 import json
@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 from llama.errors import ConfigError, TokenizerError
 from llama.files import read_json
+from llama.tokenizer_files.library import LibraryTokenizer, open_library_tokenizer
 from llama.tokenizer_files.meta import WORD_PATTERN, PieceStream, Tiktoken, encode_around
 
 
@@ -29,17 +30,26 @@ class _Content(NamedTuple):
     eos: str
 
 
-def open_json(path: Path, data: bytes) -> "Tiktoken | ByteFallback":
+class _OtherKind(Exception):
+    """The file is not of Llama's two kinds, or has ids that only the library gives."""
+
+
+def open_json(path: Path, data: bytes) -> "Tiktoken | ByteFallback | LibraryTokenizer":
     """The backend for a `tokenizer.json` with this content.
 
     bos and eos have Llama's names, or else those in the `tokenizer_config.json` beside the file.
-    Raises TokenizerError for a file that is damaged or of another kind.
+    Raises TokenizerError for a file that is damaged.
     """
     try:
-        content = _read(path, data)
-        if content.model.get("byte_fallback"):
-            return ByteFallback(content)
-        return _tiktoken(content)
+        file = _parse(data)
+        try:
+            _check_kind(file)
+            content = _read(path, file)
+            if content.model.get("byte_fallback"):
+                return ByteFallback(content)
+            return _tiktoken(content)
+        except _OtherKind:
+            return LibraryTokenizer(path, file)
     except TokenizerError as error:
         raise TokenizerError(f"{path}: {error}") from error
 
@@ -47,7 +57,7 @@ def open_json(path: Path, data: bytes) -> "Tiktoken | ByteFallback":
 # ---- the file --------------------------------------------------------------------------------
 
 
-def _read(path: Path, data: bytes) -> _Content:
+def _parse(data: bytes) -> dict[str, Any]:
     try:
         file = json.loads(data)
     except (ValueError, RecursionError) as error:
@@ -55,12 +65,29 @@ def _read(path: Path, data: bytes) -> _Content:
     model = file.get("model")
     if not isinstance(model, dict):
         raise TokenizerError("a tokenizer.json needs a model, and this has none")
-    if model.get("type", "BPE") != "BPE":
-        raise TokenizerError(f"a model of type {model['type']!r:.40}: Llama's is BPE")
     if model.get("dropout"):
         raise TokenizerError("the merges have dropout: the ids of a text would be random")
-    if model.get("continuing_subword_prefix") or model.get("end_of_word_suffix"):
-        raise TokenizerError("the model has a subword prefix or suffix, which Llama's do not have")
+    return file
+
+
+def _check_kind(file: dict[str, Any]) -> None:
+    """Raise _OtherKind unless the steps of encoding and decoding are Llama 3's or Llama 2's."""
+    model = file["model"]
+    has_affix = model.get("continuing_subword_prefix") or model.get("end_of_word_suffix")
+    if model.get("type", "BPE") != "BPE" or has_affix:
+        raise _OtherKind
+    if model.get("byte_fallback"):
+        if _steps(file, "decoder", "decoders") not in (LLAMA_2_DECODER, LLAMA_2_DECODER[:-1]):
+            raise _OtherKind
+        return
+    steps = _steps(file, "pre_tokenizer", "pretokenizers")
+    has_steps = len(steps) == len(LLAMA_3_STEPS) and all(map(_has_entries, steps, LLAMA_3_STEPS))
+    if file.get("normalizer") is not None or not has_steps:
+        raise _OtherKind
+
+
+def _read(path: Path, file: dict[str, Any]) -> _Content:
+    model = file["model"]
     vocab = model.get("vocab")
     if not isinstance(vocab, dict) or not vocab:
         raise TokenizerError("the model has no vocab")
@@ -75,9 +102,7 @@ def _read(path: Path, data: bytes) -> _Content:
     always_allowed = [token for token in added if not token.get("special")]
     for token in always_allowed:
         if any(token.get(flag) for flag in ("single_word", "lstrip", "rstrip")):
-            raise TokenizerError(
-                f"the added token {token['content']!r:.40} has single_word, lstrip or rstrip"
-            )
+            raise _OtherKind
     return _Content(
         file,
         model,
@@ -169,15 +194,7 @@ _MAX_TOKEN_LENGTH = 256
 
 
 def _tiktoken(content: _Content) -> Tiktoken:
-    """Convert to tiktoken. Raises TokenizerError where its ids would differ from the file's."""
-    steps = _steps(content.file, "pre_tokenizer", "pretokenizers")
-    is_llama3 = (
-        content.file.get("normalizer") is None
-        and len(steps) == len(LLAMA_3_STEPS)
-        and all(map(_has_entries, steps, LLAMA_3_STEPS))
-    )
-    if not is_llama3:
-        raise TokenizerError("neither the byte-level BPE of Llama 3 nor Llama 2's byte fallback")
+    """Convert to tiktoken. Raises _OtherKind where its ids would differ from the file's."""
     try:
         ranks = {
             bytes(BYTE_OF_CHARACTER[character] for character in token): i
@@ -187,17 +204,17 @@ def _tiktoken(content: _Content) -> Tiktoken:
         raise TokenizerError(f"the character {error} stands for no byte") from None
     if lacking := [byte for byte in range(256) if bytes([byte]) not in ranks]:
         raise TokenizerError(f"no token for the single byte 0x{lacking[0]:02X}")
-    if long := next((token for token in content.vocab if len(token) > _MAX_TOKEN_LENGTH), None):
-        raise TokenizerError(f"the token {long!r:.40} is longer than {_MAX_TOKEN_LENGTH} bytes")
+    if any(len(token) > _MAX_TOKEN_LENGTH for token in content.vocab):
+        raise _OtherKind
     _check_merges(content.vocab, content.merges)
     for name, other in pairwise(sorted(content.special)):
         if other.startswith(name):  # tiktoken does not look for the longer one first
-            raise TokenizerError(f"the added token {name!r:.40} is a prefix of {other!r:.40}")
+            raise _OtherKind
     return Tiktoken(ranks, content.special, content.bos, content.eos, content.always_allowed)
 
 
 def _check_merges(vocab: dict[str, int], merges: list[tuple[str, str]]) -> None:
-    """Raise TokenizerError unless the merges are those of tiktoken, which uses only the ids.
+    """Raise _OtherKind unless the merges are those of tiktoken, which uses only the ids.
 
     tiktoken merges any two neighbours that form a token, lowest id first. So the merges must be in
     the order of the ids, and include every pair that tiktoken can meet. Converted vocabularies list
@@ -209,14 +226,14 @@ def _check_merges(vocab: dict[str, int], merges: list[tuple[str, str]]) -> None:
         if left not in vocab or right not in vocab or left + right not in vocab:
             raise TokenizerError(f"the merge {left!r:.40} {right!r:.40} is not in the vocab")
         if vocab[left + right] < previous:
-            raise TokenizerError(f"the merge {left!r:.40} {right!r:.40} is not in the ids' order")
+            raise _OtherKind
         previous = vocab[left + right]
     known = set(merges)
     for token, rank in vocab.items():
         pairs = ((token[:i], token[i:]) for i in range(1, len(token)))
         is_trained = any(a in vocab and b in vocab and (a, b) not in known for a, b in pairs)
         if is_trained and tuple(_merge_below(token, vocab, rank)) not in known:
-            raise TokenizerError(f"the token {token!r:.40} has no merge that makes it")
+            raise _OtherKind
 
 
 def _merge_below(token: str, vocab: dict[str, int], end: int) -> list[str]:
@@ -250,25 +267,12 @@ class ByteFallback:
     is_llama_2 = True
 
     def __init__(self, content: _Content):
-        try:
-            from tokenizers import Tokenizer as HuggingFaceTokenizer
-        except ImportError as error:
-            raise TokenizerError(
-                "a tokenizer.json of this kind needs the tokenizers library: "
-                "pip install 'llama-reference[hf]'"
-            ) from error
-        try:
-            self._bpe = HuggingFaceTokenizer.from_str(json.dumps(content.file))
-        except Exception as error:  # the library raises no other class
-            raise TokenizerError(f"not a whole tokenizer: {str(error).splitlines()[0]}") from error
-        # A file may hold these settings from the training in which it was saved.
-        self._bpe.no_truncation()
-        self._bpe.no_padding()
-        self._bpe.encode_special_tokens = True  # encode their names as plain text
+        self._bpe = open_library_tokenizer(content.file)
         for name, i in content.special.items():
             if self._bpe.token_to_id(name) != i:  # the library renumbers unordered added tokens
                 raise TokenizerError(f"the added token {name!r:.40} cannot have the id {i}")
-        self._drops_blank = _drops_blank(content.file)
+        # Without the last step the decoder keeps the leading blank of a text.
+        self._drops_blank = _steps(content.file, "decoder", "decoders") == LLAMA_2_DECODER
         self._pieces = _pieces(content)
         self.special_tokens = content.special
         self.n_words = len(self._pieces)
@@ -322,12 +326,3 @@ def _pieces(content: _Content) -> list[str | bytes]:
     if lacking := [byte for byte in range(256) if bytes([byte]) not in pieces]:
         raise TokenizerError(f"no token for the single byte 0x{lacking[0]:02X}")
     return pieces
-
-
-def _drops_blank(file: dict[str, Any]) -> bool:
-    """Whether the decoder drops the leading blank of a text. Raises TokenizerError unless it
-    decodes as SentencePiece does."""
-    steps = _steps(file, "decoder", "decoders")
-    if steps not in (LLAMA_2_DECODER, LLAMA_2_DECODER[:-1]):
-        raise TokenizerError("the decoder is not that of Llama 2")
-    return len(steps) == len(LLAMA_2_DECODER)

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from llama import parallel
-from llama.chat_format import ChatFormat, Dialog, Llama2ChatFormat
+from llama.chat_format import ChatFormat, Dialog
+from llama.chat_forms import AnyFormat
 from llama.errors import DataError, DialogError
 from llama.files import read_records
 from llama.training.token_files import IGNORED
@@ -40,12 +41,13 @@ class Example:
 
 
 def encode_dialog(formatter: ChatFormat, dialog: Dialog) -> Example:
-    """<|begin_of_text|> and every message; learned: the assistant's content and its end.
+    """The opening and every message; learned: the assistant's content and its end.
 
     Raises DialogError for a dialog without an assistant's message.
     """
-    example = Example([formatter.tokenizer.special_tokens["<|begin_of_text|>"]], [False])
-    for message in dialog:
+    opening = formatter.opening
+    example = Example(opening, [False] * len(opening))
+    for message in formatter.completed(dialog):
         tokens = formatter.encode_message(message)
         header = len(formatter.encode_header(message))
         example.tokens += tokens
@@ -61,8 +63,9 @@ def cut_dialog(formatter: ChatFormat, dialog: Dialog, limit: int) -> Dialog:
 
     It is empty where even the first turn does not fit.
     """
-    length, end = 1, 0
-    for i, message in enumerate(dialog):
+    length, end = len(formatter.opening), 0
+    added = len(formatter.completed(dialog)) - len(dialog)  # a default system message
+    for i, message in enumerate(formatter.completed(dialog), -added):
         length += len(formatter.encode_message(message))
         if length > limit:
             break
@@ -127,15 +130,15 @@ class DialogData:
     dropped: int  # dialogs whose first answer already was too long
 
 
-def load_dialogs(
-    path: str | Path, formatter: ChatFormat | Llama2ChatFormat, limit: int
-) -> DialogData:
+def load_dialogs(path: str | Path, formatter: AnyFormat, limit: int) -> DialogData:
     """Encode every dialog of a file in at most `limit` tokens; longer ones are cut at a turn.
 
     Raises DataError that names the line of a dialog which cannot be learned from.
     """
     if not isinstance(formatter, ChatFormat):
-        raise DataError("fine-tuning on dialogs knows the format of Llama 3, not that of Llama 2")
+        raise DataError(
+            "fine-tuning on dialogs knows the formats llama3 and chatml, not llama2 and zephyr"
+        )
     data = DialogData([], 0, 0)
     for number, dialog in read_dialogs(path):
         try:

@@ -24,6 +24,9 @@ from llama.files import atomic_file
 from llama.model import Transformer
 from llama.training.token_files import Loader
 
+# Files beside the tokenizer that say which tokens end a text, and how dialogs are written.
+OF_TOKENIZER = ("tokenizer_config.json", "chat_template.jinja", "generation_config.json")
+
 
 @dataclass
 class Run:
@@ -78,6 +81,9 @@ def _write(run: Run, folder: Path, weights: dict[str, Tensor]) -> None:
             is_json = Path(run.tokenizer_path).suffix == ".json"
             name = "tokenizer.json" if is_json else "tokenizer.model"
             shutil.copyfile(run.tokenizer_path, folder / name)
+            for path in (Path(run.tokenizer_path).with_name(name) for name in OF_TOKENIZER):
+                if path.is_file():
+                    shutil.copyfile(path, folder / path.name)
     if is_first_replica or isinstance(run.model, FSDPModule):
         state = {
             "step": run.step,

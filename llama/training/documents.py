@@ -38,6 +38,10 @@ def write_token_files(
         numbered = pattern.format(0) != pattern.format(1)
     except (IndexError, KeyError, ValueError) as error:
         raise DataError(f"{pattern!r} is no name with one place for a number: {error}") from error
+    if tokenizer.bos_id < 0:
+        raise DataError(
+            f"{tokenizer.model_path} has no bos token, by which training tells documents apart"
+        )
     if shard_tokens < 1:
         raise DataError(f"shard_tokens is {shard_tokens}: it must be 1 or more")
     names: list[str] = []

@@ -167,7 +167,12 @@ def test_whoever_has_enough_of_it_ends_it() -> None:
         ("complete hi --ckpt_dir=nowhere", "no such checkpoint folder: nowhere"),
         ("complete two words", "unexpected 'words': put a text in quotes"),
         ("chat --nn=2", "unknown option --nn; see llama chat --help"),
-        ("chat hello", "unexpected 'hello': type messages when the chat has started"),
+        (
+            "chat hello",
+            "'hello' is no folder and no id on the Hub: type messages when the chat has started",
+        ),
+        ("chat llama/bundled hello", "unexpected 'hello': type messages when the chat has started"),
+        ("chat llama/bundled --ckpt_dir x", "two models: llama/bundled and --ckpt_dir x"),
         ("chat --mode=slow", "mode is 'slow': reference or fast"),
     ],
 )

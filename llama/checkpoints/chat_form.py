@@ -1,0 +1,76 @@
+"""The chat form of a checkpoint folder, from its chat template."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, get_args
+
+from llama.chat_forms import FormatName
+from llama.checkpoints.generation_config import find_beside
+from llama.checkpoints.verify import UNKNOWN, kind_of
+from llama.errors import ConfigError, DataError
+from llama.files import read_json, read_text
+from llama.tokenizer_files.chat_templates import ChatForm, form_of
+
+# A file with nothing but the template, and files with a key for it, in the order of precedence.
+PLAIN = "chat_template.jinja"
+WITH_KEY = ("chat_template.json", "tokenizer_config.json")
+
+
+CHAT = {
+    UNKNOWN: "the folder does not say whether the model was taught to chat",
+    "instruct": "taught to chat",
+    "base": "base model: complete text, do not chat",
+}
+
+
+def read_form(folder: Path, format: FormatName | None = None) -> ChatForm | None:
+    """The chat form of a folder; None where the vocabulary decides, because the folder has no
+    template or one of no known form.
+
+    format: the form that the user names; it needs no template.
+    Raises ConfigError for an unknown format, or a template that cannot be read.
+    """
+    if format is not None and format not in get_args(FormatName):
+        names = ", ".join(get_args(FormatName))
+        raise ConfigError(f"format is {format!r}: it must be one of {names}")
+    template = read_template(folder)
+    form = None if template is None else form_of(template)
+    if format is None or (form is not None and form.name == format):
+        return form
+    return ChatForm(format)
+
+
+def chat_warning(folder: Path, format: FormatName | None = None) -> str | None:
+    """What a user who chats should know: this is a base model, or dialogs may be written otherwise
+    than the model was taught. None: nothing."""
+    if kind_of(folder) == "base":
+        return CHAT["base"]
+    if format is None and read_template(folder) is not None and read_form(folder) is None:
+        return (
+            "the folder's chat template is of no form that this library knows, so that dialogs may "
+            f"not be written as the model was taught; format={' or '.join(get_args(FormatName))} "
+            "says that you know the form"
+        )
+    return None
+
+
+def read_template(folder: Path) -> str | None:
+    """The chat template of a folder: its text, or None where there is none."""
+    for template in _templates(folder):
+        if isinstance(template, list):  # several with names
+            named = {entry.get("name"): entry for entry in template if isinstance(entry, dict)}
+            template = named.get("default", {}).get("template")
+        if isinstance(template, str):
+            return template
+    return None
+
+
+def _templates(folder: Path) -> Iterator[Any]:
+    if path := find_beside(folder, PLAIN):
+        try:
+            yield read_text(path)
+        except DataError as error:
+            raise ConfigError(str(error)) from error
+    for name in WITH_KEY:
+        if path := find_beside(folder, name):
+            yield read_json(path).get("chat_template")

@@ -1,0 +1,122 @@
+"""Any `tokenizer.json`, encoded and decoded by Hugging Face's `tokenizers` library (extra `[hf]`).
+
+Llama's own two kinds have backends of their own in `hugging_face.py`. Those give Meta's ids also
+where the library does not.
+"""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from llama.errors import ConfigError, TokenizerError
+from llama.files import read_json
+from llama.tokenizer_files.meta import encode_around
+
+MAX_PENDING = 8  # ids without a whole character; broken ones are shown after that many
+NO_TOKEN = -1  # the id of a bos or eos token that a vocabulary lacks
+END_TOKENS = ("</s>", "<|endoftext|>", "<|im_end|>", "<|end_of_text|>")
+
+
+def open_library_tokenizer(file: dict[str, Any]) -> Any:
+    """The library's tokenizer for the content of a `tokenizer.json`.
+
+    Raises TokenizerError where the library is not installed or refuses the file.
+    """
+    try:
+        from tokenizers import Tokenizer
+    except ImportError as error:
+        raise TokenizerError(
+            "a tokenizer.json of this kind needs the tokenizers library: "
+            "pip install 'llama-reference[hf]'"
+        ) from error
+    try:
+        tokenizer = Tokenizer.from_str(json.dumps(file))
+    except BaseException as error:
+        # The library raises plain Exceptions. A Rust panic is none.
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise TokenizerError(f"not a whole tokenizer: {str(error).splitlines()[0]}") from error
+    # A file may hold these settings from the training in which it was saved.
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    tokenizer.encode_special_tokens = True  # encode their names as plain text
+    return tokenizer
+
+
+class LibraryTokenizer:
+    """A vocabulary that is neither Llama 2's nor Llama 3's.
+
+    bos is the token that the file puts before each text, if it does. eos is the eos_token of
+    `tokenizer_config.json`, else the one that the file puts behind each text, else a known name.
+
+    Text never becomes a special token, except in a Unigram model, whose pieces include their names.
+    """
+
+    is_llama_2 = False
+
+    def __init__(self, path: Path, file: dict[str, Any]):
+        self._tokenizer = open_library_tokenizer(file)
+        added = self._tokenizer.get_added_tokens_decoder()
+        self.special_tokens = {token.content: i for i, token in sorted(added.items())}
+        self.n_words = max(self._tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+        is_framed = bool(self._tokenizer.encode("").ids)  # the file adds tokens to each text
+        framed, plain = self._tokenizer.encode("a").ids, self._encode("a")
+        self.bos_id = framed[0] if is_framed and framed[0] != plain[0] else NO_TOKEN
+        last = framed[-1] if is_framed and framed[-1] != plain[-1] else NO_TOKEN
+        self.eos_id = self._named_eos(path)
+        if self.eos_id == NO_TOKEN:
+            known = (self.special_tokens.get(name) for name in END_TOKENS)
+            self.eos_id = next((i for i in known if i is not None), last)
+        self.stop_tokens = [] if self.eos_id == NO_TOKEN else [self.eos_id]
+
+    def _named_eos(self, path: Path) -> int:
+        try:
+            token = read_json(path.with_name("tokenizer_config.json")).get("eos_token")
+        except ConfigError:
+            return NO_TOKEN
+        name = token.get("content") if isinstance(token, dict) else token
+        return self.special_tokens.get(name, NO_TOKEN) if isinstance(name, str) else NO_TOKEN
+
+    def encode(self, text: str, allowed: set[str]) -> list[int]:
+        return encode_around(text, allowed, self.special_tokens, self._encode)
+
+    def _encode(self, text: str) -> list[int]:
+        return self._tokenizer.encode(text, add_special_tokens=False).ids
+
+    def decode(self, ids: list[int]) -> str:
+        return self._tokenizer.decode(ids, skip_special_tokens=False)
+
+    def stream(self, is_continued: bool = False) -> "_LibraryStream":
+        # Behind other text the library does not drop a leading blank.
+        return _LibraryStream(self.decode, self._encode("a") if is_continued else [])
+
+
+class _LibraryStream:
+    """Decodes the last ids twice, without and with the new one. The difference is the new text.
+
+    Only a window of ids is decoded: those that were shown last, and those that were not shown yet.
+    """
+
+    def __init__(self, decode: Callable[[list[int]], str], before: list[int]):
+        self._decode = decode
+        self._shown = before  # they give the new ids their context
+        self._pending: list[int] = []
+
+    def push(self, token_id: int) -> str:
+        self._pending.append(token_id)
+        text = self._new_text()
+        if text.endswith("\ufffd") and len(self._pending) < MAX_PENDING:
+            return ""  # the character lacks bytes
+        return self._show(text)
+
+    def flush(self) -> str:
+        return self._show(self._new_text())
+
+    def _new_text(self) -> str:
+        return self._decode(self._shown + self._pending)[len(self._decode(self._shown)) :]
+
+    def _show(self, text: str) -> str:
+        if self._pending:
+            self._shown, self._pending = self._pending, []
+        return text

@@ -120,7 +120,7 @@ class ModelArgs:
             )
 
     @property
-    def has_bias(self) -> bool:
+    def has_biases(self) -> bool:
         """Whether any linear layer adds a bias."""
         return self.attention_bias or self.mlp_bias
 

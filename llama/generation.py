@@ -138,8 +138,8 @@ class Llama:
         llama._chat_warning = chat_warning(setup.opened.folder, format)
         if parallel.is_main_rank():
             log.info("Loaded %s in %.2f seconds", ckpt_dir or BUNDLED, time.perf_counter() - start)
-            has_bias = llama.model.params.has_bias
-            if reason := drawback(mode, setup.quantize, setup.device, setup.dtype, has_bias):
+            has_biases = llama.model.params.has_biases
+            if reason := drawback(mode, setup.quantize, setup.device, setup.dtype, has_biases):
                 log.info(reason)
         return llama
 

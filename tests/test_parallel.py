@@ -109,6 +109,8 @@ def test_devices() -> None:
         ("layers.3.attention.wq.weight", 0),
         ("layers.3.attention.wo.weight", 1),
         ("layers.3.feed_forward.w2.weight", 1),
+        ("layers.3.attention.wq.bias", 0),
+        ("layers.3.attention.wo.bias", None),
         ("layers.3.attention_norm.weight", None),
         ("norm.weight", None),
         ("output.weight", 0),

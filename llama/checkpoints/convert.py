@@ -23,7 +23,6 @@ from llama.checkpoints.load import check_complete, parse_dtype
 from llama.checkpoints.params import write_params
 from llama.checkpoints.shards import Checkpoint
 from llama.errors import CheckpointError, ConfigError
-from llama.fast.mode import NO_QUANTIZED_BIAS
 from llama.fast.quantize import QUANTIZERS, Width, is_quantized
 from llama.files import sync_file, write_json
 
@@ -64,8 +63,6 @@ def convert(
     source = open_checkpoint(src)
     if source.quantization is not None:
         raise CheckpointError(f"{src} is quantized to {source.quantization}: convert the original")
-    if quantize is not None and source.args.has_bias:
-        raise ConfigError(f"{src}: {NO_QUANTIZED_BIAS}")
     source.set_vocab_size()
     check_complete(source)  # before anything is written
     try:

@@ -113,13 +113,21 @@ def read_config(path: Path, rope_factor: float | None = None) -> ModelArgs:
             context_length=_context(config.get("max_position_embeddings"), scaling),
             rope_theta=theta,
             rope_scaling=scaling,
-            attention_bias=config.get("attention_bias") or False,
-            mlp_bias=config.get("mlp_bias") or False,
-            tied=config.get("tie_word_embeddings", False) is True,
+            attention_bias=_flag(config, "attention_bias"),
+            mlp_bias=_flag(config, "mlp_bias"),
+            tied=_flag(config, "tie_word_embeddings"),
         )
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from error
     return args
+
+
+def _flag(config: dict[str, Any], name: str) -> bool:
+    """A setting that is true or false; absent or null is false."""
+    value = config.get(name)
+    if value not in (True, False, None):
+        raise ConfigError(f"{name} is {value!r}: it must be true or false")
+    return bool(value)
 
 
 def _head_width(config: dict[str, Any]) -> int | None:
@@ -199,8 +207,8 @@ def _rope(config: dict[str, Any], rope_factor: float | None) -> tuple[float, Rop
         return theta, None
     if kind in ("linear", "dynamic") and "factor" in rope:
         scaling = RopeScaling(rope["factor"] if rope_factor is None else rope_factor, kind=kind)
-        length = config.get("max_position_embeddings")
-        if kind == "dynamic" and length is not None:
+        if kind == "dynamic":
+            length: Any = config.get("max_position_embeddings")
             scaling = replace(scaling, original_context_length=length)
         return theta, scaling
     if kind != "llama3":

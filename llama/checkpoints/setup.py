@@ -58,7 +58,7 @@ class Setup:
         asked = None if dtype is None else parse_dtype(dtype)
         chosen = asked or default_dtype(device) or opened.dtype
         ranks_per_device = local_size if device.type == "cpu" else 1
-        is_fast = check_mode(mode, quantize, device, chosen, opened.args.has_bias)
+        is_fast = check_mode(mode, quantize, device, chosen, opened.args.has_biases)
         cache_dtype(mode, kv_cache)
         return Setup(opened, mp_size, device, chosen, ranks_per_device, is_fast, quantize, kv_cache)
 

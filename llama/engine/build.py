@@ -31,24 +31,23 @@ def make_engine(
     In mode fast the models become `FastTransformer`s on a CPU and `GpuTransformer`s on a GPU.
     """
     rows = model.params.max_batch_size if max_batch_size is None else max_batch_size
-    weight = model.norm.weight
-    has_bias = model.params.has_bias or (draft is not None and draft.params.has_bias)
-    is_fast_on_cpu = check_mode(mode, quantize, weight.device, weight.dtype, has_bias)
-    if invariant and (has_bias or (weight.device.type != "cuda" and not is_fast_on_cpu)):
-        raise ConfigError("invariant needs the kernels of a CPU or a CUDA GPU")
-    is_fast_on_gpu = mode == "fast" and weight.device.type == "cuda" and not has_bias
 
     def network(model: Transformer) -> Network:
-        if is_fast_on_cpu:
+        weight, has_biases = model.norm.weight, model.params.has_biases
+        if check_mode(mode, quantize, weight.device, weight.dtype, has_biases):
             return FastTransformer(model, quantize)
-        if not is_fast_on_gpu:
-            return model
-        if quantize is not None:
-            device_weights.narrow(model, quantize, weight.device)
-        return GpuTransformer(model, invariant)
+        if mode == "fast" and weight.device.type == "cuda" and not has_biases:
+            if quantize is not None:
+                device_weights.narrow(model, quantize, weight.device)
+            return GpuTransformer(model, invariant)
+        if invariant:
+            raise ConfigError("invariant needs the kernels of a CPU or a CUDA GPU for this model")
+        return model
 
+    main = network(model)
+    is_fast_on_gpu = isinstance(main, GpuTransformer)
     return Engine(
-        network(model), rows, model.params.max_seq_len, tokenizer, seed,
+        main, rows, model.params.max_seq_len, tokenizer, seed,
         cache_dtype=cache_dtype(mode, kv_cache), draft=draft and network(draft), lookup=lookup,
         prefill_chunk=GPU_PREFILL_CHUNK if is_fast_on_gpu else PREFILL_CHUNK, static=is_fast_on_gpu,
     )  # fmt: skip

@@ -14,7 +14,6 @@ from llama.fast.quantize import Width
 # with kernels of our own.
 Mode = Literal["reference", "fast"]
 CacheWidth = Literal["int8"]
-NO_QUANTIZED_BIAS = "a model with attention_bias or mlp_bias cannot be quantized"
 
 
 def check_mode(
@@ -22,22 +21,22 @@ def check_mode(
     quantize: Width | None,
     device: torch.device,
     dtype: torch.dtype,
-    has_bias: bool = False,
+    has_biases: bool = False,
 ) -> bool:
     """Whether the model becomes a `FastTransformer`, which is for CPUs.
 
-    has_bias: the model's linear layers add biases, for which there are no kernels.
+    has_biases: whether layers of the model add a bias.
     Raises ConfigError for an unknown mode or width, and where the width cannot run here.
     """
     if mode not in get_args(Mode):
         raise ConfigError(f"mode is {mode!r}: {' or '.join(get_args(Mode))}")
     if quantize not in (None, *get_args(Width)):
         raise ConfigError(f"quantize is {quantize!r}: {' or '.join(get_args(Width))}")
-    can = device.type == "cpu" and dtype in FLOATS and is_installed() and not has_bias
-    if quantize is not None and has_bias:
-        raise ConfigError(NO_QUANTIZED_BIAS)
+    can = device.type == "cpu" and dtype in FLOATS and is_installed()
     if quantize is not None and (mode != "fast" or device.type not in ("cpu", "cuda")):
         raise ConfigError("quantized weights are for mode fast on the CPU or a CUDA GPU")
+    if quantize is not None and has_biases and device.type != "cpu":
+        raise ConfigError("a model with biases is quantized on a CPU only: leave quantize out")
     if quantize == "fp8" and not has_fp8(device):
         raise ConfigError(f"quantize is 'fp8': it needs an Ada, Hopper or newer GPU, not {device}")
     if quantize is not None and device.type == "cpu" and not is_installed():
@@ -50,11 +49,11 @@ def drawback(
     quantize: Width | None,
     device: torch.device,
     dtype: torch.dtype,
-    has_bias: bool = False,
+    has_biases: bool = False,
 ) -> str | None:
     """The reason why fast mode is slower here than it could be, for the log."""
-    if mode == "fast" and has_bias:
-        return "fast mode has no kernels for attention_bias and mlp_bias: PyTorch computes them"
+    if mode == "fast" and device.type == "cuda" and has_biases:
+        return "fast mode has no GPU kernels for biases: the model runs as in mode reference"
     if mode != "fast" or device.type != "cpu":
         return None
     if not is_installed():

@@ -13,8 +13,8 @@ from safetensors.torch import load_file
 
 from llama import Llama
 from llama.checkpoints.convert import convert
+from llama.checkpoints.verify import verify
 from llama.errors import CheckpointError, ConfigError
-from llama.fast.mode import Mode
 
 
 def logits_of_all(folders: list[Path]) -> list[torch.Tensor]:
@@ -103,8 +103,8 @@ def write_hugging_face(folder: Path, changes: dict[str, Any], max_shard_size: st
         config.rope_parameters = {"rope_theta": 500000.0, **scaling}
     torch.manual_seed(6)
     model = LlamaForCausalLM(config).eval()
-    for name, weight in model.named_parameters():
-        torch.nn.init.normal_(weight, float("norm" in name), 0.08)
+    for weight in model.parameters():
+        torch.nn.init.normal_(weight, float(weight.dim() == 1), 0.08)
     model.save_pretrained(folder, max_shard_size=max_shard_size)
     write_tokenizer(folder / "tokenizer.model", demo_pieces())
     return model
@@ -126,15 +126,16 @@ HF_MODELS: dict[str, dict[str, Any]] = {
     ),
     "linear": dict(rope_scaling=dict(rope_type="linear", factor=4.0)),
     "pruned": dict(num_key_value_heads=4, head_dim=12, rope_theta=500000.0),
-    "dynamic": dict(rope_scaling=dict(rope_type="dynamic", factor=4.0)),
-    "biased": dict(num_key_value_heads=2, attention_bias=True, mlp_bias=True),
+    "attention-bias": dict(num_key_value_heads=2, attention_bias=True),
+    "biases": dict(num_key_value_heads=4, attention_bias=True, mlp_bias=True),
+    "dynamic": dict(num_key_value_heads=4, rope_scaling=dict(rope_type="dynamic", factor=4.0)),
 }
 
 
 @pytest.fixture(scope="module")
 def hf_folders(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[Path, Any]]:
     root = tmp_path_factory.mktemp("hf")
-    sizes = ["1GB", "200KB", "300KB", *["1GB"] * 5]  # one file or many with an index
+    sizes = ["1GB", "200KB", "300KB", *["1GB"] * 6]  # one file or many with an index
     return [
         (root / name, write_hugging_face(root / name, dict(changes), size))
         for (name, changes), size in zip(HF_MODELS.items(), sizes, strict=True)
@@ -192,8 +193,8 @@ def test_what_a_hugging_face_folder_says(hf_folders: list[tuple[Path, Any]]) -> 
         ({"model_type": "mistral"}, "model_type is 'mistral': not a plain Llama"),
         ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
         ({"attention_bias": True}, "lacks model.layers.0.self_attn.q_proj.bias"),
-        ({"mlp_bias": True}, "lacks model.layers.0.mlp.gate_proj.bias"),
         ({"mlp_bias": "yes"}, "mlp_bias is 'yes': it must be true or false"),
+        ({"tie_word_embeddings": "false"}, "tie_word_embeddings is 'false': it must be true"),
         ({"quantization_config": {"bits": 4}}, "it is quantized .by an unknown method.: take the"),
         ({"quantization_config": {"quant_method": "gptq"}}, "it is quantized .gptq.: take the"),
         ({"quantization_config": {"quant_method": "awq"}}, "it is quantized .awq."),
@@ -211,6 +212,14 @@ def test_what_a_hugging_face_folder_says(hf_folders: list[tuple[Path, Any]]) -> 
         ({"head_dim": "x"}, "head_width is 'x'"),
         ({"rope_parameters": {"rope_type": "yarn", "factor": 2}}, "RoPE of type 'yarn'"),
         ({"rope_parameters": {"type": "dynamic"}}, "RoPE of type 'dynamic'"),
+        ({"rope_parameters": {"type": "dynamic", "factor": 0}}, "factor is 0"),
+        (
+            {
+                "rope_parameters": {"type": "dynamic", "factor": 2},
+                "max_position_embeddings": None,
+            },
+            "original_context_length is None",
+        ),
         ({"rope_parameters": {"type": "linear"}}, "RoPE of type 'linear'"),
         ({"rope_parameters": {"type": "linear", "factor": 0}}, "factor is 0"),
         ({"rope_parameters": {"rope_type": "llama3", "factor": 2}}, "settings lack low_freq"),
@@ -266,17 +275,38 @@ def test_folders_of_other_kinds(name: str, message: str, tmp_path: Path) -> None
         Llama.build(tmp_path)
 
 
-@pytest.mark.parametrize("options", [{}, dict(kv_cache="int8")], ids=str)
-def test_heads_of_their_own_width_in_fast_mode(
-    options: dict[str, Any], hf_folders: list[tuple[Path, Any]]
+def fast_logits_of_all(folders: list[Path]) -> list[torch.Tensor]:
+    """Mode fast computes in chunks and in company."""
+    found = []
+    for folder in folders:
+        model = Llama.build(folder, max_seq_len=64, mode="fast").engine.model
+        with torch.inference_mode():
+            cache = model.make_cache(2, 20)
+            parts = [model.features(TOKENS[:, i : i + 7], i, cache) for i in range(0, 20, 7)]
+            found.append(model.logits(torch.cat(parts, 1)))
+    return found
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_hugging_face_folders_in_fast_mode(
+    ranks: int, hf_folders: list[tuple[Path, Any]], tmp_path: Path
 ) -> None:
+    with torch.inference_mode():
+        want = [theirs(TOKENS).logits for _, theirs in hf_folders]
+    paths = [folder for folder, _ in hf_folders]
+    results = [fast_logits_of_all(paths)] if ranks == 1 else []
+    for found in results or run_ranks(ranks, tmp_path, fast_logits_of_all, paths):
+        for logits, expected in zip(found, want, strict=True):
+            torch.testing.assert_close(logits, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_heads_of_their_own_width_with_an_int8_cache(hf_folders: list[tuple[Path, Any]]) -> None:
     folder = hf_folders[5][0]
     prompts = [TOKENS[0].tolist(), TOKENS[1, :5].tolist()]
     want = Llama.build(folder).score(prompts)
-    got = Llama.build(folder, mode="fast", **options).score(prompts)
-    tolerance = 1e-4 if "kv_cache" not in options else 0.05
+    got = Llama.build(folder, mode="fast", kv_cache="int8").score(prompts)
     for row, expected in zip(got, want, strict=True):
-        assert row == pytest.approx(expected, abs=tolerance)
+        assert row == pytest.approx(expected, abs=0.05)
 
 
 def test_heads_of_their_own_width_there_and_back(
@@ -288,6 +318,57 @@ def test_heads_of_their_own_width_there_and_back(
     assert json.loads((tmp_path / "hf" / "config.json").read_text())["head_dim"] == 12
     for kind in ("meta", "hf"):
         assert torch.equal(logits_of(tmp_path / kind), logits_of(folder))
+
+
+# ---- biases -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options", [{}, dict(dtype="bfloat16"), dict(quantize="int8")], ids=str)
+def test_biases_in_fast_mode(
+    options: dict[str, Any], hf_folders: list[tuple[Path, Any]], tmp_path: Path
+) -> None:
+    """Alone, in company and on ranks."""
+    prompts = [TOKENS[0].tolist(), TOKENS[1, :5].tolist()]
+    folders = [folder for folder, _ in hf_folders[6:8]]
+    alone = scores_in_fast_mode(folders, prompts, options)
+    for folder, found in zip(folders, alone, strict=True):
+        want = Llama.build(folder, dtype=options.get("dtype")).score(prompts)
+        tolerance = 0.1 if options else 1e-4
+        for row, expected in zip(found, want, strict=True):
+            assert row == pytest.approx(expected, abs=tolerance)
+        for prompt, row in zip(prompts, found, strict=True):
+            assert scores_in_fast_mode([folder], [prompt], options)[0] == [row]
+    if "dtype" in options:
+        return
+    for ranks in (2,) if options else (2, 4):  # int8 needs groups of 32 columns
+        for found in run_ranks(ranks, tmp_path, scores_in_fast_mode, folders, prompts, options):
+            for rows, expected_rows in zip(found, alone, strict=True):
+                for row, expected in zip(rows, expected_rows, strict=True):
+                    assert row == pytest.approx(expected, abs=0.1 if options else 1e-4)
+
+
+def scores_in_fast_mode(
+    folders: list[Path], prompts: list[list[int]], options: dict[str, Any]
+) -> list[list[list[float]]]:
+    return [Llama.build(folder, mode="fast", **options).score(prompts) for folder in folders]
+
+
+def test_biases_there_and_back(hf_folders: list[tuple[Path, Any]], tmp_path: Path) -> None:
+    for folder, _ in hf_folders[6:8]:
+        name = folder.name
+        convert(folder, tmp_path / name / "meta", "meta", mp=2)
+        convert(tmp_path / name / "meta", tmp_path / name / "hf", "hf")
+        before, after = (
+            load_file(f / "model.safetensors") for f in (folder, tmp_path / name / "hf")
+        )
+        assert before.keys() == after.keys()
+        assert any(key.endswith("self_attn.k_proj.bias") for key in after)
+        assert all(torch.equal(before[key], after[key]) for key in before)
+        for kind in ("meta", "hf"):
+            assert torch.equal(logits_of(tmp_path / name / kind), logits_of(folder))
+        saved = convert(folder, tmp_path / name / "int8", quantize="int8")
+        assert len(Llama.build(saved, mode="fast").score([[1, 2, 3]])[0]) == 3
+        assert verify(tmp_path / name / "meta")[1] == []
 
 
 @pytest.mark.parametrize("n_files", [1, 3])
@@ -333,39 +414,84 @@ def test_a_harmful_pytorch_model_bin(
     assert "code ran" not in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("name", ["linear", "dynamic", "biased"])
-def test_there_and_back(name: str, hf_folders: list[tuple[Path, Any]], tmp_path: Path) -> None:
-    folder, theirs = hf_folders[list(HF_MODELS).index(name)]
+def test_linear_scaling_there_and_back(hf_folders: list[tuple[Path, Any]], tmp_path: Path) -> None:
+    folder = hf_folders[4][0]
+    convert(folder, tmp_path / "meta", "meta")
+    convert(tmp_path / "meta", tmp_path / "hf", "hf")
+    config = json.loads((tmp_path / "hf" / "config.json").read_text())
+    assert config["rope_scaling"] == {"rope_type": "linear", "factor": 4.0}
+    for kind in ("meta", "hf"):
+        assert torch.equal(logits_of(tmp_path / kind), logits_of(folder))
+
+
+# ---- dynamic RoPE -------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def dynamic(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
+    """A model that was trained on 24 tokens, for texts of up to 96."""
+    folder = tmp_path_factory.mktemp("dynamic") / "model"
+    scaling = dict(rope_type="dynamic", factor=4.0)
+    changes = dict(num_key_value_heads=4, rope_scaling=scaling, max_position_embeddings=24)
+    return folder, write_hugging_face(folder, changes, "1GB")
+
+
+def logits_of_length(folder: Path, length: int, mode: Any) -> torch.Tensor:
+    """Of one text in one prefill; max_seq_len is its length."""
+    llama = Llama.build(folder, max_seq_len=length, mode=mode)
+    tokens = (torch.arange(2 * length) * 7 % VOCAB).view(2, length)
+    cache = llama.engine.model.make_cache(2, length)
+    with torch.inference_mode():
+        return llama.engine.model.logits(llama.engine.model.features(tokens, 0, cache))
+
+
+@pytest.mark.parametrize("length", [10, 24, 25, 60, 96])
+def test_dynamic_scaling_equals_transformers(
+    length: int, dynamic: tuple[Path, Any], tmp_path: Path
+) -> None:
+    folder, theirs = dynamic
+    tokens = (torch.arange(2 * length) * 7 % VOCAB).view(2, length)
+    with torch.inference_mode():
+        want = theirs(tokens).logits
+    for mode in ("reference", "fast"):
+        got = logits_of_length(folder, length, mode)
+        torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-4)
+    if length == 60:
+        for ranks in (2, 4):
+            for got in run_ranks(ranks, tmp_path, logits_of_length, folder, length, "fast"):
+                torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-4)
+
+
+def test_dynamic_scaling_depends_on_max_seq_len_alone(dynamic: tuple[Path, Any]) -> None:
+    """Not on the length of a text or of those beside it, nor on the pieces of its prompt."""
+    folder, _ = dynamic
+    model = Llama.build(folder, max_seq_len=96).model
+    whole = (torch.arange(96) * 7 % VOCAB)[None]
+    with torch.inference_mode():
+        want = model(whole, 0)
+        torch.testing.assert_close(model(whole[:, :10], 0), want[:, :10], atol=1e-5, rtol=1e-5)
+        model(whole[:, :20], 0)
+        got = model(whole[:, 20:], 20)
+        short = Llama.build(folder, max_seq_len=24).model(whole[:, :10], 0)  # theta as trained
+    torch.testing.assert_close(got, want[:, 20:], atol=1e-5, rtol=1e-5)
+    assert (short - want[:, :10]).abs().max() > 0.01
+
+
+def test_dynamic_scaling_there_and_back(dynamic: tuple[Path, Any], tmp_path: Path) -> None:
+    folder, _ = dynamic
     convert(folder, tmp_path / "meta", "meta", mp=2)
     convert(tmp_path / "meta", tmp_path / "hf", "hf")
     config = json.loads((tmp_path / "hf" / "config.json").read_text())
-    if name != "biased":
-        assert config["rope_scaling"] == {"rope_type": name, "factor": 4.0}
-    assert config["max_position_embeddings"] == 16384
-    assert config["attention_bias"] == config["mlp_bias"] == (name == "biased")
+    assert config["rope_scaling"] == {"rope_type": "dynamic", "factor": 4.0}
+    assert config["max_position_embeddings"] == 24
+    before, after = (load_file(f / "model.safetensors") for f in (folder, tmp_path / "hf"))
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[key], after[key]) for key in before)
     for kind in ("meta", "hf"):
+        assert Llama.build(tmp_path / kind, max_seq_len=96).model.params.context == 96
         assert torch.equal(logits_of(tmp_path / kind), logits_of(folder))
-    tensors = load_file(tmp_path / "hf" / "model.safetensors")
-    assert tensors.keys() == theirs.state_dict().keys()
-    assert all(torch.equal(tensor, tensors[n]) for n, tensor in theirs.state_dict().items())
-
-
-@pytest.mark.parametrize("length", [40, 64, 100, 256])
-def test_dynamic_scaling_is_that_of_the_longest_text(length: int, tmp_path: Path) -> None:
-    """transformers scales for the text at hand, here for max_seq_len: the same where they agree,
-    and up to the original context of 64 tokens."""
-    scaling = dict(rope_type="dynamic", factor=4.0)
-    theirs = write_hugging_face(
-        tmp_path, dict(rope_scaling=scaling, max_position_embeddings=64), "1GB"
-    )
-    tokens = torch.randint(0, VOCAB, (2, length), generator=torch.Generator().manual_seed(1))
-    llama = Llama.build(tmp_path, max_seq_len=length)
-    with torch.inference_mode():
-        want = theirs(tokens).logits
-        torch.testing.assert_close(llama.model(tokens, 0), want, atol=1e-4, rtol=1e-4)
-    assert llama.model.params.context == 256
-    with pytest.raises(ConfigError, match="max_seq_len 257 is above the model's context, 256"):
-        Llama.build(tmp_path, max_seq_len=257)
+    with pytest.raises(ConfigError, match="max_seq_len 97 is above the model's context, 96"):
+        Llama.build(folder, max_seq_len=97)
 
 
 @pytest.mark.parametrize(
@@ -379,29 +505,6 @@ def test_the_context_of_a_scaled_model(
     changes = dict(rope_scaling=scaling, max_position_embeddings=length)
     write_hugging_face(tmp_path / "a", changes, "1GB")
     assert Llama.build(tmp_path / "a").model.params.context == context
-
-
-def texts_of(folder: Path, mode: Mode) -> list[Any]:
-    llama = Llama.build(folder, max_seq_len=64, mode=mode)
-    return [llama.generate([[3, 4, 5], [7, 8, 9, 10]], max_gen_len=12, temperature=0)[0]]
-
-
-def test_biases_in_fast_mode(
-    hf_folders: list[tuple[Path, Any]], tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    """PyTorch computes them; nothing is refused but rounding."""
-    folder = hf_folders[list(HF_MODELS).index("biased")][0]
-    want = texts_of(folder, "reference")
-    with caplog.at_level("INFO"):
-        assert texts_of(folder, "fast") == want
-    assert "fast mode has no kernels for attention_bias and mlp_bias" in caplog.text
-    assert run_ranks(2, tmp_path, texts_of, folder, "fast") == [want, want]
-    with pytest.raises(ConfigError, match="attention_bias or mlp_bias cannot be quantized"):
-        Llama.build(folder, mode="fast", quantize="int8")
-    with pytest.raises(ConfigError, match="attention_bias or mlp_bias cannot be quantized"):
-        convert(folder, tmp_path / "int8", "meta", quantize="int8")
-    with pytest.raises(ConfigError, match="invariant needs the kernels"):
-        Llama.build(folder, mode="fast", invariant=True)
 
 
 def test_biases_are_trained_and_do_not_decay(hf_folders: list[tuple[Path, Any]]) -> None:

@@ -13,7 +13,7 @@ from llama import Llama, Transformer
 from llama.errors import ConfigError
 from llama.evaluation.perplexity import score
 from llama.fast.cpu.transformer import FastTransformer
-from llama.fast.mode import check_mode
+from llama.fast.mode import check_mode, drawback
 
 VOCAB = len(demo_pieces()) + 256
 SHAPE: dict[str, Any] = dict(
@@ -145,6 +145,17 @@ def test_on_a_gpu_the_weights_are_narrow_and_the_model_its_own() -> None:
     assert not check_mode("fast", "int8", device, torch.bfloat16)
     with pytest.raises(ConfigError, match="mode fast on the CPU or a CUDA GPU"):
         check_mode("reference", "int8", device, torch.bfloat16)
+
+
+def test_biases_on_a_gpu_run_as_in_mode_reference() -> None:
+    where = torch.device("cuda"), torch.bfloat16
+    assert not check_mode("fast", None, *where, has_biases=True)
+    assert drawback("fast", None, *where, has_biases=True) == (
+        "fast mode has no GPU kernels for biases: the model runs as in mode reference"
+    )
+    assert drawback("fast", None, *where) is None
+    with pytest.raises(ConfigError, match="a model with biases is quantized on a CPU only"):
+        check_mode("fast", "int8", *where, has_biases=True)
 
 
 def test_without_numba(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:

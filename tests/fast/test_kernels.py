@@ -92,6 +92,25 @@ def test_swiglu(kind: str, isa: str) -> None:
 
 
 @pytest.mark.parametrize(("kind", "isa"), CASES)
+def test_biases(kind: str, isa: str) -> None:
+    """Of several matrices, whose rows may be padded to eights in bytes, and of SwiGLU's two."""
+    weights = [FORMATS[kind](matrix(n, 128, seed=n)) for n in (37, 16)]
+    biases, x = [matrix(1, 37)[0], matrix(1, 16)[0].bfloat16()], matrix(5, 128)
+    out = Product(*weights, biases=biases, isa=isa)(x)
+    want = [linear(x, weight, isa=isa) for weight in weights]
+    for product, bias in zip(want, biases, strict=True):
+        product[:, : len(bias)] += bias.float()
+    assert torch.equal(out, torch.cat(want, 1))
+
+    w1, w3 = (FORMATS[kind](matrix(104, 128, seed=s)) for s in (1, 2))
+    biases = [matrix(1, 104, seed=s)[0] for s in (3, 4)]
+    pairs = zip((w1, w3), biases, strict=True)
+    gate, up = (linear(x, weight, isa=isa) + bias for weight, bias in pairs)
+    got = Product(w1, w3, biases=biases, swiglu=True, isa=isa)(x)
+    torch.testing.assert_close(got, F.silu(gate) * up)
+
+
+@pytest.mark.parametrize(("kind", "isa"), CASES)
 def test_a_row_does_not_depend_on_its_company(kind: str, isa: str) -> None:
     product = Product(FORMATS[kind](matrix(37, 320)), isa=isa)
     x = matrix(7, 320)

@@ -26,7 +26,15 @@ SHAPE: dict[str, Any] = dict(
 
 
 def make_model(dtype: torch.dtype = torch.float32, **changes: Any) -> Transformer:
-    return make_sharp_model(5, dtype, **SHAPE | changes, max_seq_len=2100)
+    model = make_sharp_model(5, dtype, **SHAPE | changes, max_seq_len=2100)
+    generator = torch.Generator().manual_seed(3)
+    for name, weight in model.named_parameters():
+        if name.endswith(".bias"):
+            torch.nn.init.normal_(weight, 0.0, 0.5, generator)
+    return model
+
+
+BIASED: dict[str, Any] = dict(attention_bias=True, mlp_bias=True)
 
 
 def filled(network: FastTransformer, rows: int, positions: int) -> KVCache:
@@ -49,8 +57,10 @@ def no_gradients() -> Any:
 
 
 @pytest.mark.parametrize("pieces", [[1] * 12, [5, 1, 6], [40, 1, 7]])
-@pytest.mark.parametrize("changes", [{}, {"n_kv_heads": 4}, {"n_kv_heads": 1}, {"dim": 96}])
-def test_logits_are_the_models(pieces: list[int], changes: dict[str, int]) -> None:
+@pytest.mark.parametrize(
+    "changes", [{}, {"n_kv_heads": 4}, {"n_kv_heads": 1}, {"dim": 96}, BIASED, {"mlp_bias": True}]
+)
+def test_logits_are_the_models(pieces: list[int], changes: dict[str, Any]) -> None:
     model = make_model(**changes)
     network = FastTransformer(model)
     tokens = torch.randint(0, VOCAB, (1, sum(pieces)))
@@ -91,9 +101,12 @@ def test_quantized_weights(quantize: Width) -> None:
     assert (got - want).std() / want.std() < 0.02
 
 
+@pytest.mark.parametrize("changes", [{}, BIASED], ids=["plain", "biases"])
 @pytest.mark.parametrize("quantize", [None, "int8", "int4"])
-def test_a_token_does_not_depend_on_its_company(quantize: Width | None) -> None:
-    network = FastTransformer(make_model(), quantize)
+def test_a_token_does_not_depend_on_its_company(
+    quantize: Width | None, changes: dict[str, Any]
+) -> None:
+    network = FastTransformer(make_model(**changes), quantize)
     tokens = torch.randint(0, VOCAB, (8, 3))
     starts = torch.arange(8) * 17
     before = filled(network, 8, 130)
@@ -111,10 +124,13 @@ def test_a_token_does_not_depend_on_its_company(quantize: Width | None) -> None:
         assert torch.equal(alone.v[:, row], together.v[:, row])
 
 
+@pytest.mark.parametrize("changes", [{}, BIASED], ids=["plain", "biases"])
 @pytest.mark.parametrize("n", [8, 9])
-def test_onednn_only_on_request(monkeypatch: pytest.MonkeyPatch, n: int) -> None:
+def test_onednn_only_on_request(
+    monkeypatch: pytest.MonkeyPatch, n: int, changes: dict[str, Any]
+) -> None:
     """Products of PyTorch's take more than eight tokens only where LLAMA_ONEDNN asks for them."""
-    model, tokens = make_model(torch.bfloat16), torch.randint(0, VOCAB, (1, n))
+    model, tokens = make_model(torch.bfloat16, **changes), torch.randint(0, VOCAB, (1, n))
     monkeypatch.setattr(matmul, "has_bfloat16", lambda: True)
     plain = FastTransformer(model)
     whole = plain.features(tokens, 0, plain.make_cache(1, n))
@@ -227,7 +243,7 @@ def test_tasks_run_in_their_order() -> None:
     torch.set_num_threads(3)
     n, dim, count = 8, 64, 100
     h, normed = torch.zeros(n, dim), torch.ones(n, dim)
-    job = [0, n, dim, h.data_ptr(), normed.data_ptr(), torch.ones(dim).data_ptr(), 0, 0]
+    job = [0, n, dim, h.data_ptr(), normed.data_ptr(), torch.ones(dim).data_ptr(), 0, 0, 0]
     job[layer_ops.OUT] = normed.data_ptr()
     weight = torch.ones(dim)
     job[layer_ops.WEIGHT] = weight.data_ptr()

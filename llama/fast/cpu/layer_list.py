@@ -58,7 +58,7 @@ class LayerList:
         self._hidden = float_buffer(2 * max_tokens, layers[0][-1].features)
         self._delta = float_buffer(max_tokens, dim)
         self._rotations = torch.view_as_real(model.freqs_cis)
-        self._norm_weights: list[Tensor] = []  # kept alive, because tasks hold their addresses
+        self._vectors: list[Tensor] = []  # kept alive, because tasks hold their addresses
         self._starts = np.zeros(max_tokens, np.int64)
         self._cache = np.zeros(layer_ops.CACHE_LENGTH, np.int64)
         self._cache[layer_ops.STARTS] = self._starts.ctypes.data
@@ -68,18 +68,20 @@ class LayerList:
         # The index of a product's task -> the product, its input and its output.
         self._products: dict[int, tuple[Product, Tensor, Tensor]] = {}
         all_reduces = []  # indices of the tasks that an all-reduce precedes
+        bias = None  # of the row-parallel layer before a norm: it is added to the ranks' sum
         for number, (block, layer) in enumerate(zip(blocks, layers, strict=True)):
             qkv, wo, gate_and_up, down = layer
-            self._add_norm(block.attention_norm, is_first=number == 0)
+            self._add_norm(block.attention_norm, bias, is_first=number == 0)
             self._add_product(qkv, self._normed, self._qkv)
             self._add_attention(number)
             self._add_product(wo, self._heads, self._delta)
             all_reduces.append(len(self._tasks))
-            self._add_norm(block.ffn_norm)
+            self._add_norm(block.ffn_norm, block.attention.wo.bias)
             self._add_product(gate_and_up, self._normed, self._hidden)
             self._add_product(down, self._hidden, self._delta)
             all_reduces.append(len(self._tasks))
-        self._add_norm(model.norm)
+            bias = block.feed_forward.w2.bias
+        self._add_norm(model.norm, bias)
         self._list = TaskList(self._tasks, self._jobs)
         self._all_reduces = [] if exchange.is_alone else all_reduces
         is_bfloat16 = layers[0][0].kind == "bfloat16"
@@ -91,18 +93,22 @@ class LayerList:
         self._tasks.append(task)
         self._jobs.append([fields.get(i, 0) for i in range(max(fields) + 1)])
 
-    def _add_norm(self, norm: RMSNorm, is_first: bool = False) -> None:
-        weight = norm.weight.detach().float()
-        self._norm_weights.append(weight)
+    def _add_norm(self, norm: RMSNorm, bias: Tensor | None, is_first: bool = False) -> None:
         fields = {
-            layer_ops.DIM: weight.numel(),
+            layer_ops.DIM: norm.weight.numel(),
             layer_ops.H: self._h.data_ptr(),
             layer_ops.DELTA: 0 if is_first else self._delta.data_ptr(),
-            layer_ops.WEIGHT: weight.data_ptr(),
+            layer_ops.BIAS: 0 if bias is None else self._address(bias),
+            layer_ops.WEIGHT: self._address(norm.weight),
             layer_ops.EPS: int(np.float32(norm.eps).view(np.int32)),
             layer_ops.OUT: self._normed.data_ptr(),
         }
         self._add(layer_ops.add_and_norm(), fields)
+
+    def _address(self, vector: Tensor) -> int:
+        """The address of a vector's float32 numbers, which are kept."""
+        self._vectors.append(vector.detach().float())
+        return self._vectors[-1].data_ptr()
 
     def _add_product(self, product: Product, x: Tensor, out: Tensor) -> None:
         fields = dict(enumerate(product.job)) | {matmul.X: x.data_ptr()}

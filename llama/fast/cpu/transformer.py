@@ -7,6 +7,7 @@ KV cache is float32 or int8.
 from typing import Any
 
 import torch
+from fairscale.nn.model_parallel.layers import RowParallelLinear
 from torch import Tensor
 
 from llama import parallel
@@ -86,7 +87,10 @@ def _product(
     quantize: Width | None,
     swiglu: bool = False,
 ) -> Product:
-    """One product of the weights of one or several linear layers with the same input."""
+    """One product of the weights of one or several linear layers with the same input.
+
+    The bias of a row-parallel layer is not part of it: the layer list adds it to the ranks' sum.
+    """
     for layer in layers:
         if quantize is not None and isinstance(layer.weight, Tensor):
             set_quantized(layer, QUANTIZERS[quantize](layer.weight.detach()))
@@ -94,4 +98,6 @@ def _product(
         layer.weight.detach() if isinstance(layer.weight, Tensor) else layer.weight
         for layer in layers
     ]
-    return Product(*weights, swiglu=swiglu)
+    is_biased = layers[0].bias is not None and not isinstance(layers[0], RowParallelLinear)
+    biases = [layer.bias.detach() for layer in layers] if is_biased else None
+    return Product(*weights, biases=biases, swiglu=swiglu)

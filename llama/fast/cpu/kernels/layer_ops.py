@@ -18,7 +18,7 @@ from llama.fast.cpu.kernels.matmul import VERSION, compile_task, step_of
 
 CURSOR, N = 0, 1
 # Fields of the job of add_and_norm.
-DIM, H, DELTA, WEIGHT, EPS, OUT = range(2, 8)
+DIM, H, DELTA, WEIGHT, EPS, OUT, BIAS = range(2, 9)
 # Fields of the job of store and of attend.
 LAYER, GROUP, KV_HEADS, HEAD_DIM, QKV, ROTATIONS, CACHE, SCORES, HEADS = range(2, 11)
 LENGTH = 11
@@ -43,7 +43,7 @@ Task = Callable[[int], None]
 def add_and_norm() -> Task:
     """h += delta, where its address is not 0; out = h / rms(h) * weight. All (n, D).
 
-    EPS holds the bits of a float32.
+    BIAS is the address of a bias of delta (D), or 0. EPS holds the bits of a float32.
     """
     version = VERSION
 
@@ -64,6 +64,10 @@ def add_and_norm() -> Task:
                 delta = carray(pointer(job[DELTA] + row, np.float32), dim)
                 for i in range(dim):
                     h[i] += delta[i]
+            if job[BIAS] != 0:
+                bias = carray(pointer(job[BIAS], np.float32), dim)
+                for i in range(dim):
+                    h[i] += bias[i]
             squares = np.float32(0)
             for i in range(dim):
                 squares += h[i] * h[i]

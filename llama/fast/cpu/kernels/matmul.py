@@ -21,8 +21,9 @@ from llama.fast.cpu.kernels.instructions import fetch_add, pointer
 from llama.fast.cpu.kernels.tile import tile, tile_rows
 from llama.fast.quantize import GROUP, LANES, OFFSET
 
-CURSOR, N, K, X, STEPS, OUT, TOTAL, CHUNK, MATRICES = range(9)
-FIRST = 9  # from here, for each matrix: its rows, the addresses of its weights and of its scales
+# BIASES: the address of the biases of all rows, float32; 0: there are none.
+CURSOR, N, K, X, STEPS, OUT, TOTAL, CHUNK, MATRICES, BIASES = range(10)
+FIRST = 10  # from here, for each matrix: its rows, the addresses of its weights and of its scales
 LENGTH = FIRST + 3 * 3
 GROUPS = 64  # groups of activations that a thread rounds at a time
 
@@ -100,7 +101,8 @@ def tile_place(number, tiles, high, is_strided):  # type: ignore[no-untyped-def]
 
 @functools.cache
 def product(kind: str, isa: str, swiglu: bool) -> Callable[[int], None]:
-    """The task that multiplies x (n, K) with each transposed matrix, to out (n, all rows).
+    """The task that multiplies x (n, K) with each transposed matrix, to out (n, all rows), and adds
+    the biases.
 
     swiglu: out (n, rows) is silu(x w1^T) * (x w3^T) for the two matrices. The product with w3 is
     stored after it, so out needs 2 * n rows.
@@ -158,6 +160,14 @@ def product(kind: str, isa: str, swiglu: bool) -> Callable[[int], None]:
                                 i += count
                 if not swiglu:
                     before += rows
+            if job[BIASES] != 0:
+                parts = 2 if swiglu else 1
+                biases = carray(pointer(job[BIASES], np.float32), (parts, total))
+                added = carray(pointer(job[OUT], np.float32), (parts, n, total))
+                for part in range(parts):
+                    for r in range(n):
+                        for i in range(begin, end):
+                            added[part, r, i] += biases[part, i]
             if swiglu:
                 both = carray(pointer(job[OUT], np.float32), (2, n, total))
                 for r in range(n):

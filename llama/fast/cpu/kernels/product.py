@@ -8,6 +8,7 @@ in float32, bfloat16, int8 or int4. They need the extra `[fast]` and weights on 
 import ctypes
 import functools
 import importlib.util
+from collections.abc import Sequence
 from types import ModuleType
 
 import torch
@@ -55,12 +56,19 @@ class Product:
 
     weights: matrices (N, K) of the same kind and K: float32, bfloat16, int8 or int4, contiguous, on
         the CPU. They are not copied.
+    biases: for each matrix what is added to its result, of any float type (N,); None: nothing.
     swiglu: compute silu(x w1^T) * (x w3^T) for two matrices w1 and w3.
     isa: "vnni", "avx2" or "plain", for products of bytes; None: the best that the processor has.
     Raises ConfigError for other weights, an isa that the processor lacks, or without numba.
     """
 
-    def __init__(self, *weights: Weight, swiglu: bool = False, isa: str | None = None) -> None:
+    def __init__(
+        self,
+        *weights: Weight,
+        biases: Sequence[Tensor] | None = None,
+        swiglu: bool = False,
+        isa: str | None = None,
+    ) -> None:
         matmul = _matmul()
         self.kind = _check(weights)
         self.is_quantized = self.kind in ("int8", "int4")
@@ -78,6 +86,11 @@ class Product:
             data, scales = weight if isinstance(weight, tuple) else (weight, weight)
             place = matmul.FIRST + 3 * i
             self.job[place : place + 3] = rows[i], data.data_ptr(), scales.data_ptr()
+        self.biases = biases
+        if biases is not None:  # the rows of quantized weights may be padded
+            padded = [F.pad(b.float(), (0, n - len(b))) for b, n in zip(biases, rows, strict=True)]
+            self._all_biases = torch.cat(padded)  # kept alive too
+            self.job[matmul.BIASES] = self._all_biases.data_ptr()
         available = matmul.instruction_sets()
         if isa is not None and isa not in available:
             raise ConfigError(f"this processor has no {isa!r}, only {', '.join(available)}")
@@ -119,7 +132,9 @@ class Product:
 
         Results are rounded to bfloat16."""
         weights = [weight for weight in self.weights if isinstance(weight, Tensor)]
-        parts = [F.linear(x.bfloat16(), weight) for weight in weights]
+        biases: Sequence[Tensor | None] = self.biases or [None] * len(weights)
+        pairs = zip(weights, biases, strict=True)
+        parts = [F.linear(x.bfloat16(), weight, bias) for weight, bias in pairs]
         out.copy_(F.silu(parts[0]) * parts[1] if self.swiglu else torch.cat(parts, 1))
 
     def chunk(self) -> int:

@@ -58,7 +58,7 @@ def batch(
         lookup: propose what followed in the text so far; the results stay the same.
         format: chat format: llama3, llama2, chatml or zephyr; by default the folder's, else the
             vocabulary's.
-        force: start anew, whatever OUTPUT holds.
+        force: start again, and replace OUTPUT.
     """
     from llama.commands.batch_run import run_batch
     from llama.parallel import is_main_rank

@@ -1,8 +1,9 @@
 """A batch job on disk, which resumes after a stop without losing or repeating a line.
 
-OUT grows line by line. Several groups of ranks write a part each, OUT.part-0-of-2 and so on, which
-become OUT when all are done. A line is done when its result stands in any of these, whole.
-OUT.job.json says what they are made from. While a run writes a file, it holds the lock .FILE.lock.
+The output OUT grows line by line. Several groups of ranks write one part each, OUT.part-0-of-2 and
+so on, which are joined to OUT at the end. A line of the input is done when one of these files has
+its whole result. OUT.job.json names the input and options of the job. While a run writes a file, it
+holds the lock .FILE.lock.
 """
 
 import codecs
@@ -22,7 +23,9 @@ from filelock import FileLock, Timeout
 from llama.errors import DataError
 from llama.files import atomic_file, read_text, write_json
 
-SYNC_EVERY = 100  # lines; a kill loses none without it, a power cut only those after the last
+SYNC_EVERY = (
+    100  # lines between two syncs to disk; a power cut may lose the lines after the last one
+)
 BLOCK = 1 << 16  # bytes
 
 
@@ -34,11 +37,12 @@ class BatchFiles:
         self.job = Path(f"{output}.job.json")
 
     def prepare(self, options: dict[str, Any], force: bool) -> None:
-        """Make sure that what is there belongs to this job; one rank does, before all others.
+        """Check that the files belong to this job, and remove a half-written line at their end. One
+        rank calls this before the others open their parts.
 
         Args:
-            options: all that the results depend on, as JSON can say it.
-            force: remove what is there.
+            options: the options that the results depend on, as JSON values.
+            force: remove the files.
 
         Raises DataError where the input cannot be read, the output cannot be written, is another
         job's or is being written by another run.
@@ -50,7 +54,7 @@ class BatchFiles:
         if self.output.exists() and self.output.samefile(self.input):
             raise DataError(f"cannot write {self.output}: it is the input")
         job = {"input": f"sha256:{digest}", "lines": n_lines, **options}
-        job = json.loads(json.dumps(job, default=list))  # as it will be read again
+        job = json.loads(json.dumps(job, default=list))  # with the types that reading it back gives
         if force:
             for path in self._parts():
                 with _locked(path), _named(path):
@@ -89,7 +93,7 @@ class BatchFiles:
             raise DataError(f"{self.job} is not JSON: {error}") from error
 
     def _parts(self) -> list[Path]:
-        """All files with results, whatever the number of groups that wrote them."""
+        """All files with results. The number of groups may have been another one."""
         parts = [Path(name) for name in glob.glob(f"{glob.escape(str(self.output))}.part-*-of-*")]
         return [path for path in (self.output, *sorted(parts)) if path.exists()]
 
@@ -99,7 +103,7 @@ class BatchFiles:
         return Part(self.output if only else Path(f"{self.output}.part-{group}-of-{n_groups}"))
 
     def done(self) -> bytearray:
-        """For each line 0, or 1 where its result is there, 2 where that is an error."""
+        """For each line 0: not done, 1: done, 2: its result is an error."""
         done = bytearray(self._read_job()["lines"])
         for path in self._parts():
             for index, _, result in _results(path, len(done)):
@@ -123,7 +127,7 @@ class BatchFiles:
             last = -1
             results = (_results(path, n_lines) for path in parts)
             for index, line, _ in heapq.merge(*results, key=itemgetter(0)):
-                if index > last:  # else a kill came between this and the removal of the parts
+                if index > last:  # else a kill came after the join, and the line is in OUT already
                     file.write(line)
                 last = index
         for path in parts:
@@ -206,7 +210,7 @@ def _lines(path: Path) -> Iterator[bytes]:
 
 
 def _results(path: Path, n_lines: int) -> Iterator[tuple[int, bytes, dict[str, Any]]]:
-    """The results in a file, each with its index and as the line it is; indices only go up."""
+    """The results in a file: index, line and content of each. The indices ascend."""
     last = -1
     for number, line in enumerate(_lines(path), start=1):
         try:

@@ -56,7 +56,7 @@ def run_batch(
         options: sampling options of lines that do not say otherwise.
         seed: a line without a seed has one made of this and its index, so that its result does not
             depend on other lines, on stops or on the number of ranks.
-        force: start anew, whatever the output holds.
+        force: start again, and replace the output.
 
     The other arguments are those of `Llama.build`. With more ranks than model_parallel_size each
     group of as many takes its share of the lines.
@@ -64,7 +64,7 @@ def run_batch(
     Returns the number of lines and of those that failed, on every rank.
     Raises a LlamaError where no line could be run, before the model is loaded if it can be known.
     """
-    _sampling_params(options, {"seed": seed}, 0)  # a mistake here is not one of a line
+    _sampling_params(options, {"seed": seed}, 0)  # a wrong option fails here, not in every line
     target = parallel.local_device(device)
     parallel.initialize(model_parallel_size, target)
     group, n_groups = parallel.dp_rank(), parallel.dp_size()
@@ -100,7 +100,7 @@ def run_batch(
 
 
 class Task:
-    """A line of the input as requests to the engine; a bad line is done at once."""
+    """A line of the input as requests to the engine. A line with a mistake is done at once."""
 
     def __init__(
         self, llama: Llama, index: int, line: bytes, options: Mapping[str, Any], seed: int
@@ -209,8 +209,8 @@ def _bar(done: bytearray, group: int, n_groups: int) -> "tqdm[Any]":
         initial=len(own) - own.count(0),
         desc="Lines" if n_groups == 1 else f"Lines of 1 of {n_groups} groups",
         unit="line",
-        smoothing=0,  # many lines may come at once, after one that was long
-        miniters=0,  # tokens come even where no line does
+        smoothing=0,  # many lines may end at once
+        miniters=0,  # the speed changes also where no line ends
         disable=not parallel.is_main_rank(),
     )
 

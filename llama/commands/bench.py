@@ -19,13 +19,14 @@ def bench(
     dtype: str | None = None,
     out: str | None = None,
 ) -> None:
-    """How fast a model runs on this machine: loading, the first token, prefill, decoding one, four
-    and eight prompts at a time, memory, and how near that is to the speed at which memory can be
-    read, which is the limit of decoding.
+    """Measure how fast a model runs on this machine: loading, the first token, prefill, and
+    decoding of one, four and eight prompts at a time. Memory is shown too, and the share of the
+    read bandwidth that decoding reaches. That bandwidth is its limit.
 
     Example: llama bench Llama3.2-1B --quantize int8
 
-    Medians of rounds, after one that warms up. Under torchrun the ranks share the model.
+    The figures are medians of the rounds after a first, untimed one. Under torchrun the ranks share
+    the model.
 
     Args:
         ckpt_dir: a checkpoint folder; by default the bundled model.

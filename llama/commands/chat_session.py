@@ -154,7 +154,7 @@ class Chat:
         print(flush=True)
         terminal.note(
             f"{terminal.speed(len(tokens), start)}, the first token after {first:.2f} s"
-            f"{terminal.guessed(requests)}{end}"
+            f"{terminal.accepted_text(requests)}{end}"
         )
         answer = self.llama.formatter.decode_message(tokens, stop_token)
         answer["content"] = text  # a stop string may have cut it

@@ -6,7 +6,7 @@ from pathlib import Path
 def tokenize(
     *files: str, tokenizer: str, out: str, shard_tokens: int = 100_000_000, field: str = "text"
 ) -> None:
-    """Write token files for training: every document after a <|begin_of_text|>.
+    """Write token files for training. Every document begins with bos and ends with eos.
 
     Example: llama tokenize a.jsonl --tokenizer tokenizer.model --out 'a_{:04d}.bin'
 
@@ -14,7 +14,7 @@ def tokenize(
         files: UTF-8 texts, each one document, or .jsonl with a document a line.
         tokenizer: the tokenizer.model.
         out: name of the token files, with {} (or {:04d}) where their number goes.
-        shard_tokens: tokens of a file at most.
+        shard_tokens: most tokens of a file.
         field: key of the text in a .jsonl line.
     """
     from llama.tokenizer import Tokenizer

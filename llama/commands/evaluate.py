@@ -23,7 +23,8 @@ def perplexity(
         file: any UTF-8 text.
         ckpt_dir: a checkpoint folder; by default the bundled model.
         tokenizer_path: tokenizer.model; by default the one in ckpt_dir.
-        window: tokens seen at a time, each time after a <|begin_of_text|>; by default 512.
+        window: tokens of a window; windows do not overlap, and each begins with bos; by default
+            512.
         mode: reference, or fast (kernels on a CPU).
         quantize: int8 or int4, on a newer GPU also fp8, with mode fast.
         kv_cache: int8, with mode fast.
@@ -68,15 +69,15 @@ def evaluate(
 
     Example: llama evaluate hellaswag,arc_easy --ckpt_dir Meta-Llama-3-8B --limit 100
 
-    The harness fetches the data of its own tasks from the Hugging Face Hub. Contexts longer than
-    max_seq_len lose their beginning. No chat format is applied.
+    The harness fetches the data of its own tasks from the Hugging Face Hub. Of a context longer
+    than max_seq_len the beginning is cut off. No chat format is applied.
 
     Args:
         tasks: names of tasks, groups or tags, with commas between.
         ckpt_dir: a checkpoint folder; by default the bundled model.
         tokenizer_path: tokenizer.model; by default the one in ckpt_dir.
         include_path: a folder with tasks of your own, as YAML files; they may run Python code.
-        limit: documents of a task at most, or their share if below 1.
+        limit: most documents of a task; below 1: the share of them.
         num_fewshot: examples in front of each question; by default as the task says.
         out: a file for the results as JSON.
         max_seq_len: tokens of prompt and answer together; by default as in Llama.build.

@@ -1,4 +1,4 @@
-"""Measure a model on this machine: loading, prefill, decode, memory, beside the read bandwidth."""
+"""Measure a model on this machine: loading, prefill, decode and memory, and the read bandwidth."""
 
 import math
 import platform
@@ -26,18 +26,20 @@ from llama.sampling import SamplingParams
 
 BATCHES = (1, 4, 8)
 PROMPT = 16  # tokens before those that are decoded
-READ = 1 << 28  # bytes of the loop that only reads
+READ = 1 << 28  # bytes that are read to measure the bandwidth
 
 
 def measure(
     ckpt_dir: str | None, prefill: int, decode: int, rounds: int, **build: Any
 ) -> dict[str, Any] | None:
-    """Build the model and measure it; medians of rounds, after one that warms up.
+    """Build the model and measure it. The figures are medians of the rounds after a first, untimed
+    one.
 
     Args:
-        ckpt_dir: as of `Llama.build`, which gets `build` too.
-        prefill: tokens of the long prompt, fewer where the model's context is shorter.
-        decode: tokens for each row.
+        ckpt_dir: as in `Llama.build`.
+        prefill: tokens of the long prompt; fewer where the model's context is shorter.
+        decode: tokens that each row decodes.
+        build: other options of `Llama.build`.
 
     Returns figures in tokens, seconds and bytes on the first rank, None on the others. Raises
     ConfigError for numbers below 1, and what `Llama.build` raises.
@@ -202,9 +204,9 @@ def _prefill(engine: Engine, n_tokens: int) -> float:
 
 
 def _decode(engine: Engine, rows: int, n_tokens: int) -> float:
-    """Seconds in which each row decodes so many tokens.
+    """Seconds in which each of the rows decodes `n_tokens` tokens.
 
-    The first step is not timed: it prefills the prompts and gives each row its first two tokens.
+    The first step is not timed, because it prefills the prompts and gives each row two tokens.
     """
     steps = _steps(engine, rows, PROMPT, n_tokens + 2)
     first = next(steps)

@@ -1,4 +1,4 @@
-"""The terminal: texts while they are generated, their speed, and the rank that owns it."""
+"""The terminal: show texts while they are generated, and their speed, on the first rank alone."""
 
 import contextlib
 import itertools
@@ -20,13 +20,13 @@ from llama.errors import GenerationError
 from llama.generation import Llama
 from llama.sampling import SamplingParams
 
-# Flags that `Llama.build` gets. The seed is one of them: the same command gives the same texts, and
-# a repeated question in one chat gets another answer.
+# Flags that are options of `Llama.build`. The seed is one of them and not a sampling option: so the
+# same command gives the same texts, but a repeated question in one chat gets another answer.
 BUILD_FLAGS = (
     "ckpt_dir", "tokenizer_path", "max_seq_len", "seed", "mode", "quantize", "kv_cache", "device",
     "dtype", "rope_factor", "format", "draft", "lookup",
 )  # fmt: skip
-SIGN_OF_LIFE = parallel.TIMEOUT.total_seconds() / 5
+KEEP_ALIVE = parallel.TIMEOUT.total_seconds() / 5  # seconds between messages to waiting ranks
 
 # Control characters of a model's text must not reach the terminal.
 _CONTROLS = {code: None for code in (*range(32), *range(127, 160)) if chr(code) not in "\t\n"}
@@ -37,7 +37,7 @@ def read_flags(
 ) -> tuple[dict[str, Any], SamplingParams]:
     """The flags as options of `Llama.build` and as `SamplingParams`.
 
-    words: what the command line has more than it should. Raises GenerationError for any of them.
+    words: surplus words of the command line. Raises GenerationError for the first of them.
     """
     if words:
         raise GenerationError(f"unexpected {next(iter(words))!r}: put a text in quotes")
@@ -60,7 +60,8 @@ def suggested(llama: Llama, params: SamplingParams, flags: Mapping[str, Any]) ->
 
 
 def complete(llama: Llama, prompt: str | None, params: SamplingParams) -> None:
-    """Print the continuation of the prompt while it is generated. None: standard input."""
+    """Print the continuation of the prompt while it is generated. prompt None: read it from
+    standard input."""
     with owned(llama) as is_ours:
         if not is_ours:
             return
@@ -80,7 +81,7 @@ def complete(llama: Llama, prompt: str | None, params: SamplingParams) -> None:
             print()
             raise
         finally:
-            note(speed(n_tokens, start) + guessed(requests))
+            note(speed(n_tokens, start) + accepted_text(requests))
 
 
 def read_input() -> str:
@@ -99,8 +100,8 @@ def read_input() -> str:
 def in_turn(events: Iterator[Event]) -> Iterator[tuple[int, Iterator[Event]]]:
     """Each row and its events, one row after the other.
 
-    The first row's events come when they happen. The others, generated at the same time, wait for
-    their row's turn.
+    The first row's events come at once. Events of a later row are held back until the rows before
+    it have ended.
     """
 
     def ordered() -> Iterator[Event]:
@@ -116,34 +117,34 @@ def in_turn(events: Iterator[Event]) -> Iterator[tuple[int, Iterator[Event]]]:
 
 
 def show(text: str) -> None:
-    """Print a part of a text at once."""
+    """Print a part of a text without waiting for a newline."""
     if sys.stdout.isatty():
         text = text.translate(_CONTROLS)
     print(text, end="", flush=True)
 
 
 def note(text: str) -> None:
-    """A dim line beside what is generated."""
+    """Print a dim line on stderr, apart from the generated text."""
     print(dim(text, sys.stderr), file=sys.stderr, flush=True)
 
 
 def speed(n_tokens: int, start: float) -> str:
-    """The speed of so many tokens since `start`, a time of perf_counter."""
+    """The number and speed of tokens since `start`, a time of perf_counter, as text."""
     return f"{n_tokens} tokens, {n_tokens / (time.perf_counter() - start):.1f} a second"
 
 
-def guessed(requests: Collection[Request]) -> str:
-    """The acceptance rate of speculation; nothing where no token was proposed."""
+def accepted_text(requests: Collection[Request]) -> str:
+    """How many proposals were accepted, as text; empty where no token was proposed."""
     proposed = sum(request.proposed for request in requests)
     accepted = sum(request.accepted for request in requests)
-    return f", {accepted} of {proposed} proposals right" if proposed else ""
+    return f", {accepted} of {proposed} proposals accepted" if proposed else ""
 
 
 def dim(text: str, file: TextIO) -> str:
     return f"\033[2m{text}\033[0m" if file.isatty() else text
 
 
-# ---- the rank that owns it ----------------------------------------------------------------------
+# ---- the rank that has the terminal -------------------------------------------------------------
 
 
 class _Signal(IntEnum):
@@ -158,7 +159,7 @@ class _Signal(IntEnum):
 def owned(llama: Llama) -> Iterator[bool]:
     """Yields True on the first rank, which has the terminal and calls `stream`.
 
-    The other ranks follow to its end, and get False.
+    The other ranks compute their part until the first rank leaves its block, and then get False.
     """
     if parallel.mp_rank() > 0:
         while (signal := _receive(llama)) is not _Signal.DONE:
@@ -189,7 +190,7 @@ def read_line(llama: Llama, prompt: str) -> str:
     over = threading.Event()
 
     def keep_waiting() -> None:
-        while not over.wait(SIGN_OF_LIFE):
+        while not over.wait(KEEP_ALIVE):
             _send(llama, _Signal.WAIT)
 
     thread = threading.Thread(target=keep_waiting, daemon=True)

@@ -1,4 +1,4 @@
-"""Training from a configuration: flags or a TOML file become a model, loaders and a run."""
+"""Training from a configuration: make model, loaders and run from flags or a TOML file."""
 
 import logging
 import tomllib
@@ -28,19 +28,19 @@ log = logging.getLogger("llama")
 class RunConfig:
     """The options of every training run. Batches are those of one rank."""
 
-    out_dir: str  # folder of the run; where it holds a checkpoint, the run goes on from there
+    out_dir: str  # folder of the run; a run that it holds is continued
     batch: int = 8  # rows computed at a time
     seq_len: int = 512  # tokens of a row
     accumulation: int = 1  # batches of a step
     steps: int = 1000
     learning_rate: float = 1e-3  # its peak
     warmup_steps: int = 50
-    decay_steps: int | None = None  # None: a cosine; else level, then a straight line this long
-    final_lr: float = 0.1  # share of the learning rate that is left at the end
+    decay_steps: int | None = None  # None: a cosine. Else constant, then linear for so long
+    final_lr: float = 0.1  # the last learning rate, as a share of the peak
     weight_decay: float = 0.1  # of matrices
     beta1: float = 0.9
     beta2: float = 0.95
-    clip: float = 1.0  # the gradient's norm at most
+    clip: float = 1.0  # largest norm of the gradient
     train: Literal["all", "norms", "all_but_embeddings"] = "all"
     separate_documents: bool = True  # packed documents do not see each other
     autocast: bool | None = None  # matrix products in bfloat16; None: on a GPU
@@ -51,7 +51,7 @@ class RunConfig:
     seed: int = 1
     device: str | None = None  # None: this rank's GPU, else the CPU
     model_parallel_size: int = 1  # ranks that share one model; the others are replicas
-    fsdp: bool | None = None  # split over the replicas; None: where a GPU is too small
+    fsdp: bool | None = None  # split the model over the replicas; None: where a GPU is too small
     log_dir: str | None = None  # for TensorBoard
     sample_every: int = 0  # steps between sample texts; 0: none
     sample_prompt: str = "Once upon a time"
@@ -100,13 +100,13 @@ def _shorten_warmup(given: dict[str, Any], usual: int) -> None:
 
 
 def _convert(name: str, value: Any, kind: str) -> Any:
-    """Convert a value to the type of its field. A whole number is a number too."""
+    """Convert a value to the type of its field. A whole number may stand for a float."""
     if value is None and "None" in kind:
         return None
     if "float" in kind and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
     if ("str" in kind or "Literal" in kind) and isinstance(value, int | float | Path):
-        value = str(value)  # a folder named 1, which the command line takes for a number
+        value = str(value)  # fire reads a folder named 1 as a number
     for word, types in {"bool": bool, "int": int, "float": float}.items():
         if word in kind and "Literal" not in kind:
             if not isinstance(value, types) or isinstance(value, bool) != (types is bool):
@@ -119,7 +119,7 @@ def _convert(name: str, value: Any, kind: str) -> Any:
 
 @dataclass(kw_only=True)
 class PretrainConfig(RunConfig):
-    """A new model: a preset's shape, or one given in numbers."""
+    """Training of a new model, with the shape of a preset or of the numbers given."""
 
     data: str  # pattern of token files
     tokenizer: str  # its tokenizer.model, which gives vocab_size and goes into the checkpoints
@@ -137,7 +137,7 @@ class PretrainConfig(RunConfig):
 
 @dataclass(kw_only=True)
 class FinetuneConfig(RunConfig):
-    """A checkpoint that goes on learning, from dialogs."""
+    """Fine-tuning of a checkpoint on dialogs."""
 
     data: str  # JSONL of dialogs
     ckpt_dir: str | None = None  # None: the bundled model
@@ -189,14 +189,14 @@ def finetune(config: FinetuneConfig) -> Path:
         device=device,
         dtype="float32",  # small updates would vanish in bfloat16
     )
-    pad = llama.tokenizer.eos_id
+    pad = max(llama.tokenizer.eos_id, 0)  # any id will do: padding has no loss
 
     def load(path: str) -> DialogLoader:
         data = load_dialogs(path, llama.formatter, config.seq_len + 1)
         if parallel.is_main_rank() and data.cut + data.dropped:
             print(
-                f"{path}: {data.cut} dialogs cut at a turn and {data.dropped} left out, to fit "
-                f"into {config.seq_len} tokens"
+                f"{path}: {data.cut} dialogs cut after a turn and {data.dropped} left out, to "
+                f"fit into {config.seq_len} tokens"
             )
         rank, ranks = parallel.dp_rank(), parallel.dp_size()
         sizes = (config.batch, config.seq_len, rank, ranks)
@@ -258,7 +258,8 @@ def _run(
 
 
 def _needs_fsdp(config: RunConfig, model: Transformer, device: torch.device) -> bool:
-    """As asked; else where weights, gradients and AdamW's two moments fill the GPU."""
+    """Whether to use FSDP: as the option says, else where weights, gradients and AdamW's two
+    moments need more than 80% of the GPU's memory."""
     if parallel.dp_size() == 1:
         if config.fsdp:
             raise TrainingError("fsdp splits a model over replicas, and there is one: use torchrun")

@@ -1,7 +1,7 @@
 """The adapter to EleutherAI's lm-evaluation-harness (extra `[eval]`): its tasks on a `Llama`.
 
-The harness asks a model three things: how likely a continuation of a context is, how likely a whole
-text is, and what it generates up to a stop string. https://github.com/EleutherAI/lm-evaluation-harness
+The harness asks a model for three things: the logprob of a continuation, the logprob of a whole
+text, and generated text up to a stop string. https://github.com/EleutherAI/lm-evaluation-harness
 """
 
 import json
@@ -21,7 +21,7 @@ from llama.generation import Llama
 from llama.sampling import SamplingParams
 
 try:
-    import lm_eval.models  # so that the harness's own models stay registered beside ours
+    import lm_eval.models  # registers the harness's own models
     from datasets.exceptions import DatasetsError
     from lm_eval.api.model import TemplateLM
     from lm_eval.api.registry import register_model
@@ -40,20 +40,20 @@ except ImportError as error:
 
 log = logging.getLogger("llama")
 
-MAX_GEN_LEN = 256  # tokens, where a task does not say
+MAX_GEN_LEN = 256  # tokens, by default
 QUEUED = 256  # prompts that are submitted at a time
 
 
 @register_model("llama-reference")
 class LlamaLM(TemplateLM):
-    """A `Llama` as the harness sees it.
+    """A `Llama` with the harness's interface of a model.
 
     Under torchrun every rank runs the same tasks on its part of the model.
 
     Args:
         ckpt_dir: as in `Llama.build`.
-        batch_size: its max_batch_size, by the harness's name for it.
-        options: the others of `Llama.build`.
+        batch_size: `max_batch_size` of `Llama.build`.
+        options: the other options of `Llama.build`.
     """
 
     def __init__(
@@ -89,7 +89,8 @@ class LlamaLM(TemplateLM):
         **kwargs: Any,
     ) -> list[tuple[float, bool]]:
         """For each (texts, context, continuation): the sum of the continuation's logprobs, and
-        whether it is the greedy one. A text that is too long loses its beginning."""
+        whether each of its tokens is the likeliest. Of a text that is too long the beginning is cut
+        off."""
         longest = self.max_length + 1  # the last token is only predicted
         lengths = [len(continuation) for _, _, continuation in requests]
         if max(lengths, default=0) >= longest:
@@ -108,9 +109,10 @@ class LlamaLM(TemplateLM):
     def loglikelihood_rolling(
         self, requests: Sequence[Any], disable_tqdm: bool = False
     ) -> list[float]:
-        """The sum of the logprobs of all tokens of each text, the first after <|begin_of_text|>. A
-        text longer than max_seq_len is cut into windows, each after the token before it, and the
-        last after as many as there is room for."""
+        """The sum of the logprobs of all tokens of each text. The first token follows bos.
+
+        A text longer than max_seq_len is cut into windows. A window follows the token before it,
+        and the last window follows as many tokens as fit."""
         windows = []
         for (text,) in (request.args for request in requests):
             rolling = get_rolling_token_windows(
@@ -124,8 +126,8 @@ class LlamaLM(TemplateLM):
         return [sum(logprob for logprob, _ in islice(answers, len(w))) for w in windows]
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
-        """Continue each context up to the first of its stop strings; one that is too long loses
-        its beginning."""
+        """Continue each context up to the first of its stop strings. Of a context that is too long
+        the beginning is cut off."""
         texts: list[str] = []
         for options, same in groupby((r.args for r in requests), key=lambda args: args[1]):
             params = _sampling_params(options)
@@ -157,7 +159,7 @@ class LlamaLM(TemplateLM):
 def _sampling_params(gen_kwargs: Mapping[str, Any]) -> SamplingParams:
     """A task's generation_kwargs as options of ours. Raises GenerationError for an unknown one."""
     options = dict(normalize_gen_kwargs(dict(gen_kwargs), MAX_GEN_LEN))
-    del options["do_sample"]  # without it the temperature is 0
+    del options["do_sample"]  # the temperature says the same
     options |= {
         "stop": [text for text in options.pop("until") if text],
         "max_gen_len": options.pop("max_gen_toks"),
@@ -180,7 +182,7 @@ def evaluate(
     Args:
         tasks: names of tasks, groups or tags; * stands for any characters.
         include_path: a folder with more tasks, YAML files which may name Python code to be run.
-        limit: documents of a task at most, or their share if below 1.
+        limit: most documents of a task; below 1: the share of them.
         num_fewshot: examples in front of each question; None: as the task says.
         out: file for the results as JSON.
         options: of `LlamaLM`.
@@ -195,7 +197,7 @@ def evaluate(
     for folder in (include_path, out and Path(out).parent):
         if folder is not None and not Path(folder).is_dir():
             raise DataError(f"no such folder: {folder}")
-    if out is not None and Path(out).is_dir():  # not only after hours
+    if out is not None and Path(out).is_dir():  # now, not after the evaluation
         raise DataError(f"cannot write {out}: it is a folder")
     manager = _task_manager(tasks, include_path)
     for task in tasks:
@@ -219,8 +221,8 @@ def evaluate(
 
 
 def _task_manager(tasks: Sequence[str], include_path: str | Path | None) -> TaskManager:
-    """The harness's index of tasks: of the folder alone where it has all of these, because the
-    harness takes ten seconds and more to read its own."""
+    """The index of tasks. Where the folder has all of them, only the folder is read, because
+    reading the harness's own tasks takes ten seconds or more."""
     if include_path is not None:
         own = TaskManager(include_path=include_path, include_defaults=False)
         if set(tasks) <= set(own.all_subtasks):  # a group may need the harness's tasks

@@ -1,6 +1,6 @@
 """Score texts: nats a token, perplexity, and bits a byte.
 
-Bits a byte compare models of any vocabulary, because bytes do not depend on how they are cut.
+Bits a byte can be compared between vocabularies: the number of bytes depends on no tokenizer.
 """
 
 import math
@@ -13,12 +13,12 @@ from llama import parallel
 from llama.errors import DataError, GenerationError
 from llama.generation import Llama
 
-WINDOW = 512  # tokens, where the caller does not say
+WINDOW = 512  # tokens, by default
 
 
 @dataclass(frozen=True)
 class Score:
-    """The sum of all tokens' losses, and what to divide it by."""
+    """The summed loss of all tokens, and the numbers of tokens and bytes."""
 
     nats: float
     tokens: int
@@ -30,7 +30,7 @@ class Score:
 
     @property
     def perplexity(self) -> float:
-        return math.exp(min(self.nats_per_token, 700.0))  # beyond, a float has no room
+        return math.exp(min(self.nats_per_token, 700.0))  # exp overflows above 709
 
     @property
     def bits_per_byte(self) -> float:
@@ -38,7 +38,8 @@ class Score:
 
 
 def score(llama: Llama, texts: Iterable[str], window: int | None = None) -> Score:
-    """Score texts in windows that do not overlap, each after a <|begin_of_text|> of its own.
+    """Score texts in windows that do not overlap. Each window begins with bos, or with eos where
+    the vocabulary has no bos.
 
     window: tokens predicted in one window; None: 512, or the model's max_seq_len if smaller.
     Raises GenerationError for a window the model has no room for, DataError without any text.

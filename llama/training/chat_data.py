@@ -1,4 +1,4 @@
-"""Dialogs as training data. Only what the assistant says has a loss."""
+"""Dialogs as training data. Only the assistant's messages have a loss."""
 
 import logging
 import random
@@ -41,7 +41,7 @@ class Example:
 
 
 def encode_dialog(formatter: ChatFormat, dialog: Dialog) -> Example:
-    """The opening and every message; learned: the assistant's content and its end.
+    """The ids of a whole dialog. The assistant's contents and their ends are learned.
 
     Raises DialogError for a dialog without an assistant's message.
     """
@@ -79,7 +79,7 @@ def read_dialogs(path: str | Path) -> Iterator[tuple[int, Dialog]]:
 
     A line is {"messages": [{"role": …, "content": …}, …]}, or one of two other forms: ShareGPT's
     {"conversations": [{"from": …, "value": …}, …]} and Alpaca's {"instruction": …, "input": …,
-    "output": …}. A log line says where one of these was read.
+    "output": …}. The first line of each other form is logged.
     Raises DataError for a line of another form.
     """
     told: set[str] = set()
@@ -94,7 +94,7 @@ def read_dialogs(path: str | Path) -> Iterator[tuple[int, Dialog]]:
         else:
             raise DataError(f'{path}, line {number} has no list "messages"')
         if dialog is None:
-            raise DataError(f"{path}, line {number}: {form} hold a role or a text that is unknown")
+            raise DataError(f"{path}, line {number}: {form} have an unknown role, or no text")
         if form not in told:
             told.add(form)
             if parallel.is_main_rank():
@@ -127,11 +127,11 @@ class DialogData:
 
     examples: list[Example]
     cut: int  # dialogs that lost turns at their end
-    dropped: int  # dialogs whose first answer already was too long
+    dropped: int  # dialogs that were left out, because their first turn is too long
 
 
 def load_dialogs(path: str | Path, formatter: AnyFormat, limit: int) -> DialogData:
-    """Encode every dialog of a file in at most `limit` tokens; longer ones are cut at a turn.
+    """Encode every dialog of a file. Dialogs of more than `limit` tokens are cut after a turn.
 
     Raises DataError that names the line of a dialog which cannot be learned from.
     """
@@ -201,8 +201,8 @@ class DialogLoader:
 
 
 def pack(examples: Iterable[Example], length: int, pad: int) -> Iterator[Example]:
-    """Rows of exactly `length` tokens: examples in their order, as many whole ones as fit, padded
-    with `pad`, which is never learned. None may be longer than `length`."""
+    """Yield rows of exactly `length` tokens. A row holds as many whole examples as fit, in order,
+    and is padded with `pad`, which is not learned. No example may be longer than `length`."""
     row = Example([], [])
     for example in examples:
         assert len(example) <= length
@@ -221,7 +221,7 @@ def _padded(row: Example, length: int, pad: int) -> Example:
 
 
 def to_batch(rows: list[Example]) -> tuple[Tensor, Tensor]:
-    """Inputs and targets (B, T) of rows of T + 1 tokens; not learned: -100."""
+    """Inputs and targets (B, T) of rows of T + 1 tokens. A target that is not learned is -100."""
     tokens = torch.tensor([row.tokens for row in rows])
     learned = torch.tensor([row.learned for row in rows])
     return tokens[:, :-1], tokens.masked_fill(~learned, IGNORED)[:, 1:]

@@ -1,7 +1,7 @@
 """Checkpoints of a training run: folders `step_00000200` in Meta's format, and how to resume.
 
-A folder is written under another name and renamed when all of it is on disk. So whatever is called
-step_… is whole, and a kill or a full disk leaves the ones before as they were.
+A folder is written under another name and renamed when all of it is on disk. So every folder named
+step_… is complete, and a kill or a full disk damages none of the earlier ones.
 """
 
 import shutil
@@ -30,7 +30,7 @@ OF_TOKENIZER = ("tokenizer_config.json", "chat_template.jinja", "generation_conf
 
 @dataclass
 class Run:
-    """What a checkpoint holds of a training run, and where it lies."""
+    """The state of a training run that a checkpoint holds, and the folder of the checkpoints."""
 
     out_dir: Path
     model: Transformer
@@ -44,7 +44,7 @@ class Run:
 def save(run: Run) -> Path:
     """Write the run's state after its last step, then delete the oldest beyond `keep`.
 
-    Where one rank fails, all raise, and what was written of this checkpoint is removed.
+    Where one rank fails, all ranks raise, and the incomplete folder is removed.
     """
     final = run.out_dir / f"step_{run.step:08d}"
     partial = run.out_dir / f"partial_{run.step:08d}"
@@ -112,8 +112,8 @@ def load_newest(run: Run) -> bool:
         raise CheckpointError(f"cannot resume from {path}: {reason}") from error
     if state["ranks"] != _ranks():
         raise TrainingError(
-            f"{folder} was written by {state['ranks'][0]} rank(s), {state['ranks'][1]} to a model; "
-            f"this run has {_ranks()[0]}, {_ranks()[1]} to a model"
+            f"{folder} was written by {state['ranks'][0]} rank(s), {state['ranks'][1]} for each "
+            f"model; this run has {_ranks()[0]}, {_ranks()[1]} for each model"
         )
     weights = shards.read_shard(folder / shards.shard_name(parallel.mp_rank()))
     with torch.no_grad():
@@ -139,7 +139,7 @@ def load_newest(run: Run) -> bool:
 
 
 def _state_name(run: Run) -> str:
-    """Each rank of a model has its own state, and so has each replica under FSDP."""
+    """Each rank of a model has a state file. Under FSDP each rank of every replica has one."""
     rank = dist.get_rank() if isinstance(run.model, FSDPModule) else parallel.mp_rank()
     return f"training.{rank:02d}.pt"
 
@@ -153,7 +153,7 @@ def _wait_for_all() -> None:
         dist.barrier()
 
 
-# ---- FSDP's tensors, of which a rank holds some rows ------------------------------------------
+# ---- FSDP's tensors: a rank holds some of the rows --------------------------------------------
 
 
 def _whole(weight: Tensor) -> Tensor:

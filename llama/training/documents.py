@@ -1,4 +1,4 @@
-"""From text files to documents to token files."""
+"""Documents read from text files, and written as token files."""
 
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -12,9 +12,10 @@ from llama.training.token_files import write_token_file
 
 
 def read_documents(files: Iterable[str | Path], field: str = "text") -> Iterator[str]:
-    """The texts of files. A `.jsonl` has one in `field` of every line; any other file is one text.
+    """The documents of files. A line of a `.jsonl` has one under the key `field`. Any other file is
+    one document.
 
-    Raises DataError that names the file, and the line that is not what it should be.
+    Raises DataError that names the file, and the line that has no such text.
     """
     for file in files:
         if Path(file).suffix != ".jsonl":
@@ -29,9 +30,9 @@ def read_documents(files: Iterable[str | Path], field: str = "text") -> Iterator
 def write_token_files(
     documents: Iterable[str], tokenizer: Tokenizer, pattern: str, shard_tokens: int
 ) -> tuple[list[str], int]:
-    """Write documents, each from bos to eos, into files of at most `shard_tokens`.
+    """Write documents, each with bos and eos, into files of at most `shard_tokens` tokens.
 
-    pattern: the files' name, with {} where the number goes; without, all goes into one file.
+    pattern: the files' name, with {} in place of the number. Without {} there is one file.
     Returns the files' names and the number of tokens.
     """
     try:

@@ -15,13 +15,13 @@ from llama.training.loop import StepReport, Trainer
 
 
 class TrainingLog:
-    """Called after every step of a `Trainer`. Only the main rank prints.
+    """A function that a `Trainer` calls after every step. Only the main rank prints.
 
     Args:
-        tokens_per_step: of all ranks, for the speed.
-        log_dir: folder for TensorBoard; None: none.
-        sample_every: steps between sample texts, 0: never.
-        prompts: what the samples continue.
+        tokens_per_step: tokens of all ranks in a step, for the speed.
+        log_dir: folder for TensorBoard's events; None: no events.
+        sample_every: steps between sample texts; 0: no samples.
+        prompts: the beginnings of the sample texts.
     """
 
     def __init__(
@@ -42,7 +42,7 @@ class TrainingLog:
     def __call__(self, trainer: Trainer, report: StepReport) -> None:
         if parallel.is_main_rank():
             self._show(trainer, report)
-        # Every rank of a model takes part, because each holds a part of it.
+        # Every rank of a model computes its part of the samples.
         if self.sample_every and report.step % self.sample_every == 0:
             for prompt, text in zip(self.prompts, self.samples(trainer), strict=True):
                 if parallel.is_main_rank():

@@ -1,8 +1,9 @@
 """The training loop: steps, evaluation, checkpoints and exact resumption.
 
-One `Transformer` on any number of ranks: fairscale's tensor parallelism inside a model-parallel
-group, and across the groups DDP, or FSDP2 where one group's memory is not enough for weights,
-gradients and optimizer. Nothing here is random: a run is a function of its loader and options.
+A model-parallel group of ranks shares one `Transformer` by fairscale's tensor parallelism. Several
+groups train together by DDP, or by FSDP2 where weights, gradients and optimizer state do not fit
+into one group's memory. Nothing here draws random numbers: a run depends on its loader and options
+alone.
 """
 
 import contextlib
@@ -42,12 +43,12 @@ class TrainingOptions:
 
     steps: int = 1000
     warmup_steps: int = 50
-    decay_steps: int | None = None  # None: a cosine; else level, then a straight line this long
-    final_lr: float = 0.1  # share of the learning rate that is left at the end
-    accumulation: int = 1  # batches of a step, on each rank
-    clip: float = 1.0  # of the gradient's norm
+    decay_steps: int | None = None  # None: a cosine. Else constant, then linear for so long
+    final_lr: float = 0.1  # the last learning rate, as a share of the peak
+    accumulation: int = 1  # batches that each rank computes in a step
+    clip: float = 1.0  # largest norm of the gradient
     separate_documents: bool = True  # packed documents do not see each other
-    autocast: torch.dtype | None = None  # of matrix products; the weights keep theirs
+    autocast: torch.dtype | None = None  # dtype of matrix products; None: the weights'
     eval_every: int = 100
     eval_batches: int = 20
     checkpoint_every: int = 200
@@ -66,7 +67,7 @@ class TrainingOptions:
 def shard_model(model: Transformer) -> Transformer:
     """Split weights, gradients and optimizer state over the data-parallel ranks (FSDP2), in place.
 
-    A layer is whole only while it computes. Call it before the optimizers are made.
+    A layer's weights are gathered only while it computes. Call this before making the optimizers.
     """
     mesh = DeviceMesh.from_group(fs_init.get_data_parallel_group(), model.device.type)
     for layer in model.layers:
@@ -78,7 +79,7 @@ def shard_model(model: Transformer) -> Transformer:
 
 
 class Trainer:
-    """One run. `run()` trains to the last step and returns the losses of the steps it made.
+    """A training run. `run()` trains up to the last step and returns the loss of each step.
 
     Args:
         model: on its device, float32 or bfloat16; after `shard_model` for FSDP.
@@ -87,7 +88,7 @@ class Trainer:
         bos_id: the token that begins a document.
         out_dir: folder for the checkpoints `step_00000200` and so on.
         tokenizer_path: copied into each checkpoint.
-        eval_loader: held-out batches, always the same ones, from where it stands now.
+        eval_loader: held-out batches. Every evaluation begins at the loader's position of now.
         on_step: called after every step, on every rank, as on_step(trainer, StepReport).
     """
 
@@ -127,22 +128,22 @@ class Trainer:
             seconds = time.perf_counter() - start
             is_last = self.step == self.options.steps
             held_out = None
-            if self.eval_loader is not None and self._is_time(self.options.eval_every):
+            if self.eval_loader is not None and self._is_due(self.options.eval_every):
                 held_out = self.evaluate()
             if self.on_step is not None:
                 rate = self.optimizers[0].param_groups[0]["lr"]
                 self.on_step(self, StepReport(self.step, loss, norm, rate, seconds, held_out))
-            if is_last or self._is_time(self.options.checkpoint_every):
+            if is_last or self._is_due(self.options.checkpoint_every):
                 self.save()
         return losses
 
-    def _is_time(self, every: int) -> bool:
+    def _is_due(self, every: int) -> bool:
         return self.step % every == 0 or self.step == self.options.steps
 
     def train_step(self) -> tuple[float, float]:
         """One update; returns the mean loss in nats a token and the gradient's norm.
 
-        Raises TrainingError, before any weight is touched, where one of them is not finite.
+        Raises TrainingError where the loss or the norm is not finite. No weight has changed then.
         """
         count = self.options.accumulation
         batches = [self._prepare(*self.loader.next_batch()) for _ in range(count)]
@@ -151,7 +152,7 @@ class Trainer:
             raise TrainingError(f"step {self.step + 1}: no target in its batches has a loss")
         total = 0.0
         for i, batch in enumerate(batches):
-            with self._gradients_stay(i < len(batches) - 1):
+            with self._gradient_exchange(is_last=i == len(batches) - 1):
                 loss = self._loss(batch)
                 # The loss is the mean over all targets of the step. DDP averages over the replicas.
                 (loss * (self.dp_size / n_targets)).backward()
@@ -161,7 +162,7 @@ class Trainer:
         if not (math.isfinite(loss_mean) and math.isfinite(norm)):
             raise TrainingError(
                 f"step {self.step + 1}: the loss is {loss_mean} and the gradient's norm {norm}; "
-                f"the checkpoints in {self.out_dir} are from before"
+                f"the checkpoints in {self.out_dir} are of earlier steps"
             )
         factor = learning_rate_factor(self.step, self.options)
         for optimizer, rates in zip(self.optimizers, self.peak_rates, strict=True):
@@ -227,12 +228,13 @@ class Trainer:
             logits = self.replica(batch.inputs, positions=batch.positions, mask=batch.mask)
         return next_token_loss(logits, batch.targets, IGNORED, "sum")
 
-    def _gradients_stay(self, stay: bool) -> contextlib.AbstractContextManager[None]:
-        """Keep gradients on their rank until the last batch of the step, where `stay` is true."""
-        if isinstance(self.replica, DistributedDataParallel) and stay:
+    def _gradient_exchange(self, is_last: bool) -> contextlib.AbstractContextManager[None]:
+        """A block for one batch. Replicas exchange their gradients in the last one of a step
+        only."""
+        if isinstance(self.replica, DistributedDataParallel) and not is_last:
             return self.replica.no_sync()
         if isinstance(self.replica, FSDPModule):
-            self.replica.set_requires_gradient_sync(not stay)
+            self.replica.set_requires_gradient_sync(is_last)
         return contextlib.nullcontext()
 
     def _sum_over_replicas(self, value: float) -> float:

@@ -1,4 +1,4 @@
-"""The training objective: next-token cross-entropy, and which documents see each other."""
+"""The training objective: next-token cross-entropy, and masks between packed documents."""
 
 import torch
 import torch.nn.functional as F
@@ -19,8 +19,8 @@ def next_token_loss(
 def document_numbers(inputs: Tensor, targets: Tensor, bos_id: int) -> tuple[Tensor | None, Tensor]:
     """Number the documents in each row of inputs (B, S). Every document begins with `bos_id`.
 
-    Returns the numbers (B, S), or None where every row is one document, and the targets (B, S),
-    where the first token of another document is ignored.
+    Returns the numbers (B, S), or None where every row is one document, and the targets (B, S), in
+    which the first token of each document is ignored.
     """
     is_first = inputs == bos_id
     targets = targets.masked_fill(targets == bos_id, IGNORED)
@@ -28,8 +28,8 @@ def document_numbers(inputs: Tensor, targets: Tensor, bos_id: int) -> tuple[Tens
 
 
 def document_mask(documents: Tensor) -> Tensor:
-    """Document numbers (B, S) -> (B, 1, S, S), True where a token may look: at tokens of its own
-    document that are not after it."""
+    """Document numbers (B, S) -> (B, 1, S, S), True where a query sees a key: in the same document,
+    and not after the query."""
     is_same = documents[:, :, None] == documents[:, None, :]
     return is_same.tril()[:, None]
 

@@ -29,7 +29,7 @@ def check_schedule(steps: int, warmup_steps: int, decay_steps: int | None, final
         decay = "" if decay_steps is None else f" and decay_steps {decay_steps}"
         raise TrainingError(f"warmup_steps {warmup_steps}{decay} do not fit into {steps} steps")
     if not 0 <= final_lr <= 1:
-        raise TrainingError(f"final_lr is {final_lr}: a share of the learning rate, 0 to 1")
+        raise TrainingError(f"final_lr is {final_lr}: it must be a share of the peak, 0 to 1")
 
 
 def learning_rate_factor(step: int, schedule: Schedule) -> float:
@@ -52,8 +52,8 @@ def learning_rate_factor(step: int, schedule: Schedule) -> float:
 def clip_grad_norm(model: Transformer, max_norm: float) -> float:
     """Scale all gradients so that their joint norm, over all ranks, is at most `max_norm`.
 
-    Returns the norm before. Every rank of the model holds its own part of a split weight, but the
-    same whole gradient of a replicated one, which must count once.
+    Returns the norm before clipping. Each rank of a model holds another part of the gradient of a
+    split weight. All hold the same gradient of a replicated weight, which is counted once.
     """
     split = torch.zeros((), dtype=torch.float32, device=model.device)
     replicated = split.clone()
@@ -81,12 +81,12 @@ def clip_grad_norm(model: Transformer, max_norm: float) -> float:
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum whose every step is made orthogonal; Jordan et al. 2024, kellerjordan.github.io/
-    posts/muon. For matrices inside the layers; embedding and norms take AdamW.
+    """Momentum with orthogonalized updates; Jordan et al. 2024, kellerjordan.github.io/posts/muon.
+    For matrices inside the layers. The embedding and the norms take AdamW.
 
-    It learns from about half the tokens that AdamW needs. PyTorch's own computes in bfloat16,
-    which CPUs without an instruction for it do at a tenth of the speed; this one in the weights'
-    dtype. A matrix must be whole: no tensor parallelism, no FSDP.
+    It needs about half the tokens of AdamW for the same loss. PyTorch's own Muon computes in
+    bfloat16, ten times slower on CPUs without bfloat16 instructions. This one computes in the
+    weights' dtype. Each matrix must be whole: no tensor parallelism, no FSDP.
     """
 
     def __init__(
@@ -121,7 +121,9 @@ def orthogonalize(matrix: Tensor, iterations: int = 5) -> Tensor:
     Its odd polynomial moves singular values from (0, 1] to between 0.7 and 1.2.
     """
     a, b, c = 3.4445, -4.7750, 2.0315
-    x = matrix.mT if matrix.shape[0] > matrix.shape[1] else matrix  # the smaller product
+    x = (
+        matrix.mT if matrix.shape[0] > matrix.shape[1] else matrix
+    )  # of the two Gram matrices the smaller
     x = x / (x.norm() + 1e-7)
     for _ in range(iterations):
         square = x @ x.mT

@@ -76,10 +76,10 @@ class Loader(Protocol):
 
 
 class DistributedShardedDataLoader:
-    """Batches of B rows of T tokens from the files of a pattern, in order, over and over.
+    """Batches of B rows of T tokens from the files that match a pattern, in order, without end.
 
-    Each of `num_processes` data-parallel ranks reads its own B * T of every step's tokens. What is
-    left at the end of a file and does not fill a step is skipped.
+    In each step each of `num_processes` data-parallel ranks reads B * T tokens of its own. Tokens
+    at the end of a file that do not fill a step are skipped.
     """
 
     def __init__(
@@ -116,7 +116,7 @@ class DistributedShardedDataLoader:
         self._open(0, 0)
 
     def _open(self, shard: int, position: int) -> None:
-        self.shard, self.position = shard, position  # position: of the step, not of this rank
+        self.shard, self.position = shard, position  # position: where the step begins
         self._tokens = read_token_file(self.files[shard])
 
     def next_batch(self) -> tuple[Tensor, Tensor]:

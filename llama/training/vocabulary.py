@@ -1,4 +1,4 @@
-"""Training a byte-pair vocabulary, in the file format of Llama 3's tokenizer.
+"""Train a byte-pair vocabulary and write it in the format of Llama 3's `tokenizer.model`.
 
 Philip Gage 1994, "A New Algorithm for Data Compression"; Sennrich et al. 2016, arxiv.org/abs/
 1508.07909. The merges are counted by the `tokenizers` library (extra `[train]`).
@@ -18,7 +18,7 @@ def train_vocabulary(texts: Iterable[str], n_ranks: int, path: str | Path) -> No
     """Write a `tokenizer.model` of `n_ranks` byte sequences, the 256 single bytes among them.
 
     `Tokenizer` opens it and puts Llama 3's 256 special tokens after the ranks. The words are cut
-    by Llama 3's pattern before anything is merged. One text gives one file, byte for byte.
+    by Llama 3's pattern before any merge. The same text always gives the same bytes.
     Raises TokenizerError where the text has too few pairs for so many ranks.
     """
     try:

@@ -261,7 +261,7 @@ def test_over_long_dialogs_are_counted(folder: Path, run: Run) -> None:
     printed = run("finetune", "--ckpt_dir", make_base(folder), "--data", folder / "dialogs.jsonl",
                   "--out_dir", folder / "tuned", "--batch=1", "--seq_len=64", "--steps=1",
                   "--warmup_steps=0", "--device=cpu")  # fmt: skip
-    assert "0 dialogs cut at a turn and 1 left out, to fit into 64 tokens" in printed
+    assert "0 dialogs cut after a turn and 1 left out, to fit into 64 tokens" in printed
     formatter = Tokenizer(folder / "tokenizer.model").chat_format()
     assert load_dialogs(folder / "dialogs.jsonl", formatter, 65).dropped == 1
 

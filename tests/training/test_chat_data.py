@@ -188,5 +188,5 @@ def test_other_forms_of_dialogs(tmp_path: Path, caplog: pytest.LogCaptureFixture
 def test_dialogs_that_cannot_be_mapped(record: dict[str, Any], tmp_path: Path) -> None:
     path = tmp_path / "dialogs.jsonl"
     path.write_text(json.dumps(record))
-    with pytest.raises(DataError, match=r"line 1: .* hold a role or a text that is unknown"):
+    with pytest.raises(DataError, match=r"line 1: .* have an unknown role, or no text"):
         list(read_dialogs(path))

@@ -498,7 +498,7 @@ def test_a_loss_that_is_no_number_stops_the_run(tmp_path: Path) -> None:
                 trainer.model.norm.weight[0] = math.nan
 
     trainer.on_step = poison
-    with pytest.raises(TrainingError, match=r"step 4: the loss is nan .* are from before"):
+    with pytest.raises(TrainingError, match=r"step 4: the loss is nan .* are of earlier steps"):
         trainer.run()
     assert [p.name for p in tmp_path.iterdir()] == ["step_00000002"]
     healthy = make_trainer(tmp_path, steps=6)

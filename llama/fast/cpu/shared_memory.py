@@ -66,7 +66,10 @@ class SharedMemory:
 
 
 def _make(n_bytes: int) -> BinaryIO | None:
-    """A new file of that size, in memory if the system has /dev/shm; None if there is no room."""
+    """A new file of that size, in memory if the system has /dev/shm. Returns None if there is no
+    room, or if the system cannot reserve it, as Windows and macOS."""
+    if not hasattr(os, "posix_fallocate"):
+        return None
     folder = Path("/dev/shm")
     try:
         descriptor, path = tempfile.mkstemp(
@@ -77,7 +80,7 @@ def _make(n_bytes: int) -> BinaryIO | None:
     try:
         os.posix_fallocate(descriptor, 0, n_bytes)  # reserve the space now, not at the first write
         return Path(path).open("r+b")
-    except (OSError, AttributeError):
+    except OSError:
         os.unlink(path)
         return None
     finally:

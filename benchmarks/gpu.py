@@ -1,11 +1,12 @@
-"""Fast mode on a GPU beside what the device can do and beside transformers, on random weights.
+"""Compare fast mode on a GPU with the device's limits and with transformers, on random weights.
 
 python benchmarks/gpu.py --out benchmarks/results/gpu.json
-python benchmarks/gpu.py --shapes demo --rows 1,2 --prefills 64    # shows on a CPU that it runs
+python benchmarks/gpu.py --shapes demo --rows 1,2 --prefills 64    # a trial on a CPU
 
-A decode step reads every matrix, and each row's keys and values up to its own position. Its floor
-is the time of a copy of as many bytes, read and written. The floor of a prefill is the time of its
-operations at the speed of a large product. Each line is printed as soon as it is measured.
+A decode step reads every matrix, and each row's keys and values up to its position. The lower bound
+of a step is the time in which a copy moves as many bytes, read and written. The lower bound of a
+prefill is the time of its operations at the speed of a large matrix product. Each line is printed
+as soon as it is measured.
 """
 
 import gc
@@ -39,13 +40,14 @@ from llama.parallel import local_device
 from llama.sampling import SamplingParams
 
 PROMPT = 128  # tokens of each row before it decodes
-STEPS = 32  # that are measured together
+STEPS = 32  # decode steps of one round
 ROUNDS = 5
-WARM_UPS = 3
-CHUNK = 2048  # tokens of a prompt that one forward takes
+WARM_UPS = 3  # rounds that are not counted
+CHUNK = 2048  # most tokens of a prompt in one forward
 DTYPE = torch.bfloat16
 WIDTHS = ("bfloat16", "int8", "fp8", "int4", "invariant")
-FIRST = """
+# Prints the seconds until the model is built, until the first token and until the second.
+FIRST_TOKENS = """
 import time
 start = time.perf_counter()
 from llama import Llama
@@ -57,24 +59,20 @@ print(built - start, times[0] - built, times[1] - built)
 """
 
 
-def synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
 def seconds(work: Callable[[], Any], device: torch.device, rounds: int = ROUNDS) -> float:
-    """The median of the rounds, each waited for, after some that warm up."""
-    taken = []
+    """The median time of a call, in seconds, after WARM_UPS calls that are not counted."""
+    durations = []
     for _ in range(WARM_UPS + rounds):
         start = time.perf_counter()
         work()
-        synchronize(device)
-        taken.append(time.perf_counter() - start)
-    return statistics.median(taken[WARM_UPS:])
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        durations.append(time.perf_counter() - start)
+    return statistics.median(durations[WARM_UPS:])
 
 
 def limits(device: torch.device) -> dict[str, float]:
-    """Bytes and floating-point operations a second."""
+    """The bytes a second of a large copy and the operations a second of a large product."""
     n, side = (1 << 29, 8192) if device.type == "cuda" else (1 << 24, 512)
     source = torch.randn(n, device=device)
     target = torch.empty_like(source)
@@ -86,17 +84,17 @@ def limits(device: torch.device) -> dict[str, float]:
 
 
 def read_bytes(args: ModelArgs, width: str, rows: int) -> float:
-    """What a decode step must read, in the middle of those that are measured."""
-    of_weight = BYTES.get(width, DTYPE.itemsize)
+    """The bytes that a decode step must read, for the average length of the measured steps."""
+    bytes_per_weight = BYTES.get(width, DTYPE.itemsize)
     shapes = args.whole_shapes().items()
     matrices = sum(shape[0] * shape[1] for name, shape in shapes if is_quantized(name))
-    of_token = 2 * args.n_layers * args.local_kv_heads(1) * args.head_dim * DTYPE.itemsize
+    bytes_per_token = 2 * args.n_layers * args.local_kv_heads(1) * args.head_dim * DTYPE.itemsize
     length = PROMPT + STEPS * (ROUNDS + WARM_UPS) / 2
-    return matrices * of_weight + rows * length * of_token
+    return matrices * bytes_per_weight + rows * length * bytes_per_token
 
 
 def prefill_flops(args: ModelArgs, n: int) -> float:
-    """Of n tokens with the logits of the last: products of the weights and causal attention."""
+    """The operations of a prefill of n tokens, with logits for the last token only."""
     total = 0.0
     for name, shape in args.whole_shapes().items():
         if is_quantized(name):
@@ -105,10 +103,12 @@ def prefill_flops(args: ModelArgs, n: int) -> float:
 
 
 def prompts(rows: int, length: int, vocab_size: int) -> list[list[int]]:
+    """Prompts of random token ids."""
     return torch.randint(0, vocab_size, (rows, length)).tolist()
 
 
 def our_network(args: ModelArgs, width: str, device: torch.device) -> GpuTransformer:
+    """Fast mode's network with random weights. width: one of WIDTHS."""
     torch.set_default_dtype(DTYPE)
     with device:
         model = Transformer(args)
@@ -119,7 +119,7 @@ def our_network(args: ModelArgs, width: str, device: torch.device) -> GpuTransfo
 
 
 def our_decode(network: GpuTransformer, rows: int) -> float:
-    """Seconds of a step of the engine, with all that it does between two of them."""
+    """Seconds of a decode step of the engine, including its work between two forwards."""
     length = PROMPT + STEPS * (ROUNDS + WARM_UPS) + 2
     engine = Engine(network, rows, length, static=True, prefill_chunk=CHUNK)
     requests = [
@@ -135,14 +135,14 @@ def our_decode(network: GpuTransformer, rows: int) -> float:
         for _ in range(STEPS):
             events.extend(engine.step())
 
-    taken = seconds(steps, network.device) / STEPS
+    duration = seconds(steps, network.device) / STEPS
     check_count("decode", count_tokens(events), rows * STEPS * (ROUNDS + WARM_UPS))
     assert sum(len(request.tokens) for request in requests) == n_before + len(events)
-    return taken
+    return duration
 
 
 def our_prefill(network: GpuTransformer, n: int) -> float:
-    """Seconds to the first token of a prompt that nobody has seen."""
+    """Seconds to the first token of a prompt, none of which is in the cache."""
     engine = Engine(network, 1, n + 1, static=True, prefill_chunk=CHUNK)
     params = SamplingParams(temperature=0, max_gen_len=1)
     prompt = prompts(1, n, network.vocab_size)[0]
@@ -153,12 +153,13 @@ def our_prefill(network: GpuTransformer, n: int) -> float:
         while engine.has_work:
             events.extend(engine.step())
 
-    taken = seconds(work, network.device)
+    duration = seconds(work, network.device)
     check_count("prefill", count_tokens(events), ROUNDS + WARM_UPS)
-    return taken
+    return duration
 
 
 def their_model(args: ModelArgs, device: torch.device) -> Any:
+    """transformers' LlamaForCausalLM with random weights."""
     torch.set_default_dtype(DTYPE)
     config = transformers.LlamaConfig(**make_config(args, DTYPE))
     with device:
@@ -168,6 +169,7 @@ def their_model(args: ModelArgs, device: torch.device) -> Any:
 
 
 def their_decode(model: Any, rows: int) -> float:
+    """Seconds of a decode step of transformers."""
     ids = torch.tensor(prompts(rows, PROMPT, model.config.vocab_size), device=model.device)
     cache = transformers.DynamicCache(config=model.config)
 
@@ -175,13 +177,13 @@ def their_decode(model: Any, rows: int) -> float:
         nonlocal ids
         logits = model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
         ids = logits[:, -1:].argmax(-1)
-        ids.tolist()  # as a caller wants them
+        ids.tolist()  # waits for the GPU, as a caller that needs the ids does
 
     return seconds(work, model.device, STEPS)
 
 
 def their_compiled_decode(model: Any, rows: int) -> float:
-    """With a static cache, and the forward in one compiled CUDA graph: gpt-fast's way too."""
+    """Seconds of a decode step of transformers, compiled into one CUDA graph as in gpt-fast."""
     size = PROMPT + STEPS + WARM_UPS + 2
     cache = transformers.StaticCache(config=model.config, max_cache_len=size)
     ids = torch.tensor(prompts(rows, PROMPT, model.config.vocab_size), device=model.device)
@@ -200,17 +202,17 @@ def their_compiled_decode(model: Any, rows: int) -> float:
 
 
 def their_prefill(model: Any, n: int) -> float:
+    """Seconds of a prefill of n tokens by transformers."""
     ids = torch.tensor(prompts(1, n, model.config.vocab_size), device=model.device)
     return seconds(lambda: model(ids, logits_to_keep=1), model.device)
 
 
 def first_tokens(device: torch.device) -> dict[str, Any]:
-    """Seconds of two fresh processes, the first with empty caches: to build the bundled model, then
-    to its first and second token."""
+    """The seconds of FIRST_TOKENS in two processes. Only the first has an empty Triton cache."""
     found: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as cache:
         environment = os.environ | {"TRITON_CACHE_DIR": cache}
-        command = [sys.executable, "-c", FIRST.format(device=str(device))]
+        command = [sys.executable, "-c", FIRST_TOKENS.format(device=str(device))]
         for name in ("empty caches", "second process"):
             run = subprocess.run(command, env=environment, capture_output=True, text=True)
             if run.returncode != 0:
@@ -222,7 +224,7 @@ def first_tokens(device: torch.device) -> dict[str, Any]:
 
 
 class Report:
-    """Figures of one device, printed and written as they come."""
+    """The figures of one device. Each is printed and written to `out` when it is added."""
 
     def __init__(self, device: torch.device, out: str | None) -> None:
         on_gpu = device.type == "cuda"
@@ -236,24 +238,28 @@ class Report:
             "limits": limits(device),
             "figures": [],
         }
-        most = self.content["limits"]
+        device_limits = self.content["limits"]
         print(
-            f"{self.content['device']}: copy {most['bytes_per_second'] / 1e12:.2f} TB/s, "
-            f"product {most['flops'] / 1e12:.0f} TFLOP/s",
+            f"{self.content['device']}: copy {device_limits['bytes_per_second'] / 1e12:.2f} TB/s, "
+            f"product {device_limits['flops'] / 1e12:.0f} TFLOP/s",
             flush=True,
         )
 
-    def add(self, args: ModelArgs, shape: str, who: str, phase: str, n: int, taken: float) -> None:
-        """Phase "decode": seconds of a step of n rows; "prefill": of a prompt of n tokens."""
-        most = self.content["limits"]
+    def add(
+        self, args: ModelArgs, shape: str, who: str, phase: str, n: int, duration: float
+    ) -> None:
+        """Add a duration in seconds. phase: "decode" of n rows, or "prefill" of n tokens. who: one
+        of WIDTHS, or "transformers". Raises BenchmarkError if it is below the lower bound."""
+        device_limits = self.content["limits"]
         if phase == "decode":
-            floor = read_bytes(args, who, n) / most["bytes_per_second"]
+            bound = read_bytes(args, who, n) / device_limits["bytes_per_second"]
         else:
-            floor = prefill_flops(args, n) / most["flops"]
-        check_rate(f"{who} {phase} {n}", floor / taken, 1, "of the limit")
-        row = dict(shape=shape, who=who, phase=phase, n=n, seconds=taken, of_limit=floor / taken)
+            bound = prefill_flops(args, n) / device_limits["flops"]
+        of_limit = bound / duration
+        check_rate(f"{who} {phase} {n}", of_limit, 1, "of the limit")
+        row = dict(shape=shape, who=who, phase=phase, n=n, seconds=duration, of_limit=of_limit)
         self.content["figures"].append(row)
-        print(f"{shape:14} {who:22} {phase} {n:5} {taken * 1e3:9.3f} ms {floor / taken:6.1%}",
+        print(f"{shape:14} {who:22} {phase} {n:5} {duration * 1e3:9.3f} ms {of_limit:6.1%}",
               flush=True)  # fmt: skip
         self.write()
 
@@ -263,8 +269,8 @@ class Report:
             Path(self._out).write_text(json.dumps(self.content, indent=2) + "\n")
 
 
-def listed(value: Any) -> list[Any]:
-    """What fire made of a list: one item, a tuple, or text with commas."""
+def as_list(value: Any) -> list[Any]:
+    """A flag's values as a list. fire gives one item, a tuple, or text with commas."""
     if isinstance(value, str):
         return value.split(",")
     return list(value) if isinstance(value, Sequence) else [value]
@@ -280,30 +286,32 @@ def main(
     device: str | None = None,
     out: str | None = None,
 ) -> None:
-    """Measure and print; medians.
+    """Measure, and print medians.
 
     Args:
-        shapes: published models' names, or demo, 110m or 1.5b. The first in all widths, the others
-            in bfloat16 alone.
-        rows: numbers of rows that decode together.
-        prefills: tokens of the prompts whose prefill is measured.
-        widths: of the weights, and "invariant"; fp8 only where the device has it.
-        compiled: measure transformers compiled too, which takes a minute to compile.
+        shapes: names of published models, or demo, 110m or 1.5b. The first is measured in all
+            widths, the others in bfloat16 only.
+        rows: numbers of rows that are decoded together.
+        prefills: lengths in tokens of the prompts whose prefill is measured.
+        widths: widths of the weights, and "invariant". fp8 is skipped if the device has no fp8.
+        compiled: also measure compiled transformers; compiling takes a minute.
         device: cuda or cpu; by default the GPU, if there is one.
-        out: file for the figures as JSON.
+        out: a file, to which the figures are written as JSON.
     """
     target = local_device(device)
     on_gpu = target.type == "cuda"
     report = Report(target, out)
     report.content["first_token_seconds"] = first_tokens(target)
-    names = listed(shapes)
-    longest = max(listed(prefills))
+    names = as_list(shapes)
+    longest = max(as_list(prefills))
 
     def args_of(shape: str) -> ModelArgs:
         args = ModelArgs(**SHAPES[shape]) if shape in SHAPES else replace(PRESETS[shape])
         length = max(longest, PROMPT + STEPS * (ROUNDS + WARM_UPS)) + 2
-        args.context_length = max(args.context, length)  # a prompt of the context and its answer
-        args.set_limits(length, max(listed(rows)))
+        args.context_length = max(
+            args.context, length
+        )  # the longest prompt and its answer must fit
+        args.set_limits(length, max(as_list(rows)))
         return args
 
     def clean() -> None:
@@ -313,28 +321,28 @@ def main(
             torch.cuda.empty_cache()
 
     for shape in names:
-        for width in listed(widths) if shape == names[0] else ["bfloat16"]:
+        for width in as_list(widths) if shape == names[0] else ["bfloat16"]:
             if width == "fp8" and on_gpu and not has_fp8(target):
                 continue
             if width == "invariant" and not on_gpu:
                 continue
             args = args_of(shape)
             network = our_network(args, width, target)
-            for n in listed(rows):
+            for n in as_list(rows):
                 report.add(args, shape, width, "decode", n, our_decode(network, n))
-            for n in listed(prefills) if width in ("bfloat16", "invariant") else ():
+            for n in as_list(prefills) if width in ("bfloat16", "invariant") else ():
                 report.add(args, shape, width, "prefill", n, our_prefill(network, n))
             del network
             clean()
     args = args_of(names[0])
     model = their_model(args, target)
-    for n in listed(rows):
+    for n in as_list(rows):
         report.add(args, names[0], "transformers", "decode", n, their_decode(model, n))
-    for n in listed(prefills):
+    for n in as_list(prefills):
         report.add(args, names[0], "transformers", "prefill", n, their_prefill(model, n))
     if compiled:
-        taken = their_compiled_decode(model, 1)
-        report.add(args, names[0], "transformers, compiled", "decode", 1, taken)
+        duration = their_compiled_decode(model, 1)
+        report.add(args, names[0], "transformers, compiled", "decode", 1, duration)
     report.write()
 
 

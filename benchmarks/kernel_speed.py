@@ -1,10 +1,10 @@
-"""The kernels beside F.linear and the speed at which memory can be read, on a model's matrices.
+"""Compare the CPU kernels with F.linear and with the read bandwidth, on a model's matrices.
 
 python benchmarks/kernel_speed.py --shape 1.5b --out benchmarks/results/kernels_1.5b.json
 
-One pass reads every matrix of several layers, more than the caches hold, as a decode step does.
-All are interleaved in one run; medians count. Tokens a second are what the whole model would have
-if nothing but its matrices cost time.
+One pass reads every matrix of several layers once, as a decode step does. The matrices are larger
+than the caches. All measurements are interleaved in one run, and medians are reported. The tokens a
+second are those of a model in which only the matrix products take time.
 """
 
 import json
@@ -36,17 +36,19 @@ FORMATS: dict[str, Callable[[Tensor], Weight]] = {
     "int8": quantize_int8,
     "int4": quantize_int4,
 }
-READ = 256 << 20  # bytes of the loop that only reads
-AT_LEAST = 200 << 20  # bytes of bfloat16 a pass reads
+READ_BYTES = 256 << 20  # the buffer that measures the read bandwidth
+PASS_BYTES = 200 << 20  # a pass in bfloat16 reads at least this much
 
 
 def size(weight: Weight) -> int:
+    """Bytes of a weight."""
     tensors = weight if isinstance(weight, tuple) else (weight,)
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
 class Matrices:
-    """Some of a model's layers in one format: q, k and v at once, then o, w1 and w3, then w2."""
+    """The matrices of several layers in one format. A layer has four products: with wq, wk and wv;
+    with wo; with w1 and w3; with w2."""
 
     def __init__(self, params: ModelArgs, layers: int, make: Callable[[Tensor], Weight]) -> None:
         d, f, kv = params.dim, params.ffn_dim, params.local_kv_heads(1) * params.head_dim
@@ -56,11 +58,12 @@ class Matrices:
         self.bytes = sum(size(weight) for group in self.groups for weight in group)
 
     def kernels(self, n: int) -> None:
+        """All products of n rows, by our kernels."""
         for product in self.products:
             product(torch.ones(n, product.features))
 
     def linear(self, n: int) -> None:
-        """The same by PyTorch, in the weights' dtype."""
+        """All products of n rows, by PyTorch, in the dtype of the weights."""
         for group in self.groups:
             for weight in group:
                 assert isinstance(weight, Tensor)
@@ -68,6 +71,7 @@ class Matrices:
 
 
 def seconds(work: Callable[[], object]) -> float:
+    """The time of one call."""
     start = time.perf_counter()
     work()
     return time.perf_counter() - start
@@ -81,45 +85,45 @@ def main(
 
     Args:
         shape: 110m or 1.5b.
-        rounds: of every measurement.
-        threads: how many; PyTorch's own choice if not said.
-        out: file for the figures as JSON.
+        rounds: how often everything is measured.
+        threads: number of threads; by default PyTorch's choice.
+        out: a file, to which the figures are written as JSON.
     """
     if threads is not None:
         torch.set_num_threads(threads)
     params = ModelArgs(**SHAPES[shape])
     d, f, kv = params.dim, params.ffn_dim, params.local_kv_heads(1) * params.head_dim
     layer = 2 * d * d + 2 * kv * d + 3 * d * f
-    layers = -(-AT_LEAST // (2 * layer))
-    whole = (params.n_layers * layer + params.vocab_size * d) / (layers * layer)  # in passes
-    read = torch.ones(READ // 4)
+    layers = -(-PASS_BYTES // (2 * layer))
+    passes = (params.n_layers * layer + params.vocab_size * d) / (layers * layer)  # a whole model
+    read = torch.ones(READ_BYTES // 4)
     models = {name: Matrices(params, layers, make) for name, make in FORMATS.items()}
 
-    works: dict[str, Callable[[], object]] = {"read": read.sum}
+    measurements: dict[str, Callable[[], object]] = {"read": read.sum}
     for name, model in models.items():
         for n in ROWS:
-            works[f"{name} {n}"] = partial(model.kernels, n)
+            measurements[f"{name} {n}"] = partial(model.kernels, n)
             if name in ("float32", "bfloat16"):
-                works[f"{name} {n} F.linear"] = partial(model.linear, n)
-    for work in works.values():
-        work()
-    times: dict[str, list[float]] = {name: [] for name in works}
+                measurements[f"{name} {n} F.linear"] = partial(model.linear, n)
+    for measurement in measurements.values():  # warm up
+        measurement()
+    times: dict[str, list[float]] = {name: [] for name in measurements}
     for _ in tqdm(range(rounds), unit="round"):
-        for name, work in works.items():
-            times[name].append(seconds(work))
+        for name, measurement in measurements.items():
+            times[name].append(seconds(measurement))
 
-    speed = READ / statistics.median(times["read"]) / 1e9
+    speed = READ_BYTES / statistics.median(times["read"]) / 1e9
     print(f"\n{shape}, {torch.get_num_threads()} threads, {matmul.instruction_sets()[0]}")
     print(f"{'':26}{'GB/s':>8}{'of read':>9}{'tok/s':>9}   read: {speed:.1f} GB/s")
     figures: dict[str, dict[str, float]] = {}
-    for name, taken in times.items():
+    for name, durations in times.items():
         if name == "read":
             continue
         kind, rows = name.split()[:2]
-        median = statistics.median(taken)
+        median = statistics.median(durations)
         rate = models[kind].bytes / median / 1e9
         check_rate(name, rate, speed, "GB")
-        tokens = int(rows) / (median * whole)
+        tokens = int(rows) / (median * passes)
         figures[name] = {"gb_per_s": rate, "of_read": rate / speed, "tokens_per_s": tokens}
         print(f"{name:26}{rate:8.1f}{rate / speed:9.0%}{tokens:9.1f}")
     if out is not None:

@@ -1,9 +1,11 @@
-"""Loading a checkpoint at one and at two ranks: memory over the bare process, and gigabytes a
-second beside a plain copy that reads the same pages, interleaved in one run.
+"""Measure the loading of a checkpoint on one and on two ranks.
+
+Memory is counted above that of a process before loading. The speed is compared with a plain copy
+that reads the same pages. All measurements are interleaved in one run.
 
 python benchmarks/load.py --shape 1.5b --folder /tmp/1.5b --out benchmarks/results/load_1.5b.json
 
-Linux only. The pages come from the system's cache.
+Linux only. The file's pages are in the system's page cache.
 """
 
 import json
@@ -42,7 +44,7 @@ GB = 1e9
 
 @contextmanager
 def peak_private() -> Iterator[list[int]]:
-    """The most private memory while the block runs, looked at every five milliseconds."""
+    """Yields a list with the most private memory of the block, in bytes, read every 5 ms."""
     peak, done = [used_memory(CPU)["private"]], threading.Event()
 
     def watch() -> None:
@@ -60,19 +62,19 @@ def peak_private() -> Iterator[list[int]]:
 
 
 def plain_copy(folder: Path, rank: int, ranks: int) -> None:
-    """Read this rank's equal share of all files into one buffer."""
+    """Read this rank's part of all files into one buffer. All ranks have equal parts."""
     buffer = bytearray(CHUNK)
     for path in shards.find_shards(folder):
         share = path.stat().st_size // ranks
         with path.open("rb", buffering=0) as file:
             file.seek(share * rank)
-            left = share
-            while left > 0:
-                left -= file.readinto(memoryview(buffer)[: min(CHUNK, left)])
+            remaining = share
+            while remaining > 0:
+                remaining -= file.readinto(memoryview(buffer)[: min(CHUNK, remaining)])
 
 
 def load(folder: Path) -> tuple[Setup, Transformer]:
-    """What Llama.build does with the weights."""
+    """Load the weights as Llama.build does."""
     opened = open_checkpoint(folder)
     setup = Setup.make(opened, parallel.mp_size(), parallel.mp_size(), 512, 1, CPU, None)
     with torch.device("meta"):
@@ -82,7 +84,7 @@ def load(folder: Path) -> tuple[Setup, Transformer]:
 
 
 def read_mapped(setup: Setup, model: Transformer) -> None:
-    """Copy the weights that are still the file's pages; the others were read while loading."""
+    """Copy all weights that are mapped from the file. Other weights were read during loading."""
     buffer = torch.empty(CHUNK, dtype=torch.uint8)
     for name, weight in model.named_parameters():
         if setup.opened.is_mapped(name, setup.mp_size, setup.dtype):
@@ -91,7 +93,7 @@ def read_mapped(setup: Setup, model: Transformer) -> None:
 
 
 def timed(work: Callable[[], Any]) -> tuple[float, Any]:
-    """Seconds until all ranks are done, and this rank's result."""
+    """The seconds until all ranks have finished, and this rank's result."""
     dist.barrier()
     start = time.perf_counter()
     result = work()
@@ -100,14 +102,15 @@ def timed(work: Callable[[], Any]) -> tuple[float, Any]:
 
 
 def measure_rank(rank: int, ranks: int, port: int, folder: str, rounds: int, out: str) -> None:
+    """Run all measurements on one rank. Rank 0 writes them to `out`, in bytes and seconds."""
     environment = {"RANK": rank, "WORLD_SIZE": ranks, "MASTER_ADDR": "127.0.0.1"}
     os.environ |= {name: str(value) for name, value in environment.items()}
     os.environ["MASTER_PORT"] = str(port)
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // ranks))
     parallel.initialize()
-    load(Path(folder))  # once, so that what is measured is not the first use of anything
+    load(Path(folder))  # a first load, so that no measurement includes imports and other first uses
     bare = used_memory(CPU)["private"]
-    Path("/proc/self/clear_refs").write_text("5")  # start counting the peak from here
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak of the resident memory
     resident = used_memory(CPU)["peak"]
     with peak_private() as peak:
         model = load(Path(folder))[1]
@@ -130,13 +133,13 @@ def measure_rank(rank: int, ranks: int, port: int, folder: str, rounds: int, out
 
 
 def main(folder: str, shape: str = "1.5b", out: str | None = None, rounds: int = 7) -> None:
-    """Make a checkpoint where there is none, load it on one and on two ranks, report.
+    """Measure loading on one and on two ranks, and print medians.
 
     Args:
-        folder: where the checkpoint is or goes.
-        shape: 110m or 1.5b, of a checkpoint that has to be made.
-        out: file for the figures as JSON.
-        rounds: of each measurement; the medians count.
+        folder: a checkpoint folder; a random checkpoint is written if it has none.
+        shape: shape of the checkpoint that is written: 110m or 1.5b.
+        out: a file, to which the figures are written as JSON.
+        rounds: how often everything is measured.
     """
     if not Path(folder, "params.json").exists():
         make_checkpoint(folder, shape)
@@ -160,7 +163,7 @@ def main(folder: str, shape: str = "1.5b", out: str | None = None, rounds: int =
         )
         figures = json.loads(result.read_text())
         result.unlink()
-        seconds = {name: statistics.median(all_) for name, all_ in figures["seconds"].items()}
+        seconds = {name: statistics.median(taken) for name, taken in figures["seconds"].items()}
         pairs = zip(*(figures["seconds"][n] for n in ("plain_copy", "load_and_read")), strict=True)
         figures["median_seconds"] = seconds
         figures["speed_of_plain_copy"] = statistics.median(copy / ours for copy, ours in pairs)
@@ -175,7 +178,9 @@ def main(folder: str, shape: str = "1.5b", out: str | None = None, rounds: int =
         rates = {name: f"{size / GB / time:.2f} GB/s" for name, time in seconds.items()}
         print(f"{ranks} rank(s), {size / GB:.3f} GB of files")
         print(f"  a rank's memory: {memory}")
-        print(f"  all ranks: {rates}, {figures['speed_of_plain_copy']:.2f} of the plain copy")
+        print(
+            f"  all ranks: {rates}, {figures['speed_of_plain_copy']:.2f} x the plain copy's speed"
+        )
     if out is not None:
         Path(out).parent.mkdir(parents=True, exist_ok=True)
         Path(out).write_text(json.dumps(report, indent=2) + "\n")

@@ -36,8 +36,9 @@ SHAPES: dict[str, dict[str, Any]] = {
     ),
 }  # fmt: skip
 
-# What the demo model babbles. A tokenizer of Meta's form is a list of byte strings, and a string
-# can only be reached if two shorter ones make it up: so each word brings its beginnings along.
+# The words that the demo model generates. A merge joins two tokens, so a word can be a token of
+# Meta's vocabulary format only if shorter byte strings that make it up are tokens too. Therefore
+# all beginnings of each word are in the vocabulary.
 WORDS = """
     the of and a to in is you that it he was for on are as with his they at be this have from or
     one had by word but not what all were we when your can said there use an each which she do how
@@ -48,14 +49,14 @@ DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch
 
 
 def random_weight(name: str, shape: tuple[int, ...], seed: int) -> Tensor:
-    """The same numbers for the same name, shape and seed, whatever else the model holds."""
+    """Random numbers that depend only on name, shape and seed, not on the rest of the model."""
     generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {name}".encode()))
     weight = torch.empty(shape).normal_(std=0.02, generator=generator)
-    return weight + 1 if len(shape) == 1 else weight  # norms lie around one
+    return weight + 1 if len(shape) == 1 else weight  # norms have a mean of 1
 
 
 def shard_of(name: str, weight: Tensor, mp_rank: int, mp_size: int, embedding_dim: int) -> Tensor:
-    """One rank's piece of a whole weight."""
+    """One rank's part of a whole weight. embedding_dim: the dim that splits tok_embeddings."""
     dim = shard_dim(name, embedding_dim)
     if dim is None:
         return weight
@@ -73,34 +74,38 @@ def make_checkpoint(
     embedding_dim: int = 0,
     spoken: Sequence[int] = (),
 ) -> None:
-    """Write params.json and mp_size random shards; holds one shard and one whole tensor at most.
+    """Write params.json and `mp_size` random shards. Memory holds one shard and one whole tensor at
+    most.
 
     Args:
-        params: the content of params.json, by Meta's keys.
+        params: the content of params.json, with Meta's keys.
         embedding_dim: the dim on which tok_embeddings is split, 0 as in Llama 3 or 1 as in Llama 2.
-        spoken: if given, the only token ids that the model has a mind to say.
+        spoken: if given, the ids of the tokens that the model generates. The logits of all other
+            tokens are 0.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    if any(folder.glob("consolidated.*.pth")):  # could be weights that took a day to download
+    if any(folder.glob("consolidated.*.pth")):  # they may be real weights
         raise SystemExit(f"error: {folder} already holds shards; remove them first")
     for mp_rank in range(mp_size):
         shard = {}
         for name, shape in ModelArgs(**params).whole_shapes().items():
             weight = random_weight(name, shape, seed)
             if spoken and name == "output.weight":
-                loud = torch.zeros_like(weight)
-                loud[list(spoken)] = 10 * weight[list(spoken)]
-                weight = loud
+                kept = torch.zeros_like(weight)
+                kept[list(spoken)] = 10 * weight[list(spoken)]
+                weight = kept
             piece = shard_of(name, weight, mp_rank, mp_size, embedding_dim)
-            # A copy of its own: torch.save writes the whole storage behind a view.
+            # A copy, because torch.save would write the whole storage of a view.
             shard[name] = piece.to(dtype, copy=True).contiguous()
         torch.save(shard, folder / f"consolidated.{mp_rank:02d}.pth")
-    (folder / "params.json").write_text(json.dumps(params) + "\n")  # last: now it is complete
+    (folder / "params.json").write_text(
+        json.dumps(params) + "\n"
+    )  # last, so that a folder with params.json is complete
 
 
 def demo_pieces() -> list[bytes]:
-    """The demo tokenizer's byte strings by rank: 256 bytes, then words and their beginnings."""
+    """The demo tokenizer's byte strings, by rank: 256 bytes, then words and their beginnings."""
     pieces = dict.fromkeys(bytes([i]) for i in range(256))
     for word in WORDS:
         spaced = b" " + word.encode()
@@ -109,7 +114,7 @@ def demo_pieces() -> list[bytes]:
 
 
 def write_tokenizer(path: str | Path, pieces: Sequence[bytes]) -> None:
-    """A tokenizer file of Llama 3's form: lines of base64 and rank."""
+    """Write a tokenizer file in the format of Llama 3: lines of base64 and rank."""
     lines = [f"{base64.b64encode(piece).decode()} {rank}\n" for rank, piece in enumerate(pieces)]
     Path(path).write_text("".join(lines))
 
@@ -117,14 +122,14 @@ def write_tokenizer(path: str | Path, pieces: Sequence[bytes]) -> None:
 def main(
     folder: str, shape: str = "demo", mp: int = 1, dtype: str = "bfloat16", seed: int = 0
 ) -> None:
-    """Write a random checkpoint in Meta's format; the demo shape comes with a tokenizer.
+    """Write a random checkpoint in Meta's format. The demo shape also gets a tokenizer.
 
     Args:
-        folder: where params.json and the shards go; made if it is not there.
+        folder: the folder to write.
         shape: demo (3 million parameters), 110m or 1.5b.
-        mp: number of shards, and so of ranks to run it on.
+        mp: number of shards.
         dtype: bfloat16, float16 or float32.
-        seed: another seed, other weights.
+        seed: seed of the weights.
     """
     if str(shape) not in SHAPES:
         raise SystemExit(f"error: shape is {shape!r}, must be one of {', '.join(SHAPES)}")

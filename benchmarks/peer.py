@@ -1,8 +1,8 @@
-"""One implementation of the network in a process of its own, which measures when it is asked.
+"""Measure one implementation of the network, in a process of its own.
 
-benchmarks/peers.py starts it, one for each implementation and width. A line of JSON on standard
-input is an order, {"measure": "decode", "rows": 1, "tokens": 64}; the answer is one on standard
-output. What anything prints meanwhile goes to standard error.
+benchmarks/peers.py starts this script for each implementation and width. Each line on standard
+input is an order in JSON, such as {"measure": "decode", "rows": 1, "tokens": 64}. The answer is a
+line of JSON on standard output. Everything else that the process prints goes to standard error.
 """
 
 import ctypes
@@ -26,20 +26,20 @@ from llama.fast.cpu.transformer import FastTransformer
 from llama.fast.quantize import Width
 from llama.model import Transformer
 
-PROMPT = 16  # tokens before those decoded
+PROMPT = 16  # tokens of the prompts that are decoded
 ROWS = 8
 
 
 class Network(Protocol):
-    """What a peer does with token ids (B, S)."""
+    """The interface of an implementation."""
 
-    versions: list[str]  # of the packages at work
+    versions: list[str]  # names of the packages whose versions are reported
 
     def start(self) -> None:
-        """Forget all that the cache holds."""
+        """Empty the KV cache."""
 
     def forward(self, tokens: Tensor, position: int) -> Tensor:
-        """Tokens (B, S) from that position on in each row -> logits of the last, (B, V)."""
+        """Token ids (B, S), the first at `position` in each row -> logits of the last, (B, V)."""
 
 
 class Ours:
@@ -77,17 +77,18 @@ class Metas:
         parallel.initialize()
         opened = open_checkpoint(work / "meta")
         params = json.loads((work / "meta" / "params.json").read_text())
-        params.pop("rope_scaling", None)  # Meta's constants
+        params.pop("rope_scaling", None)  # Meta's code has no such argument, but constants
         with parallel.on_meta_device():
             self.model = MetaTransformer(
                 ModelArgs(**params, max_batch_size=ROWS, max_seq_len=context)
             )
         state = {name: opened.part(name, 1, 0) for name in opened.args.whole_shapes()}
         self.model.load_state_dict(state, strict=True, assign=True)
-        self._revive(context)
+        self._make_buffers(context)
 
-    def _revive(self, context: int) -> None:
-        """What is no weight was made on the meta device, too: the table of RoPE and the caches."""
+    def _make_buffers(self, context: int) -> None:
+        """Make the table of RoPE and the caches anew. The constructor has made them on the meta
+        device, and they are not in the state dict."""
         from llama_models.llama3.model import precompute_freqs_cis
 
         args = self.model.params
@@ -167,7 +168,7 @@ class LlamaCpp:
         if failed := self.c.llama_decode(self.context, batch):
             raise SystemExit(f"error: llama_decode gives {failed}")
         logits = torch.empty(rows, self.vocab_size)
-        for row in range(rows):  # as a copy: the next call overwrites them
+        for row in range(rows):  # a copy, because the next call overwrites llama.cpp's buffer
             at = self.c.llama_get_logits_ith(self.context, (row + 1) * seqlen - 1)
             ctypes.memmove(logits[row].data_ptr(), at, 4 * self.vocab_size)
         return logits
@@ -181,27 +182,27 @@ PEERS: dict[str, Any] = {
 }
 
 
-def numbers(rows: int, seqlen: int, vocab_size: int) -> Tensor:
-    """The same random token ids for every peer."""
+def token_ids(rows: int, seqlen: int, vocab_size: int) -> Tensor:
+    """Random token ids, the same for every peer."""
     generator = torch.Generator().manual_seed(1)
     return torch.randint(0, vocab_size, (rows, seqlen), generator=generator)
 
 
 def measure(network: Network, order: dict[str, Any], vocab_size: int) -> dict[str, Any]:
-    """Do what an order says; see the top of this file."""
+    """Execute an order and return the answer."""
     if order["measure"] == "logits":
         network.start()
-        logits = network.forward(numbers(1, 64, vocab_size), 0)
+        logits = network.forward(token_ids(1, 64, vocab_size), 0)
         np.save(order["out"], logits.float().numpy())
         return {"versions": {name: version(name) for name in network.versions}}
     rows, n_tokens = order["rows"], order["tokens"]
     network.start()
     if order["measure"] == "prefill":
-        tokens = numbers(rows, n_tokens, vocab_size)
+        tokens = token_ids(rows, n_tokens, vocab_size)
         start = time.perf_counter()
         network.forward(tokens, 0)
     else:
-        tokens = numbers(rows, PROMPT + n_tokens, vocab_size)
+        tokens = token_ids(rows, PROMPT + n_tokens, vocab_size)
         network.forward(tokens[:, :PROMPT], 0)
         start = time.perf_counter()
         for position in range(PROMPT, PROMPT + n_tokens):
@@ -211,7 +212,14 @@ def measure(network: Network, order: dict[str, Any], vocab_size: int) -> dict[st
 
 @torch.inference_mode()
 def main(name: str, width: str, work: str, context: int) -> None:
-    """Load, say so, and answer orders until standard input ends."""
+    """Load the weights, then answer orders until standard input ends.
+
+    Args:
+        name: one of PEERS.
+        width: width of the weights, as that peer names it.
+        work: folder with the weights in all formats, which peers.py writes.
+        context: most tokens of a row.
+    """
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
     folder = Path(work)

@@ -1,10 +1,12 @@
-"""This library beside Meta's code, transformers and llama.cpp: the same random weights, the same
-token ids and threads, interleaved.
+"""Compare this library with Meta's code, transformers and llama.cpp.
+
+All have the same random weights, token ids and number of threads. The measurements are interleaved.
 
 python benchmarks/peers.py --work build/peers --shape 110m --out benchmarks/results/peers_110m.json
 
-Each peer and width is a process of its own, stopped while another one measures, so that no idle
-peer's threads spin. Needs the extra [bench] (a C++ compiler builds llama-cpp-python) and [fast].
+Each peer and width is a process of its own. It is suspended while another one is measured, because
+idle threads may spin. Needs the extras [fast] and [bench]. Installing [bench] needs a C++ compiler
+for llama-cpp-python.
 """
 
 import json
@@ -32,11 +34,11 @@ from llama.checkpoints.params import write_params
 CONTEXT = 640
 PREFILL = 512
 ROWS = 8
-# Of the logits' difference: a wrong order of q and k gives 0.16 and more. Four bits of random
-# weights, in which nothing averages out, differ by more than that.
+# Largest deviation of the logits for each width; see `deviation`. A wrong order of q and k gives
+# 0.16 and more. Widths of four bits have no limit, because rounding random weights gives more.
 LIMITS = {"bfloat16": 0.06, "BF16": 0.06, "int8": 0.12, "Q8_0": 0.12}
-LONG = 20  # seconds: what takes longer is measured once
-# By name and width; the first is what all others are compared with.
+LONG = 20  # seconds; a measurement that takes longer is made in the first round only
+# Name and width of each peer. The logits of the others are compared with those of the first.
 LINES = [
     ("llama-reference", "reference"),
     ("llama-reference", "bfloat16"),
@@ -49,6 +51,7 @@ LINES = [
     ("llama.cpp", "Q4_0"),
 ]
 WIDTHS = ("BF16", "Q8_0", "Q4_0")
+# The widths of llama.cpp that ours are compared with.
 RIVALS = {"bfloat16": "BF16", "int8": "Q8_0", "int4": "Q4_0"}
 PACKAGES = ("llama_models", "transformers", "llama_cpp", "gguf", "matplotlib", "numba")
 
@@ -67,7 +70,7 @@ class Peer:
         )  # fmt: skip
 
     def ask(self, **order: Any) -> dict[str, Any]:
-        """Wake the process for one measurement."""
+        """Resume the process for one measurement, and return its answer."""
         assert self.process.stdin is not None
         assert self.process.stdout is not None
         self.process.send_signal(signal.SIGCONT)
@@ -78,7 +81,7 @@ class Peer:
         except BrokenPipeError:
             answer = ""
         if not answer:
-            raise SystemExit(f"error: {self.name} ended; {self.log} says why")
+            raise SystemExit(f"error: {self.name} ended; its log is {self.log}")
         self.process.send_signal(signal.SIGSTOP)
         return json.loads(answer)
 
@@ -88,13 +91,13 @@ class Peer:
 
 
 def prepare(work: Path, shape: str) -> None:
-    """The checkpoint and what is derived from it, where they are not there yet."""
+    """Write the checkpoint in all formats that do not exist yet."""
     from gguf_file import write_gguf
 
     metas = work / "meta"
     if not (metas / "params.json").exists():
         make_checkpoint(metas, SHAPES[shape])
-        # With the factor of RoPE written out, which Meta's own code takes for granted.
+        # params.json gets the factor of RoPE, which is a constant in Meta's code.
         write_params(metas / "params.json", ModelArgs(**SHAPES[shape]))
     if not (work / "hf").exists():
         convert(metas, work / "hf", "hf")
@@ -104,13 +107,13 @@ def prepare(work: Path, shape: str) -> None:
 
 
 def deviation(path: Path, other: Path) -> float:
-    """Root mean square of the difference of two peers' logits, as a share of the first's."""
+    """Root mean square of the difference of two peers' logits, divided by that of the first's."""
     ours, theirs = np.load(path), np.load(other)
     return float(np.sqrt(np.mean((theirs - ours) ** 2) / np.mean(ours**2)))
 
 
 def table(medians: dict[str, dict[str, float]]) -> str:
-    """Tokens a second, a line for each peer."""
+    """A table of tokens a second, with one line for each peer."""
     measures = list(next(iter(medians.values())))
     lines = [" " * 28 + "".join(f"{name:>14}" for name in measures)]
     for peer, row in medians.items():
@@ -119,7 +122,8 @@ def table(medians: dict[str, dict[str, float]]) -> str:
 
 
 def ratios(rounds: list[dict[str, dict[str, float]]]) -> dict[str, dict[str, float]]:
-    """Fast mode over llama.cpp at each width, the median of the rounds' own ratios."""
+    """The speed of fast mode divided by llama.cpp's, at each width: the median of the ratios in
+    each round."""
     found = {}
     for ours, theirs in RIVALS.items():
         pairs = [(r[f"llama-reference {ours}"], r[f"llama.cpp {theirs}"]) for r in rounds]
@@ -130,6 +134,7 @@ def ratios(rounds: list[dict[str, dict[str, float]]]) -> dict[str, dict[str, flo
 
 
 def draw(medians: dict[str, dict[str, float]], path: Path, title: str) -> None:
+    """Write a bar chart of the medians as PNG."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -153,15 +158,16 @@ def main(
     work: str, shape: str = "110m", rounds: int = 3, threads: int = 2, decode: int = 64,
     out: str | None = None,
 ) -> None:  # fmt: skip
-    """Measure decode, prefill of 512 and decode of 8 rows; medians over the rounds.
+    """Measure decode of one row, prefill of 512 tokens and decode of 8 rows. Print the medians.
 
     Args:
-        work: folder for the weights in all formats; what is there is used again.
+        work: folder for the weights in all formats; existing files are used again.
         shape: 110m or 1.5b.
-        rounds: interleaved, after a short warm-up; what takes long is measured in the first alone.
-        threads: of every peer.
-        decode: tokens decoded at batch 1.
-        out: file for the figures as JSON; the chart goes beside it as PNG.
+        rounds: how often everything is measured, after a short warm-up. A measurement that takes
+            longer than 20 seconds is made in the first round only.
+        threads: number of threads of every peer.
+        decode: tokens decoded for one row; 8 rows decode a quarter of it each.
+        out: a file, to which the figures are written as JSON; a chart is written beside it as PNG.
     """
     if missing := [name for name in PACKAGES if find_spec(name) is None]:
         raise SystemExit(
@@ -179,7 +185,7 @@ def main(
     versions: dict[str, str] = {}
     deviations: dict[str, float] = {}
     try:
-        for name, width in LINES:  # one loads at a time
+        for name, width in LINES:  # one after the other, because loading needs memory
             peers.append(Peer(name, width, folder, threads))
             logits = folder / f"{name}_{width}.npy"
             versions |= peers[-1].ask(measure="logits", out=str(logits))["versions"]
@@ -188,11 +194,11 @@ def main(
             if differs > (limit := LIMITS.get(width, math.inf)):
                 raise SystemExit(
                     f"error: the logits of {peers[-1].name} differ by {differs:.3f} from reference "
-                    f"mode's, the limit is {limit}: it computes something else"
+                    f"mode's, and the limit is {limit}: it does not compute the same network"
                 )
         for peer in peers:  # warm up
-            for what in orders.values():
-                peer.ask(**(what | {"tokens": -(-what["tokens"] // 16)}))
+            for order in orders.values():
+                peer.ask(**(order | {"tokens": -(-order["tokens"] // 16)}))
         results: list[dict[str, dict[str, float]]] = []
         for i in tqdm(range(rounds), unit="round"):
             found: dict[str, dict[str, float]] = {}
@@ -200,9 +206,9 @@ def main(
                 before = results[0][peer.name] if results else {}
                 found[peer.name] = {
                     name: before[name]
-                    if before and what["rows"] * what["tokens"] / before[name] > LONG
-                    else peer.ask(**what)["tokens_per_second"]
-                    for name, what in orders.items()
+                    if before and order["rows"] * order["tokens"] / before[name] > LONG
+                    else peer.ask(**order)["tokens_per_second"]
+                    for name, order in orders.items()
                 }
             results.append(found)
     finally:

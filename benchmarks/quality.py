@@ -1,9 +1,9 @@
-"""What rounding weights or keys and values costs: perplexity of the bundled model in fast mode.
+"""Measure how rounding weights, or keys and values, changes the perplexity of the bundled model.
 
 python benchmarks/quality.py TALES.jsonl --out benchmarks/results/quality.json
 
-TALES.jsonl has texts that the model has not read, a line {"text": "…"} each; the training script
-`scripts/train_bundled.py` says which those are.
+A line of TALES.jsonl is {"text": "…"}, with a text that the model was not trained on. `read_tales`
+in scripts/train_bundled.py returns these texts.
 """
 
 import json
@@ -30,8 +30,8 @@ def main(tales: str, out: str | None = None) -> None:
     """Measure and print.
 
     Args:
-        tales: file of texts, JSON lines.
-        out: file for the figures as JSON.
+        tales: JSONL file of texts.
+        out: a file, to which the figures are written as JSON.
     """
     lines = Path(tales).read_text(encoding="utf-8").splitlines()
     texts = [json.loads(line)["text"] for line in lines]

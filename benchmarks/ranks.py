@@ -1,8 +1,9 @@
-"""Two tensor-parallel ranks of one thread beside one rank of two, on the same two cores.
+"""Compare two tensor-parallel ranks of one thread each with one rank of two threads, on two cores.
 
 python benchmarks/ranks.py FOLDER --out benchmarks/results/ranks_1.5b.json
 
-Each is `llama bench` in processes of its own, interleaved; the ratio is of decoding.
+Each measurement is a run of `llama bench`, and the two are interleaved. The ratio is that of their
+decoding speeds.
 """
 
 import json
@@ -18,7 +19,7 @@ from tqdm import tqdm
 
 
 def bench(ranks: int, folder: str, decode: int) -> dict[str, float]:
-    """Tokens a second of decoding, by rows."""
+    """Tokens a second of decoding, by the number of rows."""
     with tempfile.TemporaryDirectory() as work:
         out = f"{work}/figures.json"
         launcher = ["-m", "torch.distributed.run", f"--nproc_per_node={ranks}"]
@@ -31,13 +32,13 @@ def bench(ranks: int, folder: str, decode: int) -> dict[str, float]:
 
 
 def main(folder: str, decode: int = 12, rounds: int = 3, out: str | None = None) -> None:
-    """Measure and print; medians.
+    """Measure, and print medians.
 
     Args:
-        folder: a checkpoint with its tokenizer.model.
+        folder: a checkpoint folder.
         decode: tokens decoded for each row.
-        rounds: of both.
-        out: file for the figures as JSON.
+        rounds: how often both are measured.
+        out: a file, to which the figures are written as JSON.
     """
     taken: dict[int, list[dict[str, float]]] = {1: [], 2: []}
     for _ in tqdm(range(rounds), unit="round"):

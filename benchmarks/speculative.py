@@ -1,10 +1,10 @@
-"""Speculative decoding beside plain decoding: a text that repeats its prompt, and ordinary tales.
+"""Compare speculative with plain decoding, on texts that repeat their prompt and on ordinary tales.
 
 python benchmarks/speculative.py --out benchmarks/results/speculative_bundled.json
 python benchmarks/speculative.py --shape 1.5b --dtype bfloat16 --quantize int8
 
-Both decode the same texts, a tale that the bundled model tells. A random model of another shape is
-made to say them. Interleaved; medians count.
+Both decode the same texts, which the bundled model has generated. A random model of another shape
+is forced to generate them too. The measurements are interleaved, and medians are reported.
 """
 
 import copy
@@ -34,7 +34,7 @@ from llama.fast.quantize import Width
 from llama.sampling import SamplingParams
 
 MAX_SEQ_LEN = 512
-TALE = 180  # tokens
+TALE = 180  # tokens of a generated tale
 OPENINGS = [
     "Once upon a time there was a king who had three sons.",
     "In a dark wood there lived a witch.",
@@ -43,8 +43,8 @@ OPENINGS = [
 ]
 
 
-def saying(prompt: list[int], text: list[int]) -> SamplingParams:
-    """Sampling that has no choice but the text."""
+def forced(prompt: list[int], text: list[int]) -> SamplingParams:
+    """Sampling options with which a model generates exactly the text after the prompt."""
 
     def only(tokens: Sequence[int], logits: Tensor) -> Tensor:
         return torch.full_like(logits, -1e9).index_fill(
@@ -55,7 +55,7 @@ def saying(prompt: list[int], text: list[int]) -> SamplingParams:
 
 
 def seconds_of(engine: Engine, prompt: list[int], params: SamplingParams) -> tuple[float, Request]:
-    """From the first token to the last."""
+    """Run a request. Returns the seconds from its first token to its last, and the request."""
     request = engine.submit(prompt, params, is_private=True)
     while not request.tokens:
         engine.step()
@@ -72,11 +72,9 @@ def compare(
     rounds: int,
     limit: float,
 ) -> dict[str, float]:
-    """Of all jobs: how much faster the other engine is, and how many of its proposals are right.
-
-    limit: tokens a second that reading the weights once a token allows.
-    """
-    for engine in (plain, other):  # warm
+    """Run all jobs on both engines. Returns the speed of `plain`, the speedup of `other`, how many
+    tokens it proposes for each generated token, and its acceptance rate ("right")."""
+    for engine in (plain, other):  # warm up
         seconds_of(engine, *jobs[0])
     ratios: list[list[float]] = [[] for _ in jobs]
     rates = []
@@ -113,10 +111,10 @@ def main(
 
     Args:
         shape: bundled, 110m or 1.5b.
-        dtype: float32 or bfloat16, of the weights.
+        dtype: dtype of the weights: float32 or bfloat16.
         quantize: int8 or int4.
-        rounds: of every text.
-        out: file for the figures as JSON.
+        rounds: how often every text is measured.
+        out: a file, to which the figures are written as JSON.
     """
     bundled = Llama.build(max_seq_len=MAX_SEQ_LEN, dtype=dtype)
     model = bundled.model
@@ -128,8 +126,8 @@ def main(
     options: dict[str, Any] = dict(max_gen_len=TALE, seed=1, ignore_eos=True)
     tales, _ = bundled.generate(prompts, temperature=0.8, **options)
     kinds = {
-        "tale": [(p, saying(p, tale)) for p, tale in zip(prompts, tales, strict=True)],
-        "repetition": [(p + t, saying(p + t, t)) for p, t in zip(prompts, tales, strict=True)],
+        "tale": [(p, forced(p, tale)) for p, tale in zip(prompts, tales, strict=True)],
+        "repetition": [(p + t, forced(p + t, t)) for p, t in zip(prompts, tales, strict=True)],
     }
     draft = FastTransformer(copy.deepcopy(model), "int4") if shape == "bundled" else None
     network = FastTransformer(model, quantize)
@@ -139,7 +137,8 @@ def main(
     report = {f"lookup, {kind}": compare(plain, lookup, jobs, rounds, limit)
               for kind, jobs in tqdm(kinds.items())}  # fmt: skip
     if draft is not None:
-        # Its own int4 weights are about as slow as the model: this shows what backing off costs.
+        # The draft is the model itself in int4, and hardly faster than the model. Drafting is then
+        # not worth its time, and this measures how much the trials cost.
         for temperature in (0.0, 0.8):
             params = SamplingParams(temperature=temperature, max_gen_len=TALE, ignore_eos=True)
             drafted = Engine(network, 1, MAX_SEQ_LEN, draft=draft)

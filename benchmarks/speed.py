@@ -1,4 +1,6 @@
-"""Reference mode beside Meta's llama-models: the same weights, interleaved in one process.
+"""Compare the speed of reference mode with Meta's llama-models, on the same weights.
+
+The measurements are interleaved in one process.
 
 python benchmarks/speed.py --shape 110m
 python benchmarks/speed.py --shape 1.5b --prefill 128 --out benchmarks/results/speed_1.5b.json
@@ -25,7 +27,7 @@ from llama.errors import BenchmarkError
 
 
 def make_models(shape: str, dtype: torch.dtype, max_seq_len: int) -> dict[str, Any]:
-    """Both transformers on the same tensors, so that neither has the better memory."""
+    """Both transformers, which share their weights. So both read the same memory."""
     params = SHAPES[shape] | {"max_batch_size": 1, "max_seq_len": max_seq_len}
     torch.set_default_dtype(dtype)
     ours = Transformer(ModelArgs(**params))
@@ -36,6 +38,7 @@ def make_models(shape: str, dtype: torch.dtype, max_seq_len: int) -> dict[str, A
 
 
 def seconds(work: Callable[[], Any]) -> float:
+    """The time of one call."""
     start = time.perf_counter()
     work()
     return time.perf_counter() - start
@@ -45,7 +48,8 @@ def seconds(work: Callable[[], Any]) -> float:
 def measure(
     models: dict[str, Any], vocab_size: int, prefill: int, decode: int, rounds: int
 ) -> dict[str, dict[str, list[float]]]:
-    """Tokens a second of each model, prefill and decode, one figure a round."""
+    """Tokens a second, by phase and model, with one figure for each round. Raises BenchmarkError if
+    the logits of the models differ."""
     tokens = torch.randint(0, vocab_size, (1, prefill + decode))
 
     def run_prefill(model: Any) -> None:
@@ -87,8 +91,8 @@ def main(
         dtype: bfloat16 or float32.
         prefill: tokens of the prompt.
         decode: tokens decoded after it, one at a time.
-        rounds: measured rounds; each runs both models in both phases.
-        out: file for the figures as JSON.
+        rounds: how often both models are measured in both phases.
+        out: a file, to which the figures are written as JSON.
     """
     models = make_models(shape, DTYPES[dtype], prefill + decode)
     parameters = sum(weight.numel() for weight in models["llama-reference"].parameters())

@@ -1,10 +1,10 @@
-"""From nothing to the first token: fresh processes on weights that the system's cache holds.
+"""Measure the time from the start of a process to the first token, with weights in the page cache.
 
 python benchmarks/startup.py FOLDER --work build/startup --out benchmarks/results/startup_1.5b.json
 
-FOLDER holds bfloat16 weights; its int8 and int4 are made once, by `convert`, and kept in the work
-folder. Memory is told as a share of the weights and the KV cache: a process' own, and the most
-that was ever resident, which counts the pages of mapped files. Linux only.
+FOLDER holds bfloat16 weights. `convert` writes them in int8 and int4 to the work folder, once.
+Memory is given as a multiple of the size of weights and KV cache: the private memory, and the peak
+of the resident memory, which includes the pages of mapped files. Linux only.
 """
 
 import json
@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from llama.checkpoints.convert import convert
 
-# What a process does; it says the seconds and bytes as JSON.
+# The measured process. It prints the seconds and the memory as JSON.
 FIRST_TOKEN = """
 import time; start = time.perf_counter()
 import json, sys
@@ -49,19 +49,20 @@ print(json.dumps({
 
 
 def run(folder: Path, tokenizer: Path) -> dict[str, float]:
+    """The figures of one process."""
     command = [sys.executable, "-c", FIRST_TOKEN, str(folder), str(tokenizer)]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
     return json.loads(done.stdout)
 
 
 def main(folder: str, work: str, rounds: int = 3, out: str | None = None) -> None:
-    """Measure and print; medians.
+    """Measure, and print medians.
 
     Args:
         folder: a checkpoint in bfloat16, with its tokenizer.model.
-        work: folder for the quantized ones; what is there is used again.
-        rounds: of every measurement, after one that warms up.
-        out: file for the figures as JSON.
+        work: folder for the quantized checkpoints; existing ones are used again.
+        rounds: how often everything is measured, after a first round that is not counted.
+        out: a file, to which the figures are written as JSON.
     """
     folders = {"bfloat16": Path(folder)}
     for width in ("int8", "int4"):
@@ -73,12 +74,12 @@ def main(folder: str, work: str, rounds: int = 3, out: str | None = None) -> Non
     runs: dict[str, list[dict[str, float]]] = {name: [] for name in folders}
     for number in tqdm(range(rounds + 1), unit="round"):
         for name, path in folders.items():
-            taken = run(path, tokenizer)
-            if number > 0:
-                runs[name].append(taken)
+            figures_of_run = run(path, tokenizer)
+            if number > 0:  # the first round warms up
+                runs[name].append(figures_of_run)
     figures: dict[str, Any] = {
-        name: {key: statistics.median(one[key] for one in taken) for key in taken[0]}
-        for name, taken in runs.items()
+        name: {key: statistics.median(run[key] for run in of_name) for key in of_name[0]}
+        for name, of_name in runs.items()
     }
     for name, row in figures.items():
         print(name, "  ".join(f"{key} {value:.2f}" for key, value in row.items()))

@@ -15,7 +15,7 @@ END = "<!-- end -->"
 
 
 def rows(head: list[str], body: list[list[str]]) -> str:
-    """A table in Markdown."""
+    """A table in Markdown, from its first line and the other lines."""
     lines = [head, ["---"] * len(head), *body]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
@@ -65,6 +65,7 @@ def speculative(figures: dict[str, Any]) -> str:
     return rows(["", *(key.replace("_", " ") for key in keys)], body)
 
 
+# The name of a table in the page, the file of its figures, and the function that writes it.
 TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "peers 1.5b": ("peers_1.5b", peers),
     "peers 110m": ("peers_110m", peers),

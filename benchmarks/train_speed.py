@@ -1,4 +1,6 @@
-"""Training steps beside transformers: the same shape, batch and optimizer, interleaved.
+"""Compare the speed of training steps with transformers: same shape, batch and optimizer.
+
+The measurements are interleaved.
 
 python benchmarks/train_speed.py
 python benchmarks/train_speed.py --shape 110m --batch 2 --seq_len 1024 --device cuda
@@ -33,6 +35,7 @@ SHAPES = {
 
 
 def make_models(shape: str, seq_len: int, device: torch.device) -> dict[str, Any]:
+    """Our model and that of transformers, with random weights."""
     dim, n_layers, n_heads, n_kv_heads, hidden_dim, vocab_size = SHAPES[shape]
     args = ModelArgs(
         dim=dim,
@@ -59,13 +62,15 @@ def make_models(shape: str, seq_len: int, device: torch.device) -> dict[str, Any
 
 
 def flops_per_token(model: Transformer, seq_len: int) -> int:
-    """Forward and backward: six for each weight of a matrix product, and attention's two products
-    over the keys a query sees, half of the row on average (Chowdhery et al. 2022, appendix B)."""
+    """Floating-point operations of forward and backward for one token: six for each weight of a
+    matrix product, and those of attention's two products. A query sees half of the row on average.
+    Chowdhery et al. 2022, appendix B, arxiv.org/abs/2204.02311."""
     weights = sum(w.numel() for w in model.parameters()) - model.tok_embeddings.weight.numel()
     return 6 * weights + 6 * model.n_layers * model.params.dim * seq_len
 
 
 def seconds(work: Callable[[], Any], device: torch.device) -> float:
+    """The time of one call, until the GPU has finished."""
     start = time.perf_counter()
     work()
     if device.type == "cuda":
@@ -74,7 +79,7 @@ def seconds(work: Callable[[], Any], device: torch.device) -> float:
 
 
 def matmul_peak(dtype: torch.dtype, device: torch.device) -> float:
-    """FLOPs a second of the best of some large matrix products."""
+    """Operations a second of a large matrix product, in the fastest of several calls."""
     size = 8192 if device.type == "cuda" else 1024
     a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
     return 2 * size**3 / min(seconds(lambda: a @ b.T, device) for _ in range(6))
@@ -125,11 +130,11 @@ def main(
         shape: bundled, 15m, 110m or 1b.
         batch: rows of a step.
         seq_len: tokens of a row.
-        dtypes: of the matrix products, with commas; the weights are float32.
+        dtypes: dtypes of the matrix products, separated by commas; the weights are float32.
         rounds: timed steps of each model; the median counts.
-        device: cpu or cuda; by default the best there is.
-        threads: of the CPU; by default all.
-        out: a JSON file for the figures.
+        device: cuda, mps or cpu; by default the first of these that is available.
+        threads: number of CPU threads; by default PyTorch's choice.
+        out: a file, to which the figures are written as JSON.
     """
     if shape not in SHAPES:
         raise SystemExit(f"error: shape is {shape!r}, must be one of {', '.join(SHAPES)}")
@@ -161,7 +166,7 @@ def main(
             speed = batch * seq_len / statistics.median(durations)
             share = speed * flops / peak
             check_rate(f"{model} {name}", speed * flops, peak, "operations")
-            print(f"  {model:16} {speed:10,.0f} tokens/s, {share:5.1%} of that")
+            print(f"  {model:16} {speed:10,.0f} tokens/s, {share:5.1%} of the products' speed")
             results[name][model] = {"tokens_per_second": speed, "share_of_peak": share}
     if out is not None:
         about = {

@@ -1,23 +1,32 @@
-"""The files beside the weights: copied where the source has them, else written for the layout."""
+"""The files beside the weights of a converted checkpoint: tokenizer, prompt format, settings, card.
 
+A file that the source has is copied unchanged. What Hugging Face's layout needs besides is made
+from Meta's tokenizer, so that transformers has nothing to guess.
+"""
+
+import json
 import logging
-import shutil
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from llama.checkpoints import hugging_face
+from llama.checkpoints.build import open_tokenizer
 from llama.checkpoints.folder import find_tokenizer
-from llama.checkpoints.generation_config import GENERATION_CONFIG, read_stop_tokens
-from llama.checkpoints.params import read_params
+from llama.checkpoints.generation_config import GENERATION_CONFIG
+from llama.checkpoints.params import says_the_same
 from llama.checkpoints.shards import Checkpoint
 from llama.checkpoints.verify import kind_of
+from llama.config import ModelArgs
 from llama.errors import CheckpointError, TokenizerError
-from llama.files import atomic_file, sync_file, write_json
+from llama.files import read_json
 from llama.tokenizer import Tokenizer
 from llama.tokenizer_files.chat_templates import LLAMA_2_TEMPLATE, LLAMA_3_TEMPLATE
+from llama.tokenizer_files.library import NO_TOKEN
 
 log = logging.getLogger("llama")
 
-# Files of the tokenizer and of generation, which are copied unchanged.
 COPIED_FILES = (
     "tokenizer.model",
     "tokenizer.json",
@@ -25,118 +34,202 @@ COPIED_FILES = (
     "special_tokens_map.json",
     "chat_template.jinja",
     GENERATION_CONFIG,
+    "LICENSE",
+    "LICENSE.txt",
+    "USE_POLICY.md",
+    "README.md",
 )
-PARAMS = Path("original", "params.json")  # Meta's file, in a folder of Hugging Face's layout
-CARD = """\
----
-library_name: transformers
-pipeline_tag: text-generation
-tags:
-- llama
----
-
-# {title}
-
-{layers} layers, {heads} heads on {kv_heads}, width {dim}, vocabulary {vocab}, context {context}.
-Converted by llama-reference. Token ids and chat prompts are those of Meta's code.
-
-```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-model = AutoModelForCausalLM.from_pretrained("{title}")
-tokenizer = AutoTokenizer.from_pretrained("{title}")
-inputs = tokenizer("Once upon a time", return_tensors="pt")
-print(tokenizer.decode(model.generate(**inputs, max_new_tokens=50)[0]))
-```
-"""
+# Hugging Face's repositories keep Meta's files here.
+ORIGINAL = "original"
+# The keys of config.json and of generation_config.json for special tokens.
+SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
-def copy_files(source: Checkpoint, src: Path, destination: Path) -> None:
-    """Copy COPIED_FILES from the weights' folder, or else from `src`, which may contain it."""
-    for name in COPIED_FILES:
-        found = next((p / name for p in (source.folder, src) if (p / name).is_file()), None)
-        if found is not None:
-            _copy(found, destination / name)
+def source_tokenizer(source: Checkpoint, src: Path) -> Tokenizer | None:
+    """The tokenizer for `source`, which was opened from `src`, with the stop tokens of the folder.
 
-
-def complete_meta(source: Checkpoint, src: Path, destination: Path) -> None:
-    """Complete a folder of Meta's layout: its first params.json, and Llama 3's `tokenizer.model`.
-
-    The params.json that the folder once had replaces the new one where both describe one model.
+    None where there is none, or only a tokenizer.json that cannot be read here; a warning says so.
+    Raises TokenizerError for a damaged tokenizer.model.
     """
-    original = src / PARAMS
-    params = destination / "params.json"
-    if source.is_hugging_face and original.is_file():
-        before, now = read_params(original), read_params(params)
-        if before.vocab_size == -1:
-            before.vocab_size = now.vocab_size
-        same = before.same_shape(now) and before.norm_eps == now.norm_eps
-        if same and (before.context, before.rope_scaling) == (now.context, now.rope_scaling):
-            _copy(original, params)
-    if not (destination / "tokenizer.model").exists():
-        tokenizer = _tokenizer(source, src)
-        ranks = tokenizer.to_ranks() if tokenizer is not None else None
-        if ranks is not None:
-            _write(destination / "tokenizer.model", ranks)
-
-
-def complete_hugging_face(source: Checkpoint, src: Path, destination: Path) -> None:
-    """Complete a folder of Hugging Face's layout with the files that transformers reads: tokenizer,
-    chat template, special tokens, stop tokens, and a card."""
-    if not source.is_hugging_face:
-        (destination / PARAMS).parent.mkdir()
-        _copy(source.folder / "params.json", destination / PARAMS)
-    args = source.args
-    card = CARD.format(
-        title=src.resolve().name, layers=args.n_layers, heads=args.n_heads,
-        kv_heads=args.n_kv_heads, dim=args.dim, vocab=args.vocab_size, context=args.context,
-    )  # fmt: skip
-    _write(destination / "README.md", card.encode())
-    tokenizer = _tokenizer(source, src)
-    if tokenizer is None:
-        return
-    if not (destination / "tokenizer.json").exists():
-        try:
-            _write(destination / "tokenizer.json", tokenizer.to_json())
-        except TokenizerError as error:
-            log.warning("%s: no tokenizer.json is written, because %s", src, error)
-            return
-    names = {i: name for name, i in tokenizer.special_tokens.items()}
-    tokens = {"bos_token": names[tokenizer.bos_id], "eos_token": names[tokenizer.eos_id]}
-    config: dict[str, Any] = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "clean_up_tokenization_spaces": False,
-        "model_input_names": ["input_ids", "attention_mask"],
-        "model_max_length": args.context,
-        **tokens,
-    }
-    if kind_of(source.folder) != "base":
-        config["chat_template"] = LLAMA_2_TEMPLATE if tokenizer.is_llama_2 else LLAMA_3_TEMPLATE
-    stop_tokens = read_stop_tokens(source.folder) or tokenizer.stop_tokens
-    ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": sorted(stop_tokens)}
-    for name, content in (
-        ("tokenizer_config.json", config),
-        ("special_tokens_map.json", tokens),
-        (GENERATION_CONFIG, ids),
-    ):
-        if not (destination / name).exists():
-            write_json(destination / name, content)
-
-
-def _tokenizer(source: Checkpoint, src: Path) -> Tokenizer | None:
-    """The source's tokenizer; None where it has none."""
     try:
         path = find_tokenizer(source.folder, src)
     except CheckpointError:
+        log.warning("%s has no tokenizer: none is written", src)
         return None
-    return Tokenizer(path)
+    try:
+        return open_tokenizer(path, source.folder, src)
+    except TokenizerError as error:
+        if path.name != "tokenizer.json":
+            raise
+        log.warning("%s; the file is copied as it is", error)
+        return None
 
 
-def _copy(source: Path, destination: Path) -> None:
-    shutil.copyfile(source, destination)
-    sync_file(destination)
+# ---- Meta's layout ----------------------------------------------------------------------------
 
 
-def _write(path: Path, content: bytes) -> None:
-    with atomic_file(path) as file:
-        file.write(content)
+def meta_files(source: Checkpoint, tokenizer: Tokenizer | None, src: Path) -> dict[str, bytes]:
+    """The content of each file beside shards and params.json, by its name."""
+    files = _copied(source, src)
+    if source.is_hugging_face:
+        files.pop("README.md", None)  # the card of the other layout
+    if tokenizer is None:
+        return files
+    if tokenizer.model_path.name == "tokenizer.model":
+        files["tokenizer.model"] = tokenizer.model_path.read_bytes()
+        return files
+    try:
+        files["tokenizer.model"] = tokenizer.as_ranks()
+    except TokenizerError as error:
+        log.warning("%s; the file is copied as it is, and no tokenizer.model is written", error)
+    return files
+
+
+def metas_params(source: Checkpoint, src: Path, args: ModelArgs) -> bytes | None:
+    """Meta's params.json of the source where it describes `args`, else None."""
+    for path in (source.folder / "params.json", src / ORIGINAL / "params.json"):
+        if path.is_file() and says_the_same(path, args):
+            return path.read_bytes()
+    return None
+
+
+# ---- Hugging Face's layout --------------------------------------------------------------------
+
+
+def hugging_face_files(
+    source: Checkpoint, tokenizer: Tokenizer | None, src: Path, dtype: torch.dtype, name: str
+) -> dict[str, bytes]:
+    """The content of each file beside the `.safetensors`, by its path in the folder.
+
+    dtype: of the weights. name: of the model, for the card.
+    Raises CheckpointError where the tokenizer does not fit the model.
+    """
+    files = _copied(source, src)
+    # transformers takes Llama 2's ids where config.json has no key for them.
+    ids: dict[str, Any] = {} if source.is_hugging_face else dict.fromkeys(SPECIAL_IDS[:2])
+    if tokenizer is not None:
+        ids = _special_ids(tokenizer)
+        if "tokenizer.json" not in files:
+            if tokenizer.n_words > source.args.vocab_size:
+                raise CheckpointError(
+                    f"{tokenizer.model_path} has {tokenizer.n_words} tokens, but the model's "
+                    f"vocab_size is {source.args.vocab_size}: it is not the tokenizer of {src}"
+                )
+            try:
+                made = _tokenizer_files(tokenizer, source)
+            except TokenizerError as error:
+                raise CheckpointError(
+                    f"{error}; move the file away to convert the weights alone"
+                ) from error
+            files = {file: _json(content) for file, content in made.items()} | files
+    if source.is_hugging_face:
+        own = read_json(source.folder / "config.json")
+        ids |= {key: own[key] for key in SPECIAL_IDS if key in own}
+    files["config.json"] = _json(hugging_face.make_config(source.args, dtype) | ids)
+    if params := metas_params(source, src, source.args):
+        files[f"{ORIGINAL}/params.json"] = params
+    if tokenizer is not None and tokenizer.model_path.name == "tokenizer.model":
+        # Other programs take a tokenizer.model in the folder itself for a SentencePiece model.
+        files.pop("tokenizer.model", None)
+        place = "" if tokenizer.is_llama_2 else f"{ORIGINAL}/"
+        files[f"{place}tokenizer.model"] = tokenizer.model_path.read_bytes()
+    files["README.md"] = _card(files.get("README.md", b""), source.args, dtype, name)
+    return files
+
+
+def _special_ids(tokenizer: Tokenizer) -> dict[str, Any]:
+    ids: dict[str, Any] = {
+        "bos_token_id": None if tokenizer.bos_id == NO_TOKEN else tokenizer.bos_id,
+        "eos_token_id": tokenizer.stop_tokens or None,
+    }
+    if (pad := _pad_token(tokenizer)) is not None:
+        ids["pad_token_id"] = tokenizer.special_tokens[pad]
+    return ids
+
+
+def _pad_token(tokenizer: Tokenizer) -> str | None:
+    """The token that transformers puts where a row of a batch has none. It is masked out."""
+    names = ("<|finetune_right_pad_id|>", "<unk>")
+    return next((name for name in names if name in tokenizer.special_tokens), None)
+
+
+def _tokenizer_files(tokenizer: Tokenizer, source: Checkpoint) -> dict[str, dict[str, Any]]:
+    """The files that say to transformers what Meta's tokenizer.model and code say."""
+    names = {i: name for name, i in tokenizer.special_tokens.items()}
+    special = {"bos_token": names[tokenizer.bos_id], "eos_token": names[tokenizer.eos_id]}
+    if tokenizer.is_llama_2 and "<unk>" in tokenizer.special_tokens:
+        special["unk_token"] = "<unk>"
+    if (pad := _pad_token(tokenizer)) is not None:
+        special["pad_token"] = pad
+    config: dict[str, Any] = {
+        **special,
+        "clean_up_tokenization_spaces": False,
+        "model_input_names": ["input_ids", "attention_mask"],
+        "model_max_length": source.args.context,
+        "tokenizer_class": "PreTrainedTokenizerFast",  # which adds nothing to tokenizer.json
+    }
+    if kind_of(source.folder) != "base":
+        config["chat_template"] = LLAMA_2_TEMPLATE if tokenizer.is_llama_2 else LLAMA_3_TEMPLATE
+    return {
+        "tokenizer.json": tokenizer.as_json(),
+        "tokenizer_config.json": config,
+        "special_tokens_map.json": special,
+        GENERATION_CONFIG: _special_ids(tokenizer),
+    }
+
+
+def _card(own: bytes, args: ModelArgs, dtype: torch.dtype, name: str) -> bytes:
+    """A model card, with the source's README.md `own` below it; that alone where it is a card."""
+    if own.startswith(b"---"):
+        return own
+    lines = [
+        "---",
+        "library_name: transformers",
+        "pipeline_tag: text-generation",
+        "tags:",
+        "- llama",
+        "---",
+        "",
+        f"# {name}",
+        "",
+        "Written by `llama convert` of llama-reference. The weights have the licence of their "
+        "source.",
+        "",
+        "| | |",
+        "| --- | --- |",
+        f"| shape | dim {args.dim}, {args.n_layers} layers, {args.n_heads} heads, "
+        f"{args.n_kv_heads} key/value heads, feed-forward {args.ffn_dim} |",
+        f"| vocabulary | {args.vocab_size:,} tokens |",
+        f"| context | {args.context:,} tokens |",
+        f"| weights | {str(dtype).removeprefix('torch.')} |",
+        "",
+        "```python",
+        "from transformers import AutoModelForCausalLM, AutoTokenizer",
+        "",
+        f'tokenizer = AutoTokenizer.from_pretrained("{name}")',
+        f'model = AutoModelForCausalLM.from_pretrained("{name}")',
+        "```",
+        "",
+        "In transformers the name of a special token in a text becomes that token. Give "
+        "`split_special_tokens=True` to the tokenizer for text that is not yours.",
+        "",
+    ]
+    return "\n".join(lines).encode() + (b"\n" + own if own else b"")
+
+
+# ---- both -------------------------------------------------------------------------------------
+
+
+def _copied(source: Checkpoint, src: Path) -> dict[str, bytes]:
+    """COPIED_FILES of the weights' folder, or else of `src`, which may contain it."""
+    found = {}
+    for name in COPIED_FILES:
+        for folder in (source.folder, src):
+            if (folder / name).is_file():
+                found[name] = (folder / name).read_bytes()
+                break
+    return found
+
+
+def _json(content: dict[str, Any]) -> bytes:
+    return (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()

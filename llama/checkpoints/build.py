@@ -1,4 +1,4 @@
-"""Build the tokenizer and this rank's part of the model from a checkpoint."""
+"""The whole way from a checkpoint to a tokenizer and this rank's model: open, check, plan, load."""
 
 from dataclasses import replace
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The chat form of a checkpoint folder, from its chat template."""
+"""Find out which chat format a checkpoint folder needs, from the text of its chat template."""
 
 from collections.abc import Iterator
 from pathlib import Path

@@ -16,8 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from llama.checkpoints import hugging_face, shards
-from llama.checkpoints.beside_weights import complete_hugging_face, complete_meta, copy_files
+from llama.checkpoints import beside_weights, hugging_face, shards
 from llama.checkpoints.folder import open_checkpoint
 from llama.checkpoints.load import check_complete, parse_dtype
 from llama.checkpoints.params import write_params
@@ -46,7 +45,7 @@ def convert(
     force: replace `dst` where it exists.
     quantize: "int8" or "int4": quantize the matrices, for fast mode. Only with to="meta"; the
         shards are then `.safetensors`.
-    Raises CheckpointError or ConfigError; `dst` is then unchanged.
+    Raises CheckpointError, ConfigError or TokenizerError; `dst` is then unchanged.
     """
     if to not in ("meta", "hf"):
         raise ConfigError(f"to is {to!r}: it must be meta or hf")
@@ -64,20 +63,38 @@ def convert(
     if source.quantization is not None:
         raise CheckpointError(f"{src} is quantized to {source.quantization}: convert the original")
     source.set_vocab_size()
-    check_complete(source)  # before anything is written
+    # All that can fail because of the source comes before anything is written.
+    check_complete(source)
+    tokenizer = beside_weights.source_tokenizer(source, Path(src))
+    if to == "meta":
+        if len(source.shards) == 1 and tokenizer is not None and tokenizer.is_llama_2:
+            # One shard does not show the split of the embedding. Meta's code of Llama 2 splits it
+            # by features.
+            source.args.embedding_shard_dim = 0 if source.args.tied else 1
+        # With more shards than key/value heads, each head is stored more than once. n_kv_heads
+        # counts all copies.
+        args = replace(source.args, n_kv_heads=max(source.args.local_kv_heads(1), mp))
+        files = beside_weights.meta_files(source, tokenizer, Path(src))
+        if quantize is None and (params := beside_weights.metas_params(source, Path(src), args)):
+            files["params.json"] = params
+    else:
+        last = list(source.args.parameter_shapes())[-1]
+        files = beside_weights.hugging_face_files(
+            source, tokenizer, Path(src), kind or source.shards[0][last].dtype, destination.name
+        )
     try:
         destination.parent.mkdir(parents=True, exist_ok=True)
         partial = Path(tempfile.mkdtemp(prefix=f".{destination.name}.", dir=destination.parent))
     except OSError as error:
         raise CheckpointError(f"cannot write {dst}: {error.strerror}") from error
     try:
-        copy_files(source, Path(src), partial)
         if to == "meta":
             _write_meta(source, partial, mp, kind, quantize)
-            complete_meta(source, Path(src), partial)
+            if "params.json" not in files:
+                write_params(partial / "params.json", args, quantize)
         else:
             _write_hugging_face(source, partial, kind)
-            complete_hugging_face(source, Path(src), partial)
+        _write_files(files, partial)
         partial.chmod(0o755)  # mkdtemp makes it 0700
         _rename(partial, destination)
     except (OSError, SafetensorError) as error:
@@ -120,10 +137,6 @@ def _write_meta(
             shard["output.weight"] = shard["tok_embeddings.weight"]
         shards.write_shard(path, shard)
     progress.close()
-    # With more shards than key/value heads, each head is stored more than once. n_kv_heads counts
-    # all copies.
-    n_kv_heads = max(args.local_kv_heads(1), mp)
-    write_params(folder / "params.json", replace(args, n_kv_heads=n_kv_heads), quantize)
 
 
 def _write_hugging_face(source: Checkpoint, folder: Path, dtype: torch.dtype | None) -> None:
@@ -149,8 +162,6 @@ def _write_hugging_face(source: Checkpoint, folder: Path, dtype: torch.dtype | N
         total = sum(_bytes(source, name, dtype) for name in names)
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         write_json(folder / (hugging_face.WEIGHTS[0] + ".index.json"), index)
-    kind = dtype or source.shards[0][names[-1]].dtype
-    write_json(folder / "config.json", hugging_face.make_config(source.args, kind))
 
 
 def _bytes(source: Checkpoint, name: str, dtype: torch.dtype | None) -> int:
@@ -172,6 +183,14 @@ def _group_by_file(
         groups[-1].append(name)
         filled += size
     return groups
+
+
+def _write_files(files: dict[str, bytes], folder: Path) -> None:
+    for name, content in files.items():
+        path = folder / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(content)
+        sync_file(path)
 
 
 def _rename(partial: Path, destination: Path) -> None:

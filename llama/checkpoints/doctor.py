@@ -1,4 +1,4 @@
-"""Check a checkpoint before a weight is read: memory, tokenizer, kind of model and device.
+"""The checks of a checkpoint before it is loaded: memory, tokenizer, kind of model and device.
 
 Each check raises a LlamaError for what cannot work, and otherwise returns a Finding. `Llama.build`
 and `llama doctor` use the same checks.

@@ -1,4 +1,4 @@
-"""Load this rank's part of a checkpoint into a model, and check that a checkpoint is complete."""
+"""Copy this rank's weights from a checkpoint into a model, and check that none is missing."""
 
 import torch
 from torch import Tensor

@@ -75,6 +75,16 @@ def read_params(path: str | Path, rope_factor: float | None = None) -> ModelArgs
     return args
 
 
+def says_the_same(path: Path, args: ModelArgs) -> bool:
+    """Whether a `params.json` describes the model of `args`."""
+    try:
+        read = read_params(path)
+    except ConfigError:
+        return False
+    others = ("norm_eps", "rope_scaling", "context", "attention_bias", "mlp_bias")
+    return read.same_shape(args) and all(getattr(read, n) == getattr(args, n) for n in others)
+
+
 def write_params(path: Path, args: ModelArgs, quantization: Width | None = None) -> None:
     """Write a `params.json` that `read_params` reads back as the same model.
 

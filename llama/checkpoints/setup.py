@@ -1,4 +1,4 @@
-"""How an opened checkpoint will run: ranks, device, dtype and memory, before a weight is read."""
+"""Decide how an opened checkpoint will run: ranks, device, dtype and memory. Reads no weight."""
 
 from dataclasses import dataclass, replace
 

@@ -30,7 +30,7 @@ from llama.memory import with_huge_pages
 # The projections that RoPE rotates, and those of keys and values.
 ROTATED = ("wq.weight", "wk.weight", "wq.bias", "wk.bias")
 KEYS_AND_VALUES = ("wk.weight", "wv.weight", "wk.bias", "wv.bias")
-ALIGNMENT = 64  # bytes; safetensors aligns to 8
+ALIGNMENT = 64  # bytes, of a float tensor that is used as mapped; safetensors guarantees only 8
 IGNORED = "rope.freqs"  # RoPE's table in Llama 2's files, which is not needed
 
 
@@ -62,7 +62,8 @@ class Checkpoint:
     shards: equal parts of the model, split as `parallel.shard_dim` says. A Hugging Face folder is
         one shard, whatever its number of files.
     quantization: the width of the quantized matrices (see `is_quantized`) in a folder that
-        `convert` wrote. For each the shards have the fields of an `Int8Weight` or `Int4Weight`.
+        `convert` wrote. For each such matrix a shard has one tensor for each field of `Int8Weight`
+        or `Int4Weight`.
     """
 
     folder: Path
@@ -136,9 +137,11 @@ class Checkpoint:
         return torch.cat(pieces, dim, out=with_huge_pages(pieces[0].new_empty(shape)))
 
     def quantized_part(self, name: str, n_parts: int, index: int, width: Width) -> Quantized:
-        """A part of a matrix, quantized: as it is saved, or else quantized now.
+        """A quantized part of a matrix: as it is saved if the folder is quantized, else quantized
+        here.
 
-        The scale of an int8 row is the whole row's, so the weights do not depend on n_parts.
+        An int8 scale is made from the whole row, also if the row is split. So the weights do not
+        depend on n_parts.
         Raises ConfigError where the matrix cannot be quantized, or cannot be split in this way.
         """
         dim = parallel.SHARD_DIMS[name.split(".")[-2]]

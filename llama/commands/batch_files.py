@@ -1,9 +1,8 @@
-"""A batch job on disk, which resumes after a stop without losing or repeating a line.
+"""The files of a batch job. A job that was stopped continues without losing or repeating a line.
 
-The output OUT grows line by line. Several groups of ranks write one part each, OUT.part-0-of-2 and
-so on, which are joined to OUT at the end. A line of the input is done when one of these files has
-its whole result. OUT.job.json names the input and options of the job. While a run writes a file, it
-holds the lock .FILE.lock.
+Results are appended to the output, OUT. If there are several groups of ranks, each group appends to
+a part of its own, OUT.part-0-of-2 and so on, and the parts are merged into OUT at the end. A line
+is done when OUT or a part has its whole result. OUT.job.json records the input and the options.
 """
 
 import codecs
@@ -23,51 +22,54 @@ from filelock import FileLock, Timeout
 from llama.errors import DataError
 from llama.files import atomic_file, read_text, write_json
 
-SYNC_EVERY = (
-    100  # lines between two syncs to disk; a power cut may lose the lines after the last one
-)
+# Lines between two calls of fsync. A kill loses no written line, but a power cut loses the lines
+# after the last fsync.
+SYNC_EVERY = 100
 BLOCK = 1 << 16  # bytes
+
+# States of a line
+PENDING, DONE, FAILED = 0, 1, 2
 
 
 class BatchFiles:
-    """The files of one job: `input`, `output`, and the files beside the output."""
+    """The files of one job: `input`, `output`, the parts of the output, and `job`, its record."""
 
     def __init__(self, input: str, output: str) -> None:
         self.input, self.output = Path(input), Path(output)
         self.job = Path(f"{output}.job.json")
 
     def prepare(self, options: dict[str, Any], force: bool) -> None:
-        """Check that the files belong to this job, and remove a half-written line at their end. One
-        rank calls this before the others open their parts.
+        """Check that existing results belong to this job, and write its record. One rank calls
+        this, before any rank opens a part.
 
         Args:
-            options: the options that the results depend on, as JSON values.
-            force: remove the files.
+            options: all options that the results depend on, as JSON values.
+            force: remove existing results.
 
-        Raises DataError where the input cannot be read, the output cannot be written, is another
-        job's or is being written by another run.
+        Raises DataError if the input cannot be read, or if the output cannot be written, belongs to
+        another job, or is being written by another run.
         """
         for path in (self.input, self.output):
             if path.exists() and not path.is_file():  # a pipe cannot be read twice
                 raise DataError(f"{path} is not a regular file")
-        digest, n_lines = self._survey()
+        digest, n_lines = self._hash_input()
         if self.output.exists() and self.output.samefile(self.input):
             raise DataError(f"cannot write {self.output}: it is the input")
         job = {"input": f"sha256:{digest}", "lines": n_lines, **options}
-        job = json.loads(json.dumps(job, default=list))  # with the types that reading it back gives
+        job = json.loads(json.dumps(job, default=list))  # the values that reading the record gives
         if force:
             for path in self._parts():
-                with _locked(path), _named(path):
+                with _locked(path), _naming_the_file(path):
                     path.unlink()
         if any(path.stat().st_size for path in self._parts()):
             self._check_same(job)
         for path in self._parts():
-            with _locked(path), _named(path), path.open("r+b") as file:
+            with _locked(path), _naming_the_file(path), path.open("r+b") as file:
                 file.truncate(_end_of_last_line(file))
         write_json(self.job, job)
 
-    def _survey(self) -> tuple[str, int]:
-        """The input's hash and number of lines."""
+    def _hash_input(self) -> tuple[str, int]:
+        """The SHA-256 hash of the input's lines, and their number."""
         digest, n_lines = hashlib.sha256(), 0
         for line in _lines(self.input):
             digest.update(line)
@@ -75,15 +77,16 @@ class BatchFiles:
         return digest.hexdigest(), n_lines
 
     def _check_same(self, job: dict[str, Any]) -> None:
-        advice = "remove it, or start anew with --force"
+        """Raise DataError if the existing results are of another input or other options."""
+        advice = "remove it, or start again with --force"
         if not self.job.exists():
-            raise DataError(f"{self.output} is there already, without {self.job.name}: {advice}")
+            raise DataError(f"{self.output} exists, but {self.job.name} does not: {advice}")
         before = self._read_job()
         for name in job | before:
             old, new = before.get(name), job.get(name)
             if old != new:
                 raise DataError(
-                    f"{self.output} was begun with {name} {old!r}, not {new!r}: {advice}"
+                    f"{self.output} was started with {name} {old!r}, not {new!r}: {advice}"
                 )
 
     def _read_job(self) -> dict[str, Any]:
@@ -93,31 +96,32 @@ class BatchFiles:
             raise DataError(f"{self.job} is not JSON: {error}") from error
 
     def _parts(self) -> list[Path]:
-        """All files with results. The number of groups may have been another one."""
+        """All files with results. Runs with different numbers of groups may have written them."""
         parts = [Path(name) for name in glob.glob(f"{glob.escape(str(self.output))}.part-*-of-*")]
         return [path for path in (self.output, *sorted(parts)) if path.exists()]
 
     def open_part(self, group: int, n_groups: int) -> "Part":
-        """The file that this group adds its results to."""
-        only = n_groups == 1
-        return Part(self.output if only else Path(f"{self.output}.part-{group}-of-{n_groups}"))
+        """Open the file to which this group appends its results."""
+        is_only = n_groups == 1
+        return Part(self.output if is_only else Path(f"{self.output}.part-{group}-of-{n_groups}"))
 
-    def done(self) -> bytearray:
-        """For each line 0: not done, 1: done, 2: its result is an error."""
-        done = bytearray(self._read_job()["lines"])
+    def states(self) -> bytearray:
+        """The state of each line: PENDING, DONE or FAILED."""
+        states = bytearray([PENDING]) * self._read_job()["lines"]
         for path in self._parts():
-            for index, _, result in _results(path, len(done)):
-                done[index] = 2 if "error" in result else 1
-        return done
+            for index, _, result in _results(path, len(states)):
+                states[index] = DONE if result.get("error") is None else FAILED
+        return states
 
-    def todo(self, done: bytearray, group: int, n_groups: int) -> Iterator[tuple[int, bytes]]:
-        """This group's lines that are not done, each with its index."""
-        for index, (state, line) in enumerate(zip(done, _lines(self.input), strict=False)):
-            if not state and index % n_groups == group:
+    def pending(self, states: bytearray, group: int, n_groups: int) -> Iterator[tuple[int, bytes]]:
+        """The index and the text of each pending line of this group."""
+        for index, (state, line) in enumerate(zip(states, _lines(self.input), strict=False)):
+            if state == PENDING and index % n_groups == group:
                 yield index, line
 
     def merge(self, n_lines: int) -> None:
-        """Join all parts to the output after the last line is done. One rank calls this."""
+        """Merge all parts into the output, in the order of the input. One rank calls this after
+        all lines are done."""
         parts = self._parts()
         for path in parts:
             _lock_file(path).unlink(missing_ok=True)
@@ -127,7 +131,8 @@ class BatchFiles:
             last = -1
             results = (_results(path, n_lines) for path in parts)
             for index, line, _ in heapq.merge(*results, key=itemgetter(0)):
-                if index > last:  # else a kill came after the join, and the line is in OUT already
+                # After a kill during the removal below, OUT and a part have the same lines.
+                if index > last:
                     file.write(line)
                 last = index
         for path in parts:
@@ -136,19 +141,19 @@ class BatchFiles:
 
 
 class Part:
-    """A file that this process alone appends results to, one line each."""
+    """A file of results, one line each, to which only this process appends."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
         self._n_written = 0
         self._lock = _lock(path)
-        with _named(path):
+        with _naming_the_file(path):
             self._file = path.open("ab")
 
     def write(self, result: dict[str, Any]) -> None:
-        # Half a surrogate pair, which JSON can say and UTF-8 cannot, becomes its JSON escape.
+        # JSON can express half a surrogate pair, but UTF-8 cannot. It stays a JSON escape.
         line = (json.dumps(result, ensure_ascii=False) + "\n").encode(errors="backslashreplace")
-        with _named(self._path):
+        with _naming_the_file(self._path):
             self._file.write(line)
             self._file.flush()
             self._n_written += 1
@@ -156,7 +161,7 @@ class Part:
                 os.fsync(self._file.fileno())
 
     def close(self) -> None:
-        with _named(self._path), self._file:
+        with _naming_the_file(self._path), self._file:
             os.fsync(self._file.fileno())
         self._lock.release()
 
@@ -166,17 +171,14 @@ def _lock_file(path: Path) -> Path:
 
 
 def _lock(path: Path) -> FileLock:
-    """The lock of a file with results, acquired. The system releases it when the process ends.
-
-    Raises DataError where another run holds it.
-    """
+    """Lock a file of results until the process ends. Raises DataError if another has the lock."""
     lock = FileLock(_lock_file(path))
-    with _named(path):
+    with _naming_the_file(path):
         try:
             lock.acquire(blocking=False)
         except Timeout as error:
             raise DataError(
-                f"another run is writing {path}: wait for its end or stop it"
+                f"another run is writing {path}: wait until it ends, or stop it"
             ) from error
     return lock
 
@@ -191,7 +193,8 @@ def _locked(path: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _named(path: Path) -> Iterator[None]:
+def _naming_the_file(path: Path) -> Iterator[None]:
+    """Turn an OSError into a DataError that names the file."""
     try:
         yield
     except OSError as error:
@@ -199,7 +202,7 @@ def _named(path: Path) -> Iterator[None]:
 
 
 def _lines(path: Path) -> Iterator[bytes]:
-    """The lines that are not blank, without a byte-order mark."""
+    """The lines of a file. Blank lines and a byte-order mark are left out."""
     try:
         with path.open("rb") as file:
             if file.read(len(codecs.BOM_UTF8)) != codecs.BOM_UTF8:
@@ -210,7 +213,10 @@ def _lines(path: Path) -> Iterator[bytes]:
 
 
 def _results(path: Path, n_lines: int) -> Iterator[tuple[int, bytes, dict[str, Any]]]:
-    """The results in a file: index, line and content of each. The indices ascend."""
+    """Yield the index, the line and the parsed result of each line of a file of results.
+
+    Raises DataError for a line that is no result of this job. The indices of a file increase.
+    """
     last = -1
     for number, line in enumerate(_lines(path), start=1):
         try:
@@ -220,7 +226,7 @@ def _results(path: Path, n_lines: int) -> Iterator[tuple[int, bytes, dict[str, A
                 raise IndexError
         except (ValueError, TypeError, LookupError) as error:
             raise DataError(
-                f"{path}, line {number} is no result of this job: remove the file, or start anew "
+                f"{path}, line {number} is no result of this job: remove the file, or start again "
                 "with --force"
             ) from error
         yield index, line, result
@@ -228,7 +234,7 @@ def _results(path: Path, n_lines: int) -> Iterator[tuple[int, bytes, dict[str, A
 
 
 def _end_of_last_line(file: IO[bytes]) -> int:
-    """The end of the last complete line. A kill may leave part of a line after it."""
+    """The position after the last complete line. A kill may have left part of a line there."""
     position = file.seek(0, os.SEEK_END)
     while position > 0:
         start = max(0, position - BLOCK)

@@ -1,4 +1,4 @@
-"""llama bench: how fast a model runs on this machine."""
+"""llama bench: measure how fast a model runs on this machine."""
 
 import json
 
@@ -19,27 +19,30 @@ def bench(
     dtype: str | None = None,
     out: str | None = None,
 ) -> None:
-    """Measure how fast a model runs on this machine: loading, the first token, prefill, and
-    decoding of one, four and eight prompts at a time. Memory is shown too, and the share of the
-    read bandwidth that decoding reaches. That bandwidth is its limit.
+    """Measure how fast a model runs on this machine.
 
     Example: llama bench Llama3.2-1B --quantize int8
 
-    The figures are medians of the rounds after a first, untimed one. Under torchrun the ranks share
-    the model.
+    The report has the time of loading, the time until the first token, the speed of prefill and of
+    decoding one, four and eight prompts at a time, and the memory used. Memory bandwidth limits
+    decoding, so the report compares the bytes that a step reads with the measured bandwidth.
+
+    The figures are medians over rounds. A first round warms up and does not count. Under torchrun
+    the ranks share the model.
 
     Args:
-        ckpt_dir: a checkpoint folder; by default the bundled model.
-        tokenizer_path: tokenizer.model; by default the one in ckpt_dir.
-        prefill: tokens of the long prompt.
+        ckpt_dir: a checkpoint folder, or an id on the Hub; by default the bundled model.
+        tokenizer_path: tokenizer.model or tokenizer.json; by default the one in ckpt_dir.
+        prefill: tokens of the prompt that is prefilled.
         decode: tokens decoded for each prompt.
-        rounds: of every measurement.
+        rounds: how often everything is measured.
         mode: fast or reference.
-        quantize: int8 or int4, on a newer GPU also fp8, with mode fast.
-        kv_cache: int8, with mode fast.
-        device: cpu or cuda; by default the best there is.
+        quantize: round the weights to int8 or int4, on a newer GPU also fp8; mode fast; by default
+            as the folder is saved.
+        kv_cache: int8, to round keys and values; mode fast; by default not rounded.
+        device: cuda, mps or cpu; by default the first of these that is available.
         dtype: float32, bfloat16 or float16; by default as in Llama.build.
-        out: file for the figures as JSON.
+        out: a file, to which the figures are written as JSON.
     """
     from llama.commands.measure import measure, report
     from llama.files import atomic_file

@@ -1,4 +1,4 @@
-"""llama inspect, convert, verify, doctor: look at checkpoint folders and change them."""
+"""llama inspect, convert, verify, doctor: describe, convert and check checkpoint folders."""
 
 import sys
 
@@ -12,17 +12,17 @@ def inspect(
     max_batch_size: int = 4,
     dtype: str = "bfloat16",
 ) -> None:
-    """Show what a model is made of: modules, sizes, split over ranks, KV cache, FLOPs.
+    """Describe a model: modules, sizes, split over ranks, KV cache, FLOPs. No weight is read.
 
     Example: llama inspect llama-3.1-70b --mp 8
 
     Args:
         model: a published model (llama-2-7b, llama-3-8b, llama-3.1-405b, llama-3.2-1b, …) or a
-            checkpoint folder, of which no weight is read; by default the bundled model.
+            checkpoint folder, whose weights are not read; by default the bundled model.
         mp: ranks that share the model.
-        max_seq_len: tokens of a row of the KV cache; by default the model's context.
+        max_seq_len: most tokens in a row of the KV cache; by default the model's context.
         max_batch_size: rows of the KV cache.
-        dtype: float32, bfloat16 or float16, for the sizes in bytes.
+        dtype: dtype for the sizes in bytes: float32, bfloat16 or float16.
     """
     from llama.checkpoints.folder import BUNDLED
     from llama.checkpoints.inspect import describe
@@ -40,19 +40,20 @@ def convert(
     force: bool = False,
     quantize: str | None = None,
 ) -> None:
-    """Write a checkpoint anew, in Meta's or Hugging Face's layout, or quantized.
+    """Write a checkpoint in Meta's or Hugging Face's layout, in other shards, or quantized.
 
     Example: llama convert Llama-2-70b Llama-2-70b-hf --to hf
 
     Args:
         src: a checkpoint folder of either layout.
-        dst: the new folder.
-        to: meta (params.json and consolidated.NN.pth) or hf (config.json and .safetensors).
+        dst: the folder to write.
+        to: meta (params.json and consolidated.NN.pth) or hf (config.json, .safetensors, and the
+            other files that transformers needs).
         mp: number of shards of a Meta folder.
-        dtype: float32, bfloat16 or float16; by default the weights stay as they are.
-        force: replace dst where it exists.
-        quantize: int8 or int4: round the matrices once and for all, for mode fast on a CPU; to meta
-            alone, as params.json and consolidated.NN.safetensors.
+        dtype: float32, bfloat16 or float16; by default the dtype of the weights.
+        force: replace dst if it exists.
+        quantize: round the matrices to int8 or int4, for mode fast on a CPU; the layout must be
+            meta, and the shards are written as consolidated.NN.safetensors.
     """
     from llama.checkpoints.convert import convert as run
 
@@ -61,14 +62,14 @@ def convert(
 
 
 def verify(folder: str | None = None, manifest: bool = True) -> None:
-    """Check a checkpoint folder: every tensor, its numbers, and the files' checksums.
+    """Check a checkpoint folder: the shapes of all tensors, finite numbers, checksums of the files.
 
-    Ends with exit code 1 where something is wrong.
+    The exit code is 1 if a problem is found.
 
     Args:
         folder: a checkpoint folder, Meta's or Hugging Face's; by default the bundled model.
-        manifest: write SHA256SUMS where there is none and nothing is wrong; not for the bundled
-            model.
+        manifest: write SHA256SUMS if the folder has none and no problem is found; not for the
+            bundled model.
     """
     from llama.checkpoints.folder import BUNDLED
     from llama.checkpoints.verify import verify as run
@@ -76,7 +77,7 @@ def verify(folder: str | None = None, manifest: bool = True) -> None:
     title, problems = run(str(folder or BUNDLED), manifest and folder is not None)
     print(title)
     for problem in problems:
-        print(f"wrong: {problem}")
+        print(f"problem: {problem}")
     print(f"{len(problems)} problem(s)" if problems else "all is well")
     if problems:
         sys.exit(1)
@@ -96,9 +97,9 @@ def doctor(
     device: str | None = None,
     dtype: str | None = None,
 ) -> None:
-    """Tell whether a checkpoint will run here: memory, tokenizer, kind of model, device.
+    """Check whether a checkpoint runs on this machine: memory, tokenizer, kind of model, device.
 
-    Ends with exit code 1 where it will not.
+    The exit code is 1 if it does not.
 
     Example: llama doctor Meta-Llama-3-8B --max_seq_len 8192
 
@@ -106,14 +107,15 @@ def doctor(
         folder: a checkpoint folder, Meta's or Hugging Face's, or the id of one on the Hub; by
             default the bundled model.
         mp: ranks of this machine that share the model.
-        max_seq_len: tokens of a row of the KV cache; by default as in Llama.build.
+        max_seq_len: most tokens in a row of the KV cache; by default as in Llama.build.
         max_batch_size: rows of the KV cache.
         tokenizer_path: tokenizer.model; by default the one in the folder.
         mode: reference or fast.
-        quantize: int8 or int4, on a newer GPU also fp8, with mode fast.
-        kv_cache: int8, with mode fast.
-        draft: folder of a smaller model that is to propose tokens; with mode fast.
-        device: cuda, mps or cpu; by default the best there is.
+        quantize: round the weights to int8 or int4, on a newer GPU also fp8; mode fast; by default
+            as the folder is saved.
+        kv_cache: int8, to round keys and values; mode fast; by default not rounded.
+        draft: folder of a smaller model that proposes tokens; mode fast.
+        device: cuda, mps or cpu; by default the first of these that is available.
         dtype: float32, bfloat16 or float16; by default as in Llama.build.
     """
     from llama.checkpoints.doctor import PROBLEM, examine, report
@@ -121,7 +123,7 @@ def doctor(
     from llama.parallel import is_main_rank, local_device
 
     if folder is None and dtype is None and local_device(device).type == "cpu":
-        dtype = "float32"  # as Llama.build() has it
+        dtype = "float32"  # as in Llama.build()
 
     findings = examine(
         str(folder or BUNDLED), tokenizer_path, max_seq_len, max_batch_size, mp, device, dtype,

@@ -1,4 +1,4 @@
-"""llama tokenize, vocab: token files and vocabularies for training."""
+"""llama tokenize, llama vocab: make token files and vocabularies for training."""
 
 from pathlib import Path
 
@@ -11,9 +11,10 @@ def tokenize(
     Example: llama tokenize a.jsonl --tokenizer tokenizer.model --out 'a_{:04d}.bin'
 
     Args:
-        files: UTF-8 texts, each one document, or .jsonl with a document a line.
+        files: UTF-8 texts, each of which is a document, or .jsonl files with one document a line.
         tokenizer: the tokenizer.model.
-        out: name of the token files, with {} (or {:04d}) where their number goes.
+        out: name of the token files; the number of a file replaces {} or {:04d}; all tokens go into
+            one file if the name has no {}.
         shard_tokens: most tokens of a file.
         field: key of the text in a .jsonl line.
     """
@@ -31,8 +32,8 @@ def vocab(*files: str, ranks: int, out: str, field: str = "text") -> None:
     Example: llama vocab tales.jsonl --ranks 4096 --out tokenizer.model
 
     Args:
-        files: UTF-8 texts, or .jsonl with a document a line.
-        ranks: number of byte sequences, 257 or more; Llama 3's 256 special tokens come after them.
+        files: UTF-8 texts, each of which is a document, or .jsonl files with one document a line.
+        ranks: number of tokens, 257 or more; Llama 3's 256 special tokens are added to them.
         out: the file to write.
         field: key of the text in a .jsonl line.
     """

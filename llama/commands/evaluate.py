@@ -1,4 +1,4 @@
-"""llama perplexity, evaluate: score a text, run the tasks of the lm-evaluation-harness."""
+"""llama perplexity, evaluate: score a text, and run tasks of the lm-evaluation-harness."""
 
 from collections.abc import Sequence
 
@@ -21,15 +21,16 @@ def perplexity(
 
     Args:
         file: any UTF-8 text.
-        ckpt_dir: a checkpoint folder; by default the bundled model.
-        tokenizer_path: tokenizer.model; by default the one in ckpt_dir.
-        window: tokens of a window; windows do not overlap, and each begins with bos; by default
-            512.
-        mode: reference, or fast (kernels on a CPU).
-        quantize: int8 or int4, on a newer GPU also fp8, with mode fast.
-        kv_cache: int8, with mode fast.
-        device: cpu or cuda; by default the best there is.
-        dtype: float32, bfloat16 or float16; by default the checkpoint's own on the CPU.
+        ckpt_dir: a checkpoint folder, or an id on the Hub; by default the bundled model.
+        tokenizer_path: tokenizer.model or tokenizer.json; by default the one in ckpt_dir.
+        window: the text is scored in windows of this many tokens, each after bos; by
+            default 512, or the context if smaller.
+        mode: reference or fast.
+        quantize: round the weights to int8 or int4, on a newer GPU also fp8; mode fast; by default
+            as the folder is saved.
+        kv_cache: int8, to round keys and values; mode fast; by default not rounded.
+        device: cuda, mps or cpu; by default the first of these that is available.
+        dtype: float32, bfloat16 or float16; by default as in Llama.build.
     """
     from llama.evaluation.perplexity import WINDOW, score
     from llama.files import read_text
@@ -65,24 +66,24 @@ def evaluate(
     device: str | None = None,
     dtype: str | None = None,
 ) -> None:
-    """Run tasks of the lm-evaluation-harness (extra [eval]) and show its table.
+    """Run tasks of the lm-evaluation-harness (extra [eval]) and show its table of results.
 
     Example: llama evaluate hellaswag,arc_easy --ckpt_dir Meta-Llama-3-8B --limit 100
 
-    The harness fetches the data of its own tasks from the Hugging Face Hub. Of a context longer
-    than max_seq_len the beginning is cut off. No chat format is applied.
+    The harness downloads the data of its tasks from the Hugging Face Hub. A context longer than
+    max_seq_len loses its beginning. No chat format is applied.
 
     Args:
-        tasks: names of tasks, groups or tags, with commas between.
-        ckpt_dir: a checkpoint folder; by default the bundled model.
-        tokenizer_path: tokenizer.model; by default the one in ckpt_dir.
-        include_path: a folder with tasks of your own, as YAML files; they may run Python code.
-        limit: most documents of a task; below 1: the share of them.
-        num_fewshot: examples in front of each question; by default as the task says.
-        out: a file for the results as JSON.
-        max_seq_len: tokens of prompt and answer together; by default as in Llama.build.
-        batch_size: prompts that are continued at once.
-        device: cpu or cuda; by default the best there is.
+        tasks: names of tasks, groups or tags, separated by commas.
+        ckpt_dir: a checkpoint folder, or an id on the Hub; by default the bundled model.
+        tokenizer_path: tokenizer.model or tokenizer.json; by default the one in ckpt_dir.
+        include_path: a folder with your own tasks, as YAML files; they may run Python code.
+        limit: most documents of a task; below 1, the fraction of its documents.
+        num_fewshot: examples in front of each question; by default the task's own number.
+        out: a file, to which the results are written as JSON.
+        max_seq_len: most tokens of prompt and answer together; by default as in Llama.build.
+        batch_size: prompts that are computed together.
+        device: cuda, mps or cpu; by default the first of these that is available.
         dtype: float32, bfloat16 or float16; by default as in Llama.build.
     """
     from llama.evaluation.harness import evaluate as run

@@ -1,4 +1,4 @@
-"""Measure a model on this machine: loading, prefill, decode and memory, and the read bandwidth."""
+"""Measure a model on this machine: loading, prefill, decode, memory, and the read bandwidth."""
 
 import math
 import platform
@@ -24,41 +24,43 @@ from llama.memory import used_memory
 from llama.model import Transformer
 from llama.sampling import SamplingParams
 
-BATCHES = (1, 4, 8)
-PROMPT = 16  # tokens before those that are decoded
-READ = 1 << 28  # bytes that are read to measure the bandwidth
+BATCH_SIZES = (1, 4, 8)  # rows decoded together
+PROMPT_LENGTH = 16  # tokens of the prompts that are decoded
+READ_BYTES = 1 << 28  # the buffer that measures the read bandwidth
 
 
 def measure(
     ckpt_dir: str | None, prefill: int, decode: int, rounds: int, **build: Any
 ) -> dict[str, Any] | None:
-    """Build the model and measure it. The figures are medians of the rounds after a first, untimed
-    one.
+    """Build the model and measure it. The times are medians of the rounds, without a first round
+    that warms up.
 
     Args:
         ckpt_dir: as in `Llama.build`.
-        prefill: tokens of the long prompt; fewer where the model's context is shorter.
-        decode: tokens that each row decodes.
-        build: other options of `Llama.build`.
+        prefill: tokens of the prompt that is prefilled. It is shortened to fit into the context.
+        decode: tokens to decode for each row.
+        rounds: how often everything is measured.
+        build: other arguments of `Llama.build`.
 
-    Returns figures in tokens, seconds and bytes on the first rank, None on the others. Raises
-    ConfigError for numbers below 1, and what `Llama.build` raises.
+    Returns the figures, in tokens, seconds and bytes, on the first rank, and None on the others.
+    Raises ConfigError for numbers below 1 or a decode beyond the context, BenchmarkError for work
+    that was not done, and what `Llama.build` raises.
     """
     for name, number in (("prefill", prefill), ("decode", decode), ("rounds", rounds)):
         if not isinstance(number, int) or number < 1:
             raise ConfigError(f"{name} is {number!r}: it must be 1 or above")
     folder = find_folder(hub.local_folder(ckpt_dir or BUNDLED))
     context = read_args(folder).context
-    longest = PROMPT + decode + 2
+    longest = PROMPT_LENGTH + decode + 2
     if longest > context:
         raise ConfigError(
             f"decode is {decode}, which takes {longest} positions, but the model's context is "
             f"{context}"
         )
-    prefill = min(prefill, context - 1)  # the token after the prompt needs a position too
+    prefill = min(prefill, context - 1)  # one position is for the token after the prompt
     start = time.perf_counter()
     setup, _, _ = open_model(
-        ckpt_dir, build.get("tokenizer_path"), max(prefill + 1, longest), max(BATCHES), None,
+        ckpt_dir, build.get("tokenizer_path"), max(prefill + 1, longest), max(BATCH_SIZES), None,
         build.get("mode", "fast"), build.get("quantize"), build.get("kv_cache"),
         build.get("device"), build.get("dtype"), needs_tokenizer=False,
     )  # fmt: skip
@@ -68,52 +70,52 @@ def measure(
             model, mode=build.get("mode", "fast"), quantize=setup.quantize,
             kv_cache=build.get("kv_cache"),
         )  # fmt: skip
-    load = time.perf_counter() - start
+    load_seconds = time.perf_counter() - start
     runner = Runner(engine, seed=1, is_reference=False)
-    buffer = torch.ones(READ // 4, device=model.device)
-    works: dict[str, Callable[[], float]] = {
+    buffer = torch.ones(READ_BYTES // 4, device=model.device)
+    measurements: dict[str, Callable[[], float]] = {
         "read": lambda: _seconds(lambda: buffer.sum().item()),
         "prefill": lambda: _prefill(engine, prefill),
     }
-    for rows in BATCHES:
-        works[f"decode {rows}"] = lambda rows=rows: _decode(engine, rows, decode)  # type: ignore[misc]
-    times: dict[str, list[float]] = {name: [] for name in works}
+    for rows in BATCH_SIZES:
+        measurements[f"decode {rows}"] = lambda rows=rows: _decode(engine, rows, decode)  # type: ignore[misc]
+    times: dict[str, list[float]] = {name: [] for name in measurements}
     with runner.leading() as is_first:
         if not is_first:
             return None
         for number in tqdm(range(rounds + 1), desc="bench", unit="round"):
-            for name, work in works.items():
-                seconds = work()
-                if number > 0:
+            for name, measurement in measurements.items():
+                seconds = measurement()
+                if number > 0:  # the first round warms up
                     times[name].append(seconds)
-    medians = {name: statistics.median(taken) for name, taken in times.items()}
+    medians = {name: statistics.median(seconds) for name, seconds in times.items()}
     weights = read_bytes(model)
-    positions = PROMPT + decode // 2  # of a row, on average
-    a_position = sum(
+    positions = PROMPT_LENGTH + decode // 2  # in the cache of a row, on average
+    bytes_per_position = sum(
         tensor.nbytes // (tensor.shape[1] * tensor.shape[2]) for tensor in engine.cache.tensors()
     )
     figures: dict[str, Any] = {
-        "load_s": load,
+        "load_s": load_seconds,
         "prefill": {
             "tokens": prefill,
             "first_token_s": medians["prefill"],
             "tokens_per_s": prefill / medians["prefill"],
         },
-        "read_bytes_per_s": READ / medians["read"],
+        "read_bytes_per_s": READ_BYTES / medians["read"],
         "decode": {},
     }
-    numbers = sum(math.prod(shape) for shape in setup.opened.args.whole_shapes().values())
+    n_weights = sum(math.prod(shape) for shape in setup.opened.args.whole_shapes().values())
     embedding = setup.opened.args.vocab_size * setup.opened.args.dim
     check_rate(
         "prefill",
-        2 * (numbers - embedding) / parallel.mp_size() * prefill / medians["prefill"],
+        2 * (n_weights - embedding) / parallel.mp_size() * prefill / medians["prefill"],
         product_rate(model.device),
         "operations",
     )
     read_limit = read_rate(weights, model.device)
-    for rows in BATCHES:
+    for rows in BATCH_SIZES:
         step = medians[f"decode {rows}"] / decode
-        read = (weights + rows * positions * a_position) / step
+        read = (weights + rows * positions * bytes_per_position) / step
         check_rate(f"decode, {rows} at a time", weights / step, read_limit, "bytes")
         figures["decode"][rows] = {
             "tokens_per_s": rows / step,
@@ -132,33 +134,33 @@ def measure(
 
 
 def report(figures: dict[str, Any]) -> str:
-    """The report that `llama bench` prints."""
+    """The table that `llama bench` prints, from the figures of `measure`."""
     prefill, read = figures["prefill"], figures["read_bytes_per_s"]
     lines = [
-        f"{figures['device']}, {figures['ranks']} ranks of {figures['threads']} threads, "
-        f"which read {read / 1e9:.1f} GB/s each",
+        f"{figures['device']}, {figures['ranks']} rank(s) of {figures['threads']} thread(s), "
+        f"read bandwidth {read / 1e9:.1f} GB/s per rank",
         f"loading                  {figures['load_s']:8.2f} s",
         f"first token after {prefill['tokens']:6,} {prefill['first_token_s']:8.2f} s",
         "",
-        f"{'':22}{'tokens/s':>10}{'GB/s read':>12}{'of that':>10}",
+        f"{'':22}{'tokens/s':>10}{'GB/s read':>12}{'of bandwidth':>14}",
         f"{'prefill':22}{prefill['tokens_per_s']:10.1f}",
     ]
     for rows, row in figures["decode"].items():
         lines.append(
             f"{f'decode, {rows} at a time':22}{row['tokens_per_s']:10.1f}"
-            f"{row['bytes_per_s'] / 1e9:12.1f}{row['of_read']:10.0%}"
+            f"{row['bytes_per_s'] / 1e9:12.1f}{row['of_read']:14.0%}"
         )
-    lines += ["", f"weights read a step    {figures['weight_bytes'] / 1e6:10,.1f} MB"]
+    lines += ["", f"weights read per step  {figures['weight_bytes'] / 1e6:10,.1f} MB"]
     lines += [f"KV cache               {figures['cache_bytes'] / 1e6:10,.1f} MB"]
-    names = {"private": "private memory", "peak": "peak, files' pages too"}
+    names = {"private": "private memory", "peak": "peak with mapped files"}
     for name, size in figures["memory"].items():
         lines.append(f"{names[name]:22} {size / 1e6:10,.1f} MB")
     return "\n".join(lines)
 
 
 def read_bytes(model: Transformer) -> int:
-    """Bytes of the weights that one decode step of this rank reads: all but the embedding, of which
-    it reads single rows."""
+    """Bytes of the weights that this rank reads in one decode step. The embedding does not count,
+    because a step reads only single rows of it."""
     total = 0
     for module in model.modules():
         weight = getattr(module, "weight", None)
@@ -168,7 +170,7 @@ def read_bytes(model: Transformer) -> int:
 
 
 def _tensors(weight: Any) -> Iterator[Tensor]:
-    """The tensors of a weight: plain, quantized for a CPU, or narrow on a GPU."""
+    """The tensors of a weight. A quantized weight is a tuple on a CPU and a module on a GPU."""
     if isinstance(weight, Tensor):
         yield weight
     elif isinstance(weight, nn.Module):
@@ -178,13 +180,15 @@ def _tensors(weight: Any) -> Iterator[Tensor]:
 
 
 def _seconds(work: Callable[[], object]) -> float:
+    """The time of one call."""
     start = time.perf_counter()
     work()
     return time.perf_counter() - start
 
 
 def _steps(engine: Engine, rows: int, n_tokens: int, n_new: int) -> Iterator[int]:
-    """Run prompts of random ids to their end. Yields the number of new tokens after each step."""
+    """Generate `n_new` tokens after each of `rows` prompts of `n_tokens` random ids. Yields the
+    number of tokens that each step of the engine generated."""
     generator = torch.Generator().manual_seed(rows)
     params = SamplingParams(temperature=0, max_gen_len=n_new, ignore_eos=True)
     for row in range(rows):
@@ -195,7 +199,7 @@ def _steps(engine: Engine, rows: int, n_tokens: int, n_new: int) -> Iterator[int
 
 
 def _prefill(engine: Engine, n_tokens: int) -> float:
-    """Seconds until the first token after a prompt."""
+    """The time until the first token after a prompt of `n_tokens`, in seconds."""
     start = time.perf_counter()
     count = sum(_steps(engine, 1, n_tokens, 1))
     seconds = time.perf_counter() - start
@@ -204,11 +208,12 @@ def _prefill(engine: Engine, n_tokens: int) -> float:
 
 
 def _decode(engine: Engine, rows: int, n_tokens: int) -> float:
-    """Seconds in which each of the rows decodes `n_tokens` tokens.
+    """The time in which each of `rows` rows decodes `n_tokens` tokens, in seconds.
 
-    The first step is not timed, because it prefills the prompts and gives each row two tokens.
+    The first step is not timed, because it prefills the prompts. It generates the first two tokens
+    of each row.
     """
-    steps = _steps(engine, rows, PROMPT, n_tokens + 2)
+    steps = _steps(engine, rows, PROMPT_LENGTH, n_tokens + 2)
     first = next(steps)
     start = time.perf_counter()
     count = sum(steps)

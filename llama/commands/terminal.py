@@ -1,4 +1,7 @@
-"""The terminal: show texts while they are generated, and their speed, on the first rank alone."""
+"""The terminal: show texts while they are generated, and read lines.
+
+Only the first rank reads and writes. The other ranks follow it.
+"""
 
 import contextlib
 import itertools
@@ -20,24 +23,27 @@ from llama.errors import GenerationError
 from llama.generation import Llama
 from llama.sampling import SamplingParams
 
-# Flags that are options of `Llama.build`. The seed is one of them and not a sampling option: so the
-# same command gives the same texts, but a repeated question in one chat gets another answer.
+# Flags that go to `Llama.build`. The seed is among them and not in SamplingParams. So the same
+# command gives the same texts, but a question that is repeated in one chat gets another answer.
 BUILD_FLAGS = (
     "ckpt_dir", "tokenizer_path", "max_seq_len", "seed", "mode", "quantize", "kv_cache", "device",
     "dtype", "rope_factor", "format", "draft", "lookup",
 )  # fmt: skip
-KEEP_ALIVE = parallel.TIMEOUT.total_seconds() / 5  # seconds between messages to waiting ranks
+# The interval of the messages that the first rank sends to the others while it waits for a typed
+# line. The others raise an error if no message comes within parallel.TIMEOUT.
+KEEP_ALIVE_SECONDS = parallel.TIMEOUT.total_seconds() / 5
 
-# Control characters of a model's text must not reach the terminal.
+# Control characters in generated text are removed, because they could change the terminal's state.
 _CONTROLS = {code: None for code in (*range(32), *range(127, 160)) if chr(code) not in "\t\n"}
 
 
 def read_flags(
     words: Collection[str], flags: Mapping[str, Any]
 ) -> tuple[dict[str, Any], SamplingParams]:
-    """The flags as options of `Llama.build` and as `SamplingParams`.
+    """Split the flags into arguments of `Llama.build` and SamplingParams.
 
-    words: surplus words of the command line. Raises GenerationError for the first of them.
+    words: arguments that the command does not take. Raises GenerationError if there are any, and
+    for a value that SamplingParams refuses.
     """
     if words:
         raise GenerationError(f"unexpected {next(iter(words))!r}: put a text in quotes")
@@ -45,7 +51,7 @@ def read_flags(
     options = {name: value for name, value in flags.items() if name in sampling}
     if "stop" in options:
         options["stop"] = [options["stop"]]
-    SamplingParams(seed=flags.get("seed"))  # for its check
+    SamplingParams(seed=flags.get("seed"))  # raises for a wrong seed
     build = {name: value for name, value in flags.items() if name in BUILD_FLAGS}
     return {"mode": "fast", **build}, SamplingParams(**options)
 
@@ -60,10 +66,12 @@ def suggested(llama: Llama, params: SamplingParams, flags: Mapping[str, Any]) ->
 
 
 def complete(llama: Llama, prompt: str | None, params: SamplingParams) -> None:
-    """Print the continuation of the prompt while it is generated. prompt None: read it from
-    standard input."""
-    with owned(llama) as is_ours:
-        if not is_ours:
+    """Print the continuations of a prompt while they are generated.
+
+    prompt: None reads it from standard input.
+    """
+    with on_first_rank(llama) as is_first_rank:
+        if not is_first_rank:
             return
         prompt = read_input() if prompt is None else prompt
         requests: set[Request] = set()
@@ -81,11 +89,12 @@ def complete(llama: Llama, prompt: str | None, params: SamplingParams) -> None:
             print()
             raise
         finally:
-            note(speed(n_tokens, start) + accepted_text(requests))
+            note(speed(n_tokens, start) + acceptance(requests))
 
 
 def read_input() -> str:
-    """All of standard input, without the newline at its end."""
+    """Standard input up to its end, without a last newline. Raises GenerationError if it is not
+    UTF-8."""
     try:
         return sys.stdin.buffer.read().decode().removesuffix("\n")
     except UnicodeDecodeError as error:
@@ -94,14 +103,14 @@ def read_input() -> str:
         ) from error
 
 
-# ---- what is shown ------------------------------------------------------------------------------
+# ---- output --------------------------------------------------------------------------------------
 
 
 def in_turn(events: Iterator[Event]) -> Iterator[tuple[int, Iterator[Event]]]:
-    """Each row and its events, one row after the other.
+    """Group the events of all rows by row. Yields each row's number and its events.
 
-    The first row's events come at once. Events of a later row are held back until the rows before
-    it have ended.
+    Rows are generated together, but printed one after the other. The events of the first row are
+    yielded at once. Those of a later row are held until the rows before it have ended.
     """
 
     def ordered() -> Iterator[Event]:
@@ -117,49 +126,51 @@ def in_turn(events: Iterator[Event]) -> Iterator[tuple[int, Iterator[Event]]]:
 
 
 def show(text: str) -> None:
-    """Print a part of a text without waiting for a newline."""
+    """Print a part of a generated text at once, without a newline."""
     if sys.stdout.isatty():
         text = text.translate(_CONTROLS)
     print(text, end="", flush=True)
 
 
 def note(text: str) -> None:
-    """Print a dim line on stderr, apart from the generated text."""
+    """Print a dim line on standard error."""
     print(dim(text, sys.stderr), file=sys.stderr, flush=True)
 
 
 def speed(n_tokens: int, start: float) -> str:
-    """The number and speed of tokens since `start`, a time of perf_counter, as text."""
+    """The number of tokens, and the tokens a second since `start`, a value of perf_counter."""
     return f"{n_tokens} tokens, {n_tokens / (time.perf_counter() - start):.1f} a second"
 
 
-def accepted_text(requests: Collection[Request]) -> str:
-    """How many proposals were accepted, as text; empty where no token was proposed."""
+def acceptance(requests: Collection[Request]) -> str:
+    """How many proposals of speculation were accepted. It is "" if there were no proposals."""
     proposed = sum(request.proposed for request in requests)
     accepted = sum(request.accepted for request in requests)
     return f", {accepted} of {proposed} proposals accepted" if proposed else ""
 
 
 def dim(text: str, file: TextIO) -> str:
+    """The text in dim letters, if the file is a terminal."""
     return f"\033[2m{text}\033[0m" if file.isatty() else text
 
 
-# ---- the rank that has the terminal -------------------------------------------------------------
+# ---- ranks ---------------------------------------------------------------------------------------
 
 
 class _Signal(IntEnum):
-    """Messages of the rank with the terminal to the others."""
+    """Messages of the first rank to the others."""
 
-    WAIT = 0
-    STREAM = 1
-    DONE = 2
+    WAIT = 0  # wait for the next message
+    STREAM = 1  # follow the engine's plans until a stream ends
+    DONE = 2  # return
 
 
 @contextlib.contextmanager
-def owned(llama: Llama) -> Iterator[bool]:
-    """Yields True on the first rank, which has the terminal and calls `stream`.
+def on_first_rank(llama: Llama) -> Iterator[bool]:
+    """A block in which only the first rank of the model calls `stream`.
 
-    The other ranks compute their part until the first rank leaves its block, and then get False.
+    Yields True on the first rank. Each other rank follows the streams of the first rank until the
+    block there ends, and only then yields False.
     """
     if parallel.mp_rank() > 0:
         while (signal := _receive(llama)) is not _Signal.DONE:
@@ -176,21 +187,27 @@ def owned(llama: Llama) -> Iterator[bool]:
 def stream(
     llama: Llama, prompt: str | list[int] | Dialog, params: SamplingParams
 ) -> contextlib.AbstractContextManager[Iterator[Event]]:
-    """`llama.stream` of a prompt that only this rank has. Leaving the block cancels it."""
-    events = llama.stream(prompt, **vars(params))  # raises before the other ranks follow
+    """Call `llama.stream` on the first rank, with a prompt that only this rank knows. Leaving the
+    block cancels the stream. Raises what `llama.stream` raises."""
+    # A wrong prompt raises here, before the other ranks begin to follow.
+    events = llama.stream(prompt, **vars(params))
     _send(llama, _Signal.STREAM)
     return contextlib.closing(events)
 
 
 def read_line(llama: Llama, prompt: str) -> str:
-    """Read a typed line, without a time limit. Raises EOFError at the end of the input."""
+    """Read a line from standard input, without a time limit, and without its newline.
+
+    prompt: shown before the line, if input and output are a terminal.
+    Raises EOFError at the end of the input. Other ranks are told to wait meanwhile.
+    """
     prompt = prompt if sys.stdin.isatty() and sys.stdout.isatty() else ""
     if parallel.mp_size() == 1:
         return input(prompt)
-    over = threading.Event()
+    is_read = threading.Event()
 
     def keep_waiting() -> None:
-        while not over.wait(KEEP_ALIVE):
+        while not is_read.wait(KEEP_ALIVE_SECONDS):
             _send(llama, _Signal.WAIT)
 
     thread = threading.Thread(target=keep_waiting, daemon=True)
@@ -198,7 +215,7 @@ def read_line(llama: Llama, prompt: str) -> str:
     try:
         return input(prompt)
     finally:
-        over.set()
+        is_read.set()
         thread.join()
 
 

@@ -1,21 +1,21 @@
-"""llama train, finetune: train a new model, or teach a checkpoint from dialogs."""
+"""llama train, finetune: train a new model, or fine-tune a checkpoint on dialogs."""
 
 from typing import Any
 
-from llama.commands.flags import FINETUNING, PRETRAINING, RUN, changed, takes
+from llama.commands.flags import FINETUNING, PRETRAINING, RUN, takes, with_defaults
 
-FINETUNING_RUN = changed(
+FINETUNING_RUN = with_defaults(
     RUN, steps="100", learning_rate="0.0001", warmup_steps="10", weight_decay="0.0"
 )
 
 
 @takes(PRETRAINING, RUN)
 def train(config: str | None = None, **flags: Any) -> None:
-    """Train a new model from token files. The same command goes on after a stop.
+    """Train a new model from token files. After a stop the same command continues the run.
 
     Example: llama train --data 'tales_*.bin' --tokenizer tokenizer.model --out_dir run
 
-    Every flag may also be a key of the TOML file CONFIG. A flag wins over the file.
+    The TOML file CONFIG may have every flag as a key. A flag on the command line takes precedence.
 
     Args:
         config: TOML file with the flags' names as keys; by default none.
@@ -27,12 +27,13 @@ def train(config: str | None = None, **flags: Any) -> None:
 
 @takes(FINETUNING, FINETUNING_RUN)
 def finetune(config: str | None = None, **flags: Any) -> None:
-    """Teach a checkpoint from dialogs. Only the assistant's messages are learned.
+    """Fine-tune a checkpoint on dialogs. Only the assistant's messages are learned.
 
     Example: llama finetune --ckpt_dir Llama3.2-1B-Instruct --data dialogs.jsonl --out_dir run
 
     A line of DATA is a dialog: {"messages": [{"role": "user", "content": "…"}, {"role":
-    "assistant", "content": "…"}]}. A dialog longer than --seq_len is cut after a turn.
+    "assistant", "content": "…"}]}. A dialog longer than --seq_len is cut after an answer. After a
+    stop the same command continues the run.
 
     Args:
         config: TOML file with the flags' names as keys; by default none.

@@ -1,4 +1,4 @@
-"""Training from a configuration: make model, loaders and run from flags or a TOML file."""
+"""Training from a configuration: read flags and a TOML file, build model and loaders, and train."""
 
 import logging
 import tomllib
@@ -26,48 +26,55 @@ log = logging.getLogger("llama")
 
 @dataclass(kw_only=True)
 class RunConfig:
-    """The options of every training run. Batches are those of one rank."""
+    """The options that training and fine-tuning share. `RUN` in flags.py explains them."""
 
-    out_dir: str  # folder of the run; a run that it holds is continued
-    batch: int = 8  # rows computed at a time
+    out_dir: str  # folder for the checkpoints; a run in this folder is continued
+    batch: int = 8  # rows that a rank computes at a time
     seq_len: int = 512  # tokens of a row
-    accumulation: int = 1  # batches of a step
+    accumulation: int = 1  # batches of a step, on each rank
     steps: int = 1000
-    learning_rate: float = 1e-3  # its peak
+    learning_rate: float = 1e-3  # peak
     warmup_steps: int = 50
-    decay_steps: int | None = None  # None: a cosine. Else constant, then linear for so long
-    final_lr: float = 0.1  # the last learning rate, as a share of the peak
+    decay_steps: int | None = None  # of a linear decay at the end; None: cosine decay
+    final_lr: float = 0.1  # learning rate at the end, as a fraction of the peak
     weight_decay: float = 0.1  # of matrices
     beta1: float = 0.9
     beta2: float = 0.95
     clip: float = 1.0  # largest norm of the gradient
     train: Literal["all", "norms", "all_but_embeddings"] = "all"
-    separate_documents: bool = True  # packed documents do not see each other
-    autocast: bool | None = None  # matrix products in bfloat16; None: on a GPU
-    eval_every: int = 100
-    eval_batches: int = 20
-    checkpoint_every: int = 200
-    keep: int = 2  # checkpoints, the newest
+    separate_documents: bool = True  # no attention between the documents of a row
+    autocast: bool | None = None  # matrix products in bfloat16; None: only on a GPU
+    eval_every: int = 100  # steps
+    eval_batches: int = 20  # batches of an evaluation, on each rank
+    checkpoint_every: int = 200  # steps
+    keep: int = 2  # how many checkpoints stay; older ones are deleted
     seed: int = 1
     device: str | None = None  # None: this rank's GPU, else the CPU
-    model_parallel_size: int = 1  # ranks that share one model; the others are replicas
-    fsdp: bool | None = None  # split the model over the replicas; None: where a GPU is too small
-    log_dir: str | None = None  # for TensorBoard
+    model_parallel_size: int = 1  # ranks that share one model
+    fsdp: bool | None = (
+        None  # split the model over data-parallel ranks; None: if a GPU is too small
+    )
+    log_dir: str | None = None  # for TensorBoard; None: nothing is written
     sample_every: int = 0  # steps between sample texts; 0: none
     sample_prompt: str = "Once upon a time"
 
     @classmethod
     def read(cls, path: str | Path | None, flags: Mapping[str, Any]) -> Self:
-        """Read the TOML file, then the flags. Raises ConfigError for an unknown or wrong one."""
+        """Read the TOML file and the flags, which take precedence.
+
+        Raises ConfigError for an unreadable file, and for an unknown, missing or wrong option.
+        """
         given: dict[str, Any] = {}
         if path is not None:
             try:
                 given |= tomllib.loads(Path(path).read_bytes().decode("utf-8"))
             except OSError as error:
                 raise ConfigError(f"cannot read {path}: {error.strerror}") from error
-            except ValueError as error:  # TOML's and Unicode's errors are both
+            except ValueError as error:  # the errors of TOML and of Unicode are ValueErrors
                 if Path(path).suffix in (".jsonl", ".json"):
-                    raise ConfigError(f"{path} is no TOML file of options: is it --data?") from None
+                    raise ConfigError(
+                        f"{path} is not a TOML file of options; did you mean --data {path}?"
+                    ) from None
                 raise ConfigError(f"{path} is not TOML: {error}") from error
         given |= flags
         known = {f.name: f for f in fields(cls)}
@@ -75,7 +82,7 @@ class RunConfig:
             raise ConfigError(f"unknown option(s): {', '.join(unknown)}")
         for name, f in known.items():
             if name not in given:
-                if f.default is f.default_factory:  # both MISSING
+                if f.default is f.default_factory:  # both are MISSING: the field has no default
                     raise ConfigError(f"{name} is missing: give it as a flag or in the TOML file")
                 continue
             kind = f.type.__name__ if isinstance(f.type, type) else str(f.type)
@@ -85,6 +92,7 @@ class RunConfig:
         return cls(**given)
 
     def options(self, device: torch.device) -> TrainingOptions:
+        """The options of `Trainer`."""
         autocast = device.type == "cuda" if self.autocast is None else self.autocast
         same = {f.name for f in fields(TrainingOptions)} - {"autocast"}
         values = {name: value for name, value in asdict(self).items() if name in same}
@@ -92,21 +100,22 @@ class RunConfig:
 
 
 def _shorten_warmup(given: dict[str, Any], usual: int) -> None:
-    """Warm up for half of a run that is too short for the usual warm-up."""
+    """If fewer steps than the usual warm-up come before the decay, warm up for half of them."""
     room = given.get("steps", usual) - (given.get("decay_steps") or 0)
     if 0 < room < usual:
         given["warmup_steps"] = room // 2
-        log.info("a run of %d steps warms up for %d, not %d", given["steps"], room // 2, usual)
+        log.info("warmup_steps is %d, not %d: the run is short", room // 2, usual)
 
 
 def _convert(name: str, value: Any, kind: str) -> Any:
-    """Convert a value to the type of its field. A whole number may stand for a float."""
+    """Convert a value to the type of its field, `kind`. Raises ConfigError if that is not possible.
+    An int is accepted for a float, and a number for a str."""
     if value is None and "None" in kind:
         return None
     if "float" in kind and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
     if ("str" in kind or "Literal" in kind) and isinstance(value, int | float | Path):
-        value = str(value)  # fire reads a folder named 1 as a number
+        value = str(value)  # fire has read a folder named 1 as a number
     for word, types in {"bool": bool, "int": int, "float": float}.items():
         if word in kind and "Literal" not in kind:
             if not isinstance(value, types) or isinstance(value, bool) != (types is bool):
@@ -119,12 +128,13 @@ def _convert(name: str, value: Any, kind: str) -> Any:
 
 @dataclass(kw_only=True)
 class PretrainConfig(RunConfig):
-    """Training of a new model, with the shape of a preset or of the numbers given."""
+    """The options for training a new model. `preset`, or `dim` and the options after it, give the
+    shape."""
 
     data: str  # pattern of token files
-    tokenizer: str  # its tokenizer.model, which gives vocab_size and goes into the checkpoints
-    eval_data: str | None = None
-    preset: str | None = None
+    tokenizer: str  # tokenizer.model; it gives vocab_size and is copied into the checkpoints
+    eval_data: str | None = None  # pattern of token files
+    preset: str | None = None  # a name in PRESETS
     dim: int = 256
     n_layers: int = 4
     n_heads: int = 4
@@ -137,12 +147,12 @@ class PretrainConfig(RunConfig):
 
 @dataclass(kw_only=True)
 class FinetuneConfig(RunConfig):
-    """Fine-tuning of a checkpoint on dialogs."""
+    """The options for fine-tuning a checkpoint on dialogs."""
 
-    data: str  # JSONL of dialogs
+    data: str  # JSONL file of dialogs
     ckpt_dir: str | None = None  # None: the bundled model
     tokenizer: str | None = None  # None: the one in ckpt_dir
-    eval_data: str | None = None
+    eval_data: str | None = None  # JSONL file of dialogs
     learning_rate: float = 1e-4
     weight_decay: float = 0.0
     steps: int = 100
@@ -150,12 +160,16 @@ class FinetuneConfig(RunConfig):
 
 
 def pretrain(config: PretrainConfig) -> Path:
-    """Train a model from scratch; returns the last checkpoint."""
+    """Train a new model. Returns the folder of the last checkpoint.
+
+    Raises a LlamaError for wrong options or data, and for a loss that is not finite.
+    """
     device = _start(config)
     tokenizer = Tokenizer(config.tokenizer)
     if config.preset is not None:
         if config.preset not in PRESETS:
-            raise ConfigError(f"preset is {config.preset!r}: one of {', '.join(PRESETS)}")
+            known = ", ".join(PRESETS)
+            raise ConfigError(f"preset is {config.preset!r}: it must be one of {known}")
         args = ModelArgs(**vars(PRESETS[config.preset]))
     else:
         names = "dim n_layers n_heads n_kv_heads hidden_dim multiple_of rope_theta tied".split()
@@ -178,7 +192,11 @@ def pretrain(config: PretrainConfig) -> Path:
 
 
 def finetune(config: FinetuneConfig) -> Path:
-    """Train a checkpoint on the assistant's messages of dialogs. Returns the last checkpoint."""
+    """Train a checkpoint on the assistant's messages of dialogs. Returns the folder of the last
+    checkpoint.
+
+    Raises a LlamaError for wrong options or data, and for a loss that is not finite.
+    """
     device = _start(config)
     llama = Llama.build(
         config.ckpt_dir,
@@ -187,7 +205,7 @@ def finetune(config: FinetuneConfig) -> Path:
         max_batch_size=1,
         model_parallel_size=config.model_parallel_size,
         device=device,
-        dtype="float32",  # small updates would vanish in bfloat16
+        dtype="float32",  # bfloat16 would round small updates of the weights away
     )
     pad = max(llama.tokenizer.eos_id, 0)  # any id will do: padding has no loss
 
@@ -195,7 +213,7 @@ def finetune(config: FinetuneConfig) -> Path:
         data = load_dialogs(path, llama.formatter, config.seq_len + 1)
         if parallel.is_main_rank() and data.cut + data.dropped:
             print(
-                f"{path}: {data.cut} dialogs cut after a turn and {data.dropped} left out, to "
+                f"{path}: {data.cut} dialogs cut after an answer and {data.dropped} dropped, to "
                 f"fit into {config.seq_len} tokens"
             )
         rank, ranks = parallel.dp_rank(), parallel.dp_size()
@@ -207,6 +225,7 @@ def finetune(config: FinetuneConfig) -> Path:
 
 
 def _start(config: RunConfig) -> torch.device:
+    """Make the groups of ranks, and return this rank's device."""
     device = parallel.local_device(config.device)
     parallel.initialize(config.model_parallel_size, device)
     return device
@@ -219,6 +238,7 @@ def _run(
     loader: Loader,
     eval_loader: Loader | None,
 ) -> Path:
+    """Continue the run in `out_dir`, or start it. Returns the folder of the last checkpoint."""
     device = model.device
     if _needs_fsdp(config, model, device):
         shard_model(model)
@@ -230,7 +250,7 @@ def _run(
             device.type,
             config.train,
         )
-    except ValueError as error:  # a rate or a beta that is out of range
+    except ValueError as error:  # AdamW's, for a rate or a beta out of its range
         raise TrainingError(str(error)) from error
     replicas = parallel.dp_size()
     step_tokens = config.batch * config.seq_len * config.accumulation * replicas
@@ -249,7 +269,7 @@ def _run(
         report,
     )
     if trainer.resume() and parallel.is_main_rank():
-        print(f"Going on after step {trainer.step} of {config.out_dir}")
+        print(f"Continuing after step {trainer.step} of {config.out_dir}")
     try:
         trainer.run()
     finally:
@@ -258,11 +278,13 @@ def _run(
 
 
 def _needs_fsdp(config: RunConfig, model: Transformer, device: torch.device) -> bool:
-    """Whether to use FSDP: as the option says, else where weights, gradients and AdamW's two
-    moments need more than 80% of the GPU's memory."""
+    """Whether to use FSDP: as the option `fsdp` says, or, if it is None, whether weights, gradients
+    and AdamW's two moments need more than 80% of the GPU's memory."""
     if parallel.dp_size() == 1:
         if config.fsdp:
-            raise TrainingError("fsdp splits a model over replicas, and there is one: use torchrun")
+            raise TrainingError(
+                "fsdp needs two or more data-parallel ranks: start them by torchrun"
+            )
         return False
     if config.fsdp is not None or device.type != "cuda":
         return bool(config.fsdp)

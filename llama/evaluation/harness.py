@@ -1,7 +1,8 @@
 """The adapter to EleutherAI's lm-evaluation-harness (extra `[eval]`): its tasks on a `Llama`.
 
-The harness asks a model for three things: the logprob of a continuation, the logprob of a whole
-text, and generated text up to a stop string. https://github.com/EleutherAI/lm-evaluation-harness
+The harness makes three kinds of requests: the logprob of a continuation of a context, the logprob
+of a whole text, and a generated text that ends before a stop string.
+https://github.com/EleutherAI/lm-evaluation-harness
 """
 
 import json
@@ -21,7 +22,7 @@ from llama.generation import Llama
 from llama.sampling import SamplingParams
 
 try:
-    import lm_eval.models  # registers the harness's own models
+    import lm_eval.models  # registers the harness's own models; ours is added below
     from datasets.exceptions import DatasetsError
     from lm_eval.api.model import TemplateLM
     from lm_eval.api.registry import register_model
@@ -40,20 +41,20 @@ except ImportError as error:
 
 log = logging.getLogger("llama")
 
-MAX_GEN_LEN = 256  # tokens, by default
-QUEUED = 256  # prompts that are submitted at a time
+MAX_GEN_LEN = 256  # tokens, if a task sets no limit
+SUBMITTED_AT_ONCE = 256  # prompts
 
 
 @register_model("llama-reference")
 class LlamaLM(TemplateLM):
-    """A `Llama` with the harness's interface of a model.
+    """A `Llama` with the harness's model interface.
 
     Under torchrun every rank runs the same tasks on its part of the model.
 
     Args:
         ckpt_dir: as in `Llama.build`.
-        batch_size: `max_batch_size` of `Llama.build`.
-        options: the other options of `Llama.build`.
+        batch_size: the most prompts that are computed together, `max_batch_size` of `Llama.build`.
+        options: other arguments of `Llama.build`.
     """
 
     def __init__(
@@ -65,21 +66,23 @@ class LlamaLM(TemplateLM):
         self._ckpt_dir = ckpt_dir
 
     def get_model_info(self) -> dict[str, Any]:
-        """The model's entry in the results."""
+        """The description of the model in the harness's results."""
         return {"ckpt_dir": str(self._ckpt_dir or "bundled"), "max_length": self.max_length}
 
     @property
     def eot_token_id(self) -> int:
+        """The token that ends a text."""
         return self.llama.tokenizer.eos_id
 
     @property
     def prefix_token_id(self) -> int:
-        """The token of an empty context."""
+        """The token that the harness uses as an empty context."""
         return self.llama.tokenizer.start_id
 
     def tok_encode(
         self, string: str, add_special_tokens: bool | None = None, **kwargs: Any
     ) -> list[int]:
+        """Encode a text. bos comes first unless add_special_tokens is False."""
         return self.llama.tokenizer.encode(string, bos=add_special_tokens is not False, eos=False)
 
     def _loglikelihood_tokens(
@@ -88,10 +91,14 @@ class LlamaLM(TemplateLM):
         disable_tqdm: bool = False,
         **kwargs: Any,
     ) -> list[tuple[float, bool]]:
-        """For each (texts, context, continuation): the sum of the continuation's logprobs, and
-        whether each of its tokens is the likeliest. Of a text that is too long the beginning is cut
-        off."""
-        longest = self.max_length + 1  # the last token is only predicted
+        """Score continuations of contexts.
+
+        A request is (texts, ids of the context, ids of the continuation). Returns for each the sum
+        of the logprobs of the continuation, in nats, and whether greedy decoding would generate it.
+        A context that is too long loses its beginning. Raises GenerationError for a continuation
+        that max_seq_len has no room for.
+        """
+        longest = self.max_length + 1  # the last token is predicted, but never fed to the model
         lengths = [len(continuation) for _, _, continuation in requests]
         if max(lengths, default=0) >= longest:
             raise GenerationError(
@@ -109,10 +116,12 @@ class LlamaLM(TemplateLM):
     def loglikelihood_rolling(
         self, requests: Sequence[Any], disable_tqdm: bool = False
     ) -> list[float]:
-        """The sum of the logprobs of all tokens of each text. The first token follows bos.
+        """The sum of the logprobs of all tokens of each text, in nats.
 
-        A text longer than max_seq_len is cut into windows. A window follows the token before it,
-        and the last window follows as many tokens as fit."""
+        The context of the first token is bos, or eos if the vocabulary has no bos. A text longer
+        than max_seq_len is split into windows. The context of a window is the token before it. The
+        last window may have fewer tokens, and then has a longer context.
+        """
         windows = []
         for (text,) in (request.args for request in requests):
             rolling = get_rolling_token_windows(
@@ -126,8 +135,11 @@ class LlamaLM(TemplateLM):
         return [sum(logprob for logprob, _ in islice(answers, len(w))) for w in windows]
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
-        """Continue each context up to the first of its stop strings. Of a context that is too long
-        the beginning is cut off."""
+        """Generate a text after each context, up to a stop string. The stop string is left out.
+
+        A context that is too long loses its beginning. Raises GenerationError for an unknown option
+        of a task, and if max_gen_toks leaves no room for a context.
+        """
         texts: list[str] = []
         for options, same in groupby((r.args for r in requests), key=lambda args: args[1]):
             params = _sampling_params(options)
@@ -145,21 +157,25 @@ class LlamaLM(TemplateLM):
     def _complete(
         self, prompts: Sequence[list[int]], longest: int, params: SamplingParams
     ) -> Iterator[Request]:
-        """Run the last `longest` tokens of each prompt."""
+        """Run all prompts and yield their requests, in order, when they are finished. A prompt of
+        more than `longest` tokens loses its beginning."""
         is_main = parallel.is_main_rank()
         if is_main and (n_cut := sum(len(prompt) > longest for prompt in prompts)):
             log.warning("%d of %d prompts are cut to %d tokens", n_cut, len(prompts), longest)
         with tqdm(total=len(prompts), unit="prompt", delay=2, disable=not is_main) as bar:
-            for start in range(0, len(prompts), QUEUED):
-                queued = [prompt[-longest:] for prompt in prompts[start : start + QUEUED]]
-                yield from self.llama.runner.complete(queued, params, is_exact=False)
-                bar.update(len(queued))
+            for start in range(0, len(prompts), SUBMITTED_AT_ONCE):
+                submitted = [
+                    prompt[-longest:] for prompt in prompts[start : start + SUBMITTED_AT_ONCE]
+                ]
+                yield from self.llama.runner.complete(submitted, params, is_exact=False)
+                bar.update(len(submitted))
 
 
 def _sampling_params(gen_kwargs: Mapping[str, Any]) -> SamplingParams:
-    """A task's generation_kwargs as options of ours. Raises GenerationError for an unknown one."""
+    """Convert a task's generation_kwargs to SamplingParams. Raises GenerationError for an unknown
+    option."""
     options = dict(normalize_gen_kwargs(dict(gen_kwargs), MAX_GEN_LEN))
-    del options["do_sample"]  # the temperature says the same
+    del options["do_sample"]  # if it is False, normalize_gen_kwargs has set the temperature to 0
     options |= {
         "stop": [text for text in options.pop("until") if text],
         "max_gen_len": options.pop("max_gen_toks"),
@@ -177,18 +193,18 @@ def evaluate(
     out: str | Path | None = None,
     **options: Any,
 ) -> str:
-    """Run tasks of the harness; returns its table, on the first rank.
+    """Run tasks of the harness. Returns its table of results on the main rank, "" on the others.
 
     Args:
         tasks: names of tasks, groups or tags; * stands for any characters.
-        include_path: a folder with more tasks, YAML files which may name Python code to be run.
-        limit: most documents of a task; below 1: the share of them.
-        num_fewshot: examples in front of each question; None: as the task says.
-        out: file for the results as JSON.
-        options: of `LlamaLM`.
+        include_path: a folder with more tasks, as YAML files. They may name Python code to be run.
+        limit: the most documents of a task; below 1, the fraction of its documents.
+        num_fewshot: examples in front of each question; None: the task's own number.
+        out: a file, to which the results are written as JSON.
+        options: arguments of `LlamaLM`.
 
-    Raises DataError where there is no such task or folder, or a task cannot be read; ConfigError
-    for a number out of its range.
+    Raises DataError for an unknown task or folder, or data that cannot be read, and ConfigError for
+    a number out of its range.
     """
     if limit is not None and not (isinstance(limit, int | float) and limit > 0):
         raise ConfigError(f"limit is {limit!r}: it must be a number above 0")
@@ -197,7 +213,7 @@ def evaluate(
     for folder in (include_path, out and Path(out).parent):
         if folder is not None and not Path(folder).is_dir():
             raise DataError(f"no such folder: {folder}")
-    if out is not None and Path(out).is_dir():  # now, not after the evaluation
+    if out is not None and Path(out).is_dir():  # checked before the tasks, which may take hours
         raise DataError(f"cannot write {out}: it is a folder")
     manager = _task_manager(tasks, include_path)
     for task in tasks:
@@ -221,10 +237,14 @@ def evaluate(
 
 
 def _task_manager(tasks: Sequence[str], include_path: str | Path | None) -> TaskManager:
-    """The index of tasks. Where the folder has all of them, only the folder is read, because
-    reading the harness's own tasks takes ten seconds or more."""
+    """The harness's index of tasks.
+
+    Indexing the harness's own tasks takes ten seconds or more. It is skipped if the folder has all
+    of the tasks.
+    """
     if include_path is not None:
-        own = TaskManager(include_path=include_path, include_defaults=False)
-        if set(tasks) <= set(own.all_subtasks):  # a group may need the harness's tasks
-            return own
+        of_folder = TaskManager(include_path=include_path, include_defaults=False)
+        # A group or tag may include tasks of the harness. all_subtasks has neither.
+        if set(tasks) <= set(of_folder.all_subtasks):
+            return of_folder
     return TaskManager(include_path=include_path)

@@ -1,6 +1,7 @@
 """Score texts: nats a token, perplexity, and bits a byte.
 
-Bits a byte can be compared between vocabularies: the number of bytes depends on no tokenizer.
+Bits a byte can be compared between models with different tokenizers, because the number of bytes
+does not depend on the tokenizer.
 """
 
 import math
@@ -13,16 +14,16 @@ from llama import parallel
 from llama.errors import DataError, GenerationError
 from llama.generation import Llama
 
-WINDOW = 512  # tokens, by default
+WINDOW = 512  # tokens, the default
 
 
 @dataclass(frozen=True)
 class Score:
-    """The summed loss of all tokens, and the numbers of tokens and bytes."""
+    """The total loss of some texts, in nats, and their sizes."""
 
     nats: float
     tokens: int
-    bytes: int
+    bytes: int  # in UTF-8
 
     @property
     def nats_per_token(self) -> float:
@@ -30,7 +31,7 @@ class Score:
 
     @property
     def perplexity(self) -> float:
-        return math.exp(min(self.nats_per_token, 700.0))  # exp overflows above 709
+        return math.exp(min(self.nats_per_token, 700.0))  # exp(710) overflows
 
     @property
     def bits_per_byte(self) -> float:
@@ -38,16 +39,17 @@ class Score:
 
 
 def score(llama: Llama, texts: Iterable[str], window: int | None = None) -> Score:
-    """Score texts in windows that do not overlap. Each window begins with bos, or with eos where
-    the vocabulary has no bos.
+    """Score texts in windows that do not overlap. Every window is fed after bos, or
+    after eos if the vocabulary has no bos.
 
     window: tokens predicted in one window; None: 512, or the model's max_seq_len if smaller.
-    Raises GenerationError for a window the model has no room for, DataError without any text.
+    Raises GenerationError for a window that is not 1 to max_seq_len, and DataError if the texts are
+    empty.
     """
     longest = llama.model.params.max_seq_len
     window = min(WINDOW, longest) if window is None else window
     if not isinstance(window, int) or not 1 <= window <= longest:
-        raise GenerationError(f"a window of {window!r} tokens, but max_seq_len is {longest}")
+        raise GenerationError(f"window is {window!r}: it must be 1 to max_seq_len, {longest}")
     n_bytes, windows = 0, []
     for text in texts:
         n_bytes += len(text.encode("utf-8", "replace"))

@@ -1,4 +1,4 @@
-"""Fast mode: which combinations of mode, width, device and dtype can run."""
+"""The rules for fast mode: which combinations of mode, width, device and dtype can run."""
 
 from typing import Literal, get_args
 

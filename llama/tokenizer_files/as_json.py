@@ -1,133 +1,48 @@
-"""A tokenizer as Hugging Face's `tokenizer.json`, and Llama 3's as Meta's `tokenizer.model`."""
+"""Meta's two kinds of `tokenizer.model` as Hugging Face's `tokenizer.json`, with the same ids.
 
-import base64
-import json
-from collections.abc import Iterator
+`hugging_face.py` reads such files. The format is that of the `tokenizers` library, which is not
+needed to write it: https://huggingface.co/docs/tokenizers
+"""
+
+import struct
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from llama.errors import TokenizerError
-from llama.tokenizer_files.hugging_face import BYTE_OF_CHARACTER, LLAMA_2_DECODER, LLAMA_3_STEPS
-from llama.tokenizer_files.meta import SPECIAL_TOKENS, SentencePiece, Tiktoken
+from llama.tokenizer_files.hugging_face import (
+    BYTE_OF_CHARACTER,
+    LLAMA_2_DECODER,
+    LLAMA_3_STEPS,
+)
+from llama.tokenizer_files.meta import SentencePiece, Tiktoken
 
 _CHARACTER_OF_BYTE = {byte: character for character, byte in BYTE_OF_CHARACTER.items()}
-_BLANK = "▁"  # SentencePiece's
 
 
-def as_json(tokenizer: Tiktoken | SentencePiece) -> bytes:
-    """The content of a `tokenizer.json` with the same ids, which puts bos before each text.
+def as_json(tokenizer: Tiktoken | SentencePiece) -> dict[str, Any]:
+    """The content of a `tokenizer.json` with which the `tokenizers` library gives the same ids.
 
-    Raises TokenizerError for a SentencePiece model that normalizes texts otherwise than Llama 2's.
+    Raises TokenizerError for a SentencePiece model that no such file can describe.
     """
-    file = _of_ranks(tokenizer) if isinstance(tokenizer, Tiktoken) else _of_pieces(tokenizer)
-    return json.dumps(file, ensure_ascii=False, indent=1).encode()
+    if isinstance(tokenizer, Tiktoken):
+        return _byte_level(tokenizer)
+    return _byte_fallback(tokenizer)
 
 
-def as_ranks(tokenizer: Tiktoken) -> bytes | None:
-    """The content of Meta's `tokenizer.model` of Llama 3: lines of "base64 rank".
-
-    Returns None where special tokens are not Llama 3's, because the file does not name them.
-    """
-    n_ranks = tokenizer.n_words - len(SPECIAL_TOKENS)
-    metas = {name: n_ranks + i for i, name in enumerate(SPECIAL_TOKENS)}
-    # Llama 3.0 calls some of them reserved, and the reserved ones have other numbers there.
-    are_metas = set(tokenizer.special_tokens.values()) == set(metas.values()) and all(
-        metas.get(name, i) == i or "reserved" in name
-        for name, i in tokenizer.special_tokens.items()
-    )
-    if not are_metas:
-        return None
-    tokens = (tokenizer.encoding.decode_single_token_bytes(rank) for rank in range(n_ranks))
-    lines = (base64.b64encode(token) + b" %d\n" % rank for rank, token in enumerate(tokens))
-    return b"".join(lines)
-
-
-def _of_ranks(tokenizer: Tiktoken) -> dict[str, Any]:
-    special = tokenizer.special_tokens
-    ranks = [
-        tokenizer.encoding.decode_single_token_bytes(rank)
-        for rank in range(tokenizer.n_words - len(special))
-    ]
-    names = ["".join(_CHARACTER_OF_BYTE[byte] for byte in token) for token in ranks]
-    model = {"unk_token": None, "fuse_unk": False, "byte_fallback": False, "ignore_merges": True}
-    split, to_bytes = LLAMA_3_STEPS
-    steps = [split, to_bytes | {"trim_offsets": True}]
-    decoder = {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True}
-    return _file(
-        special,
-        normalizer=None,
-        pre_tokenizer={"type": "Sequence", "pretokenizers": steps},
-        bos=next(name for name, i in special.items() if i == tokenizer.bos_id),
-        decoder=decoder | {"use_regex": True},
-        model=model
-        | {"vocab": {name: i for i, name in enumerate(names)}, "merges": _merges(names)},
-    )
-
-
-def _of_pieces(tokenizer: SentencePiece) -> dict[str, Any]:
-    sp = tokenizer.processor
-    for text in (
-        "a",
-        " a  b\t\n",
-        "\ufb01 \u00e9",
-    ):  # a ligature and a letter that NFKC would change
-        if sp.normalize(text) != _BLANK + text.replace(" ", _BLANK):
-            raise TokenizerError("the SentencePiece model does not keep texts as they are")
-    vocab = {sp.id_to_piece(i): i for i in range(sp.vocab_size())}
-    special = tokenizer.special_tokens
-    plain = [p for p, i in vocab.items() if p not in special and not sp.is_byte(i)]
-    plain.sort(key=lambda piece: -sp.get_score(vocab[piece]))  # the likeliest are merged first
-    model = {"unk_token": sp.id_to_piece(sp.unk_id()), "fuse_unk": True, "byte_fallback": True}
-    replace = {"type": "Replace", "pattern": {"String": " "}, "content": _BLANK}
-    return _file(
-        special,
-        normalizer={
-            "type": "Sequence",
-            "normalizers": [{"type": "Prepend", "prepend": _BLANK}, replace],
-        },
-        pre_tokenizer=None,
-        bos=sp.id_to_piece(tokenizer.bos_id),
-        decoder={"type": "Sequence", "decoders": list(LLAMA_2_DECODER)},
-        model=model | {"ignore_merges": False, "vocab": vocab, "merges": _merges(plain)},
-    )
-
-
-def _merges(tokens: list[str]) -> list[tuple[str, str]]:
-    """Every pair of tokens that joins to a token, in the order of the joined tokens."""
-    known = set(tokens)
-
-    def pairs(token: str) -> Iterator[tuple[str, str]]:
-        for i in range(1, len(token)):
-            if token[:i] in known and token[i:] in known:
-                yield token[:i], token[i:]
-
-    return [pair for token in tokens for pair in pairs(token)]
-
-
-def _file(special: dict[str, int], bos: str, model: dict[str, Any], **steps: Any) -> dict[str, Any]:
-    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
-    added = [
-        {"id": i, "content": name, **flags, "special": True}
-        for name, i in sorted(special.items(), key=lambda item: item[1])
-    ]
-
-    def begun(sequence: str, type_id: int) -> list[dict[str, Any]]:
-        return [
-            {"SpecialToken": {"id": bos, "type_id": type_id}},
-            {"Sequence": {"id": sequence, "type_id": type_id}},
-        ]
-
+def _file(
+    special: dict[str, int], bos_id: int, model: dict[str, Any], **steps: Any
+) -> dict[str, Any]:
+    names = {i: name for name, i in special.items()}
+    flags = dict(single_word=False, lstrip=False, rstrip=False, normalized=False, special=True)
     return {
         "version": "1.0",
         "truncation": None,
         "padding": None,
-        "added_tokens": added,
-        **steps,
-        "post_processor": {
-            "type": "TemplateProcessing",
-            "single": begun("A", 0),
-            "pair": begun("A", 0) + begun("B", 1),
-            "special_tokens": {bos: {"id": bos, "ids": [special[bos]], "tokens": [bos]}},
-        },
+        "added_tokens": [{"id": i, "content": names[i], **flags} for i in sorted(names)],
+        "normalizer": steps.get("normalizer"),
+        "pre_tokenizer": steps.get("pre_tokenizer"),
+        "post_processor": _bos_first(names[bos_id], bos_id),
+        "decoder": steps["decoder"],
         "model": {
             "type": "BPE",
             "dropout": None,
@@ -136,3 +51,170 @@ def _file(special: dict[str, int], bos: str, model: dict[str, Any], **steps: Any
             **model,
         },
     }
+
+
+def _bos_first(name: str, i: int) -> dict[str, Any]:
+    """The step that puts bos before a text, and before each text of a pair."""
+
+    def with_bos(sequence: str, type_id: int) -> list[dict[str, Any]]:
+        return [
+            {"SpecialToken": {"id": name, "type_id": type_id}},
+            {"Sequence": {"id": sequence, "type_id": type_id}},
+        ]
+
+    return {
+        "type": "TemplateProcessing",
+        "single": with_bos("A", 0),
+        "pair": with_bos("A", 0) + with_bos("B", 1),
+        "special_tokens": {name: {"id": name, "ids": [i], "tokens": [name]}},
+    }
+
+
+def _merges(pairs: Iterable[tuple[str, str]]) -> list[str]:
+    return [f"{left} {right}" for left, right in pairs]
+
+
+# ---- Llama 3: byte-level BPE -----------------------------------------------------------------
+
+
+def _byte_level(tokenizer: Tiktoken) -> dict[str, Any]:
+    vocab = {
+        "".join(_CHARACTER_OF_BYTE[byte] for byte in sequence): rank
+        for sequence, rank in sorted(tokenizer.ranks.items(), key=lambda item: item[1])
+    }
+    # tiktoken merges any two neighbours that form a token, lowest rank first. So each pair of
+    # tokens that forms a third one is a merge, in the order of the ranks.
+    pairs = (
+        (token[:i], token[i:])
+        for token in vocab
+        for i in range(1, len(token))
+        if token[:i] in vocab and token[i:] in vocab
+    )
+    model = {
+        "unk_token": None,
+        "fuse_unk": False,
+        "byte_fallback": False,
+        "ignore_merges": True,  # a word that is a token stays whole, as in tiktoken
+        "vocab": vocab,
+        "merges": _merges(pairs),
+    }
+    byte_level = {"type": "ByteLevel", "trim_offsets": True}
+    split, characters = LLAMA_3_STEPS
+    return _file(
+        tokenizer.special_tokens,
+        tokenizer.bos_id,
+        model,
+        pre_tokenizer={"type": "Sequence", "pretokenizers": [split, byte_level | characters]},
+        decoder=byte_level | {"add_prefix_space": True, "use_regex": True},
+    )
+
+
+# ---- Llama 2: BPE with byte fallback ---------------------------------------------------------
+
+# Types of pieces in sentencepiece_model.proto.
+_NORMAL, _UNKNOWN, _CONTROL, _BYTE = 1, 2, 3, 6
+_BPE = 2  # a value of TrainerSpec.model_type
+
+
+def _byte_fallback(tokenizer: SentencePiece) -> dict[str, Any]:
+    pieces = _read_pieces(tokenizer.processor.serialized_model_proto(), tokenizer.special_tokens)
+    vocab = {piece: i for i, (piece, _, _) in enumerate(pieces)}
+    scores = {piece: score for piece, score, kind in pieces if kind == _NORMAL}
+    pairs = [
+        (piece[:i], piece[i:])
+        for piece in scores
+        for i in range(1, len(piece))
+        if piece[:i] in scores and piece[i:] in scores
+    ]
+    # SentencePiece merges the pair with the best score first. Pieces of blanks alone have one score
+    # in Llama 2: there the longest halves come first.
+    pairs.sort(key=lambda pair: (-scores["".join(pair)], -len(pair[0]), -len(pair[1])))
+    model = {
+        "unk_token": tokenizer.processor.id_to_piece(tokenizer.processor.unk_id()),
+        "fuse_unk": True,
+        "byte_fallback": True,
+        "ignore_merges": False,
+        "vocab": vocab,
+        "merges": _merges(pairs),
+    }
+    blank = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
+    return _file(
+        tokenizer.special_tokens,
+        tokenizer.bos_id,
+        model,
+        # It also puts a blank before each part of a text after a special token, as
+        # `Llama2ChatFormat` does by encoding each turn of a dialog on its own.
+        normalizer={
+            "type": "Sequence",
+            "normalizers": [{"type": "Prepend", "prepend": "▁"}, blank],
+        },
+        decoder={"type": "Sequence", "decoders": LLAMA_2_DECODER},
+    )
+
+
+def _read_pieces(model: bytes, special: dict[str, int]) -> list[tuple[str, float, int]]:
+    """The text, score and type of each piece of a SentencePiece model, in the order of their ids.
+
+    special: pieces of any type, because they become special tokens.
+
+    Raises TokenizerError unless the model encodes as Llama 2's does: BPE with byte fallback, all
+    blanks kept, one put in front, and no other change of the text. The numbers of the fields are
+    those of https://github.com/google/sentencepiece/blob/master/src/sentencepiece_model.proto.
+    """
+    pieces = []
+    specs: dict[int, dict[int, Any]] = {2: {}, 3: {}}
+    for number, content in _fields(model):
+        if number == 1:
+            piece = dict(_fields(content))
+            (score,) = struct.unpack("<f", piece.get(2, bytes(4)))
+            pieces.append((piece[1].decode(), score, piece.get(3, _NORMAL)))
+        elif number in specs:
+            specs[number] = dict(_fields(content))
+    trainer, normalizer = specs[2], specs[3]
+    for differs, what in (
+        (trainer.get(3, 1) != _BPE, "it is not BPE"),
+        (not trainer.get(35), "it has no byte fallback"),
+        (trainer.get(24), "it puts blanks after words"),
+        (normalizer.get(2), "it changes characters"),
+        (not normalizer.get(3, 1), "it puts no blank before a text"),
+        (normalizer.get(4, 1), "it removes blanks"),
+        (not normalizer.get(5, 1), "it does not write blanks as ▁"),
+    ):
+        if differs:
+            raise TokenizerError(f"not a SentencePiece model of Llama 2's kind: {what}")
+    for text, _, kind in pieces:
+        if text not in special and kind not in (_NORMAL, _UNKNOWN, _CONTROL, _BYTE):
+            raise TokenizerError(
+                f"not a SentencePiece model of Llama 2's kind: the piece {text!r:.40} is "
+                "user-defined or unused"
+            )
+    return pieces
+
+
+def _fields(message: bytes) -> Iterator[tuple[int, Any]]:
+    """The number and content of each field of a protobuf message: a whole number, or bytes.
+
+    The message is whole: the SentencePiece library has written it.
+    Source: https://protobuf.dev/programming-guides/encoding
+    """
+    at = 0
+
+    def varint() -> int:
+        nonlocal at
+        value = shift = 0
+        while True:
+            byte = message[at]
+            at += 1
+            value |= (byte & 0x7F) << shift
+            shift += 7
+            if byte < 0x80:
+                return value
+
+    while at < len(message):
+        number, wire_type = divmod(varint(), 8)
+        if wire_type == 0:
+            yield number, varint()
+            continue
+        length = {1: 8, 5: 4}.get(wire_type) or varint()
+        yield number, message[at : at + length]
+        at += length

@@ -9,41 +9,71 @@ from dataclasses import dataclass
 
 from llama.chat_forms import FormatName
 
-LLAMA_3_TEMPLATE = """\
+# One message is one line, a blank line follows the header, and the content has no blanks around it.
+LLAMA_3_TEMPLATE = r"""{%- if tools %}
+    {{- raise_exception('this template knows no tools: describe them in the system message') }}
+{%- endif %}
 {{- bos_token }}
 {%- for message in messages %}
-    {%- if message.role not in ['system', 'user', 'assistant', 'ipython'] %}
+    {%- if message['role'] not in ['system', 'user', 'assistant', 'ipython'] %}
         {{- raise_exception('the role must be system, user, assistant or ipython') }}
     {%- endif %}
-    {%- if message.role == 'system' and not loop.first %}
+    {%- if message['role'] == 'system' and not loop.first %}
         {{- raise_exception('only the first message may be from system') }}
     {%- endif %}
-    {{- '<|start_header_id|>' + message.role + '<|end_header_id|>\\n\\n' + message.content | trim }}
-    {%- if message.role == 'assistant' and message.stop_reason == 'end_of_message' %}
+    {%- if message['content'] is not string %}
+        {{- raise_exception('the content must be a string') }}
+    {%- endif %}
+    {{- '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n' }}
+    {{- message['content'] | trim }}
+    {%- if message['role'] == 'assistant' and message['stop_reason'] == 'end_of_message' %}
         {{- '<|eom_id|>' }}
     {%- else %}
         {{- '<|eot_id|>' }}
     {%- endif %}
 {%- endfor %}
 {%- if add_generation_prompt %}
-    {{- '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}
+    {%- if messages[-1]['role'] not in ['user', 'ipython'] %}
+        {{- raise_exception('the last message must be from user or ipython') }}
+    {%- endif %}
+    {{- '<|start_header_id|>assistant<|end_header_id|>\n\n' }}
 {%- endif %}
 """
 
-LLAMA_2_TEMPLATE = """\
-{%- set ns = namespace(opening='', turn=0) %}
+# The system message is part of the first user message. Each turn begins with bos and, if it is
+# finished, ends with eos.
+LLAMA_2_TEMPLATE = r"""{%- if tools %}
+    {{- raise_exception('this template knows no tools: describe them in the system message') }}
+{%- endif %}
+{%- if add_generation_prompt and messages[-1]['role'] != 'user' %}
+    {{- raise_exception('the last message must be from user') }}
+{%- endif %}
 {%- for message in messages %}
-    {%- if message.role == 'system' and loop.first %}
-        {%- set ns.opening = '<<SYS>>\\n' + message.content + '\\n<</SYS>>\\n\\n' %}
-    {%- elif message.role == 'user' and ns.turn % 2 == 0 %}
-        {{- bos_token + '[INST] ' + (ns.opening + message.content) | trim + ' [/INST]' }}
-        {%- set ns.opening = '' %}
-        {%- set ns.turn = ns.turn + 1 %}
-    {%- elif message.role == 'assistant' and ns.turn % 2 == 1 %}
-        {{- ' ' + message.content | trim + ' ' + eos_token }}
-        {%- set ns.turn = ns.turn + 1 %}
+    {%- if message['content'] is not string %}
+        {{- raise_exception('the content must be a string') }}
+    {%- endif %}
+    {%- for tag in ['[INST]', '[/INST]', '<<SYS>>', '<</SYS>>'] %}
+        {%- if tag in message['content'] %}
+            {{- raise_exception('a message contains ' + tag + ', which the format reserves') }}
+        {%- endif %}
+    {%- endfor %}
+{%- endfor %}
+{%- if messages[0]['role'] == 'system' %}
+    {%- set opening = '<<SYS>>\n' + messages[0]['content'] + '\n<</SYS>>\n\n' %}
+    {%- set turns = messages[1:] %}
+{%- else %}
+    {%- set opening = '' %}
+    {%- set turns = messages %}
+{%- endif %}
+{%- for message in turns %}
+    {%- if message['role'] != ['user', 'assistant'][loop.index0 % 2] %}
+        {{- raise_exception('user and assistant must take turns, user first') }}
+    {%- endif %}
+    {%- set content = (opening + message['content'] if loop.first else message['content']) | trim %}
+    {%- if message['role'] == 'user' %}
+        {{- bos_token + '[INST] ' + content + ' [/INST]' }}
     {%- else %}
-        {{- raise_exception('after an optional system message, user and assistant take turns') }}
+        {{- ' ' + content + ' ' + eos_token }}
     {%- endif %}
 {%- endfor %}
 """

@@ -290,6 +290,10 @@ class ByteFallback:
         stream = self.stream()
         return "".join(map(stream.push, ids)) + stream.flush()
 
+    def token_bytes(self, token_id: int) -> bytes:
+        piece = self._pieces[token_id]
+        return piece if isinstance(piece, bytes) else piece.encode()
+
     def stream(self, is_continued: bool = False) -> "_ByteFallbackStream":
         return _ByteFallbackStream(self._pieces, self._drops_blank, is_continued)
 

@@ -87,6 +87,9 @@ class LibraryTokenizer:
     def decode(self, ids: list[int]) -> str:
         return self._tokenizer.decode(ids, skip_special_tokens=False)
 
+    def token_bytes(self, token_id: int) -> bytes:
+        return self.decode([token_id]).encode()
+
     def stream(self, is_continued: bool = False) -> "_LibraryStream":
         # Behind other text the library does not drop a leading blank.
         return _LibraryStream(self.decode, self._encode("a") if is_continued else [])

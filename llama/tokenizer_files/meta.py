@@ -26,7 +26,7 @@ WORD_PATTERN = (
 
 # The published names of Llama 3.1 in the order of their ids. The first id follows the last rank. In
 # Llama 3.0 the names 4, 8 and 10 were still reserved; its file does not differ.
-SPECIAL_TOKENS = (
+_SPECIAL_TOKENS = (
     "<|begin_of_text|>",
     "<|end_of_text|>",
     "<|reserved_special_token_0|>",
@@ -59,6 +59,7 @@ class Tiktoken:
             name="Llama 3", pat_str=WORD_PATTERN, mergeable_ranks=ranks, special_tokens=special
         )
         self._always_allowed = set(always_allowed)
+        self.ranks = ranks
         self.special_tokens = special
         self.n_words = len(ranks) + len(special)
         self.bos_id = special[bos]
@@ -77,8 +78,24 @@ class Tiktoken:
     def decode(self, ids: list[int]) -> str:
         return self.encoding.decode(ids)
 
+    def token_bytes(self, token_id: int) -> bytes:
+        return self.encoding.decode_single_token_bytes(token_id)
+
     def stream(self, is_continued: bool = False) -> "_TiktokenStream":
         return _TiktokenStream(self.encoding)
+
+    def check_is_metas(self) -> None:
+        """Raise TokenizerError where a file of ranks, which has no names, would lose something."""
+        if self._always_allowed:
+            raise TokenizerError(f"{min(self._always_allowed)!r:.40} is in it, but not special")
+        metas = {i: name for name, i in _special_tokens(len(self.ranks)).items()}
+        own = {i: name for name, i in self.special_tokens.items()}
+        if own.keys() != metas.keys():
+            raise TokenizerError(f"its special tokens are not the {len(metas)} ids after the ranks")
+        for i, name in own.items():
+            # Some names of Llama 3.1 were reserved in Llama 3.0.
+            if name != metas[i] and not name.startswith("<|reserved_special_token_"):
+                raise TokenizerError(f"its token {i} is {name!r:.40}, not {metas[i]}")
 
 
 class _TiktokenStream:
@@ -134,7 +151,17 @@ def read_tiktoken(path: Path, data: bytes) -> Tiktoken:
         )
     if lacking := [byte for byte in range(256) if bytes([byte]) not in ranks]:
         raise TokenizerError(f"{path}: no token for the single byte 0x{lacking[0]:02X}")
-    return Tiktoken(ranks, {name: len(ranks) + i for i, name in enumerate(SPECIAL_TOKENS)})
+    return Tiktoken(ranks, _special_tokens(len(ranks)))
+
+
+def ranks_file(ranks: dict[bytes, int]) -> bytes:
+    """The lines that `read_tiktoken` reads, in the order of the ranks."""
+    ordered = sorted(ranks.items(), key=lambda item: item[1])
+    return b"".join(b"%s %d\n" % (base64.b64encode(token), rank) for token, rank in ordered)
+
+
+def _special_tokens(first_id: int) -> dict[str, int]:
+    return {name: first_id + i for i, name in enumerate(_SPECIAL_TOKENS)}
 
 
 # ---- Llama 2: SentencePiece ----------------------------------------------------------------------
@@ -171,6 +198,12 @@ class SentencePiece:
 
     def decode(self, ids: list[int]) -> str:
         return self.processor.decode(ids)
+
+    def token_bytes(self, token_id: int) -> bytes:
+        piece = self.processor.id_to_piece(token_id)
+        if self.processor.is_byte(token_id):
+            return bytes.fromhex(piece[3:5])  # "<0xF0>"
+        return piece.replace("▁", " ").encode()
 
     def stream(self, is_continued: bool = False) -> "_SentencePieceStream":
         return _SentencePieceStream(self.processor, is_continued)

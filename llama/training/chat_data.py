@@ -1,4 +1,4 @@
-"""Dialogs as training data. Only the assistant's messages have a loss."""
+"""Dialogs as training data. Only the tokens of the assistant have a loss."""
 
 import logging
 import random
@@ -18,7 +18,7 @@ from llama.files import read_records
 from llama.training.token_files import IGNORED
 
 log = logging.getLogger("llama")
-# Names of speakers in the form "conversations".
+# ShareGPT's names of speakers, and the roles that they become.
 ROLES = {
     "system": "system",
     "human": "user",
@@ -31,19 +31,20 @@ ROLES = {
 
 @dataclass
 class Example:
-    """Token ids of one document, and for each whether it has a loss."""
+    """The token ids of one document, or of the documents of one row."""
 
     tokens: list[int]
-    learned: list[bool]
+    learned: list[bool]  # for each token: whether predicting it has a loss
 
     def __len__(self) -> int:
         return len(self.tokens)
 
 
 def encode_dialog(formatter: ChatFormat, dialog: Dialog) -> Example:
-    """The ids of a whole dialog. The assistant's contents and their ends are learned.
+    """Encode the beginning of a prompt and every message.
 
-    Raises DialogError for a dialog without an assistant's message.
+    The content of the assistant's messages and their end token are learned. Headers and the other
+    messages are not. Raises DialogError for a dialog without a message of the assistant.
     """
     opening = formatter.opening
     example = Example(opening, [False] * len(opening))
@@ -59,10 +60,8 @@ def encode_dialog(formatter: ChatFormat, dialog: Dialog) -> Example:
 
 
 def cut_dialog(formatter: ChatFormat, dialog: Dialog, limit: int) -> Dialog:
-    """The longest prefix of whole turns of at most `limit` tokens that ends with the assistant.
-
-    It is empty where even the first turn does not fit.
-    """
+    """The longest prefix of the dialog that has at most `limit` tokens and ends with a message of
+    the assistant. It is empty if no such prefix exists."""
     length, end = len(formatter.opening), 0
     added = len(formatter.completed(dialog)) - len(dialog)  # a default system message
     for i, message in enumerate(formatter.completed(dialog), -added):
@@ -75,14 +74,14 @@ def cut_dialog(formatter: ChatFormat, dialog: Dialog, limit: int) -> Dialog:
 
 
 def read_dialogs(path: str | Path) -> Iterator[tuple[int, Dialog]]:
-    """The dialogs of a JSONL file, with the number of the line.
+    """Yield the line number and the dialog of each line of a JSONL file.
 
-    A line is {"messages": [{"role": …, "content": …}, …]}, or one of two other forms: ShareGPT's
-    {"conversations": [{"from": …, "value": …}, …]} and Alpaca's {"instruction": …, "input": …,
-    "output": …}. The first line of each other form is logged.
+    A line is {"messages": [{"role": …, "content": …}, …]}. Two other forms are converted to it:
+    ShareGPT's {"conversations": [{"from": …, "value": …}, …]} and Alpaca's {"instruction": …,
+    "input": …, "output": …}. The log reports the first conversion of each form.
     Raises DataError for a line of another form.
     """
-    told: set[str] = set()
+    reported: set[str] = set()
     for number, record in read_records(path):
         if isinstance(record.get("messages"), list):
             yield number, record["messages"]
@@ -94,15 +93,18 @@ def read_dialogs(path: str | Path) -> Iterator[tuple[int, Dialog]]:
         else:
             raise DataError(f'{path}, line {number} has no list "messages"')
         if dialog is None:
-            raise DataError(f"{path}, line {number}: {form} have an unknown role, or no text")
-        if form not in told:
-            told.add(form)
+            raise DataError(
+                f"{path}, line {number}, {form}: a role is unknown or a value is not text"
+            )
+        if form not in reported:
+            reported.add(form)
             if parallel.is_main_rank():
-                log.info("%s: %s are read as messages", path, form)
+                log.info("%s: converted from %s to messages", path, form)
         yield number, dialog
 
 
 def _from_conversations(turns: list[Any]) -> Dialog | None:
+    """The dialog of ShareGPT's turns. None for an unknown speaker or a value that is not text."""
     dialog: list[Any] = []
     for turn in turns:
         role = ROLES.get(str(turn.get("from"))) if isinstance(turn, dict) else None
@@ -113,32 +115,33 @@ def _from_conversations(turns: list[Any]) -> Dialog | None:
 
 
 def _from_instruction(record: dict[str, Any]) -> Dialog | None:
+    """The dialog of Alpaca's record. None for a value that is not text."""
     texts = [record["instruction"], record.get("input") or "", record["output"]]
     if not all(isinstance(text, str) for text in texts):
         return None
-    instruction, more, output = texts
-    question = f"{instruction}\n\n{more}" if more else instruction
+    instruction, details, output = texts
+    question = f"{instruction}\n\n{details}" if details else instruction
     return [{"role": "user", "content": question}, {"role": "assistant", "content": output}]
 
 
 @dataclass
 class DialogData:
-    """Encoded dialogs, and the number of dialogs that were cut or dropped to fit."""
+    """The encoded dialogs of a file, and the number of dialogs that exceeded the token limit."""
 
     examples: list[Example]
     cut: int  # dialogs that lost turns at their end
-    dropped: int  # dialogs that were left out, because their first turn is too long
+    dropped: int  # dialogs whose first answer ends beyond the limit
 
 
 def load_dialogs(path: str | Path, formatter: AnyFormat, limit: int) -> DialogData:
-    """Encode every dialog of a file. Dialogs of more than `limit` tokens are cut after a turn.
+    """Encode every dialog of a file. A dialog of more than `limit` tokens is cut after a message of
+    the assistant, or dropped.
 
-    Raises DataError that names the line of a dialog which cannot be learned from.
+    Raises DataError for Llama 2's format, for a file without a dialog that fits, and, with the line
+    number, for a malformed dialog or one without a message of the assistant.
     """
     if not isinstance(formatter, ChatFormat):
-        raise DataError(
-            "fine-tuning on dialogs knows the formats llama3 and chatml, not llama2 and zephyr"
-        )
+        raise DataError("fine-tuning on dialogs supports Llama 3's chat format, but not Llama 2's")
     data = DialogData([], 0, 0)
     for number, dialog in read_dialogs(path):
         try:
@@ -159,7 +162,16 @@ def load_dialogs(path: str | Path, formatter: AnyFormat, limit: int) -> DialogDa
 
 
 class DialogLoader:
-    """Batches of B rows of T tokens, each packed with whole dialogs, in a new order every epoch."""
+    """Endless batches of B rows of T tokens. Each row holds whole dialogs and padding.
+
+    Every epoch has a new order. Each of `num_processes` data-parallel ranks gets its own rows.
+
+    Args:
+        examples: encoded dialogs of at most T + 1 tokens.
+        pad: token id that fills up a row. It is never learned.
+        process_rank: the data-parallel rank, 0 to num_processes - 1.
+        seed: with the epoch's number it determines the order of the dialogs.
+    """
 
     def __init__(
         self,
@@ -177,10 +189,11 @@ class DialogLoader:
 
     @property
     def rows_an_epoch(self) -> int:
+        """Rows of the current epoch, for all ranks together."""
         return len(self._rows)
 
     def next_batch(self) -> tuple[Tensor, Tensor]:
-        """Inputs and targets (B, T), int64."""
+        """Inputs and targets (B, T), int64. A target that is not learned is -100."""
         rows = []
         for i in range(self.num_processes * self.B):
             if self.row == len(self._rows):
@@ -191,6 +204,7 @@ class DialogLoader:
         return to_batch(rows)
 
     def state_dict(self) -> dict[str, int]:
+        """The position of the next batch, the same on every rank."""
         return {"epoch": self.epoch, "row": self.row}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
@@ -201,8 +215,11 @@ class DialogLoader:
 
 
 def pack(examples: Iterable[Example], length: int, pad: int) -> Iterator[Example]:
-    """Yield rows of exactly `length` tokens. A row holds as many whole examples as fit, in order,
-    and is padded with `pad`, which is not learned. No example may be longer than `length`."""
+    """Pack examples, in their order, into rows of exactly `length` tokens.
+
+    A row takes whole examples until the next one does not fit. The rest of the row is `pad`, which
+    is not learned. No example may be longer than `length`.
+    """
     row = Example([], [])
     for example in examples:
         assert len(example) <= length
@@ -221,7 +238,8 @@ def _padded(row: Example, length: int, pad: int) -> Example:
 
 
 def to_batch(rows: list[Example]) -> tuple[Tensor, Tensor]:
-    """Inputs and targets (B, T) of rows of T + 1 tokens. A target that is not learned is -100."""
+    """Inputs and targets (B, T), int64, from B rows of T + 1 tokens. A target that is not learned
+    is -100."""
     tokens = torch.tensor([row.tokens for row in rows])
     learned = torch.tensor([row.learned for row in rows])
     return tokens[:, :-1], tokens.masked_fill(~learned, IGNORED)[:, 1:]

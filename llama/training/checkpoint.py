@@ -1,7 +1,7 @@
 """Checkpoints of a training run: folders `step_00000200` in Meta's format, and how to resume.
 
-A folder is written under another name and renamed when all of it is on disk. So every folder named
-step_… is complete, and a kill or a full disk damages none of the earlier ones.
+A checkpoint is written to a folder `partial_…`, which becomes `step_…` when all its files are
+written. So every folder `step_…` is complete. A kill or a full disk does not harm older ones.
 """
 
 import shutil
@@ -30,25 +30,26 @@ OF_TOKENIZER = ("tokenizer_config.json", "chat_template.jinja", "generation_conf
 
 @dataclass
 class Run:
-    """The state of a training run that a checkpoint holds, and the folder of the checkpoints."""
+    """The state of a training run, and the folder and the options of its checkpoints."""
 
     out_dir: Path
     model: Transformer
     optimizers: list[torch.optim.Optimizer]
     loader: Loader
     tokenizer_path: str | Path | None  # copied into each checkpoint
-    keep: int  # checkpoints, the newest
-    step: int = 0  # steps done
+    keep: int  # how many checkpoints stay; older ones are deleted
+    step: int = 0  # finished steps
 
 
 def save(run: Run) -> Path:
-    """Write the run's state after its last step, then delete the oldest beyond `keep`.
+    """Write a checkpoint of the run's current step, then delete all but the newest `keep`.
 
-    Where one rank fails, all ranks raise, and the incomplete folder is removed.
+    Returns its folder. If one rank cannot write, all ranks raise TrainingError and the incomplete
+    checkpoint is removed.
     """
     final = run.out_dir / f"step_{run.step:08d}"
     partial = run.out_dir / f"partial_{run.step:08d}"
-    weights = {name: _whole(weight) for name, weight in run.model.state_dict().items()}
+    weights = {name: _full_tensor(weight) for name, weight in run.model.state_dict().items()}
     error: Exception | None = None
     try:
         partial.mkdir(parents=True, exist_ok=True)
@@ -62,7 +63,7 @@ def save(run: Run) -> Path:
             shutil.rmtree(partial, ignore_errors=True)
         raise TrainingError(f"step {run.step} could not be saved: {caught}") from caught
     if parallel.is_main_rank():
-        if final.exists():  # a resumed run repeats this step
+        if final.exists():  # this step was saved before, by this run or another
             shutil.rmtree(final)
         partial.rename(final)
         for old in run_checkpoints(run.out_dir)[: -run.keep]:
@@ -72,6 +73,7 @@ def save(run: Run) -> Path:
 
 
 def _write(run: Run, folder: Path, weights: dict[str, Tensor]) -> None:
+    """Write this rank's files of a checkpoint. The main rank also writes the common files."""
     is_first_replica = parallel.dp_rank() == 0
     if is_first_replica:
         shards.write_shard(folder / shards.shard_name(parallel.mp_rank()), weights)
@@ -89,16 +91,17 @@ def _write(run: Run, folder: Path, weights: dict[str, Tensor]) -> None:
             "step": run.step,
             "ranks": _ranks(),
             "loader": run.loader.state_dict(),
-            "optimizers": [_local(optimizer.state_dict()) for optimizer in run.optimizers],
+            "optimizers": [_local_state(optimizer.state_dict()) for optimizer in run.optimizers],
         }
         with atomic_file(folder / _state_name(run)) as file:
             torch.save(state, file)
 
 
 def load_newest(run: Run) -> bool:
-    """Put the run's newest checkpoint into `run`; False where there is none.
+    """Load the newest checkpoint in `run.out_dir` into `run`. Returns False if there is none.
 
-    Raises TrainingError for another number of ranks, CheckpointError for a damaged file.
+    Raises TrainingError if the checkpoint has another number of ranks or other shapes, and
+    CheckpointError for a damaged file.
     """
     found = run_checkpoints(run.out_dir)
     if not found:
@@ -112,8 +115,8 @@ def load_newest(run: Run) -> bool:
         raise CheckpointError(f"cannot resume from {path}: {reason}") from error
     if state["ranks"] != _ranks():
         raise TrainingError(
-            f"{folder} was written by {state['ranks'][0]} rank(s), {state['ranks'][1]} for each "
-            f"model; this run has {_ranks()[0]}, {_ranks()[1]} for each model"
+            f"{folder} was written by {state['ranks'][0]} rank(s), {state['ranks'][1]} per model; "
+            f"this run has {_ranks()[0]} rank(s), {_ranks()[1]} per model"
         )
     weights = shards.read_shard(folder / shards.shard_name(parallel.mp_rank()))
     with torch.no_grad():
@@ -122,9 +125,9 @@ def load_newest(run: Run) -> bool:
             if shape != tuple(weight.shape):
                 raise TrainingError(
                     f"{folder} is of another model: {name} is {shape}, not {tuple(weight.shape)}; "
-                    "name another out_dir"
+                    "choose another out_dir"
                 )
-            weight.copy_(_as(weights[name].to(run.model.device), weight))
+            weight.copy_(_distributed_like(weights[name].to(run.model.device), weight))
     for optimizer, saved in zip(run.optimizers, state["optimizers"], strict=True):
         parameters = [w for group in optimizer.param_groups for w in group["params"]]
         for index, values in saved["state"].items():
@@ -139,12 +142,17 @@ def load_newest(run: Run) -> bool:
 
 
 def _state_name(run: Run) -> str:
-    """Each rank of a model has a state file. Under FSDP each rank of every replica has one."""
+    """The name of the file for this rank's optimizer state and the loader's position.
+
+    Data-parallel replicas share a file. Under FSDP each replica has a file of its own, because each
+    has a part of the optimizer state.
+    """
     rank = dist.get_rank() if isinstance(run.model, FSDPModule) else parallel.mp_rank()
     return f"training.{rank:02d}.pt"
 
 
 def _ranks() -> list[int]:
+    """The number of all ranks, and of the ranks that share a model."""
     return [dist.get_world_size(), parallel.mp_size()]
 
 
@@ -153,27 +161,30 @@ def _wait_for_all() -> None:
         dist.barrier()
 
 
-# ---- FSDP's tensors: a rank holds some of the rows --------------------------------------------
+# ---- FSDP's tensors: each rank holds some rows of a DTensor ------------------------------------
 
 
-def _whole(weight: Tensor) -> Tensor:
+def _full_tensor(weight: Tensor) -> Tensor:
+    """The weight with the rows of all ranks. A weight that is not FSDP's is returned as it is."""
     return weight.full_tensor() if isinstance(weight, DTensor) else weight
 
 
-def _as(whole: Tensor, weight: Tensor) -> Tensor:
+def _distributed_like(whole: Tensor, weight: Tensor) -> Tensor:
+    """`whole`, distributed over the ranks as `weight` is."""
     if not isinstance(weight, DTensor):
         return whole
     return distribute_tensor(whole, weight.device_mesh, weight.placements)
 
 
 def _from_local(rows: Tensor, weight: DTensor) -> DTensor:
+    """This rank's rows as a part of a tensor that is distributed as `weight` is."""
     return DTensor.from_local(
         rows, weight.device_mesh, weight.placements, shape=weight.shape, stride=weight.stride()
     )
 
 
-def _local(state: dict[str, Any]) -> dict[str, Any]:
-    """An optimizer's state with the rows that this rank holds in place of FSDP's tensors."""
+def _local_state(state: dict[str, Any]) -> dict[str, Any]:
+    """An optimizer's state, in which this rank's rows replace each DTensor."""
     values = {
         index: {k: v.to_local() if isinstance(v, DTensor) else v for k, v in value.items()}
         for index, value in state["state"].items()

@@ -1,4 +1,4 @@
-"""Documents read from text files, and written as token files."""
+"""Read documents from text files, and write them as token files."""
 
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -12,10 +12,11 @@ from llama.training.token_files import write_token_file
 
 
 def read_documents(files: Iterable[str | Path], field: str = "text") -> Iterator[str]:
-    """The documents of files. A line of a `.jsonl` has one under the key `field`. Any other file is
-    one document.
+    """Yield the documents of files.
 
-    Raises DataError that names the file, and the line that has no such text.
+    Each line of a `.jsonl` file is an object with a document under the key `field`. Any other file
+    is one document. Raises DataError for a file that cannot be read or is not UTF-8, and, with the
+    line number, for a line without such an object.
     """
     for file in files:
         if Path(file).suffix != ".jsonl":
@@ -30,23 +31,28 @@ def read_documents(files: Iterable[str | Path], field: str = "text") -> Iterator
 def write_token_files(
     documents: Iterable[str], tokenizer: Tokenizer, pattern: str, shard_tokens: int
 ) -> tuple[list[str], int]:
-    """Write documents, each with bos and eos, into files of at most `shard_tokens` tokens.
+    """Encode documents, each from bos to eos, and write them as token files.
 
-    pattern: the files' name, with {} in place of the number. Without {} there is one file.
-    Returns the files' names and the number of tokens.
+    Args:
+        pattern: a file name with one {}, which the number of the file replaces. A name without {}
+            is one file for all tokens.
+        shard_tokens: the most tokens of a file, if the name has {}.
+
+    Returns the files' names and the number of tokens. Raises DataError for a wrong pattern or
+    limit, and if there are no documents.
     """
     try:
         numbered = pattern.format(0) != pattern.format(1)
     except (IndexError, KeyError, ValueError) as error:
-        raise DataError(f"{pattern!r} is no name with one place for a number: {error}") from error
+        raise DataError(f"{pattern!r} is not a file name with at most one {{}}: {error}") from error
     if tokenizer.bos_id < 0:
         raise DataError(
-            f"{tokenizer.model_path} has no bos token, by which training tells documents apart"
+            f"{tokenizer.model_path} has no bos token, which marks where a document begins"
         )
     if shard_tokens < 1:
         raise DataError(f"shard_tokens is {shard_tokens}: it must be 1 or more")
     names: list[str] = []
-    waiting = np.zeros(0, dtype=np.uint32)
+    pending = np.zeros(0, dtype=np.uint32)
     count = 0
 
     def write(tokens: np.ndarray) -> None:
@@ -56,11 +62,11 @@ def write_token_files(
     for document in documents:
         tokens = np.array(tokenizer.encode(document, bos=True, eos=True), dtype=np.uint32)
         count += len(tokens)
-        waiting = np.concatenate([waiting, tokens])
-        while numbered and len(waiting) > shard_tokens:
-            write(waiting[:shard_tokens])
-            waiting = waiting[shard_tokens:]
+        pending = np.concatenate([pending, tokens])
+        while numbered and len(pending) > shard_tokens:
+            write(pending[:shard_tokens])
+            pending = pending[shard_tokens:]
     if not count:
         raise DataError("there is no document in the files")
-    write(waiting)
+    write(pending)
     return names, count

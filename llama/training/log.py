@@ -15,13 +15,15 @@ from llama.training.loop import StepReport, Trainer
 
 
 class TrainingLog:
-    """A function that a `Trainer` calls after every step. Only the main rank prints.
+    """Reports every step of a `Trainer`, which takes it as `on_step`. Only the main rank prints.
 
     Args:
-        tokens_per_step: tokens of all ranks in a step, for the speed.
-        log_dir: folder for TensorBoard's events; None: no events.
+        tokens_per_step: tokens of a step on all ranks together, to compute the speed.
+        log_dir: folder for TensorBoard; None: nothing is written.
         sample_every: steps between sample texts; 0: no samples.
-        prompts: the beginnings of the sample texts.
+        prompts: beginnings of the sample texts.
+
+    Raises TrainingError if `log_dir` is given and TensorBoard is not installed.
     """
 
     def __init__(
@@ -42,7 +44,7 @@ class TrainingLog:
     def __call__(self, trainer: Trainer, report: StepReport) -> None:
         if parallel.is_main_rank():
             self._show(trainer, report)
-        # Every rank of a model computes its part of the samples.
+        # Every rank generates the samples, because it holds a part of the model.
         if self.sample_every and report.step % self.sample_every == 0:
             for prompt, text in zip(self.prompts, self.samples(trainer), strict=True):
                 if parallel.is_main_rank():
@@ -75,7 +77,8 @@ class TrainingLog:
                 self.writer.add_scalar(name, value, report.step)
 
     def samples(self, trainer: Trainer) -> list[str]:
-        """Greedy continuations of the prompts. Their KV cache is freed afterwards."""
+        """Greedy continuations of the prompts, of at most 128 tokens. The KV cache lives only
+        during this call."""
         model = trainer.model
         llama = Llama(model, self.tokenizer, max_batch_size=1)
         length = min(128, model.params.max_seq_len // 2)

@@ -1,9 +1,9 @@
 """The training loop: steps, evaluation, checkpoints and exact resumption.
 
-A model-parallel group of ranks shares one `Transformer` by fairscale's tensor parallelism. Several
-groups train together by DDP, or by FSDP2 where weights, gradients and optimizer state do not fit
-into one group's memory. Nothing here draws random numbers: a run depends on its loader and options
-alone.
+The ranks of a model-parallel group share one model through fairscale's tensor parallelism. DDP
+replicates the model across groups. With `shard_model`, FSDP2 splits it across groups instead, if
+the memory of a group does not hold weights, gradients and optimizer state. Nothing here draws
+random numbers: the initial weights, the loader and the options determine a run.
 """
 
 import contextlib
@@ -39,20 +39,20 @@ __all__ = ["DistributedShardedDataLoader", "Loader", "Trainer", "TrainingOptions
 
 @dataclass
 class TrainingOptions:
-    """How to train. Learning rate and weight decay belong to the optimizer."""
+    """How to train. The optimizer holds the peak learning rate and the weight decay."""
 
     steps: int = 1000
     warmup_steps: int = 50
-    decay_steps: int | None = None  # None: a cosine. Else constant, then linear for so long
-    final_lr: float = 0.1  # the last learning rate, as a share of the peak
-    accumulation: int = 1  # batches that each rank computes in a step
+    decay_steps: int | None = None  # of a linear decay at the end; None: cosine decay
+    final_lr: float = 0.1  # learning rate at the end, as a fraction of the peak
+    accumulation: int = 1  # batches of a step, on each rank
     clip: float = 1.0  # largest norm of the gradient
-    separate_documents: bool = True  # packed documents do not see each other
-    autocast: torch.dtype | None = None  # dtype of matrix products; None: the weights'
-    eval_every: int = 100
-    eval_batches: int = 20
-    checkpoint_every: int = 200
-    keep: int = 2  # checkpoints, the newest
+    separate_documents: bool = True  # no attention between the documents of a row
+    autocast: torch.dtype | None = None  # of matrix products; None: the dtype of the weights
+    eval_every: int = 100  # steps
+    eval_batches: int = 20  # batches of an evaluation, on each rank
+    checkpoint_every: int = 200  # steps
+    keep: int = 2  # how many checkpoints stay; older ones are deleted
 
     def __post_init__(self) -> None:
         counts = "steps accumulation eval_every eval_batches checkpoint_every keep".split()
@@ -67,7 +67,8 @@ class TrainingOptions:
 def shard_model(model: Transformer) -> Transformer:
     """Split weights, gradients and optimizer state over the data-parallel ranks (FSDP2), in place.
 
-    A layer's weights are gathered only while it computes. Call this before making the optimizers.
+    A layer's weights are gathered only while the layer computes. Call this before the optimizers
+    are made. Returns the model.
     """
     mesh = DeviceMesh.from_group(fs_init.get_data_parallel_group(), model.device.type)
     for layer in model.layers:
@@ -79,16 +80,17 @@ def shard_model(model: Transformer) -> Transformer:
 
 
 class Trainer:
-    """A training run. `run()` trains up to the last step and returns the loss of each step.
+    """One training run. `resume()` continues an earlier run, and `run()` trains to the last step.
 
     Args:
-        model: on its device, float32 or bfloat16; after `shard_model` for FSDP.
-        optimizers: over the model's parameters; their learning rates are the schedule's peak.
-        loader: this rank's batches; ranks of one model must get the same ones.
+        model: on its device, float32 or bfloat16. For FSDP, call `shard_model` on it first.
+        optimizers: they hold the model's parameters. Their learning rates are the schedule's peak.
+        loader: this rank's batches. All ranks of a model-parallel group must get the same batches.
         bos_id: the token that begins a document.
+        options: steps, schedule, clipping, evaluation and checkpoints.
         out_dir: folder for the checkpoints `step_00000200` and so on.
-        tokenizer_path: copied into each checkpoint.
-        eval_loader: held-out batches. Every evaluation begins at the loader's position of now.
+        tokenizer_path: tokenizer file that is copied into each checkpoint.
+        eval_loader: held-out batches. Every evaluation starts at the loader's current position.
         on_step: called after every step, on every rank, as on_step(trainer, StepReport).
     """
 
@@ -110,16 +112,20 @@ class Trainer:
         self.eval_loader, self.on_step = eval_loader, on_step
         self.eval_start = eval_loader.state_dict() if eval_loader is not None else {}
         self.device = model.device
-        self.step = 0  # steps done
+        self.step = 0  # finished steps
         self.peak_rates = [[g["lr"] for g in o.param_groups] for o in self.optimizers]
         self.dp_size = parallel.dp_size()
-        self.replica: nn.Module = model  # what computes logits
+        self.replica: nn.Module = model  # the model, or the model inside DDP
         if self.dp_size > 1 and not isinstance(model, FSDPModule):
             self.replica = DistributedDataParallel(
                 model, process_group=fs_init.get_data_parallel_group()
             )
 
     def run(self) -> list[float]:
+        """Train to the last step. Returns the loss of each step of this call, in nats a token.
+
+        Raises what `train_step` and `save` raise.
+        """
         losses = []
         while self.step < self.options.steps:
             start = time.perf_counter()
@@ -138,12 +144,15 @@ class Trainer:
         return losses
 
     def _is_due(self, every: int) -> bool:
+        """Whether the current step is a multiple of `every`, or the last step."""
         return self.step % every == 0 or self.step == self.options.steps
 
     def train_step(self) -> tuple[float, float]:
-        """One update; returns the mean loss in nats a token and the gradient's norm.
+        """Update the weights once. Returns the mean loss in nats a token and the gradient's norm
+        before clipping.
 
-        Raises TrainingError where the loss or the norm is not finite. No weight has changed then.
+        Raises TrainingError if no target has a loss, or if the loss or the norm is not finite. The
+        weights are unchanged then. Raises DataError for a token id outside the vocabulary.
         """
         count = self.options.accumulation
         batches = [self._prepare(*self.loader.next_batch()) for _ in range(count)]
@@ -152,9 +161,10 @@ class Trainer:
             raise TrainingError(f"step {self.step + 1}: no target in its batches has a loss")
         total = 0.0
         for i, batch in enumerate(batches):
-            with self._gradient_exchange(is_last=i == len(batches) - 1):
+            with self._gradient_sync(is_last=i == len(batches) - 1):
                 loss = self._loss(batch)
-                # The loss is the mean over all targets of the step. DDP averages over the replicas.
+                # DDP and FSDP divide the sum of the replicas' gradients by dp_size. The factor
+                # undoes that, and divides by the number of targets of the step.
                 (loss * (self.dp_size / n_targets)).backward()
             total += loss.item()
         loss_mean = self._sum_over_replicas(total) / n_targets
@@ -186,11 +196,18 @@ class Trainer:
         return self._sum_over_replicas(total) / max(1.0, self._sum_over_replicas(count))
 
     def save(self) -> Path:
-        """Write a checkpoint that `Llama.build` opens and `resume` continues."""
+        """Write a checkpoint, which `Llama.build` and `resume` can load. Returns its folder.
+
+        Raises TrainingError on every rank if one rank cannot write.
+        """
         return checkpoint.save(self._run())
 
     def resume(self) -> bool:
-        """Continue from the newest checkpoint in `out_dir`; False where there is none."""
+        """Load the newest checkpoint in `out_dir`. Returns False if there is none.
+
+        Raises TrainingError if the checkpoint has another number of ranks or other shapes, and
+        CheckpointError for a damaged file.
+        """
         run = self._run()
         is_found = checkpoint.load_newest(run)
         self.step = run.step
@@ -205,6 +222,7 @@ class Trainer:
     # ---- parts of a step ----------------------------------------------------------------------
 
     def _prepare(self, inputs: Tensor, targets: Tensor) -> "_Batch":
+        """Check inputs and targets (B, T). Returns them on the device, with positions and mask."""
         if (largest := int(inputs.max())) >= self.model.vocab_size:
             raise DataError(
                 f"the data has token id {largest}, but vocab_size is {self.model.vocab_size}: "
@@ -222,15 +240,15 @@ class Trainer:
         return _Batch(inputs, targets, positions, mask, n_targets)
 
     def _loss(self, batch: "_Batch") -> Tensor:
-        """Sum of the batch's losses, in nats."""
+        """The sum of the losses of all targets, in nats."""
         dtype = self.options.autocast
         with torch.autocast(self.device.type, dtype, enabled=dtype is not None):
             logits = self.replica(batch.inputs, positions=batch.positions, mask=batch.mask)
         return next_token_loss(logits, batch.targets, IGNORED, "sum")
 
-    def _gradient_exchange(self, is_last: bool) -> contextlib.AbstractContextManager[None]:
-        """A block for one batch. Replicas exchange their gradients in the last one of a step
-        only."""
+    def _gradient_sync(self, is_last: bool) -> contextlib.AbstractContextManager[None]:
+        """Synchronize the gradients of the replicas only in the last batch of a step. The batches
+        before it accumulate gradients on their own rank."""
         if isinstance(self.replica, DistributedDataParallel) and not is_last:
             return self.replica.no_sync()
         if isinstance(self.replica, FSDPModule):
@@ -247,22 +265,22 @@ class Trainer:
 
 @dataclass
 class _Batch:
-    """A batch on the device, and how many of its targets have a loss."""
+    """A batch on the device."""
 
     inputs: Tensor  # (B, T)
     targets: Tensor  # (B, T)
     positions: Tensor | None  # (B, T); None: 0 to T - 1
     mask: Tensor | None  # (B, 1, T, T); None: causal
-    n_targets: int
+    n_targets: int  # targets with a loss
 
 
 @dataclass
 class StepReport:
     """The figures of a step."""
 
-    step: int
+    step: int  # counted from 1
     loss: float  # nats a token
     norm: float  # of the gradient, before clipping
     learning_rate: float
-    seconds: float
-    held_out: float | None = None  # nats a token; None: not evaluated in this step
+    seconds: float  # of the step alone, without evaluation and checkpoint
+    held_out: float | None = None  # loss, nats a token; None: not evaluated after this step

@@ -1,4 +1,4 @@
-"""The training objective: next-token cross-entropy, and masks between packed documents."""
+"""The training objective: next-token cross-entropy, and the mask that separates documents."""
 
 import torch
 import torch.nn.functional as F
@@ -10,7 +10,10 @@ from llama.training.token_files import IGNORED
 def next_token_loss(
     logits: Tensor, targets: Tensor, ignore_index: int = IGNORED, reduction: str = "mean"
 ) -> Tensor:
-    """Cross-entropy in nats: logits (B, S, V), targets (B, S) -> a scalar."""
+    """Cross-entropy in nats: logits (B, S, V), targets (B, S) -> a scalar.
+
+    reduction: "mean" or "sum", over the targets that are not `ignore_index`.
+    """
     return F.cross_entropy(
         logits.flatten(0, 1), targets.flatten(), ignore_index=ignore_index, reduction=reduction
     )
@@ -19,8 +22,8 @@ def next_token_loss(
 def document_numbers(inputs: Tensor, targets: Tensor, bos_id: int) -> tuple[Tensor | None, Tensor]:
     """Number the documents in each row of inputs (B, S). Every document begins with `bos_id`.
 
-    Returns the numbers (B, S), or None where every row is one document, and the targets (B, S), in
-    which the first token of each document is ignored.
+    Returns the numbers (B, S), or None if every row is one document. Also returns the targets
+    (B, S), in which IGNORED replaces `bos_id`: a document does not predict the next document.
     """
     is_first = inputs == bos_id
     targets = targets.masked_fill(targets == bos_id, IGNORED)
@@ -28,8 +31,8 @@ def document_numbers(inputs: Tensor, targets: Tensor, bos_id: int) -> tuple[Tens
 
 
 def document_mask(documents: Tensor) -> Tensor:
-    """Document numbers (B, S) -> (B, 1, S, S), True where a query sees a key: in the same document,
-    and not after the query."""
+    """Document numbers (B, S) -> attention mask (B, 1, S, S). It is True where the key belongs to
+    the query's document and is not after the query."""
     is_same = documents[:, :, None] == documents[:, None, :]
     return is_same.tril()[:, None]
 

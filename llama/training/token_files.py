@@ -1,4 +1,4 @@
-"""Token files for training: 256 int32 of header (magic, version, count), then uint32 tokens."""
+"""Token files for training: a header of 256 int32 (magic, version, count), then uint32 tokens."""
 
 import glob
 from collections.abc import Iterable
@@ -17,16 +17,23 @@ VERSION = 7
 HEADER = np.dtype("<i4"), 256  # little-endian on every machine
 TOKEN = np.dtype("<u4")
 HEADER_BYTES = 256 * 4
-IGNORED = -100  # a target without a loss
+IGNORED = -100  # a target that has no loss
 
 
 def write_token_file(path: str | Path, tokens: Iterable[int] | np.ndarray) -> int:
-    """Write one shard of tokens, atomically. Returns their number."""
+    """Write one token file, atomically. Returns the number of tokens.
+
+    Raises DataError for an id below 0 or above 2**32 - 1, for more than 2**31 - 1 tokens, and if
+    the file cannot be written.
+    """
     array = np.asarray(tokens if isinstance(tokens, np.ndarray) else list(tokens))
     if array.size and (array.min() < 0 or array.max() >= 2**32):
-        raise DataError(f"{path}: token ids must be 0 to 2**32 - 1, not {array.min()}")
+        found = f"{array.min()} to {array.max()}"
+        raise DataError(f"{path}: token ids must be 0 to 2**32 - 1, but these are {found}")
     if array.size >= 2**31:
-        raise DataError(f"{path}: {array.size} tokens, but the header's count ends at {2**31 - 1}")
+        raise DataError(
+            f"{path}: {array.size} tokens, but the header can count {2**31 - 1} at most"
+        )
     header = np.zeros(HEADER[1], dtype=HEADER[0])
     header[:3] = MAGIC, VERSION, array.size
     with atomic_file(path) as file:
@@ -36,9 +43,10 @@ def write_token_file(path: str | Path, tokens: Iterable[int] | np.ndarray) -> in
 
 
 def read_token_file(path: str | Path) -> np.ndarray:
-    """The tokens of one shard, mapped from the file, uint32.
+    """The tokens of a token file, uint32, as an array that is mapped from the file.
 
-    Raises DataError for another magic or version, or a size that is not what the header says.
+    Raises DataError if the file cannot be read, has another magic number or version, or has another
+    size than its header's count requires.
     """
     path = Path(path)
     try:
@@ -53,11 +61,13 @@ def read_token_file(path: str | Path) -> np.ndarray:
     if magic != MAGIC:
         raise DataError(f"{path} is no token file: its magic is {magic}, not {MAGIC}")
     if version != VERSION:
-        raise DataError(f"{path} is a token file of version {version}; {VERSION} is known")
+        raise DataError(
+            f"{path} is a token file of version {version}; only version {VERSION} is supported"
+        )
     expected = HEADER_BYTES + TOKEN.itemsize * count
     if size != expected:
         raise DataError(
-            f"{path} has {size} bytes, but {count} tokens, as its header says, need {expected}"
+            f"{path} has {size} bytes, but the {count} tokens in its header need {expected}"
         )
     if count == 0:
         return np.zeros(0, dtype=TOKEN)
@@ -65,7 +75,7 @@ def read_token_file(path: str | Path) -> np.ndarray:
 
 
 class Loader(Protocol):
-    """An endless source of batches, whose position can be saved and restored."""
+    """An endless sequence of batches. `state_dict` returns the position in it."""
 
     def next_batch(self) -> tuple[Tensor, Tensor]:
         """Inputs and targets (B, T), int64. A target of -100 has no loss."""
@@ -76,10 +86,17 @@ class Loader(Protocol):
 
 
 class DistributedShardedDataLoader:
-    """Batches of B rows of T tokens from the files that match a pattern, in order, without end.
+    """Endless batches of B rows of T tokens, from token files in the order of their names.
 
-    In each step each of `num_processes` data-parallel ranks reads B * T tokens of its own. Tokens
-    at the end of a file that do not fill a step are skipped.
+    A step takes num_processes * B * T successive tokens of a file, B * T for each data-parallel
+    rank. Tokens at the end of a file that do not fill a step are skipped. After the last file the
+    loader continues with the first.
+
+    Args:
+        filename_pattern: a glob pattern, such as "tales_*.bin".
+        process_rank: the data-parallel rank, 0 to num_processes - 1.
+
+    Raises DataError if no file matches, and for a file that is damaged or shorter than one step.
     """
 
     def __init__(
@@ -99,34 +116,35 @@ class DistributedShardedDataLoader:
         for file in self.files:
             count = len(read_token_file(file))
             # A target is the next token, so a step needs one token more than it consumes.
-            if count < self._step + 1:
+            if count < self._step_tokens + 1:
                 raise DataError(
                     f"{file} has {count} tokens: one batch of {num_processes} rank(s) x {B} rows "
-                    f"x {T} tokens needs {self._step + 1}"
+                    f"x {T} tokens needs {self._step_tokens + 1}"
                 )
             self.total_tokens += count
         self.reset()
 
     @property
-    def _step(self) -> int:
+    def _step_tokens(self) -> int:
         return self.num_processes * self.B * self.T
 
     def reset(self) -> None:
         """Restart at the first token of the first file."""
-        self._open(0, 0)
+        self._seek(0, 0)
 
-    def _open(self, shard: int, position: int) -> None:
-        self.shard, self.position = shard, position  # position: where the step begins
+    def _seek(self, shard: int, position: int) -> None:
+        self.shard = shard  # index in self.files
+        self.position = position  # of the step's first token; this rank may begin later
         self._tokens = read_token_file(self.files[shard])
 
     def next_batch(self) -> tuple[Tensor, Tensor]:
         """Inputs and targets (B, T), int64: each target is the token after its input."""
         start = self.position + self.process_rank * self.B * self.T
-        # embeddings and losses need int64
+        # int64, because embeddings and losses need it
         block = torch.from_numpy(self._tokens[start : start + self.B * self.T + 1].astype(np.int64))
-        self.position += self._step
-        if self.position + self._step + 1 > len(self._tokens):
-            self._open((self.shard + 1) % len(self.files), 0)
+        self.position += self._step_tokens
+        if self.position + self._step_tokens + 1 > len(self._tokens):
+            self._seek((self.shard + 1) % len(self.files), 0)
         return block[:-1].view(self.B, self.T), block[1:].view(self.B, self.T)
 
     def state_dict(self) -> dict[str, int]:
@@ -134,12 +152,15 @@ class DistributedShardedDataLoader:
         return {"shard": self.shard, "position": self.position}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
+        """Continue at a position of `state_dict`. Raises DataError if the files do not have it."""
         shard, position = state["shard"], state["position"]
         if not 0 <= shard < len(self.files):
-            raise DataError(f"the run was in token file {shard}, but there are {len(self.files)}")
-        self._open(shard, position)
-        if position + self._step + 1 > len(self._tokens):
+            raise DataError(
+                f"the run was in token file {shard}, but there are {len(self.files)} files"
+            )
+        self._seek(shard, position)
+        if position + self._step_tokens + 1 > len(self._tokens):
             raise DataError(
                 f"the run was at token {position} of {self.files[shard]}, which has "
-                f"{len(self._tokens)}: was it changed?"
+                f"{len(self._tokens)}: was the file changed?"
             )

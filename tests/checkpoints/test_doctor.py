@@ -1,4 +1,4 @@
-"""doctor says beforehand what will not run, and build refuses the same."""
+"""doctor reports what will not run, and build refuses it too."""
 
 import shutil
 from dataclasses import replace
@@ -25,7 +25,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two shards of float32."""
+    """A folder of two float32 shards."""
     return write_meta(tmp_path_factory.mktemp("doctor") / "Tiny", make_model(n_kv_heads=4), 2)
 
 
@@ -40,7 +40,7 @@ def test_a_setup_counts_what_building_takes(folder: Path, dtype: str | None) -> 
     cache = llama.model.make_cache(4, 128)
     assert setup.cache_bytes == cache.k.nbytes + cache.v.nbytes
     norms = sum(w.nbytes for w in llama.model.parameters() if w.dim() == 1)
-    # Two shards become one rank's weights by copying; what is not split stays where it is.
+    # One rank joins two shards into copies. Weights that are not split stay mapped.
     assert setup.weight_bytes()[1] == (norms if dtype is None else 0)
 
 
@@ -51,13 +51,13 @@ def test_weights_are_mapped_where_shards_are_ranks(folder: Path, tmp_path: Path)
     one = make_setup(convert(folder, tmp_path / "one", "meta"))
     assert one.weight_bytes()[0] == 0
     theirs = make_setup(convert(folder, tmp_path / "hf", "hf"))
-    assert theirs.weight_bytes()[0] > 0  # at least Q and K, whose rows are put in order
+    assert theirs.weight_bytes()[0] > 0  # at least Q and K, whose rows are reordered
     on_gpu = replace(one, device=torch.device("cuda", 0))
     assert on_gpu.weight_bytes() == one.weight_bytes()[::-1]
 
 
 def test_memory_by_the_byte(folder: Path) -> None:
-    setup = make_setup(folder, mp=2)  # nothing but the cache is the ranks' own
+    setup = make_setup(folder, mp=2)  # only the cache is in private memory
     needed = 2 * setup.cache_bytes
     mapped = 2 * setup.weight_bytes()[1]
     assert setup.needed_bytes() == needed
@@ -81,7 +81,7 @@ def test_what_is_advised_fits(folder: Path) -> None:
         ConfigError, match="each of these alone would fit: max_seq_len 32, max_batch_size 1, "
     ) as error:
         doctor.check_memory(setup, own + setup.cache_bytes / 4)
-    # Two ranks for two shards copy no weights.
+    # Two ranks map the two shards and copy nothing.
     assert str(error.value).endswith("dtype bfloat16, 2 ranks")
     assert doctor.check_memory(make_setup(folder, rows=1), own + setup.cache_bytes / 4)
     with pytest.raises(ConfigError, match="no smaller KV cache would fit"):
@@ -90,7 +90,7 @@ def test_what_is_advised_fits(folder: Path) -> None:
 
 def test_prompts_are_an_estimate_and_no_error(folder: Path) -> None:
     setup = make_setup(folder)
-    assert setup.prompt_bytes() == 8 * (4 * 16 * 128 * 128)  # scores, and their softmax
+    assert setup.prompt_bytes() == 8 * (4 * 16 * 128 * 128)  # attention scores and their softmax
     assert doctor.check_prompts(setup, setup.needed_bytes()).level == WARNING
     enough = setup.needed_bytes() + setup.prompt_bytes()
     assert doctor.check_prompts(setup, enough).level == doctor.OK

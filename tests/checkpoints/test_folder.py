@@ -1,4 +1,4 @@
-"""Building from a folder: Meta's files give their model, everything else one clear line."""
+"""Building from a folder: Meta's files give their model, and anything else gives a clear error."""
 
 import json
 import os
@@ -36,7 +36,7 @@ def make_folder(folder: Path, mp_size: int = 1, dtype: torch.dtype = torch.float
 
 
 def remake(folder: Path, **changes: Any) -> None:
-    """Another model in the same folder."""
+    """Replace the model in the folder."""
     (folder / "consolidated.00.pth").unlink()
     make_checkpoint(folder, PARAMS | changes, dtype=torch.float32)
 
@@ -48,7 +48,7 @@ def pristine(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def folder(pristine: Path, tmp_path: Path) -> Path:
-    """A folder of the test's own, to be spoiled."""
+    """A copy of the folder, which the test may damage."""
     return Path(shutil.copytree(pristine, tmp_path / "checkpoint"))
 
 
@@ -175,7 +175,7 @@ def test_two_shards_on_two_ranks(pristine: Path, tmp_path: Path, embedding_dim: 
     embedding = "ParallelEmbedding" if embedding_dim else "VocabParallelEmbedding"
     assert first[0] == [embedding, VOCAB // 2]
     assert first[1] == greedy(Llama.build(pristine))
-    assert rest == [first]  # the sampled tokens too: the first rank decides
+    assert rest == [first]  # also the sampled tokens, which the first rank draws
 
 
 def test_a_tied_matrix_is_written_once(tmp_path: Path) -> None:
@@ -190,7 +190,7 @@ def test_a_tied_matrix_is_written_once(tmp_path: Path) -> None:
 def test_equal_matrices_of_a_shape_that_is_published_tied_are_one(
     pristine: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, n_shards: int
 ) -> None:
-    """As in Meta's files of Llama 3.2, which hold the matrix twice."""
+    """Meta's files of Llama 3.2 are an example: they hold the matrix twice."""
     folder = convert(pristine, tmp_path / "model", "meta", mp=n_shards)
     shape = read_args(folder)
     for rank in range(n_shards):
@@ -206,7 +206,8 @@ def test_equal_matrices_of_a_shape_that_is_published_tied_are_one(
 
 
 def failures_on_rank(trials: list[list[Path]]) -> list[str]:
-    """Each rank reads a copy of its own, as machines without a shared disk do."""
+    """Build from each trial's folders and return the errors. Each rank reads its own folder, as
+    machines without a shared disk do."""
     failures = []
     for folders in trials:
         try:
@@ -377,7 +378,7 @@ def test_a_bad_folder_is_one_clear_line(
     with pytest.raises(kind, match=message) as caught:
         Llama.build(folder)
     assert "\n" not in str(caught.value)
-    assert "checkpoint" in str(caught.value)  # names the folder or a file in it
+    assert "checkpoint" in str(caught.value)  # the message names the folder or a file in it
     assert not Path("executed").exists()
 
 

@@ -1,4 +1,4 @@
-"""Hub ids: a server that speaks the Hub's protocol on loopback, and the real client."""
+"""Hub ids: the real client, and a local server with the Hub's protocol."""
 
 import hashlib
 import json
@@ -28,7 +28,7 @@ OTHERS = ["modeling_tiny.py", "pytorch_model.bin", "original/consolidated.00.pth
 
 
 class Hub(ThreadingHTTPServer):
-    """Repositories by their id, each path -> content, and the paths that were asked for."""
+    """A server of repositories, id -> path -> content. `asked` has the requested paths."""
 
     daemon_threads = True
 
@@ -95,18 +95,21 @@ class Answer(BaseHTTPRequestHandler):
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("hub")
-    return convert(write_meta(root / "meta", make_model(n_kv_heads=4), 1), root / "hf", "hf")
+    source = write_meta(root / "Llama-3.2-1B", make_model(n_kv_heads=4), 1)
+    return convert(source, root / "hf", "hf")
 
 
 @pytest.fixture
 def server(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
-    """It has the model as meta-llama's repositories have theirs: the tokenizer in `original/`."""
-    names = ("config.json", "model.safetensors", "tokenizer.model")
-    files = {name: (folder / name).read_bytes() for name in names}
-    files["original/tokenizer.model"] = files.pop("tokenizer.model")
+    """A server with a model. Its tokenizer is in `original/`, as in meta-llama's repositories."""
+    files = {
+        path.relative_to(folder).as_posix(): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
     files |= dict.fromkeys(OTHERS, b"must not be fetched")
     server = Hub({"tiny/Llama-3.2-1B": files, "tiny/pickled": {"pytorch_model.bin": b"x"}})
-    # For the processes that a test starts; this one never connects.
+    # These are for processes that a test starts. The test process itself never connects.
     monkeypatch.setenv("HF_ENDPOINT", server.url)
     monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
     monkeypatch.setenv("HF_HUB_OFFLINE", "0")
@@ -116,7 +119,7 @@ def server(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Ite
 
 
 def build_all(names: list[str]) -> list[Any]:
-    """Of each the logits and the log, or the error."""
+    """Build from each name. Returns for each the logits and the log lines, or the error."""
     lines: list[str] = []
     handler = logging.Handler()
     handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
@@ -147,10 +150,13 @@ def test_what_is_fetched_and_what_is_not(server: Hub, folder: Path, tmp_path: Pa
     for logits, log in pinned:
         assert torch.equal(logits, expected)
         assert "pin it" not in log
-    assert set(server.asked) == {"config.json", "model.safetensors", "original/tokenizer.model"}
+    assert set(server.asked) == {
+        "config.json", "generation_config.json", "model.safetensors", "original/tokenizer.model",
+        "tokenizer.json", "tokenizer_config.json",
+    }  # fmt: skip
     snapshot = next((tmp_path / "cache").rglob("snapshots/*"))
     assert snapshot.name == COMMIT
-    assert kind_of(snapshot) == "base"  # by the name of the repository
+    assert kind_of(snapshot) == "base"  # the name of the repository says so
     assert "tiny/gated is gated: accept its licence at https://huggingface.co/tiny/gated" in gated
     assert "no such folder: tiny/none, and no such repository on the Hugging Face Hub" in none
     assert revision == "tiny/Llama-3.2-1B has no revision v9"
@@ -177,7 +183,7 @@ def test_names_that_are_folders_or_no_ids(
     names = ["owner/name", "/owner/other", "./owner/other", "a/b/c", "word", "owner/name@", "../x"]
     for name in names:
         assert hub.local_folder(name) == Path(name)
-    monkeypatch.setitem(sys.modules, "huggingface_hub", None)  # not installed
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)  # as if it were not installed
     monkeypatch.setattr("sys.argv", ["llama", "doctor", "owner/other"])
     with pytest.raises(SystemExit):
         main()

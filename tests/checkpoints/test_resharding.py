@@ -1,4 +1,4 @@
-"""Any folder at any number of ranks: the logits are those of the whole model."""
+"""A folder gives the logits of the whole model, with any number of shards and ranks."""
 
 import json
 from pathlib import Path
@@ -23,13 +23,14 @@ def logits_of_all(folders: list[Path]) -> list[torch.Tensor]:
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[torch.Tensor, list[Path]]]:
-    """Of each model the whole one's logits, and folders of 1, 2, 4 and 8 shards (16 where the
-    heads allow it)."""
+    """For each model its logits, and its folders with 1, 2, 4, 8 and 16 shards, as far as its
+    key/value heads can be split."""
     made = {}
     for name, changes in MODELS.items():
         model = make_model(**changes)
         root = tmp_path_factory.mktemp(name)
-        # As Meta's 16-shard folder: the shards of more ranks than key/value heads repeat them.
+        # Meta's 16-shard folder has more shards than key/value heads, and they repeat the heads.
+        # Such folders are not written here.
         counts = [n for n in (1, 2, 4, 8, 16) if model.params.local_kv_heads(1) % n == 0]
         paths = [write_meta(root / str(n), model, n) for n in counts]
         with torch.inference_mode():
@@ -50,7 +51,7 @@ def test_any_number_of_shards_on_one_rank_is_bit_equal(
 def test_any_number_of_shards_on_ranks(
     ranks: int, folders: dict[str, tuple[torch.Tensor, list[Path]]], tmp_path: Path
 ) -> None:
-    """gqa-2 on four ranks has more ranks than key/value heads."""
+    """The model gqa-2 has two key/value heads, so four ranks repeat them."""
     paths = [path for _, paths in folders.values() for path in paths]
     expected = [whole for whole, paths in folders.values() for _ in paths]
     for found in run_ranks(ranks, tmp_path, logits_of_all, paths):
@@ -90,7 +91,7 @@ def test_ranks_that_do_not_divide_are_told_what_does(
 
 
 def write_hugging_face(folder: Path, changes: dict[str, Any], max_shard_size: str) -> Any:
-    """A random model as transformers writes it, and that model."""
+    """Write a random model with transformers. Returns that model."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     scaling = changes.pop("rope_scaling", None)
@@ -135,7 +136,7 @@ HF_MODELS: dict[str, dict[str, Any]] = {
 @pytest.fixture(scope="module")
 def hf_folders(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[Path, Any]]:
     root = tmp_path_factory.mktemp("hf")
-    sizes = ["1GB", "200KB", "300KB", *["1GB"] * 6]  # one file or many with an index
+    sizes = ["1GB", "200KB", "300KB", *["1GB"] * 6]  # one file, or several with an index
     return [
         (root / name, write_hugging_face(root / name, dict(changes), size))
         for (name, changes), size in zip(HF_MODELS.items(), sizes, strict=True)
@@ -154,7 +155,7 @@ def test_logits_equal_transformers_past_position_8192(hf_folders: list[tuple[Pat
         model = Llama.build(folder, max_seq_len=9020, max_batch_size=1).model
         start = 9000
         positions = torch.arange(start, start + 20)[None]
-        # Only the new tokens see each other: what is turned far out must still agree.
+        # The tokens see only each other. The test is about rotations at high positions.
         with torch.inference_mode():
             want = theirs(TOKENS[:1], position_ids=positions).logits
             table = model.freqs_cis
@@ -249,7 +250,7 @@ def test_a_missing_output_matrix(
     stated: bool | None, hf_folders: list[tuple[Path, Any]], tmp_path: Path
 ) -> None:
     """config.json must say that the model is tied."""
-    source = hf_folders[3][0]  # a tied one
+    source = hf_folders[3][0]  # a tied model
     for path in source.iterdir():
         (tmp_path / path.name).symlink_to(path)
     config = json.loads((source / "config.json").read_text())
@@ -376,7 +377,7 @@ def test_biases_there_and_back(hf_folders: list[tuple[Path, Any]], tmp_path: Pat
 def test_pytorch_model_bin(
     n_files: int, zipped: bool, hf_folders: list[tuple[Path, Any]], tmp_path: Path
 ) -> None:
-    """What transformers wrote before .safetensors, in one file or several with an index."""
+    """Files that transformers wrote before .safetensors: one, or several with an index."""
     for source, theirs in hf_folders[1::2]:
         folder = tmp_path / source.name
         folder.mkdir()
@@ -397,7 +398,7 @@ def test_pytorch_model_bin(
 
 
 class Harmful:
-    """A pickle that would run code."""
+    """An object whose pickle would run code when it is loaded."""
 
     def __reduce__(self) -> Any:
         return print, ("code ran",)

@@ -1,4 +1,4 @@
-"""Batch jobs: every line once, in order, the same whatever stops them and however many ranks."""
+"""Batch jobs: each line has one result, in order. Stops and the number of ranks change nothing."""
 
 import json
 import os
@@ -18,7 +18,7 @@ from make_checkpoint import demo_pieces, make_checkpoint, write_tokenizer
 from llama import Llama
 from llama.__main__ import main
 from llama.commands.batch_files import BatchFiles, Part
-from llama.commands.batch_run import Task, _bar, _run, run_batch
+from llama.commands.batch_run import Task, _progress_bar, _run_tasks, run_batch
 from llama.errors import DataError, LlamaError
 
 OPTIONS = {"temperature": 0.8, "max_gen_len": 12}
@@ -41,7 +41,7 @@ Batch = Callable[..., tuple[int, int]]
 
 @pytest.fixture
 def batch(ckpt_dir: str, tmp_path: Path) -> Batch:
-    """Run lines, objects or texts, in this process; OUT is out.jsonl."""
+    """A function that runs a job in this process, from objects or lines to out.jsonl."""
 
     def batch(lines: list[Any] | None = None, **more: Any) -> tuple[int, int]:
         if lines is not None:
@@ -64,7 +64,7 @@ def read_results(folder: Path) -> list[dict[str, Any]]:
 
 
 def some_lines(n: int) -> list[Any]:
-    """Prompts of all kinds: long and short, dialogs, greedy, n samples, and wrong ones."""
+    """Lines of all kinds: long and short prompts, dialogs, greedy, n samples, and wrong lines."""
     lines: list[Any] = []
     for i in range(n):
         lines.append({"prompt": f"the word {i}", "id": f"é{i}", "max_gen_len": 1 + i * 7 % 24})
@@ -92,11 +92,13 @@ def test_one_result_a_line_in_order(batch: Batch, tmp_path: Path, ckpt_dir: str)
     texts = [output["text"] for output in results[6]["outputs"]]
     assert len(texts) == 2
     assert texts[0] != texts[1]
-    assert results[6]["outputs"] != results[11]["outputs"]  # the same prompt on another line
+    assert (
+        results[6]["outputs"] != results[11]["outputs"]
+    )  # another line with the same prompt has another seed
 
 
 def test_files_as_other_tools_write_them(batch: Batch, tmp_path: Path) -> None:
-    """A byte-order mark, Windows line ends, blank lines, and OpenAI's name of the id."""
+    """A byte-order mark, Windows line ends, blank lines, and OpenAI's key for the id."""
     lines = [{"custom_id": f"q{i}", "prompt": "Once", "max_gen_len": 2} for i in range(3)]
     text = "\r\n".join([*map(json.dumps, lines), "", ""])
     (tmp_path / "in.jsonl").write_bytes(b"\xef\xbb\xbf" + text.encode())
@@ -148,8 +150,8 @@ def test_options_of_a_line(batch: Batch, tmp_path: Path, ckpt_dir: str) -> None:
     [
         ("[1, 2]", "not an object with keys"),
         ("[" * 100_000, "not JSON"),
-        ({}, 'either a "prompt" or "messages"'),
-        ({"prompt": "a", "messages": DIALOG}, 'either a "prompt" or "messages"'),
+        ({}, 'either "prompt" or "messages"'),
+        ({"prompt": "a", "messages": DIALOG}, 'either "prompt" or "messages"'),
         ({"prompt": ["a"]}, "\"prompt\" must be a text, not ['a']"),
         ({"messages": 3}, '"messages" must be a list, not 3'),
         ({"messages": []}, "the dialog is empty"),
@@ -192,8 +194,8 @@ def test_the_window_bounds_what_is_read_ahead(tmp_path: Path, ckpt_dir: str) -> 
             assert i - out.read_text().count("\n") < 5
             yield Task(llama, i, json.dumps({"prompt": f"word {i}"}).encode(), OPTIONS, 1)
 
-    with _bar(bytearray(30), 0, 1) as bar:
-        assert _run(llama, tasks(), Part(out), 5, bar) == 0
+    with _progress_bar(bytearray(30), 0, 1) as bar:
+        assert _run_tasks(llama, tasks(), Part(out), 5, bar) == 0
     assert [result["index"] for result in read_results(tmp_path)] == list(range(30))
 
 
@@ -210,7 +212,7 @@ def test_whatever_is_there_is_neither_lost_nor_repeated(batch: Batch, tmp_path: 
         assert batch() == (15, 3)
         assert out.read_bytes() == whole, n_bytes
 
-    # A run of two groups left this, and now there is one.
+    # Two groups have left these parts, and now one group continues.
     out.unlink()
     parts = [tmp_path / f"out.jsonl.part-{group}-of-2" for group in range(2)]
     parts[0].write_bytes(b"".join(lines[:11:2]))
@@ -219,7 +221,7 @@ def test_whatever_is_there_is_neither_lost_nor_repeated(batch: Batch, tmp_path: 
     assert out.read_bytes() == whole
     assert not any(part.exists() for part in parts)
 
-    # It was killed when OUT was whole, but not all parts removed.
+    # A run was killed after it had merged OUT, and before it had removed all parts.
     parts[0].write_bytes(b"".join(lines[::2]))
     assert batch() == (15, 3)
     assert out.read_bytes() == whole
@@ -256,18 +258,18 @@ def test_another_job_is_refused(batch: Batch, tmp_path: Path) -> None:
     out = tmp_path / "out.jsonl"
     batch([{"prompt": "a"}, {"prompt": "b"}])
     before = out.read_bytes()
-    with pytest.raises(DataError, match=r"begun with max_gen_len 12, not 3: .*--force"):
+    with pytest.raises(DataError, match=r"started with max_gen_len 12, not 3: .*--force"):
         batch(options={"max_gen_len": 3})
-    with pytest.raises(DataError, match="begun with seed 1, not 2"):
+    with pytest.raises(DataError, match="started with seed 1, not 2"):
         batch(seed=2)
-    with pytest.raises(DataError, match="begun with input 'sha256:"):
+    with pytest.raises(DataError, match="started with input 'sha256:"):
         batch([{"prompt": "a"}, {"prompt": "c"}])
     assert out.read_bytes() == before
     batch(force=True)
     assert out.read_bytes() != before
 
     (tmp_path / "out.jsonl.job.json").unlink()
-    with pytest.raises(DataError, match=r"is there already, without out\.jsonl\.job\.json"):
+    with pytest.raises(DataError, match=r"exists, but out\.jsonl\.job\.json does not"):
         batch()
     out.unlink()
     batch()
@@ -333,7 +335,7 @@ def test_any_number_of_ranks_gives_the_same(
     batch(some_lines(25))
     out = tmp_path / "out.jsonl"
     whole = out.read_bytes()
-    out.write_bytes(whole[:1500])  # they go on where one rank was killed
+    out.write_bytes(whole[:1500])  # several ranks continue a job of one rank
     results = run_ranks(n_ranks, tmp_path, batch_on_rank, tmp_path, ckpt_dir, mp_size)
     assert results == [(25, 5)] * n_ranks
     assert out.read_bytes() == whole

@@ -1,4 +1,4 @@
-"""`llama bench` measures what it says, on a real model."""
+"""`llama bench` on a real model: the figures are consistent, and wrong figures are errors."""
 
 import json
 from pathlib import Path
@@ -38,7 +38,7 @@ def test_figures_agree_with_each_other(build: dict[str, Any]) -> None:
 
 
 def test_a_prompt_as_long_as_the_context_is_computed() -> None:
-    """It once filled the cache, so that no token was generated and nothing was computed."""
+    """In an earlier version such a prompt filled the cache, so nothing was computed."""
     figures = measure(None, prefill=10**6, decode=2, rounds=1)
     assert figures is not None
     assert figures["prefill"]["tokens"] == 511
@@ -48,14 +48,16 @@ def test_a_prompt_as_long_as_the_context_is_computed() -> None:
 def test_work_that_was_not_done_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("llama.engine.engine.Engine.step", lambda engine: engine._waiting.clear())
     monkeypatch.setattr("llama.commands.measure.count_tokens", lambda events: 0)
-    with pytest.raises(BenchmarkError, match="prefill: 0 tokens came, but 1 were asked for"):
+    with pytest.raises(
+        BenchmarkError, match="prefill: 0 tokens were generated, but 1 were requested"
+    ):
         measure(None, **FEW)
 
 
 def test_impossible_rates_are_an_error() -> None:
     device = torch.device("cpu")
     check_rate("read", 1e9, read_rate(1 << 20, device), "bytes")
-    with pytest.raises(BenchmarkError, match="prefill: 1e\\+18 operations a second, but this"):
+    with pytest.raises(BenchmarkError, match="prefill: 1e\\+18 operations a second, but the limit"):
         check_rate("prefill", 1e18, product_rate(device, 256), "operations")
     with pytest.raises(BenchmarkError, match="the work was not done"):
         check_rate("nothing", 0.0, 1.0, "tokens")
@@ -115,7 +117,7 @@ def test_refusals(numbers: dict[str, Any], message: str) -> None:
 
 
 def test_gguf_holds_the_same_weights(tmp_path: Path) -> None:
-    """What llama.cpp gets for benchmarks/peers.py."""
+    """The file that benchmarks/peers.py gives to llama.cpp has our weights."""
     make_checkpoint(tmp_path / "model", SHAPES["demo"])
     opened = open_checkpoint(tmp_path / "model")
     write_gguf(tmp_path / "model.gguf", opened, "BF16", 64)

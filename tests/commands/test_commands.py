@@ -1,4 +1,4 @@
-"""The command `llama`: from texts to a model and its score, and one line for every mistake."""
+"""The command `llama`: from texts to a trained and scored model, and errors of one line."""
 
 import json
 import math
@@ -35,7 +35,7 @@ Run = Callable[..., str]
 
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    """Run a command line in this process; returns what it printed."""
+    """Run a command line in this process. Returns its standard output."""
 
     def run(*arguments: object) -> str:
         monkeypatch.setattr(sys, "argv", ["llama", *map(str, arguments)])
@@ -47,7 +47,7 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
 
 @pytest.fixture
 def fail(run: Run, capsys: pytest.CaptureFixture[str]) -> Run:
-    """Run a command line that must end with code 2; returns its one line on stderr."""
+    """Run a command line that must end with exit code 2. Returns its error line."""
 
     def fail(*arguments: object) -> str:
         with pytest.raises(SystemExit) as exit_:
@@ -63,7 +63,7 @@ def fail(run: Run, capsys: pytest.CaptureFixture[str]) -> Run:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Texts, dialogs and a tokenizer."""
+    """A folder with texts, dialogs and a tokenizer."""
     write_tokenizer(tmp_path / "tokenizer.model", demo_pieces())
     (tmp_path / "a.txt").write_text(TEXTS[0])
     (tmp_path / "b.jsonl").write_text(json.dumps({"text": TEXTS[1]}) + "\n\n")
@@ -88,7 +88,7 @@ def test_from_texts_to_a_score(folder: Path, run: Run) -> None:
     (folder / "score.txt").write_text(text, encoding="utf-8")
     printed = run("perplexity", folder / "score.txt", "--ckpt_dir", newest, "--window=48")
 
-    # The same by hand: window after window, token after token.
+    # The same score from plain forwards, one for each window.
     llama = Llama.build(newest, max_seq_len=64)
     tokens = llama.tokenizer.encode(text, bos=False, eos=False)
     nats = 0.0
@@ -115,7 +115,7 @@ def test_training_learns_and_goes_on(folder: Path, run: Run) -> None:
                 "--out_dir", folder / "run", "--dim=32", "--n_layers=2", "--n_kv_heads=2",
                 "--batch=4", "--seq_len=64", "--steps=30", "--warmup_steps=2",
                 "--learning_rate=0.01", "--device=cpu")  # fmt: skip
-    assert "Going on after step 6" in again
+    assert "Continuing after step 6" in again
     later = Llama.build(run_checkpoints(folder / "run")[-1])
     assert score(later, [text]).nats < 0.8 * score(first, [text]).nats
 
@@ -127,7 +127,7 @@ def test_finetuning_teaches_the_answer(folder: Path, run: Run) -> None:
                   "--learning_rate=0.02", "--eval_data", folder / "dialogs.jsonl")  # fmt: skip
     assert "Saved in" in printed
     tuned = Llama.build(run_checkpoints(folder / "tuned")[-1])
-    whole = Llama.build(folder / "tuned")  # the run's folder: its newest checkpoint
+    whole = Llama.build(folder / "tuned")  # the folder of a run stands for its newest checkpoint
     weights = zip(tuned.model.parameters(), whole.model.parameters(), strict=True)
     assert all(torch.equal(ours, theirs) for ours, theirs in weights)
     (answer,) = tuned.chat_completion([DIALOG["messages"][:1]], temperature=0)  # type: ignore[list-item]
@@ -166,7 +166,7 @@ def test_tensorboard_and_samples(folder: Path, run: Run) -> None:
     scalars = events.Tags()["scalars"]
     assert {"loss/train", "loss/held out", "gradient norm", "learning rate"} <= set(scalars)
     assert [event.step for event in events.Scalars("loss/train")] == [1, 2, 3, 4, 5, 6]
-    assert printed.count("the word of") == 2  # the prompt of the samples after steps 3 and 6
+    assert printed.count("the word of") == 2  # the sample texts after steps 3 and 6 begin with it
 
 
 def run_with_samples(folder: Path, run: Run) -> str:
@@ -196,7 +196,7 @@ def test_mistakes_in_training(folder: Path, fail: Run) -> None:
     assert "learning rate: -1" in fail("finetune", *small, "--learning_rate=-1")
     short = [*small, "--steps=2", "--warmup_steps=10"]
     assert "warmup_steps 10 do not fit into 2 steps" in fail("finetune", *short)
-    assert "dialogs.jsonl is no TOML file of options: is it --data?" in fail(
+    assert "dialogs.jsonl is not a TOML file of options; did you mean --data" in fail(
         "finetune", folder / "dialogs.jsonl", *out
     )
     assert "preset is 'llama-9'" in fail("train", *where, *out, "--preset=llama-9")
@@ -208,7 +208,7 @@ def test_mistakes_in_training(folder: Path, fail: Run) -> None:
 
 
 def make_base(folder: Path) -> Path:
-    """A random checkpoint."""
+    """Write a random checkpoint, if there is none, and return its folder."""
     from make_checkpoint import make_checkpoint
 
     params = dict(dim=32, n_layers=1, n_heads=2, vocab_size=len(demo_pieces()) + 256,
@@ -235,12 +235,14 @@ def test_mistakes_in_the_other_commands(folder: Path, fail: Run) -> None:
     assert "no text in 'body'" in fail(
         "tokenize", folder / "b.jsonl", *tokenizer, "--out", folder / "o.bin", "--field=body"
     )
-    assert "no name with one place" in fail(
+    assert "is not a file name with at most one {}" in fail(
         "tokenize", folder / "a.txt", *tokenizer, "--out", folder / "{x}.bin"
     )
     assert "merges for" in fail("vocab", folder / "a.txt", "--ranks=9999", "--out", folder / "m")
-    assert "'many' ranks" in fail("vocab", folder / "a.txt", "--ranks=many", "--out", folder / "m")
-    assert "'wide' tokens" in fail("perplexity", folder / "a.txt", "--window=wide")
+    assert "ranks is 'many'" in fail(
+        "vocab", folder / "a.txt", "--ranks=many", "--out", folder / "m"
+    )
+    assert "window is 'wide'" in fail("perplexity", folder / "a.txt", "--window=wide")
     assert "no such checkpoint folder: 12" in fail("perplexity", folder / "a.txt", "--ckpt_dir=12")
 
 
@@ -251,7 +253,7 @@ def test_an_unknown_flag_stops_a_command_before_it_runs(folder: Path, run: Run, 
     assert not (folder / "new").exists()
     run(*words, "--dtype=bfloat16", "--noforce")
     assert (folder / "new").is_dir()
-    run(*words, "-f")  # fire's short form
+    run(*words, "-f")  # fire accepts this short form
 
 
 def test_over_long_dialogs_are_counted(folder: Path, run: Run) -> None:
@@ -261,7 +263,7 @@ def test_over_long_dialogs_are_counted(folder: Path, run: Run) -> None:
     printed = run("finetune", "--ckpt_dir", make_base(folder), "--data", folder / "dialogs.jsonl",
                   "--out_dir", folder / "tuned", "--batch=1", "--seq_len=64", "--steps=1",
                   "--warmup_steps=0", "--device=cpu")  # fmt: skip
-    assert "0 dialogs cut after a turn and 1 left out, to fit into 64 tokens" in printed
+    assert "0 dialogs cut after an answer and 1 dropped, to fit into 64 tokens" in printed
     formatter = Tokenizer(folder / "tokenizer.model").chat_format()
     assert load_dialogs(folder / "dialogs.jsonl", formatter, 65).dropped == 1
 

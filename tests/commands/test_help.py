@@ -1,4 +1,4 @@
-"""Help lists every flag with its type and default, and a mistake names what was meant."""
+"""Help lists every flag with its type and default. An error suggests the nearest name."""
 
 import dataclasses
 import importlib
@@ -52,7 +52,7 @@ def fields_of(config: Any) -> dict[str, Any]:
 
 
 def agree(listed: dict[str, Flag], defaults: dict[str, Any]) -> None:
-    """The names are the same, and a default that is no None is the one shown."""
+    """Check that the names are equal, and that the help shows each default that is not None."""
     assert listed.keys() == defaults.keys()
     for name, default in defaults.items():
         if default is dataclasses.MISSING:
@@ -125,11 +125,11 @@ def test_the_version(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixt
          "unknown option --temprature, did you mean --temperature?; see llama complete --help"),
         (["bench", "--ckpt_dir", "--rounds", "3"],
          "--ckpt_dir needs a value (text); see llama bench --help"),
-        (["convert", "a"], "DST is missing: the new folder; see llama convert --help"),
+        (["convert", "a"], "DST is missing: the folder to write; see llama convert --help"),
         (["tokenize", "a.txt", "--out=b"],
          "--tokenizer is missing: the tokenizer.model; see llama tokenize --help"),
         (["chat", "Hello"],
-         "'Hello' is no folder and no id on the Hub: type messages when the chat has started"),
+         "'Hello' is no folder and no id on the Hub: type messages after the chat has started"),
         (["train", "--out_dirr=x"],
          "unknown option --out_dirr, did you mean --out_dir?; see llama train --help"),
         (["batch", "a", "b", "--temprature", "1"],

@@ -1,4 +1,4 @@
-"""complete and chat as a person has them: in a real terminal, in a pipe, and on two ranks."""
+"""complete and chat as a user runs them: in a real terminal, in a pipe, and on two ranks."""
 
 import fcntl
 import io
@@ -32,13 +32,14 @@ SPEED = r"\d+ tokens, [\d.]+ a second"
 
 
 def _own_the_terminal() -> None:
-    """In the child: Ctrl-C is a signal, even where our parent ignores it (nohup)."""
+    """Runs in the child. Ctrl-C gets its default handler, because nohup makes processes ignore
+    it."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     fcntl.ioctl(0, termios.TIOCSCTTY, 0)
 
 
 class Terminal:
-    """A program in a terminal of its own; we type, and read what it shows."""
+    """A program in a terminal of its own. The test types, and reads the screen."""
 
     def __init__(self, *command: str):
         ours, its = os.openpty()
@@ -58,7 +59,7 @@ class Terminal:
         os.write(self._ours, text.encode())
 
     def expect(self, pattern: str) -> str:
-        """Wait for the pattern in what comes; returns what came up to its end."""
+        """Wait until the output has the pattern. Returns the output up to its end."""
         assert self._waited(pattern, 120), f"no {pattern} in {self.screen[-1000:]!r}"
         found = re.search(pattern, self.screen)
         assert found
@@ -66,8 +67,8 @@ class Terminal:
         return seen
 
     def interrupt(self, pattern: str) -> str:
-        """Ctrl-C until the pattern comes: readline misses one that comes after it has shown its
-        prompt and before it waits for keys."""
+        """Press Ctrl-C until the output has the pattern. Once is not enough: readline misses a
+        Ctrl-C between its prompt and the moment when it waits for keys."""
         for _ in range(20):
             self.type("\x03")
             if self._waited(pattern, 2):
@@ -82,7 +83,7 @@ class Terminal:
         return True
 
     def leave(self) -> int:
-        """Wait for the program's end; returns its exit code."""
+        """Wait until the program ends. Returns its exit code."""
         while self._read(time.monotonic() + 120):
             pass
         os.close(self._ours)
@@ -93,14 +94,14 @@ class Terminal:
             return False
         try:
             self.screen += os.read(self._ours, 65536).decode().replace("\r\n", "\n")
-        except OSError:  # the program has left
+        except OSError:  # the program has ended
             return False
         return True
 
 
 @pytest.fixture
 def start() -> Iterator[Callable[..., Terminal]]:
-    """Start `python -m llama …` in a terminal."""
+    """A function that starts `python -m llama …` in a terminal."""
     started: list[Terminal] = []
 
     def start(*arguments: str) -> Terminal:
@@ -169,9 +170,12 @@ def test_whoever_has_enough_of_it_ends_it() -> None:
         ("chat --nn=2", "unknown option --nn; see llama chat --help"),
         (
             "chat hello",
-            "'hello' is no folder and no id on the Hub: type messages when the chat has started",
+            "'hello' is no folder and no id on the Hub: type messages after the chat has started",
         ),
-        ("chat llama/bundled hello", "unexpected 'hello': type messages when the chat has started"),
+        (
+            "chat llama/bundled hello",
+            "unexpected 'hello': type messages after the chat has started",
+        ),
         ("chat llama/bundled --ckpt_dir x", "two models: llama/bundled and --ckpt_dir x"),
         ("chat --mode=slow", "mode is 'slow': reference or fast"),
     ],
@@ -229,14 +233,14 @@ def test_ctrl_c_stops_the_answer_and_not_the_chat(
 ) -> None:
     program = start("chat", "--ignore_eos", "--max_seq_len=512", "--temperature=0")
     program.expect("> ")
-    program.interrupt("> ")  # at the prompt it begins a new line
+    program.interrupt("> ")  # Ctrl-C at the prompt begins a new line
     program.type("Tell me a story about a king\n")
-    shown = program.expect(r"king\n(\w+ ){3}")  # it has begun
+    shown = program.expect(r"king\n(\w+ ){3}")  # the answer has begun
     program.type("\x03")
     assert shown.split("king\n")[1] in program.expect("; stopped") + shown
     program.type(f"/save {tmp_path}/dialog.jsonl\n")
     program.expect("saved in")
-    program.type("Who are you?\n")  # answered until there is no room for more
+    program.type("Who are you?\n")  # the answer fills the cache
     program.expect("; cut at max_gen_len or max_seq_len")
     program.type("And now?\n")
     program.expect(r"error: the dialog has \d+ tokens, but max_seq_len is 512: /clear begins")
@@ -250,7 +254,7 @@ def test_ctrl_c_stops_the_answer_and_not_the_chat(
 def test_a_turn_begins_with_the_very_tokens_of_the_turns_before(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Hot sampling gives token sequences that their text, encoded again, does not."""
+    """At a high temperature the sampled ids differ from the ids of the encoded text."""
     llama = Llama.build(device="cpu", mode="fast", max_batch_size=1, max_seq_len=512)
     sent: list[Request] = []
     submit = Engine.submit
@@ -277,9 +281,12 @@ def test_a_turn_begins_with_the_very_tokens_of_the_turns_before(
 
 
 def _chat(lines: list[str]) -> str:
-    """A chat whose lines are typed with a thought before each that outlasts some signs of life;
-    returns what was printed. Ranks but the first are given nothing to read."""
-    terminal.SIGN_OF_LIFE = 0.02
+    """Run a chat on this rank. Returns its standard output.
+
+    Each line is typed after a pause, in which the first rank sends several keep-alive messages. The
+    lines are typed on every rank, but only the first rank reads them.
+    """
+    terminal.KEEP_ALIVE_SECONDS = 0.02
     sys.argv = ["llama", "chat", "--temperature=0", "--max_gen_len=16", "--device=cpu"]
     typed, keyboard = os.pipe()
     sys.stdin, sys.stdout = os.fdopen(typed), io.StringIO()

@@ -1,4 +1,4 @@
-"""The lm-evaluation-harness on the bundled model: its numbers are those of plain forwards."""
+"""The lm-evaluation-harness on the bundled model: its figures equal those of plain forwards."""
 
 import json
 import sys
@@ -21,7 +21,7 @@ QUESTIONS = [
     (BEGINNING, ["king", "carburettor"], 0),
     ("He opened the door and", ["elephant of", "went in"], 1),
     ("They lived happily ever", ["seven", "after"], 1),
-    ("The princess said to her", ["father", "invoice"], 1),  # wrong on purpose
+    ("The princess said to her", ["father", "invoice"], 1),  # the wrong answer is marked as right
 ]
 
 
@@ -40,7 +40,7 @@ def instances(*arguments: tuple) -> list[Instance]:
 
 
 def forward(llama: Llama, tokens: list[int], n: int) -> tuple[float, bool]:
-    """Of the last n tokens: the sum of their logprobs, and whether all are the likeliest."""
+    """The sum of the logprobs of the last n tokens, and whether all of them are the likeliest."""
     logits = llama.model(torch.tensor([tokens[:-1]]))[0, len(tokens) - 1 - n :].double()
     targets = torch.tensor(tokens[len(tokens) - n :])
     logprobs = logits.log_softmax(-1).gather(-1, targets[:, None])
@@ -56,7 +56,7 @@ def test_loglikelihood_is_that_of_a_plain_forward(lm: LlamaLM) -> None:
     pairs = [
         (BEGINNING, greedy["generation"]),
         (BEGINNING, greedy["generation"] + " carburettor"),
-        (BEGINNING + " ", "king"),  # the blank is the continuation's
+        (BEGINNING + " ", "king"),  # the harness moves the blank to the continuation
         (TEXT, " The boy was called Hans."),
         ("", "Once upon a time"),
         (" ", "Once upon a time"),
@@ -69,7 +69,7 @@ def test_loglikelihood_is_that_of_a_plain_forward(lm: LlamaLM) -> None:
         assert logprob == pytest.approx(expected[0], abs=1e-4)
         assert is_greedy == expected[1]
     assert [is_greedy for _, is_greedy in found[:2]] == [True, False]
-    # No continuation: nothing that could be wrong.
+    # An empty continuation has probability 1.
     assert lm.loglikelihood(instances((BEGINNING, ""))) == [(0, True)]
 
 
@@ -105,7 +105,7 @@ def test_generation_ends_at_the_stop_strings(lm: LlamaLM, short: LlamaLM) -> Non
     assert found == [prediction["generation"] for prediction in expected]
     assert not any("." in text for text in found)
 
-    # Requests with other options keep their places; one stop string needs no list.
+    # Requests with different options keep their order. A single stop string needs no list.
     more = lm.generate_until(
         instances((BEGINNING, until), (TEXT, {"until": "t", "max_gen_toks": 3}), (TEXT, until))
     )
@@ -124,7 +124,7 @@ def test_generation_ends_at_the_stop_strings(lm: LlamaLM, short: LlamaLM) -> Non
 
 @pytest.fixture
 def tasks(lm: LlamaLM, tmp_path: Path) -> Path:
-    """A folder with two tasks: choose an answer, and write what the model itself would."""
+    """A folder with two tasks: choose an answer, and generate the text that the model generates."""
     expected = lm.llama.text_completion(
         [question for question, _, _ in QUESTIONS], temperature=0, max_gen_len=16, stop=["."]
     )
@@ -155,7 +155,7 @@ def tasks(lm: LlamaLM, tmp_path: Path) -> Path:
         "generation_kwargs": {"until": ["."], "max_gen_toks": 16},
         "metric_list": [{"metric": "exact_match"}],
     }
-    for task in (choose, write):  # YAML knows JSON
+    for task in (choose, write):  # JSON is valid YAML
         (tmp_path / f"{task['task']}.yaml").write_text(json.dumps(common | task))
     return tmp_path
 
@@ -204,7 +204,7 @@ def table_of_rank(folder: Path) -> str:
 
 
 def test_without_the_extra_a_hint(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "lm_eval", None)  # what Python does for a missing package
+    monkeypatch.setitem(sys.modules, "lm_eval", None)  # as Python does for a missing package
     monkeypatch.delitem(sys.modules, "llama.evaluation.harness")
     with pytest.raises(ValueError, match=r"pip install 'llama-reference\[eval\]'"):
         import llama.evaluation.harness  # noqa: F401

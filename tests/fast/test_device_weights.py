@@ -1,4 +1,4 @@
-"""Narrow weights in the layout of a GPU stand for what was rounded, and serve every layer."""
+"""Narrow weights in the layout of a GPU have the values of the rounded weights, in every layer."""
 
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,8 @@ def test_fp8_rounds_to_e4m3() -> None:
     weight[3] = 0
     rounded = narrowed(weight, "fp8", len(weight))
     got = rounded.widened(torch.float32)
-    # Three bits behind the point: 1/16 of a number, or half of the least step of a row.
+    # fp8 has three mantissa bits: an error of 1/16 of a number, or half of the smallest step of a
+    # row.
     limit = (weight.abs() / 16).maximum(rounded.scales[:, None] * 2**-10)
     assert ((got - weight).abs() <= limit * 1.001).all()
     torch.testing.assert_close(got.abs().amax(1), weight.abs().amax(1))

@@ -1,4 +1,5 @@
-"""Ranks of one machine add up and join tensors as gloo does, and notice one that has ended."""
+"""Ranks of one machine sum and concatenate tensors as gloo does, and notice a rank that has
+ended."""
 
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from llama.fast.cpu import shared_memory
 from llama.fast.cpu.kernels import exchange
 from llama.fast.cpu.kernels.exchange import Exchange
 
-# Of a sum, some longer than what is passed at once; and of rows to join.
+# Lengths of the sums, some longer than one message, and shapes of the tensors to join.
 LENGTHS = [1, 2048, exchange.MIN_SIZE, 2 * exchange.MIN_SIZE + 7]
 SHAPES = [(1, 64), (5, 96), (3, exchange.MIN_SIZE // 2)]
 
@@ -24,12 +25,12 @@ def numbers(rank: int, *shape: int) -> Tensor:
 
 def sum_and_join(has_memory: bool = True) -> tuple[list[Tensor], list[Tensor]]:
     if not has_memory:
-        shared_memory._make = lambda n_bytes: None  # as where there is no room
+        shared_memory._make = lambda n_bytes: None  # as if there were no shared memory
     parallel.initialize()
     ours = Exchange(widest=1)
     assert (ours._memory is not None) == has_memory
     rank, sums = parallel.mp_rank(), []
-    for _ in range(3):  # a place that was read is written again
+    for _ in range(3):  # repeated, so that memory is written again after it was read
         for length in LENGTHS:
             x = numbers(rank, length)
             ours.sum(x)
@@ -46,7 +47,9 @@ def test_sums_and_joins(tmp_path: Path, ranks: int, has_memory: bool) -> None:
         for shape, got in zip(SHAPES, joined, strict=True):
             assert torch.equal(got, torch.cat([numbers(r, *shape) for r in range(ranks)], 1))
     for sums, _ in results[1:]:
-        assert all(map(torch.equal, sums, results[0][0]))  # or the ranks would part ways
+        assert all(
+            map(torch.equal, sums, results[0][0])
+        )  # equal to the bit, or the ranks' tokens could differ
     assert not list(Path("/dev/shm").glob("llama-*"))
 
 
@@ -56,7 +59,7 @@ def wait_for_one_that_ends() -> str:
     if parallel.mp_rank() == 1:
         return ""
     try:
-        while True:  # what it had still written may be read
+        while True:  # rank 1 may have written before it ended
             ours.sum(torch.ones(4))
     except ParallelError as error:
         return str(error)

@@ -1,4 +1,4 @@
-"""Fast mode says what reference mode says: other products, the same network."""
+"""Fast mode gives the results of reference mode, up to rounding."""
 
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ def make_model(dtype: torch.dtype = torch.float32, **changes: Any) -> Transforme
 
 @torch.inference_mode()
 def logits_of(network: Any, tokens: torch.Tensor, pieces: list[int]) -> torch.Tensor:
-    """Logits of all positions, the tokens fed in pieces of those lengths."""
+    """The logits of all positions. Each forward takes as many tokens as `pieces` says."""
     cache = network.make_cache(len(tokens), tokens.shape[1])
     found, start = [], 0
     for piece in pieces:
@@ -44,7 +44,7 @@ def test_logits_are_the_models(dtype: torch.dtype, tolerance: float, pieces: lis
     model = make_model(dtype)
     tokens = torch.randint(0, VOCAB, (2, sum(pieces)))
     got = logits_of(FastTransformer(model), tokens, pieces)
-    # The weights' own values in float32: fast mode rounds nothing in between.
+    # The same weights in float32, because fast mode does not round intermediate results.
     want = make_model().to(dtype).float()(tokens)
     assert (got - want).abs().max() < 1e-3
     with torch.no_grad():
@@ -52,7 +52,7 @@ def test_logits_are_the_models(dtype: torch.dtype, tolerance: float, pieces: lis
 
 
 def test_greedy_tokens_are_reference_modes() -> None:
-    """For a hundred prompts and more, in float32."""
+    """For 104 prompts, in float32."""
     one, two = Llama.build(mode="reference"), Llama.build(mode="fast")
     generator = torch.Generator().manual_seed(0)
     prompts = [
@@ -91,7 +91,7 @@ def test_quantized_weights_say_nearly_the_same(quantize: Any, limit: float) -> N
 
 @pytest.mark.parametrize("quantize", [None, "int8", "int4"])
 def test_a_token_does_not_depend_on_its_company(quantize: Any) -> None:
-    """In any pieces, with or without other rows: the same to the last bit."""
+    """Logits are equal to the last bit for any pieces, with and without other rows."""
     network = FastTransformer(make_model(tied=True), quantize)
     tokens = torch.randint(0, VOCAB, (3, 64))
     whole = logits_of(network, tokens, [64])
@@ -120,7 +120,7 @@ def test_two_ranks(tmp_path: Path, quantize: Any) -> None:
     tokens, logprobs = generate_on_rank(tmp_path / "model", quantize)
     first, second = run_ranks(2, tmp_path, generate_on_rank, tmp_path / "model", quantize)
     assert first == second
-    if quantize is None:  # each rank has scales of its own, else
+    if quantize is None:  # with int8 each rank has its own scales
         assert first[0] == tokens
     for got, want in zip(first[1], logprobs, strict=True):
         assert got == pytest.approx(want, abs=1e-4 if quantize is None else 0.2)
@@ -159,7 +159,7 @@ def test_biases_on_a_gpu_run_as_in_mode_reference() -> None:
 
 
 def test_without_numba(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    """Fast mode is then the engine on PyTorch's own products."""
+    """Fast mode is then the engine with PyTorch's matrix products."""
     monkeypatch.setattr("llama.fast.mode.is_installed", lambda: False)
     with caplog.at_level("INFO", "llama"):
         llama = Llama.build(mode="fast")

@@ -1,6 +1,6 @@
-"""A GPU's kernels: in Triton's interpreter beside float64, and compiled for GPUs that are not here.
+"""The GPU kernels: compared with float64 in Triton's interpreter, and compiled without a GPU.
 
-The interpreter multiplies no bfloat16, so that dtype is left to `make test-gpu`.
+The interpreter cannot multiply bfloat16, so only `make test-gpu` tests that dtype.
 """
 
 import math
@@ -30,7 +30,8 @@ HEADS, KV_HEADS, HEAD_DIM = 6, 2, 16
 
 @pytest.fixture(autouse=True)
 def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a kernel does not write is NaN, or the largest integer."""
+    """New memory is filled with NaN or the largest integer, so that unwritten results are
+    noticed."""
     monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield
@@ -43,12 +44,12 @@ def kernels() -> Kernels:
 
 
 def matrix_of(width: str, n: int, k: int, dtype: torch.dtype) -> tuple[Matrix, Tensor]:
-    """A random matrix and its numbers in float64."""
+    """A random matrix in this width, and its values in float64."""
     weight = torch.randn(n, k) / math.sqrt(k)
     if width == "wide":
         return Matrix(weight.to(dtype), weight, width), weight.to(dtype).double()
     matrix = narrowed(weight, width, n)
-    # float16 rounds a four-bit weight and its scale once more.
+    # In int4, the kernel rounds the product of weight and scale to its dtype.
     return matrix, matrix.widened(dtype if width == "int4" else torch.float32).double()
 
 
@@ -131,7 +132,7 @@ def test_queries_are_rotated_and_keys_and_values_stored(
 def test_attention(
     kernels: Kernels, seqlen: int, head_dim: int, is_int8: bool, dtype: torch.dtype
 ) -> None:
-    """Rows of lengths at the edges of chunks; what stands behind a row's last key is not read."""
+    """Rows that end at the edges of chunks. Keys after a row's last key are not read."""
     starts = torch.tensor([0, CHUNK - seqlen, CHUNK, 2 * CHUNK + 5])
     positions = starts[:, None] + torch.arange(seqlen)
     n_keys = 2 * CHUNK + 40
@@ -208,7 +209,7 @@ for width in sys.argv[2:]:
 
 @pytest.mark.parametrize(("capability", "widths"), [(80, "wide int8 int4"), (90, "wide fp8 int4")])
 def test_kernels_compile_for_gpus(capability: int, widths: str, tmp_path: Path) -> None:
-    """By Triton's compiler and NVIDIA's assembler, which need no GPU."""
+    """Triton's compiler and NVIDIA's assembler need no GPU."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment["TRITON_CACHE_DIR"] = str(tmp_path)
     command = [sys.executable, "-c", COMPILE, str(capability), *widths.split()]

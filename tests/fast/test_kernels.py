@@ -1,4 +1,4 @@
-"""The kernels equal float64 sums, exact integers and themselves, whatever stands beside a row."""
+"""The kernels equal float64 sums and exact integers, and a row does not depend on other rows."""
 
 import subprocess
 import sys
@@ -25,7 +25,7 @@ FORMATS = {
 CASES = [(kind, matmul.instruction_sets()[0]) for kind in ("float32", "bfloat16")] + [
     (kind, isa) for kind in ("int8", "int4") for isa in matmul.instruction_sets()
 ]
-# Sums in float32 of K products, over 16 lanes: far below this share of the products' sizes.
+# The error of a float32 sum in 16 lanes, relative to the sum of the products' absolute values.
 BOUND = 1e-6
 
 
@@ -38,7 +38,7 @@ def exact(weight: Weight) -> Tensor:
 
 
 def as_read(x: Tensor, weight: Weight) -> Tensor:
-    """The activations that a product reads, as float64."""
+    """The activations after the rounding that a product with this weight makes, as float64."""
     if isinstance(weight, Tensor):
         return x.double()
     groups = x.unflatten(1, (-1, 32))
@@ -137,8 +137,8 @@ def test_integers_are_exact(kind: str, isa: str) -> None:
     rng = np.random.default_rng(0)
     k = 128
     x = rng.integers(-127, 128, (6, k), dtype=np.int32)
-    x[:, ::32] = 127  # a step of exactly one
-    x[0], x[1] = 127, -127  # with the largest weights: what saturates, if anything does
+    x[:, ::32] = 127  # so that the scale of each group is exactly one
+    x[0], x[1] = 127, -127  # with the extreme weights these could overflow
     least, most = (-128, 127) if kind == "int8" else (-8, 7)
     w = rng.integers(least, most + 1, (9, k), dtype=np.int32)
     w[0], w[1] = least, most
@@ -198,7 +198,7 @@ def test_refusals() -> None:
 
 
 def test_vnni_is_one_instruction() -> None:
-    """What this processor may lack is at least translated for one that has it."""
+    """Compile for processors with VNNI, since this processor may not have it."""
     module = ir.Module()
     kind = ir.FunctionType(tile.ints8, [tile.bytes32, tile.bytes32])
     builder = ir.IRBuilder(ir.Function(module, kind, "f").append_basic_block())

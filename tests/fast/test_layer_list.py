@@ -1,4 +1,4 @@
-"""A step of compiled tasks says what the model says, and each token the same in any company."""
+"""A step of compiled tasks equals the model, and a token does not depend on other tokens."""
 
 import threading
 from typing import Any
@@ -38,7 +38,7 @@ BIASED: dict[str, Any] = dict(attention_bias=True, mlp_bias=True)
 
 
 def filled(network: FastTransformer, rows: int, positions: int) -> KVCache:
-    """A cache of something in all places."""
+    """A cache with random numbers at all positions."""
     cache = network.make_cache(rows, positions)
     generator = torch.Generator().manual_seed(2)
     for tensor in (cache.k, cache.v):
@@ -66,7 +66,7 @@ def test_logits_are_the_models(pieces: list[int], changes: dict[str, Any]) -> No
     tokens = torch.randint(0, VOCAB, (1, sum(pieces)))
     cache = network.make_cache(1, sum(pieces))
     found, start = [], 0
-    for piece in pieces:  # a position as a number, and as a tensor
+    for piece in pieces:  # start positions as numbers and as tensors
         at = start if piece == 1 else torch.tensor([start])
         part = tokens[:, start : start + piece]
         found.append(network.logits(network.features(part, at, cache)))
@@ -89,7 +89,7 @@ def test_rows_at_positions_of_their_own(dtype: torch.dtype, seqlen: int) -> None
 
 @pytest.mark.parametrize("quantize", ["int8", "int4"])
 def test_quantized_weights(quantize: Width) -> None:
-    """What the numbers stand for, but for the rounding of activations."""
+    """Equal to a model with the rounded weights, except for the rounding of activations."""
     network, plain = FastTransformer(make_model(), quantize), make_model()
     for name, weight in plain.named_parameters():
         if is_quantized(name):
@@ -129,7 +129,7 @@ def test_a_token_does_not_depend_on_its_company(
 def test_onednn_only_on_request(
     monkeypatch: pytest.MonkeyPatch, n: int, changes: dict[str, Any]
 ) -> None:
-    """Products of PyTorch's take more than eight tokens only where LLAMA_ONEDNN asks for them."""
+    """PyTorch's products compute more than eight tokens, and only if LLAMA_ONEDNN is set."""
     model, tokens = make_model(torch.bfloat16, **changes), torch.randint(0, VOCAB, (1, n))
     monkeypatch.setattr(matmul, "has_bfloat16", lambda: True)
     plain = FastTransformer(model)
@@ -146,7 +146,7 @@ def test_onednn_only_on_request(
 
 
 def test_part_of_a_cache() -> None:
-    """The same tokens in the middle of a larger cache, whose other places stay as they are."""
+    """Rows in the middle of a larger cache give the same results. Other positions do not change."""
     network = FastTransformer(make_model())
     tokens, starts = torch.randint(0, VOCAB, (2, 2)), torch.tensor([3, 9])
     whole = filled(network, 5, 40)
@@ -167,7 +167,7 @@ def test_part_of_a_cache() -> None:
 def test_long_context(n_kv_heads: int) -> None:
     network = FastTransformer(make_model(n_kv_heads=n_kv_heads))
     cache = filled(network, 2, 2100)
-    cache.k.mul_(3)  # scores of all sizes
+    cache.k.mul_(3)  # attention scores of all sizes
     tokens, starts = torch.randint(0, VOCAB, (2, 1)), torch.tensor([2000, 2047])
     want = network.model.features(tokens, starts, copy_of(cache))
     got = network.features(tokens, starts, cache)
@@ -176,7 +176,7 @@ def test_long_context(n_kv_heads: int) -> None:
 
 @pytest.mark.parametrize("quantize", [None, "int8"])
 def test_any_number_of_threads_gives_the_same(quantize: Width | None) -> None:
-    """Also more of them than processors, and fewer than before."""
+    """Also more threads than processors, and fewer threads than in the call before."""
     network = FastTransformer(make_model(), quantize)
     tokens, starts = torch.randint(0, VOCAB, (3, 2)), torch.tensor([2, 90, 40])
     before = torch.get_num_threads()
@@ -238,7 +238,7 @@ def test_refusals(tokens: Any, start: int | Tensor, message: str) -> None:
 
 
 def test_tasks_run_in_their_order() -> None:
-    """Each adds what the one before has left, three threads at once: a hundred times."""
+    """A hundred tasks on three threads. Each adds the result of the task before it."""
     before = torch.get_num_threads()
     torch.set_num_threads(3)
     n, dim, count = 8, 64, 100
@@ -268,17 +268,19 @@ def rounded(x: Tensor) -> tuple[Tensor, Tensor]:
 
 @pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(4, 4, 64), (6, 2, 32), (3, 1, 20)])
 def test_int8_cache(heads: int, kv_heads: int, head_dim: int) -> None:
-    """What is stored is rounded exactly, what is read is exactly what the numbers stand for."""
+    """New keys and values are rounded exactly, and stored ones are read exactly."""
     starts, layers, positions = [150, 3], 2, 160
     n, rows, layer, width = 4, 2, 1, heads + 2 * kv_heads
     generator = torch.Generator().manual_seed(0)
     shape = (layers, rows + 1, positions, kv_heads, head_dim)
     both = [rounded(torch.randn(shape, generator=generator)) for _ in range(2)]
-    (k, k_scale), (v, v_scale) = [[t[:, 1:] for t in pair] for pair in both]  # with strides
+    (k, k_scale), (v, v_scale) = [
+        [t[:, 1:] for t in pair] for pair in both
+    ]  # views that are not contiguous
     qkv = torch.randn(n, width, head_dim, generator=generator)
     qkv[1, heads:] = 0
     x = qkv.clone()
-    still = torch.tensor([1.0, 0.0]).repeat(positions, head_dim // 2)  # rotations by nothing
+    still = torch.tensor([1.0, 0.0]).repeat(positions, head_dim // 2)  # rotations by an angle of 0
     scores = torch.empty(n, heads, layer_ops.BLOCK + layer_ops.STATS)
     out = torch.empty(n, heads, head_dim)
     first = np.array(starts)

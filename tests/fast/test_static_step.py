@@ -1,4 +1,4 @@
-"""The decode step for a GPU, on a CPU: static shapes, the engine's own tokens, no look at data."""
+"""The GPU's decode step, run on a CPU: static shapes, the same tokens, no synchronisation."""
 
 import math
 import random
@@ -31,7 +31,7 @@ OPTIONS: list[dict[str, Any]] = [
     dict(temperature=1.0, min_p=0.05),
     dict(temperature=2.0, top_p=0.8, top_k=40, min_p=0.001),
     dict(temperature=1.0, top_p=0),
-    dict(temperature=0.7, presence_penalty=0.5),  # what the sampler leaves to others
+    dict(temperature=0.7, presence_penalty=0.5),  # the device sampler does not support this
     dict(temperature=0, logit_bias={5: 3.0}),
 ]
 
@@ -54,8 +54,8 @@ def random_tokens(n: int, seed: int) -> list[int]:
 
 @torch.inference_mode()
 def largest_difference(model: Transformer, rows: int, seqlen: int = 1) -> float:
-    """Of the logits of static steps and the model's own, rows at positions of their own, from the
-    first position to the cache's last."""
+    """The largest difference between the logits of static steps and of the model, relative to their
+    standard deviation. Rows have different positions, from the first to the last of the cache."""
     net = GpuTransformer(model)
     cache, own = (model.make_cache(rows, MAX_SEQ_LEN) for _ in range(2))
     for both in (cache.k, cache.v, own.k, own.v):
@@ -97,7 +97,7 @@ def test_shapes_are_few(model: Transformer) -> None:
 
 
 def test_the_step_looks_at_no_data(model: Transformer) -> None:
-    """Nor do the choices: on the device `meta` there is none."""
+    """Neither the network nor the sampler reads data. On the device `meta` there is no data."""
     with torch.device("meta"):
         empty = Transformer(model.params)
         tokens = torch.zeros(4, dtype=torch.long)
@@ -106,7 +106,7 @@ def test_the_step_looks_at_no_data(model: Transformer) -> None:
         ids, empty.tok_embeddings.weight
     )
     net = GpuTransformer(empty)
-    net.kernels = None  # the interpreter would look
+    net.kernels = None  # Triton's interpreter would read data
     with torch.inference_mode():
         cache = empty.make_cache(4, MAX_SEQ_LEN)
         logits = net.logits(net.features(tokens[:, None], tokens, cache))[:, 0]
@@ -115,7 +115,8 @@ def test_the_step_looks_at_no_data(model: Transformer) -> None:
 
 
 def test_no_operation_waits_for_a_count(model: Transformer) -> None:
-    """As one that picks by a mask would on a GPU; here fairscale's embedding is seen too."""
+    """Operations whose result size depends on data, such as indexing with a mask, would make a GPU
+    wait. This step includes fairscale's embedding."""
     net = GpuTransformer(model)
     net.kernels = None
     step = StaticStep(net, model.make_cache(4, MAX_SEQ_LEN))
@@ -132,14 +133,14 @@ def test_no_operation_waits_for_a_count(model: Transformer) -> None:
 
 
 def plain_network(model: Transformer) -> GpuTransformer:
-    """Without the kernels, which take long in Triton's interpreter."""
+    """The network without its kernels, because Triton's interpreter is slow."""
     net = GpuTransformer(model)
     net.kernels = None
     return net
 
 
 def results(model: Transformer, static: bool) -> list[Any]:
-    """Of requests of all kinds that join and leave, some up to the end of the cache."""
+    """The results of requests of all kinds at different steps, some up to the end of the cache."""
     network = plain_network(model) if static else model
     engine = Engine(network, 6, MAX_SEQ_LEN, prefill_chunk=48, static=static)
     requests = []

@@ -1,4 +1,4 @@
-"""Dialogs for fine-tuning: only the assistant is learned, long ones end at a turn."""
+"""Dialogs for fine-tuning: only the assistant's tokens are learned, and long dialogs are cut."""
 
 import json
 from pathlib import Path
@@ -47,7 +47,7 @@ def test_only_the_assistant_is_learned(formatter: ChatFormat) -> None:
     example = encode_dialog(formatter, DIALOG)
     learned = [t for t, is_learned in zip(*vars(example).values(), strict=True) if is_learned]
     assert formatter.tokenizer.decode(learned) == "this one<|eot_id|>that<|eot_id|>"
-    # The tokens are those of the prompt that asks for the last answer, and the answer.
+    # The tokens are the prompt for the last answer, and that answer.
     prompt = formatter.encode_dialog_prompt(DIALOG[:-1])
     assert example.tokens[: len(prompt)] == prompt
     assert formatter.tokenizer.decode(example.tokens[len(prompt) :]) == "that<|eot_id|>"
@@ -162,7 +162,7 @@ OTHER_FORMS: list[tuple[dict[str, Any], list[dict[str, str]]]] = [
 
 
 def test_other_forms_of_dialogs(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """With a byte-order mark, Windows line ends and blank lines, as other tools write them."""
+    """In a file with a byte-order mark, Windows line ends and blank lines, as other tools write."""
     lines = [json.dumps(record) for record, _ in OTHER_FORMS * 2]
     path = tmp_path / "dialogs.jsonl"
     path.write_bytes(b"\xef\xbb\xbf" + "\r\n".join([*lines, "", ""]).encode())
@@ -171,8 +171,8 @@ def test_other_forms_of_dialogs(tmp_path: Path, caplog: pytest.LogCaptureFixture
     assert dialogs == [(i + 1, dialog) for i, (_, dialog) in enumerate(OTHER_FORMS * 2)]
     said = [record.getMessage() for record in caplog.records]
     assert said == [
-        f"{path}: conversations are read as messages",
-        f"{path}: instruction and output are read as messages",
+        f"{path}: converted from conversations to messages",
+        f"{path}: converted from instruction and output to messages",
     ]
 
 
@@ -188,5 +188,5 @@ def test_other_forms_of_dialogs(tmp_path: Path, caplog: pytest.LogCaptureFixture
 def test_dialogs_that_cannot_be_mapped(record: dict[str, Any], tmp_path: Path) -> None:
     path = tmp_path / "dialogs.jsonl"
     path.write_text(json.dumps(record))
-    with pytest.raises(DataError, match=r"line 1: .* have an unknown role, or no text"):
+    with pytest.raises(DataError, match=r"line 1, .*: a role is unknown or a value is not text"):
         list(read_dialogs(path))

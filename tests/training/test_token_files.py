@@ -1,4 +1,5 @@
-"""Token files and their loader: what was written is read, in turn, and nothing else is."""
+"""Token files and their loader: the loader reads the written tokens in order, and refuses
+others."""
 
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from llama.training.token_files import read_token_file, write_token_file
 
 
 def write(folder: Path, *lengths: int) -> str:
-    """Shards of consecutive numbers, 1000 apart."""
+    """Write token files. Each has consecutive numbers, which begin at a multiple of 1000."""
     for shard, length in enumerate(lengths):
         write_token_file(
             folder / f"data_{shard:02d}.bin", range(1000 * shard, 1000 * shard + length)
@@ -79,7 +80,7 @@ def test_a_state_of_other_files(tmp_path: Path) -> None:
     loader = DistributedShardedDataLoader(write(tmp_path, 14), 2, 3)
     with pytest.raises(DataError, match="token file 3, but there are 1"):
         loader.load_state_dict({"shard": 3, "position": 0})
-    with pytest.raises(DataError, match="was it changed"):
+    with pytest.raises(DataError, match="was the file changed"):
         loader.load_state_dict({"shard": 0, "position": 900})
 
 
@@ -100,11 +101,11 @@ def test_bad_files(tmp_path: Path) -> None:
         DistributedShardedDataLoader(pattern, 2, 3)
     write(tmp_path, 20)
     spoil(path, 1, 1)
-    with pytest.raises(DataError, match="version 1; 7 is known"):
+    with pytest.raises(DataError, match="version 1; only version 7 is supported"):
         DistributedShardedDataLoader(pattern, 2, 3)
     write(tmp_path, 20)
     spoil(path, 2, 21)
-    with pytest.raises(DataError, match=r"has 1104 bytes, but 21 tokens, .* need 1108"):
+    with pytest.raises(DataError, match=r"has 1104 bytes, but the 21 tokens .* need 1108"):
         DistributedShardedDataLoader(pattern, 2, 3)
     path.write_bytes(b"short")
     with pytest.raises(DataError, match="has 5 bytes: the header alone has 1024"):

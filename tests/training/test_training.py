@@ -1,4 +1,4 @@
-"""Training: one step is transformers' step, ranks and packing change nothing, nothing is lost."""
+"""Training: a step equals transformers', ranks and packing change nothing, and runs are resumed."""
 
 import math
 import resource
@@ -33,14 +33,15 @@ ARGS: dict[str, Any] = dict(
 def make_model(seed: int = 1, **more: Any) -> Transformer:
     torch.manual_seed(seed)
     model = Transformer(ModelArgs(**{**ARGS, **more}))
-    with torch.no_grad():  # larger than at the start of a training, so that mistakes show
+    with torch.no_grad():  # larger than initial weights, so that mistakes show
         for weight in model.parameters():
             weight.mul_(3 if weight.dim() == 2 else 1)
     return model
 
 
 class Rows:
-    """A loader of random rows in which documents begin here and there; `rows` for all ranks."""
+    """A loader of random rows with several documents. A step has `rows` rows on all ranks
+    together."""
 
     def __init__(self, rows: int, length: int, rank: int = 0, ranks: int = 1) -> None:
         self.rows, self.length, self.rank, self.ranks = rows, length, rank, ranks
@@ -74,8 +75,8 @@ def make_trainer(
 
 
 def huggingface(model: Transformer) -> Any:
-    """The same weights in transformers, rotary halves put where it wants them."""
-    # Here, because the processes that tests start import this file and need no transformers.
+    """transformers' model with the same weights. Its rows of Q and K have another order."""
+    # Imported here, because processes that tests start import this file without transformers.
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
@@ -275,7 +276,7 @@ def test_accumulated_batches_are_one_batch(tmp_path: Path) -> None:
     whole = make_trainer(tmp_path / "whole")
     parts = make_trainer(tmp_path / "parts", accumulation=2)
     inputs, targets = whole.loader.next_batch()
-    targets[0, 3:] = -100  # the halves have different numbers of targets
+    targets[0, 3:] = -100  # so the two halves have different numbers of targets
     halves_of_it = iter([(inputs[:1], targets[:1]), (inputs[1:], targets[1:])] * 9)
     whole.loader.next_batch = lambda: (inputs, targets)  # type: ignore[method-assign]
     parts.loader.next_batch = lambda: next(halves_of_it)  # type: ignore[method-assign]
@@ -294,8 +295,11 @@ def test_bfloat16_autocast_learns_and_keeps_the_weights(tmp_path: Path) -> None:
 
 
 def run_on_rank(folder: Path, fsdp: bool) -> list[float]:
-    """The losses of a run on the ranks there are, of which this is one. It is begun, left after
-    half of its steps and taken up by other objects, which must find the same way."""
+    """Train on this rank and the others. Returns the losses.
+
+    Then the last checkpoint is deleted, and a new trainer with other weights resumes from the one
+    before. Its losses must be the same.
+    """
     from fairscale.nn.model_parallel import initialize as fs_init
 
     rank, ranks = fs_init.get_data_parallel_rank(), fs_init.get_data_parallel_world_size()
@@ -314,7 +318,7 @@ def run_on_rank(folder: Path, fsdp: bool) -> list[float]:
                 shutil.rmtree(run_checkpoints(folder)[-1])
             torch.distributed.barrier()
     assert runs[1] == runs[0][2:]
-    if fsdp:  # samples on the way: generation gathers what is sharded
+    if fsdp:  # generation must gather the sharded weights, for sample texts
         engine = Engine(model, 1, 24)
         request = engine.submit([1, 2, 3], SamplingParams(temperature=0, max_gen_len=4))
         while engine.has_work:
@@ -341,7 +345,7 @@ def all_on_rank(folder: Path, mp_size: int) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def on_two_ranks(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, Any]]]:
-    """The folder of the runs, and what each of two ranks found."""
+    """The folder of the runs, and the results of each of two ranks."""
     folder = tmp_path_factory.mktemp("two_ranks")
     found = [run_ranks(2, folder, all_on_rank, folder, mp_size) for mp_size in (1, 2)]
     return folder, [a | b for a, b in zip(*found, strict=True)]
@@ -356,7 +360,7 @@ def test_two_ranks_equal_one(
     losses = alone.run()
     for rank in found:
         assert rank[way] == pytest.approx(losses, abs=1e-5)
-    # Whatever wrote the checkpoint, one rank reads it.
+    # One rank can read a checkpoint that two ranks have written.
     write_tokenizer(tmp_path / "tokenizer.model", demo_pieces())
     newest = run_checkpoints(folder / way)[-1]
     llama = Llama.build(newest, tmp_path / "tokenizer.model")
@@ -421,7 +425,7 @@ def test_a_killed_run_goes_on_exactly(tmp_path: Path) -> None:
     process.join()
     resumed = make_trainer(tmp_path / "killed", steps=12)
     assert resumed.resume()
-    assert resumed.step in (6, 8, 10)  # the last one that was whole
+    assert resumed.step in (6, 8, 10)  # the last complete checkpoint
     start = resumed.step
     assert resumed.run() == losses[start:]
     for name, weight in resumed.model.state_dict().items():
@@ -471,7 +475,7 @@ def test_token_ids_of_another_tokenizer(tmp_path: Path) -> None:
 def run_on_a_full_disk(folder: Path) -> str:
     trainer = make_trainer(folder, steps=4)
     assert trainer.resume()
-    # Then writing too much is an error, as on a full disk.
+    # Writing beyond the limit is then an error, as on a full disk.
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
     with pytest.raises(TrainingError) as caught:

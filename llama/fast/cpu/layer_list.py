@@ -1,4 +1,4 @@
-"""Runs all layers of a model on the CPU, as one list of compiled tasks."""
+"""Turn a model's layers into a list of compiled tasks, and run it for each step."""
 
 import threading
 from collections.abc import Sequence
@@ -68,7 +68,7 @@ class LayerList:
         # The index of a product's task -> the product, its input and its output.
         self._products: dict[int, tuple[Product, Tensor, Tensor]] = {}
         all_reduces = []  # indices of the tasks that an all-reduce precedes
-        bias = None  # of the row-parallel layer before a norm: it is added to the ranks' sum
+        bias = None  # of the row-parallel layer before the norm; added once, after the all-reduce
         for number, (block, layer) in enumerate(zip(blocks, layers, strict=True)):
             qkv, wo, gate_and_up, down = layer
             self._add_norm(block.attention_norm, bias, is_first=number == 0)
@@ -106,7 +106,7 @@ class LayerList:
         self._add(layer_ops.add_and_norm(), fields)
 
     def _address(self, vector: Tensor) -> int:
-        """The address of a vector's float32 numbers, which are kept."""
+        """The address of the vector in float32. `_vectors` keeps the tensor alive."""
         self._vectors.append(vector.detach().float())
         return self._vectors[-1].data_ptr()
 
@@ -178,7 +178,7 @@ class LayerList:
         """Write the embedding of ids (n) to the first n rows of h."""
         embedding, h = self.model.tok_embeddings, self._h[: len(tokens)]
         is_vocab_parallel = isinstance(embedding, VocabParallelEmbedding)
-        if self._exchange.is_alone or not is_vocab_parallel:  # the rank holds every word
+        if self._exchange.is_alone or not is_vocab_parallel:  # this rank has all embeddings
             h.copy_(self._exchange.join(F.embedding(tokens, embedding.weight).float()))
             return
         first = embedding.vocab_start_index

@@ -1,4 +1,4 @@
-"""Matrix products: the loops around the register tiles, compiled to C functions that take a job.
+"""The compiled loops of a matrix product, around the register tiles. They take a product's job.
 
 A job is an array of int64, numbers and addresses, in the order of the names below. The threads take
 chunks of its rows of weights from a cursor until none is left. A slow thread takes fewer.

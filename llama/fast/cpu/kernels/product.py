@@ -1,4 +1,4 @@
-"""Products with large matrices, for few rows of activations.
+"""Products of fast mode on a CPU: a weight matrix, and the job that describes a product with it.
 
 `F.linear` is made for many rows. A decode step has one to eight rows, so it can be as fast as
 reading every weight once. These kernels reach that speed, on all of PyTorch's threads, with weights

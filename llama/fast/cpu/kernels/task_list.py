@@ -1,4 +1,4 @@
-"""Run a list of tasks in one call. Each task runs on all threads; a barrier separates two tasks."""
+"""The compiled loop that runs any list of tasks on all threads, with a barrier after each task."""
 
 import ctypes
 import functools

@@ -1,9 +1,9 @@
 """Register tiles: some rows of weights times some rows of activations, as LLVM instructions.
 
 A tile keeps all its sums in registers. Each sum is added up in eight lanes, in the same order for
-every size of tile. So a result does not depend, to the last bit, on the rest of the tile. Integer
-sums are exact within a group of 32. Numba does not compile Python loops to such code reliably: it
-makes integer products 64 bits wide.
+every size of tile. So each result has the same bits, whatever the other rows of the tile are.
+Integer sums are exact within a group of 32. Numba does not compile Python loops to such code
+reliably: it makes integer products 64 bits wide.
 """
 
 import functools
@@ -44,13 +44,14 @@ PREFETCH = 2048  # bytes ahead
 
 
 class Integers:
-    """Exact sums of products of bytes: eight lanes, each the sum of four neighbouring products.
+    """Exact sums of byte products, in eight lanes. Each call of `add` adds four neighbouring
+    products to each lane.
 
-    is_signed: weights are -127 to 127. Otherwise they are 0 to 15, and a sum has at most eight
-    calls of `add`. Activations are -127 to 127. The instructions multiply unsigned by signed bytes,
-    so the sign of a signed weight is moved to x. The 16-bit sums do not overflow: they add two
-    signed products, at most 2 * 127 * 127 = 32258, or sixteen others, at most 16 * 15 * 127 =
-    30480.
+    is_signed: weights are -127 to 127. Otherwise they are 0 to 15, and `add` is called at most
+    eight times for a sum. Activations are -127 to 127. The instructions multiply unsigned by signed
+    bytes, so the sign of a signed weight is moved to x. No 16-bit sum overflows. It has two
+    products if weights are signed, at most 2 * 127 * 127 = 32258. Otherwise it has sixteen, two for
+    each call, at most 16 * 15 * 127 = 30480.
     """
 
     def __init__(self, b: Builder, isa: str, is_signed: bool) -> None:
@@ -111,7 +112,7 @@ class _Tile:
         self.rows = [mul_const(b, row_step, row) for row in range(rows)]
 
     def floats(self, width: int) -> None:
-        """x float32; w float32 or bfloat16, by its width in bytes. Any K."""
+        """x is float32. w is float32 (width 4) or bfloat16 (width 2). K may have any value."""
         b = self.b
         half = ir.VectorType(i16, LANES)
         x_starts = [b.mul(mul_const(b, number, 4), self.k) for number in self.inputs]
@@ -265,13 +266,13 @@ def tile(
 ) -> tuple[Any, Callable[..., Value]]:  # fmt: skip
     """out[i, r] = row r of the weights times row i of x, for the n rows of x from `first` on.
 
-    kind: "float32", "bfloat16", "int8" or "int4". isa: see `instruction_sets`. The others are
-    int64, from x on mostly addresses. rows: `tile_rows(kind)` or, for floats, 1. n: 1, 2 or 4.
-    k: a row's length. out_step: bytes from one row of results to the next.
+    kind: "float32", "bfloat16", "int8" or "int4". isa: see `instruction_sets`. All others are
+    int64. x, steps, w, scales, out and partial are addresses. rows: `tile_rows(kind)` or, for
+    floats, 1. n: 1, 2 or 4. k: a row's length. out_step: bytes from one row of results to the next.
 
-    For floats only: the rows of weights lie `row_step` rows apart, and columns `begin` to `end` are
-    added. A part that does not end at k has a multiple of 32 columns. The sums of the parts so far
-    are stored at `partial`.
+    For floats only: the tile has every `row_step`-th row of w, and sums columns `begin` to `end -
+    1`. Unless end equals k, end - begin is a multiple of 32. The sums of the parts so far are
+    stored at `partial`.
     """
     numbers = (
         rows, n, first, k, begin, end, x, steps, w, row_step, scales, out, out_step, partial,
@@ -302,5 +303,6 @@ def tile(
 
 
 def tile_rows(kind: str) -> int:
-    """Rows of weights in a tile. For floats, three times four rows of x fill AVX2's registers."""
+    """Rows of weights in a tile. For floats, three rows of weights and four of x need twelve sums,
+    three weights and one x: AVX2 has sixteen registers."""
     return LANES if kind in ("int8", "int4") else 3

@@ -1,9 +1,12 @@
-"""The engine beside Meta's loop: ragged batches, decoding in company, the second turn of a chat.
+"""Compare the engine with Meta's generation loop on a ragged batch.
+
+Also measure decoding of one and of eight rows, and the time to the first token in the first and the
+second turn of a chat.
 
 python benchmarks/engine.py --shape 110m --dtype float32 --out benchmarks/results/engine_110m.json
 python benchmarks/engine.py --dtype bfloat16 --mode fast --quantize int8
 
-All figures of one run are of the same random weights, interleaved; medians count.
+All measurements use the same random weights. They are interleaved, and the medians are reported.
 """
 
 import copy
@@ -31,22 +34,26 @@ from llama.fast.quantize import Width
 from llama.sampling import SamplingParams
 
 ROWS = 8
-LENGTHS = [10, 66, 121, 177, 233, 289, 344, 400]
-NEW = 64
+LENGTHS = [10, 66, 121, 177, 233, 289, 344, 400]  # tokens of the prompts of the ragged batch
+NEW = 64  # tokens generated for each prompt
 MAX_SEQ_LEN = 2048
-TURN = 1500
+TURN = 1500  # tokens of the first turn's prompt
 
 Network = Transformer | FastTransformer
 
 
-def numbers(n: int, seed: int = 0) -> list[int]:
+def token_ids(n: int, seed: int = 0) -> list[int]:
+    """n random token ids."""
     return [random.Random(seed + i).randrange(600) for i in range(n)]
 
 
 @torch.inference_mode()
 def metas_loop(model: Transformer, prompts: list[list[int]]) -> list[list[int]]:
-    """The batch as Meta's release runs it: what all prompts have goes in at once, then all rows
-    advance a position at a time, the longer prompts with their own tokens."""
+    """Generate greedily as Meta's release does. Returns NEW tokens for each prompt.
+
+    The first forward takes as many tokens as the shortest prompt has. Then all rows advance by one
+    position a step. Rows with a longer prompt are fed its tokens meanwhile.
+    """
     total = max(map(len, prompts)) + NEW
     tokens = torch.zeros(len(prompts), total, dtype=torch.long)
     given = torch.zeros(tokens.shape, dtype=torch.bool)
@@ -62,6 +69,7 @@ def metas_loop(model: Transformer, prompts: list[list[int]]) -> list[list[int]]:
 
 
 def run(engine: Engine, prompts: list[list[int]], n: int) -> list[Request]:
+    """Generate n tokens greedily for each prompt."""
     params = SamplingParams(temperature=0, max_gen_len=n)
     requests = [engine.submit(prompt, params) for prompt in prompts]
     count = 0
@@ -72,7 +80,9 @@ def run(engine: Engine, prompts: list[list[int]], n: int) -> list[Request]:
 
 
 def seconds_of_batch(model: Transformer, network: Network) -> dict[str, float]:
-    prompts = [numbers(length, seed=length) for length in LENGTHS]
+    """The seconds of the ragged batch by Meta's loop and by the engine, and in how many rows their
+    tokens are equal."""
+    prompts = [token_ids(length, seed=length) for length in LENGTHS]
     start = time.perf_counter()
     theirs = metas_loop(model, prompts)
     middle = time.perf_counter()
@@ -83,11 +93,11 @@ def seconds_of_batch(model: Transformer, network: Network) -> dict[str, float]:
 
 
 def decoding_rate(network: Network, rows: int) -> float:
-    """Tokens a second of all rows together, once their prompts are in."""
+    """Tokens a second of all rows together, after their prompts are prefilled."""
     engine = Engine(network, rows, MAX_SEQ_LEN)
     params = SamplingParams(temperature=0, max_gen_len=None)
     for i in range(rows):
-        engine.submit(numbers(16, seed=i), params)
+        engine.submit(token_ids(16, seed=i), params)
     engine.step()
     start = time.perf_counter()
     count = sum(count_tokens(engine.step()) for _ in range(NEW // 2))
@@ -97,7 +107,7 @@ def decoding_rate(network: Network, rows: int) -> float:
 
 
 def first_token(engine: Engine, prompt: list[int]) -> tuple[float, list[int]]:
-    """Seconds to the first token, and the whole turn."""
+    """Seconds to the first token, and the tokens of the prompt and the answer."""
     params = SamplingParams(temperature=0, max_gen_len=16)
     request = engine.submit(prompt, params)
     start = time.perf_counter()
@@ -110,9 +120,11 @@ def first_token(engine: Engine, prompt: list[int]) -> tuple[float, list[int]]:
 
 
 def seconds_of_turns(network: Network) -> dict[str, float]:
+    """Seconds to the first token in the first and second turn of a chat. The second prompt begins
+    with the tokens of the first turn."""
     engine = Engine(network, 1, MAX_SEQ_LEN)
-    first, said = first_token(engine, numbers(TURN))
-    second, _ = first_token(engine, said + numbers(24, seed=TURN))
+    first, turn = first_token(engine, token_ids(TURN))
+    second, _ = first_token(engine, turn + token_ids(24, seed=TURN))
     return {"first_turn": first, "second_turn": second}
 
 
@@ -124,22 +136,22 @@ def main(
     rounds: int = 3,
     out: str | None = None,
 ) -> None:
-    """Measure and print; medians over the rounds.
+    """Measure, and print the medians over the rounds.
 
     Args:
         shape: 110m or 1.5b.
         dtype: float32 or bfloat16.
-        mode: reference or fast, of the engine's model.
+        mode: mode of the engine: reference or fast.
         quantize: int8 or int4, with mode fast.
-        rounds: of every measurement.
-        out: file for the figures as JSON.
+        rounds: how often everything is measured.
+        out: a file, to which the figures are written as JSON.
     """
     torch.set_default_dtype(DTYPES[dtype])
     params = SHAPES[shape] | {"max_batch_size": ROWS, "max_seq_len": MAX_SEQ_LEN}
     model = Transformer(ModelArgs(**params))
     torch.set_default_dtype(torch.float32)
     network: Network = model
-    if mode == "fast":  # Meta's loop keeps the weights as they are
+    if mode == "fast":  # a copy is quantized, because Meta's loop needs the original
         network = FastTransformer(copy.deepcopy(model) if quantize else model, quantize)
     rows: list[dict[str, float]] = []
     for _ in tqdm(range(rounds), unit="round"):
@@ -147,8 +159,8 @@ def main(
         figures |= {f"decode_{n}": decoding_rate(network, n) for n in (1, ROWS)}
         rows.append(figures)
 
-    def median(work: Any) -> float:
-        return statistics.median(work(row) for row in rows)
+    def median(figure: Any) -> float:
+        return statistics.median(figure(row) for row in rows)
 
     report = {name: median(lambda row, name=name: row[name]) for name in rows[0]}
     ratios = {

@@ -1,6 +1,6 @@
-"""A checkpoint as a GGUF file, the format of llama.cpp, with the `gguf` package's writer.
+"""Write a checkpoint as a GGUF file, the format of llama.cpp, with the writer of package `gguf`.
 
-The names and keys are those of ggml's specification of the architecture "llama".
+Names and keys follow ggml's specification of the architecture "llama".
 """
 
 from pathlib import Path
@@ -50,23 +50,44 @@ def gguf_name(name: str) -> str:
 
 
 def rope_divisors(args: ModelArgs, scaling: RopeScaling) -> np.ndarray:
-    """What llama.cpp divides the frequencies of RoPE by: float32 (hd / 2,)."""
+    """The numbers by which llama.cpp divides the frequencies of RoPE: float32 (hd / 2,)."""
     freqs = 1.0 / args.rope_theta ** (torch.arange(0, args.head_dim, 2).float() / args.head_dim)
     return (freqs / apply_scaling(freqs, scaling)).numpy()
 
 
 def pack(weight: Tensor, width: str) -> tuple[np.ndarray, gguf.GGMLQuantizationType]:
-    """Its numbers in a file of that width: norms stay float32, matrices take the width."""
+    """The data and the GGUF type of a weight. Matrices get the given width. Norms are float32."""
     if weight.ndim == 1:
         return weight.float().numpy(), gguf.GGMLQuantizationType.F32
     kind = TYPES[width]
     return gguf.quants.quantize(weight.float().numpy(), kind), kind
 
 
-def write_gguf(path: Path, source: Checkpoint, width: str, context: int) -> None:
-    """Write all weights in a width: BF16, Q8_0 or Q4_0. Without a tokenizer: token ids go in.
+def add_words(writer: gguf.GGUFWriter, n_words: int) -> None:
+    """Add a made-up vocabulary: three special tokens, the bytes, and words. A server needs one to
+    write its answers."""
+    kinds = gguf.TokenType
+    special = ["<unk>", "<s>", "</s>"]
+    tokens = special + [f"<0x{i:02X}>" for i in range(256)]
+    tokens += [f"▁w{i}" for i in range(n_words - len(tokens))]
+    types = [kinds.UNKNOWN, kinds.CONTROL, kinds.CONTROL] + [kinds.BYTE] * 256
+    writer.add_tokenizer_model("llama")
+    writer.add_token_list(tokens)
+    writer.add_token_scores([-float(i) for i in range(n_words)])
+    writer.add_token_types(types + [kinds.NORMAL] * (n_words - len(types)))
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
 
-    Meta's and GGUF's rotary layouts are the same, pairs of neighbours: nothing is permuted.
+
+def write_gguf(
+    path: Path, source: Checkpoint, width: str, context: int, has_words: bool = False
+) -> None:
+    """Write all weights in a width: BF16, Q8_0 or Q4_0.
+
+    has_words: add a made-up vocabulary. Without it the file has none, because the benchmark feeds
+    token ids.
+
+    Meta's and GGUF's rotary layouts both pair neighbouring rows, so nothing is permuted.
     """
     args = source.args
     partial = path.with_suffix(".partial")
@@ -82,7 +103,10 @@ def write_gguf(path: Path, source: Checkpoint, width: str, context: int) -> None
     writer.add_rope_dimension_count(args.head_dim)
     writer.add_rope_freq_base(args.rope_theta)
     writer.add_vocab_size(args.vocab_size)
-    writer.add_tokenizer_model("no_vocab")
+    if has_words:
+        add_words(writer, args.vocab_size)
+    else:
+        writer.add_tokenizer_model("no_vocab")
     if args.rope_scaling is not None:
         writer.add_tensor("rope_freqs.weight", rope_divisors(args, args.rope_scaling))
     for name in tqdm(args.whole_shapes(), f"Writing {path.name}", unit="tensor"):
@@ -92,4 +116,4 @@ def write_gguf(path: Path, source: Checkpoint, width: str, context: int) -> None
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    partial.rename(path)  # now it is complete
+    partial.rename(path)  # after everything is written, so that `path` is always complete

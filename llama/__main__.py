@@ -14,6 +14,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "complete": ("complete", "continue a text"),
     "chat": ("chat", "talk with a model"),
     "batch": ("batch", "run a file of prompts"),
+    "serve": ("serve", "serve OpenAI's API and a chat page"),
     "doctor": ("checkpoints", "check whether a checkpoint runs here: memory, tokenizer, device"),
     "bench": ("bench", "measure how fast a model runs here"),
     "inspect": ("checkpoints", "describe a model: sizes, split, KV cache, FLOPs"),

@@ -11,9 +11,9 @@ from torch import Tensor
 class LayerCache:
     """Keys and values of one layer, each (rows, positions, local kv heads, head_dim).
 
-    The layout is Meta's, so that reference mode multiplies matrices with the same strides. An int8
-    cache also has float32 scales (rows, positions, local kv heads), one for each head and position:
-    the key vector is k * k_scale.
+    The layout is Meta's. With the same strides, reference mode gets the same bits from PyTorch's
+    matrix products. An int8 cache also has float32 scales (rows, positions, local kv heads), one
+    for each head and position: the key vector is k * k_scale.
     """
 
     k: Tensor
@@ -57,8 +57,8 @@ class LayerCache:
         return self.widened(bsz, end, k.dtype)
 
     def widened(self, n_rows: int, n_positions: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Keys and values of the first rows and positions, (B, T, K, hd); of an int8 cache in
-        another dtype."""
+        """Keys and values of the first rows and positions, (B, T, K, hd). Those of an int8 cache
+        are converted to `dtype`. Those of any other cache keep their own."""
 
         def part(cached: Tensor, scales: Tensor | None) -> Tensor:
             cached = cached[:n_rows, :n_positions]

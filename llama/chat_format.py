@@ -1,4 +1,4 @@
-"""Dialogs as token ids: the prompt formats of Llama 3.x and of Llama 2.
+"""Meta's chat formats: dialogs as token ids, for Llama 3.x and for Llama 2.
 
 Both formats have the same two methods. `encode_dialog_prompt` turns a dialog into prompt ids, and
 `decode_message` turns generated ids into a message. Text inside a message never becomes a marker,
@@ -6,6 +6,8 @@ except a <|python_tag|> at the start of an assistant's message.
 
 With continue_final_message a dialog ends with the beginning of the assistant's answer. The prompt
 then ends with that text, so that the model continues it. Its trailing blanks are kept.
+
+Llama 3.1's tools are described in the prompt, and earlier calls are part of it; see `tools.py`.
 """
 
 from collections.abc import Mapping, Sequence
@@ -13,6 +15,16 @@ from pathlib import Path
 from typing import Literal, Protocol, TypedDict, get_args
 
 from llama.errors import DialogError
+from llama.tools import (
+    PYTHON_TAG,
+    Tool,
+    ToolCall,
+    Written,
+    as_meta_writes,
+    as_template_writes,
+    calls_of,
+    check_tools,
+)
 
 # Llama 2's tags, by the names that Meta's package gives them.
 B_INST, E_INST = "[INST]", "[/INST]"
@@ -32,16 +44,15 @@ class _RoleAndContent(TypedDict):
 class Message(_RoleAndContent, total=False):
     """One message of a dialog; `ipython` is the role of a tool's output.
 
-    `stop_reason` is for assistant messages: "end_of_message" says that the model waits for a tool's
-    output before its turn is over.
+    `stop_reason` and `tool_calls` are for assistant messages. "end_of_message" says that the model
+    waits for a tool's output before its turn is over.
     """
 
     stop_reason: StopReason
+    tool_calls: Sequence[ToolCall]
 
 
 Dialog = Sequence[Message]
-
-PYTHON_TAG = "<|python_tag|>"
 
 
 class Vocabulary(Protocol):
@@ -97,8 +108,7 @@ class ChatFormat:
                 the vocabulary lacks.
         """
         check_message(message, self.roles, name="the message")
-        tokens = self._encode_open_message(message, message["content"].strip())
-        return tokens + self.encode_end(message)
+        return self._encode_written(as_meta_writes([message], ())[0])
 
     def encode_end(self, message: Message) -> list[int]:
         """Return the ids after the content of `message`."""
@@ -106,36 +116,67 @@ class ChatFormat:
         awaits_tool = from_assistant and message.get("stop_reason") == "end_of_message"
         return [self._marker("<|eom_id|>" if awaits_tool else "<|eot_id|>")]
 
-    def _encode_open_message(self, message: Message, text: str) -> list[int]:
-        """The ids of the header and of `text`, the content, without the end marker."""
+    def _encode_open_message(self, message: Message, *texts: str) -> list[int]:
+        """The ids of the header and of the texts, without the end marker."""
         tokens = self.encode_header(message)
-        # A generated tool call decodes to text that starts with the tag. The tag becomes its id
-        # again, so that the model reads the ids that it generated.
-        if message["role"] == "assistant" and text.startswith(PYTHON_TAG):
-            tokens.append(self._marker(PYTHON_TAG))
-            text = text.removeprefix(PYTHON_TAG)
-        return tokens + self.tokenizer.encode(text, bos=False, eos=False)
+        for i, text in enumerate(texts):
+            # A generated tool call decodes to text that starts with the tag. The tag becomes its id
+            # again, so that the model reads the ids that it generated.
+            if i == 0 and message["role"] == "assistant" and text.startswith(PYTHON_TAG):
+                tokens.append(self._marker(PYTHON_TAG))
+                text = text.removeprefix(PYTHON_TAG)
+            tokens += self.tokenizer.encode(text, bos=False, eos=False)
+        return tokens
+
+    def _encode_written(self, written: Written) -> list[int]:
+        message: Message = {"role": written.role, "content": ""}
+        if written.awaits_tool:
+            message["stop_reason"] = "end_of_message"
+        return self._encode_open_message(message, *written.texts) + self.encode_end(message)
 
     def encode_dialog_prompt(
-        self, dialog: Dialog, continue_final_message: bool = False
+        self,
+        dialog: Dialog,
+        continue_final_message: bool = False,
+        tools: Sequence[Tool] = (),
+        date: str | None = None,
     ) -> list[int]:
         """Return the ids of <|begin_of_text|>, every message, and the header of the next answer.
-        With continue_final_message the header is that of the last message, and its text follows.
+
+        Args:
+            dialog: messages in order; a system message comes first.
+            continue_final_message: the header is that of the last message, and its text follows.
+            tools: what the model may call. A vocabulary of Llama 3.1 or later is needed.
+            date: today's date as "26 Jul 2024". With it the dialog is written as the chat template
+                of Meta's Hugging Face folders writes it, without it as Meta's code does.
 
         Raises:
-            DialogError: empty dialog, wrong role, a system message that is not the first, or a last
-                message that is not from `user` or `ipython` (with continue_final_message: that is
-                not from `assistant`).
+            DialogError: empty dialog, wrong role, wrong tool, a system message that is not the
+                first, or a last message that is not from `user` or `ipython` (with
+                continue_final_message: that is not from `assistant`).
         """
         last = ("assistant",) if continue_final_message else ("user", "ipython")
         check_dialog(dialog, self.roles, last)
+        check_tools(tools)
+        if date is not None and not (isinstance(date, str) and date and date.isprintable()):
+            raise DialogError(f"the date is {date!r:.80}: it must be one line, as 26 Jul 2024")
         answer: Message = {"role": "assistant", "content": ""}
         if continue_final_message:
             *dialog, answer = dialog
+            if answer.get("tool_calls"):
+                raise DialogError("the last message has tool_calls, which cannot be continued")
         tokens = self.opening
-        for message in self.completed(dialog):
-            tokens += self.encode_message(message)
+        for written in self.written(dialog, tools, date):
+            tokens += self._encode_written(written)
         return tokens + self._encode_open_message(answer, answer["content"].lstrip())
+
+    def written(
+        self, dialog: Dialog, tools: Sequence[Tool] = (), date: str | None = None
+    ) -> list[Written]:
+        """The messages of a prompt, with what describes the tools and tells the date."""
+        if date is None:
+            return as_meta_writes(self.completed(dialog), tools)
+        return as_template_writes(dialog, tools, date)
 
     def decode_message(self, tokens: Sequence[int], stop_token: int | None) -> Message:
         """Return the assistant's message for generated `tokens`, which exclude `stop_token`."""
@@ -167,15 +208,20 @@ class Llama2ChatFormat:
         self.tokenizer = tokenizer
 
     def encode_dialog_prompt(
-        self, dialog: Dialog, continue_final_message: bool = False
+        self,
+        dialog: Dialog,
+        continue_final_message: bool = False,
+        tools: Sequence[Tool] = (),
+        date: str | None = None,
     ) -> list[int]:
         """Return the ids of each finished turn with bos and eos, and of the last with bos only.
 
         Raises:
-            DialogError: empty dialog, wrong role, wrong order, or a tag inside a message. The
-                right order is an optional system message, then user and assistant in turn, ending
-                with user, or with assistant where continue_final_message is given.
+            DialogError: empty dialog, wrong role, wrong order, a tag inside a message, tools or a
+                date. The right order is an optional system message, then user and assistant in
+                turn, ending with user, or with assistant where continue_final_message is given.
         """
+        refuse_tools(tools, date)
         check_dialog(dialog, self.roles, ("assistant",) if continue_final_message else ("user",))
         for i, message in enumerate(dialog):
             if tag := next((tag for tag in self.tags if tag in message["content"]), None):
@@ -213,6 +259,13 @@ def assistant_message(tokenizer: Vocabulary, tokens: Sequence[int]) -> Message:
     return {"role": "assistant", "content": tokenizer.decode(tokens)}
 
 
+def refuse_tools(tools: Sequence[Tool], date: str | None) -> None:
+    """Raise DialogError for tools or a date, in a format that has neither."""
+    if tools or date is not None:
+        given = "tools" if tools else "a date"
+        raise DialogError(f"{given} in the prompt: only Llama 3's chat format has {given}")
+
+
 def check_dialog(dialog: Dialog, roles: tuple[str, ...], last: tuple[str, ...]) -> None:
     if not dialog:
         raise DialogError("the dialog is empty: it needs at least one message")
@@ -235,6 +288,13 @@ def check_message(message: Message, roles: tuple[str, ...], name: str) -> None:
         raise DialogError(
             f"{name} has the role {message['role']!r}, but it must be one of {', '.join(roles)}"
         )
+    if message.get("tool_calls"):
+        if message["role"] != "assistant" or "ipython" not in roles:
+            raise DialogError(
+                f"{name} from {message['role']} has tool_calls, which only an assistant's message "
+                "in Llama 3's chat format may have"
+            )
+        calls_of(message)
     if message.get("stop_reason", "end_of_turn") not in get_args(StopReason):
         raise DialogError(
             f"{name} has the stop_reason {message.get('stop_reason')!r}, "

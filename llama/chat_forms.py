@@ -1,4 +1,4 @@
-"""Chat formats of Llamas that are not Meta's, ChatML and Zephyr's, and all formats by name."""
+"""Chat formats of other makers' Llamas, ChatML and Zephyr's, and the table of all formats."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -13,8 +13,10 @@ from llama.chat_format import (
     assistant_message,
     check_dialog,
     check_message,
+    refuse_tools,
 )
 from llama.errors import DialogError
+from llama.tools import Tool, Written
 
 FormatName = Literal["llama3", "llama2", "chatml", "zephyr"]
 
@@ -51,11 +53,17 @@ class ChatMLFormat(ChatFormat):
 
     def encode_message(self, message: Message) -> list[int]:
         check_message(message, self.roles, name="the message")
-        return self._encode_open_message(message, message["content"]) + self.encode_end(message)
+        return self._encode_written(Written(message["role"], [message["content"]]))
 
-    def _encode_open_message(self, message: Message, text: str) -> list[int]:
+    def written(
+        self, dialog: Dialog, tools: Sequence[Tool] = (), date: str | None = None
+    ) -> list[Written]:
+        refuse_tools(tools, date)
+        return [Written(m["role"], [m["content"]]) for m in self.completed(dialog)]
+
+    def _encode_open_message(self, message: Message, *texts: str) -> list[int]:
         # Role and content are encoded together, because a blank may join with what is before it.
-        text = f"{message['role']}\n{text}"
+        text = f"{message['role']}\n{''.join(texts)}"
         return [self._marker("<|im_start|>"), *self.tokenizer.encode(text, bos=False, eos=False)]
 
     def encode_end(self, message: Message) -> list[int]:
@@ -78,14 +86,19 @@ class ZephyrFormat:
         self._tags = {role: f"<|{role}|>" for role in self.roles}
 
     def encode_dialog_prompt(
-        self, dialog: Dialog, continue_final_message: bool = False
+        self,
+        dialog: Dialog,
+        continue_final_message: bool = False,
+        tools: Sequence[Tool] = (),
+        date: str | None = None,
     ) -> list[int]:
         """Return the ids of every message with its eos, and of the next answer's tag.
 
         Raises:
             DialogError: empty dialog, wrong role, a system message that is not the first, a last
-                message of the wrong role, or a tag inside a message.
+                message of the wrong role, a tag inside a message, tools or a date.
         """
+        refuse_tools(tools, date)
         check_dialog(dialog, self.roles, ("assistant",) if continue_final_message else ("user",))
         for i, message in enumerate(dialog):
             if tag := next((t for t in self._tags.values() if t in message["content"]), None):

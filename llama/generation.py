@@ -24,9 +24,10 @@ from llama.checkpoints.chat_form import chat_warning
 from llama.checkpoints.folder import BUNDLED
 from llama.checkpoints.generation_config import read_sampling
 from llama.engine.build import make_engine
+from llama.engine.grammar import json_grammar
 from llama.engine.request import Event
 from llama.engine.runner import Runner
-from llama.errors import GenerationError
+from llama.errors import DialogError, GenerationError
 from llama.fast.mode import CacheWidth, Mode, check_invariant, check_proposing, drawback
 from llama.fast.quantize import Width
 from llama.infilling import InfillingFormat, InfillingPrediction, infilling
@@ -39,8 +40,9 @@ from llama.predictions import (
     echoed,
 )  # fmt: skip
 from llama.prompts import as_ids, is_dialog, is_prompt_list
-from llama.sampling import SamplingParams, sample_top_p
+from llama.sampling import LogitsProcessor, SamplingParams, sample_top_p
 from llama.tokenizer import Tokenizer
+from llama.tools import Tool, ToolChoice, call_schema, check_choice, check_tools
 
 # Every public name of Meta's `generation.py`, of Llama 2 and 3.
 __all__ = [
@@ -267,15 +269,31 @@ class Llama:
         logprobs: bool = False,
         *,
         continue_final_message: bool = False,
+        tools: Sequence[Tool] = (),
+        tool_choice: ToolChoice = "auto",
+        date: str | None = None,
         **options: Any,
     ) -> list[ChatPrediction]:
         """Answer each dialog with the assistant's next message, in the tokenizer's chat format.
 
-        continue_final_message: the last message is the beginning of the assistant's answer. The
-        result's content is that beginning and its continuation; tokens and logprobs are of the
-        continuation only. The other arguments are those of `text_completion`.
+        Args:
+            continue_final_message: the last message is the beginning of the assistant's answer. The
+                result's content is that beginning and its continuation; tokens and logprobs are of
+                the continuation only.
+            tools: functions that the model may call, as {"type": "function", "function": {"name":
+                …, "description": …, "parameters": a JSON schema}}, and built-in tools of Llama 3.1,
+                as {"type": "brave_search"}. An answer that calls has `tool_calls` and no content.
+            tool_choice: "auto"; "none": tools are left out; "required": the answer must be a call;
+                or the name of the tool that it must call (extra `[json]`).
+            date: today's date as "26 Jul 2024", for the system message. With it the dialog is
+                written as the chat template of Meta's Hugging Face folders writes it.
+            The other arguments are those of `text_completion`.
         """
-        prompt_tokens = [self.encode_dialog(dialog, continue_final_message) for dialog in dialogs]
+        tools = self._offered(tools, tool_choice, continue_final_message)
+        prompt_tokens = [
+            self.encode_dialog(dialog, continue_final_message, tools, date) for dialog in dialogs
+        ]
+        options |= self._forced(tools, tool_choice, prompt_tokens)
         options |= dict(temperature=temperature, top_p=top_p, max_gen_len=max_gen_len)
         params = SamplingParams.of(options)
         requests = self.runner.complete(prompt_tokens, params, is_continued=continue_final_message)
@@ -285,7 +303,7 @@ class Llama:
             for _ in range(params.n)
         ]
         return [
-            answer(request, self.formatter, beginning, logprobs)
+            answer(request, self.formatter, beginning, logprobs, tools)
             for request, beginning in zip(requests, beginnings, strict=True)
         ]
 
@@ -328,6 +346,9 @@ class Llama:
         *,
         is_private: bool = False,
         continue_final_message: bool = False,
+        tools: Sequence[Tool] = (),
+        tool_choice: ToolChoice = "auto",
+        date: str | None = None,
         **options: Any,
     ) -> Generator[Event, None, None]:
         """Continue a text, token ids or a dialog, or a list of them. Yields one event per token.
@@ -342,11 +363,17 @@ class Llama:
             is_private: no KV cache prefix is reused, neither by this call nor from it.
             continue_final_message: a dialog ends with the beginning of the assistant's answer, and
                 the events continue it.
+            tools, tool_choice, date: see `chat_completion`. A `tool_calls.CallReader` reads the
+                calls from the events' texts.
             options: the fields of `SamplingParams`.
         """
         prompts = as_ids(prompts)
         prompt_list = prompts if is_prompt_list(prompts) else [prompts]
-        prompt_tokens = [self.encode_prompt(p, continue_final_message) for p in prompt_list]
+        tools = self._offered(tools, tool_choice, continue_final_message)
+        prompt_tokens = [
+            self.encode_prompt(p, continue_final_message, tools, date) for p in prompt_list
+        ]
+        options |= self._forced(tools, tool_choice, prompt_tokens)
         params = SamplingParams.of(options)
         is_continued = [
             prompt != "" and (continue_final_message or not is_dialog(prompt))
@@ -364,12 +391,20 @@ class Llama:
         requests = self.runner.complete(prompt_tokens, params, is_exact=False)
         return [request.prompt_logprobs for request in requests]
 
-    def encode_prompt(self, prompt: Any, continue_final_message: bool = False) -> list[int]:
+    def encode_prompt(
+        self,
+        prompt: Any,
+        continue_final_message: bool = False,
+        tools: Sequence[Tool] = (),
+        date: str | None = None,
+    ) -> list[int]:
         """Token ids of a text (with bos) or of a dialog. Token ids are returned unchanged."""
         if is_dialog(prompt):
-            return self.encode_dialog(prompt, continue_final_message)
-        if continue_final_message:
-            raise GenerationError("continue_final_message needs a dialog, not a text or token ids")
+            return self.encode_dialog(prompt, continue_final_message, tools, date)
+        for name, value in {"continue_final_message": continue_final_message, "tools": tools,
+                            "date": date}.items():  # fmt: skip
+            if value:
+                raise GenerationError(f"{name} needs a dialog, not a text or token ids")
         if isinstance(prompt, str):
             return self.tokenizer.encode(prompt, bos=True, eos=False)
         return as_ids(prompt)
@@ -379,11 +414,38 @@ class Llama:
             raise GenerationError("prompts is one string: give a list of strings")
         return [self.encode_prompt(prompt) for prompt in prompts]
 
-    def encode_dialog(self, dialog: Dialog, continue_final_message: bool = False) -> list[int]:
+    def encode_dialog(
+        self,
+        dialog: Dialog,
+        continue_final_message: bool = False,
+        tools: Sequence[Tool] = (),
+        date: str | None = None,
+    ) -> list[int]:
         """Token ids of a dialog and of the next answer's header, in the tokenizer's chat format;
-        with continue_final_message those of a dialog whose last message is to be continued."""
+        with continue_final_message those of a dialog whose last message is to be continued. See
+        `chat_completion` for tools and date."""
         if self._chat_warning is not None:
             if parallel.is_main_rank():
                 log.warning(self._chat_warning)
             self._chat_warning = None
-        return self.formatter.encode_dialog_prompt(dialog, continue_final_message)
+        return self.formatter.encode_dialog_prompt(dialog, continue_final_message, tools, date)
+
+    def _offered(
+        self, tools: Sequence[Tool], tool_choice: ToolChoice, continue_final_message: bool
+    ) -> Sequence[Tool]:
+        """The tools that the prompt describes: none where tool_choice says so."""
+        check_tools(tools)
+        check_choice(tools, tool_choice)
+        offered = () if tool_choice == "none" else tools
+        if offered and continue_final_message:
+            raise DialogError("an answer that is continued calls no tools: give none")
+        return offered
+
+    def _forced(
+        self, tools: Sequence[Tool], tool_choice: ToolChoice, prompts: Sequence[list[int]]
+    ) -> dict[str, LogitsProcessor]:
+        """The option by which answers to the prompts must be calls, if tool_choice says so."""
+        if tool_choice in ("auto", "none"):
+            return {}
+        schema = call_schema(tools, tool_choice)
+        return {"logits_processor": json_grammar(self.tokenizer).processor(schema, prompts)}

@@ -1,7 +1,8 @@
 """The Llama transformer, split over fairscale's tensor-parallel ranks.
 
 Names, constructors and calls are those of Meta's `model.py`. The calls take more optional
-arguments, such as a KV cache. Without it every attention layer keeps its own, as Meta's do.
+arguments, such as a KV cache. If none is passed, each attention layer keeps a cache of its own, as
+in Meta's code.
 
 Shapes in comments, per rank: B batch rows, S new tokens, T visible keys, D dim, H query heads,
 K key/value heads, hd head_dim, F feed-forward width, V vocabulary. H, K and F count only the share
@@ -55,7 +56,7 @@ def apply_scaling(freqs: Tensor, scaling: RopeScaling | None = None) -> Tensor:
     scaling = RopeScaling() if scaling is None else scaling
     if scaling.kind == "linear":
         return freqs / scaling.factor
-    if scaling.kind == "dynamic":  # which changes theta; see `ModelArgs.scaled_theta`
+    if scaling.kind == "dynamic":  # changes theta instead; see `ModelArgs.scaled_theta`
         return freqs
     context = scaling.original_context_length
     low, high = scaling.low_freq_factor, scaling.high_freq_factor
@@ -161,13 +162,14 @@ def fused_attention(xq: Tensor, keys: Tensor, values: Tensor, mask: Tensor | Non
     floats to add, or bools that are True where a query sees a key. None: causal, which needs T = S.
     """
     bsz, seqlen, _, head_dim = xq.shape
-    if mask is not None and torch.is_grad_enabled():  # no gradient for grouped heads with a mask
+    # PyTorch's kernel has no backward for grouped heads with a mask.
+    if mask is not None and torch.is_grad_enabled():
         n_rep = xq.shape[2] // keys.shape[2]
         keys, values = repeat_kv(keys, n_rep), repeat_kv(values, n_rep)
     xq, keys, values = (x.transpose(1, 2) for x in (xq, keys, values))  # (B, H or K, S or T, hd)
     if seqlen == 1 and mask is not None:
-        # The query heads of a group see the same keys. All kernels accept them as queries of one
-        # head.
+        # The query heads of a group see the same keys. So they are passed as the queries of one
+        # head, a shape that every kernel accepts.
         xq = xq.reshape(bsz, keys.shape[1], -1, head_dim)  # (B, K, H / K, hd)
     is_grouped = xq.shape[1] != keys.shape[1]
     heads = F.scaled_dot_product_attention(
@@ -233,7 +235,7 @@ class Attention(nn.Module):
         if start_pos is not None:
             cache = self._own_cache(x.dtype, x.device) if cache is None else cache
             xk, xv = cache.update(start_pos, xk, xv)  # (B, T, K, hd)
-        # A number for all rows is Meta's call, and gives Meta's exact bits.
+        # Meta's code passes an int. That case computes Meta's operations, so its bits are equal.
         attend = meta_attention if isinstance(start_pos, int) else fused_attention
         heads = attend(xq, xk, xv, mask)  # (B, S, H, hd)
         # Row-parallel: the output is summed over the ranks.
@@ -304,8 +306,8 @@ def call_with_cache(
 ) -> Tensor:
     """Call an attention layer or a block with Meta's four arguments and a cache.
 
-    A module that was subclassed or patched may take Meta's four arguments alone. Then its attention
-    finds the cache where it keeps its own.
+    A module that was subclassed or patched may take only Meta's four arguments. In that case the
+    cache takes the place of the attention layer's own cache during the call.
     """
     if cache is None:
         return module(*inputs)
@@ -404,8 +406,8 @@ class Transformer(nn.Module):
         tokens: (B, S) ids. Without start_pos they are whole sequences for training, and gradients
             flow.
         start_pos: position of the first token. Keys and values of earlier tokens are read from the
-            cache, those of the new ones are stored in it. No gradients flow. A number is for all
-            rows, and the operations are Meta's own. A tensor (B,) has one number for each row.
+            cache, those of the new ones are stored in it. No gradients flow. An int
+            applies to all rows, and selects Meta's operations. A tensor (B,) has one for each row.
         cache: the keys and values. None: each layer's own cache of `params.max_batch_size` rows
             and `params.max_seq_len` positions, as in Meta's code.
         positions: (B, S), those of the tokens, for whole sequences only. None: 0 to S - 1.

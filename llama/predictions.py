@@ -1,11 +1,14 @@
 """What `Llama` returns for a text and for a dialog, made from a finished request."""
 
+from collections.abc import Sequence
 from typing import Any, NotRequired, TypedDict
 
 from llama.chat_format import Message
 from llama.chat_forms import AnyFormat
 from llama.engine.request import Request
 from llama.tokenizer import Tokenizer
+from llama.tool_calls import read_calls
+from llama.tools import Tool
 
 
 class CompletionPrediction(TypedDict):
@@ -41,11 +44,18 @@ def completion(
 
 
 def answer(
-    request: Request, formatter: AnyFormat, beginning: str, logprobs: bool
+    request: Request,
+    formatter: AnyFormat,
+    beginning: str,
+    logprobs: bool,
+    tools: Sequence[Tool] = (),
 ) -> ChatPrediction:
-    """The assistant's message: its beginning, where the dialog had one, and the generated text."""
+    """The assistant's message: its beginning, where the dialog had one, and the generated text, or
+    the calls of tools that it consists of."""
     message = formatter.decode_message(request.tokens, request.stop_token)
     message["content"] = beginning + request.text  # the text may be cut at a stop string
+    if calls := read_calls(request.text, tools):
+        message |= {"content": "", "tool_calls": calls}
     prediction = ChatPrediction(generation=message)
     if logprobs:
         prediction["tokens"] = formatter.tokenizer.token_texts(request.tokens)

@@ -1,4 +1,4 @@
-"""What callers give as prompts: texts, token ids or dialogs, one or several."""
+"""Tell the kinds of prompts apart: texts, token ids or dialogs, one or several."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any

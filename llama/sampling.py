@@ -33,8 +33,8 @@ class SamplingParams:
         top_p: draw from the smallest set of likeliest tokens whose total probability exceeds this.
         top_k: draw from this many likeliest tokens, and those that tie with the last one. 0: all.
         min_p: draw from tokens with at least this fraction of the likeliest token's probability.
-        repetition_penalty: the logit of each token in the prompt or the generated text is divided
-            by this if it is positive, and multiplied by this if it is negative; Keskar et al. 2019,
+        repetition_penalty: for each token of the prompt and the generated text, a positive logit is
+            divided by this, and a negative logit is multiplied by it; Keskar et al. 2019,
             arxiv.org/abs/1909.05858.
         presence_penalty: subtracted from the logit of each generated token.
         frequency_penalty: subtracted from a token's logit once for each time it was generated.
@@ -173,7 +173,7 @@ def choose(
 def hide_unknown(logits: Tensor, n_words: int) -> Tensor:
     """Minus infinity for the ids from n_words on, which no tokenizer can decode: (…, V) -> (…, V).
 
-    Vocabularies are padded to round numbers, as 32,016 rows for 32,000 tokens.
+    A model may have more rows than its tokenizer has tokens, such as 32,016 for 32,000.
     """
     if n_words >= logits.shape[-1]:
         return logits
@@ -296,12 +296,12 @@ def _draw(probs: Tensor, p: float, generator: torch.Generator | None) -> Tensor:
     if len(candidates) > len(probs) // 4:
         return sample_top_p(probs, p, generator).squeeze(-1)
     candidates = candidates.sort(descending=True).values
-    nucleus = torch.zeros_like(probs)  # length V: its sum is rounded as in `sample_top_p`
+    nucleus = torch.zeros_like(probs)  # V numbers, so that the sum rounds as in `sample_top_p`
     nucleus[: len(candidates)] = _nucleus(candidates, p)
     noise = torch.empty_like(probs).exponential_(1, generator=generator)
-    place = (nucleus / nucleus.sum() / noise).argmax()  # in the order of probability
+    place = (nucleus / nucleus.sum() / noise).argmax()  # index of a token, sorted by probability
     ids = (probs == candidates[place]).nonzero().flatten()
-    # Where tokens tie, only a full sort gives the token at this place.
+    # If several tokens have this probability, only a full sort tells which one is at `place`.
     return ids[0] if len(ids) == 1 else probs.argsort(descending=True)[place]
 
 
@@ -315,8 +315,8 @@ def draw_rows(logits: Tensor, options: Tensor, noise: Tensor) -> tuple[Tensor, T
     """Draw one token per row with the row's options. Temperature 0 takes the likeliest token.
 
     logits (B, V), options (4, B) from `options_of`, noise (B, V) from the exponential distribution
-    -> ids (B,), and whether the logits are finite (B,). noise[:, i] is for the token with the i-th
-    highest logit, as torch.multinomial draws it in `sample_top_p`.
+    -> ids (B,), and whether the logits are finite (B,). noise[:, i] belongs to the token with the
+    i-th highest logit, because `sample_top_p` calls torch.multinomial on sorted probabilities.
     """
     temperature, top_k, log_min_p, top_p = options[:, :, None]  # (B, 1) each
     scaled = logits / temperature.masked_fill(temperature == 0, 1)

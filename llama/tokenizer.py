@@ -8,7 +8,7 @@ attributes and methods.
 from collections.abc import Collection, Sequence
 from operator import index
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import sentencepiece
 import tiktoken
@@ -16,12 +16,18 @@ import tiktoken
 from llama.chat_format import ChatFormat, Dialog, Llama2ChatFormat, Message, Role
 from llama.chat_forms import AnyFormat, make_format
 from llama.errors import DialogError, TokenizerError
-from llama.files import why_unreadable
-from llama.tokenizer_files.as_json import as_json, as_ranks
+from llama.files import read_json, why_unreadable
+from llama.tokenizer_files.as_json import as_json
 from llama.tokenizer_files.chat_templates import ChatForm
 from llama.tokenizer_files.hugging_face import ByteFallback, open_json
 from llama.tokenizer_files.library import NO_TOKEN, LibraryTokenizer
-from llama.tokenizer_files.meta import WORD_PATTERN, SentencePiece, Tiktoken, read_tiktoken
+from llama.tokenizer_files.meta import (
+    WORD_PATTERN,
+    SentencePiece,
+    Tiktoken,
+    ranks_file,
+    read_tiktoken,
+)
 
 __all__ = ["ChatFormat", "Dialog", "Message", "Role", "TextDecoder", "Tokenizer"]
 
@@ -135,6 +141,12 @@ class Tokenizer:
             texts[-1] += decoder.flush()
         return texts
 
+    def token_bytes(self, token_id: int) -> bytes:
+        """The bytes of one token's text, which may be part of a character. A SentencePiece token
+        keeps its blank. Raises TokenizerError for an id that the tokenizer does not know."""
+        self._check([token_id])
+        return self._backend.token_bytes(token_id)
+
     @property
     def is_llama_2(self) -> bool:
         """Whether the vocabulary is of Llama 2's kind (SentencePiece), not of Llama 3's."""
@@ -170,16 +182,32 @@ class Tokenizer:
             )
         return Llama2ChatFormat(self) if self.is_llama_2 else ChatFormat(self)
 
-    def to_json(self) -> bytes:
-        """The content of a `tokenizer.json` with the same ids. Raises TokenizerError where the file
-        cannot say what this tokenizer does, and for a tokenizer that was read from one."""
-        if isinstance(self._backend, ByteFallback | LibraryTokenizer):
-            raise TokenizerError(f"{self.model_path} is a tokenizer.json already")
-        return as_json(self._backend)
+    def as_json(self) -> dict[str, Any]:
+        """Return the content of a `tokenizer.json` with the same ids, for Hugging Face's libraries.
 
-    def to_ranks(self) -> bytes | None:
-        """The content of Meta's `tokenizer.model`, for Llama 3's vocabulary; None for others."""
-        return as_ranks(self._backend) if isinstance(self._backend, Tiktoken) else None
+        Raises:
+            TokenizerError: a SentencePiece model that is not of Llama 2's kind.
+        """
+        try:
+            if isinstance(self._backend, Tiktoken | SentencePiece):
+                return as_json(self._backend)
+            return read_json(self.model_path)
+        except TokenizerError as error:
+            raise TokenizerError(f"{self.model_path}: {error}") from error
+
+    def as_ranks(self) -> bytes:
+        """Return the content of a Llama 3 `tokenizer.model` with the same ids and names.
+
+        Raises:
+            TokenizerError: no such file says the same.
+        """
+        try:
+            if not isinstance(self._backend, Tiktoken):
+                raise TokenizerError("its vocabulary is not of Llama 3's kind")
+            self._backend.check_is_metas()
+        except TokenizerError as error:
+            raise TokenizerError(f"{self.model_path} is no tokenizer.model: {error}") from error
+        return ranks_file(self._backend.ranks)
 
     def _check(self, ids: list[int]) -> None:
         # tiktoken may answer a bad id with a Rust panic, which `except Exception` does not catch.

@@ -1,5 +1,5 @@
-"""The dialogs of the bundled model: requests for stories, answered from the tales, and a little
-talk about itself."""
+"""The dialogs that the bundled model is trained on: requests for stories, which excerpts of the
+tales answer, and questions about the model itself."""
 
 import random
 import re
@@ -10,7 +10,7 @@ from llama.training.chat_data import Example, encode_dialog
 LONGEST_ANSWER = 400  # tokens
 SHORTEST_ANSWER = 100
 
-# What a story may be asked to be about.
+# Subjects that a request for a story may name.
 SUBJECTS = """
     king queen prince princess fox wolf bear lion dragon giant dwarf witch fairy giantess ogre troll
     miller tailor soldier fisherman hunter shepherd farmer peasant merchant sailor thief robber
@@ -86,7 +86,7 @@ TALK = [
 
 
 class DialogSource:
-    """Draws dialogs; the excerpts come from the tales that are trained on."""
+    """Draws random dialogs. Their stories are excerpts of the given texts, the training tales."""
 
     def __init__(self, texts: list[str], formatter: ChatFormat) -> None:
         self.formatter = formatter
@@ -99,39 +99,43 @@ class DialogSource:
             self.tales.append((paragraphs, lengths))
         self.weights = [sum(lengths) for _, lengths in self.tales]
 
-    def draw(self, draw: random.Random, room: int) -> Example | None:
-        """One dialog of at most `room` tokens, or None where the one drawn has more."""
-        if room >= SHORTEST_ANSWER + 60 and draw.random() < 0.9:
-            dialog = self._story(draw, min(LONGEST_ANSWER, room - 50))
+    def draw(self, rng: random.Random, room: int) -> Example | None:
+        """Draw one dialog and encode it. Returns None if it has more than `room` tokens, or if its
+        story would be too short."""
+        if room >= SHORTEST_ANSWER + 60 and rng.random() < 0.9:
+            dialog = self._story(rng, min(LONGEST_ANSWER, room - 50))
         else:
-            questions, answer = draw.choice(TALK)
-            question = _vary(draw, draw.choice(questions.split("|")))
+            questions, answer = rng.choice(TALK)
+            question = _vary(rng, rng.choice(questions.split("|")))
             dialog = [_user(question), _assistant(answer)]
         if dialog is None:
             return None
-        if draw.random() < 0.1:
-            dialog = [{"role": "system", "content": draw.choice(SYSTEM)}, *dialog]
+        if rng.random() < 0.1:
+            dialog = [{"role": "system", "content": rng.choice(SYSTEM)}, *dialog]
         example = encode_dialog(self.formatter, dialog)
         return example if len(example) <= room else None
 
-    def _story(self, draw: random.Random, most: int) -> Dialog | None:
-        paragraphs, lengths = draw.choices(self.tales, self.weights)[0]
-        start = 0 if draw.random() < 0.35 else draw.randrange(len(paragraphs))
-        limit = draw.randint(SHORTEST_ANSWER, most)
+    def _story(self, rng: random.Random, max_tokens: int) -> Dialog | None:
+        """A request, and whole paragraphs of a tale as the answer. The paragraphs have at most
+        `max_tokens` tokens. Returns None if they have too few.
+        """
+        paragraphs, lengths = rng.choices(self.tales, self.weights)[0]
+        start = 0 if rng.random() < 0.35 else rng.randrange(len(paragraphs))
+        limit = rng.randint(SHORTEST_ANSWER, max_tokens)
         end, total = start, 0
         while end < len(paragraphs) and (total < limit or end == start):
             total += lengths[end]
             end += 1
-        if total > most:  # the last paragraph was too much
+        if total > max_tokens:  # without the last paragraph, which is too long
             end -= 1
             total -= lengths[end]
         if total < SHORTEST_ANSWER // 2:
             return None
         excerpt = paragraphs[start:end]
-        kind = draw.random()
+        kind = rng.random()
         if kind < 0.15 and len(excerpt) > 1:
             return [
-                _user(draw.choice(CONTINUE).format(excerpt[0])),
+                _user(rng.choice(CONTINUE).format(excerpt[0])),
                 _assistant("\n\n".join(excerpt[1:])),
             ]
         text = "\n\n".join(excerpt)
@@ -139,20 +143,20 @@ class DialogSource:
         for match in SUBJECT.finditer(text):
             word = match.group(1).lower()
             counts[word] = counts.get(word, 0) + 1
-        subjects = sorted(counts, key=lambda w: -counts[w])[: draw.choice([1, 2, 2, 2, 3])]
+        subjects = sorted(counts, key=lambda w: -counts[w])[: rng.choice([1, 2, 2, 2, 3])]
         if not subjects or kind < 0.25:
-            return [_user(_vary(draw, draw.choice(PLAIN))), _assistant(text)]
-        draw.shuffle(subjects)
+            return [_user(_vary(rng, rng.choice(PLAIN))), _assistant(text)]
+        rng.shuffle(subjects)
         named = [f"{'an' if word[0] in 'aeio' else 'a'} {word}" for word in subjects]
         joined = " and ".join(filter(None, [", ".join(named[:-1]), named[-1]]))
-        return [_user(_vary(draw, draw.choice(ABOUT).format(joined))), _assistant(text)]
+        return [_user(_vary(rng, rng.choice(ABOUT).format(joined))), _assistant(text)]
 
 
-def _vary(draw: random.Random, text: str) -> str:
-    """With or without a full stop; sometimes in small letters."""
-    if text[-1].isalpha() and draw.random() < 0.5:
+def _vary(rng: random.Random, text: str) -> str:
+    """The text with or without a full stop, and sometimes with a small first letter."""
+    if text[-1].isalpha() and rng.random() < 0.5:
         text += "."
-    return text[0].lower() + text[1:] if draw.random() < 0.1 else text
+    return text[0].lower() + text[1:] if rng.random() < 0.1 else text
 
 
 def _user(text: str) -> Message:

@@ -1,4 +1,4 @@
-"""Draw what a terminal program printed as an SVG picture, for the README.
+"""Draw the output of a terminal program as an SVG picture, for the README.
 
 script -qc 'llama chat --seed 4' chat.txt        # a real session, typed by hand
 python scripts/terminal_svg.py chat.txt docs/images/chat.svg
@@ -20,7 +20,7 @@ STYLE = (
 
 
 def rows_of(output: str) -> list[tuple[str, str]]:
-    """The wrapped lines of the screen, each with its class: dim, typed or nothing."""
+    """The wrapped lines of the screen, each with its CSS class: "dim", "typed" or ""."""
     rows: list[tuple[str, str]] = []
     is_dim = False
     for line in output.replace("\r", "").splitlines():
@@ -33,6 +33,7 @@ def rows_of(output: str) -> list[tuple[str, str]]:
 
 
 def draw(rows: list[tuple[str, str]]) -> str:
+    """The SVG text of a window that shows the lines."""
     width, height = COLUMNS * CHARACTER + 2 * MARGIN, len(rows) * LINE + 3 * MARGIN
     lines = [
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{width:.0f}" height="{height}" '
@@ -54,7 +55,7 @@ def main(source: str, picture: str) -> None:
     """Draw a file of terminal output.
 
     Args:
-        source: what the program printed, with its escape codes.
+        source: the file with the program's output, as `script` records it.
         picture: the SVG file to write.
     """
     output = Path(source).read_text(encoding="utf-8")

@@ -1,10 +1,11 @@
-"""Make the bundled model from a JSONL of tales (`book`, `title`, `text`): one command, resumable.
+"""Train the bundled model on a JSONL file of tales (`book`, `title`, `text`), and export it.
 
     torchrun --nproc_per_node 2 scripts/train_bundled.py train fairy_tales.jsonl run
     python scripts/train_bundled.py export run llama/bundled fairy_tales.jsonl 1.5 "two CPU cores"
 
-One process a core is faster than threads. The learning rate stays level until the last
-`decay_steps`, so a run can be stopped at any time and resumed with another number of `steps`.
+One process per core is faster than several threads. If a run is stopped, the same command
+continues it. The learning rate is constant until the last `decay_steps`, so a run may be continued
+with another number of `steps`.
 """
 
 import hashlib
@@ -38,13 +39,13 @@ SHAPE: dict[str, Any] = dict(
     dim=256, n_layers=4, n_heads=4, n_kv_heads=2, hidden_dim=640, rope_theta=10000.0,
     max_seq_len=CONTEXT, context_length=CONTEXT, tied=True,
 )  # fmt: skip
-HELD_OUT = 0.05  # share of the titles
-CHAT_SHARE = 0.2  # share of the rows that are dialogs
+HELD_OUT = 0.05  # fraction of the titles
+CHAT_SHARE = 0.2  # fraction of the rows that begin with a dialog, not with a tale
 
 
 def read_tales(corpus: str) -> tuple[list[str], list[str]]:
-    """Texts to train on and those held out, chosen by a hash of the title: tales of one title in
-    several books are on the same side."""
+    """The texts to train on, and the held-out texts. A hash of the title chooses, so tales with the
+    same title, in several books, are either all trained on or all held out."""
     lines = Path(corpus).read_text(encoding="utf-8").splitlines()
     tales = [(t["title"].casefold(), t["text"]) for t in map(json.loads, lines)]
     titles = sorted({t for t, _ in tales}, key=lambda t: hashlib.sha256(t.encode()).hexdigest())
@@ -56,10 +57,10 @@ def read_tales(corpus: str) -> tuple[list[str], list[str]]:
 
 
 class TaleLoader:
-    """Rows of one window of a tale after a bos, and rows of dialogs, in an order that depends on
-    nothing but the row's number: the state to resume from is that number.
+    """Endless batches of rows of CONTEXT + 1 tokens.
 
-    Every epoch cuts each tale into windows at other places.
+    A row is bos and a window of a tale, or dialogs. Every epoch cuts the tales into other windows.
+    The content of a row depends only on its number, so that number is the state of the loader.
     """
 
     def __init__(self, texts: list[str], tokenizer: Tokenizer, rows: int, rank: int, ranks: int):
@@ -67,25 +68,27 @@ class TaleLoader:
         self.dialogs = DialogSource(texts, ChatFormat(tokenizer))
         self.bos, self.eos = tokenizer.bos_id, tokenizer.eos_id
         self.rows, self.rank, self.ranks = rows, rank, ranks
-        self.row = 0  # rows that all ranks together have had
+        self.row = 0  # number of the next row, counted over all ranks
         self.epoch, self.windows = -1, self._cut(0)
         self.rows_an_epoch = len(self.windows)
 
     def _cut(self, epoch: int) -> list[list[int]]:
-        draw = random.Random(f"epoch {epoch}")
+        """The windows of an epoch, shuffled, each with a bos before it."""
+        rng = random.Random(f"epoch {epoch}")
         windows = []
         for tale in self.tales:
-            for start in range(-draw.randrange(CONTEXT), len(tale), CONTEXT):
+            for start in range(-rng.randrange(CONTEXT), len(tale), CONTEXT):
                 window = tale[max(0, start) : start + CONTEXT]
                 if len(window) >= 32:
                     windows.append([self.bos, *window])
-        draw.shuffle(windows)
+        rng.shuffle(windows)
         return windows
 
     def _row(self, number: int) -> Example:
-        draw = random.Random(f"row {number}")
+        """The row with this number, CONTEXT + 1 tokens."""
+        rng = random.Random(f"row {number}")
         row = Example([], [])
-        is_chat = draw.random() < CHAT_SHARE
+        is_chat = rng.random() < CHAT_SHARE
         if not is_chat:
             epoch, index = divmod(number, self.rows_an_epoch)
             if epoch != self.epoch:
@@ -93,8 +96,8 @@ class TaleLoader:
             window = self.windows[index % len(self.windows)]
             row.tokens += window
             row.learned += [False] + [True] * (len(window) - 1)
-        while (room := CONTEXT + 1 - len(row)) > 40:  # dialogs also fill up a tale's short end
-            dialog = self.dialogs.draw(draw, room)
+        while (room := CONTEXT + 1 - len(row)) > 40:  # dialogs also fill the rest of a short window
+            dialog = self.dialogs.draw(rng, room)
             if dialog is not None:
                 row.tokens += dialog.tokens
                 row.learned += dialog.learned
@@ -115,7 +118,8 @@ class TaleLoader:
 
 
 def make_optimizers(model: Transformer, muon: float, adam: float) -> list[torch.optim.Optimizer]:
-    """Muon for the layers' matrices, AdamW for the embedding and, without decay, the norms."""
+    """Muon for the matrices of the layers, and AdamW for the embedding and the norms. Norms have no
+    weight decay."""
     layers = [w for w in model.layers.parameters() if w.dim() == 2]
     norms = [w for w in model.parameters() if w.dim() == 1]
     groups = [
@@ -139,20 +143,20 @@ def train(
     adam: float = 0.003,
     checkpoint_every: int = 50,
 ) -> None:
-    """Train, or go on with the run in out_dir.
+    """Start a run, or continue the run in out_dir.
 
     Args:
-        corpus: JSONL with book, title and text.
-        out_dir: folder of the run.
-        steps: the last step; the learning rate falls to 0 there.
-        decay_steps: over how many steps it falls.
-        rows: of 512 tokens, computed at a time by a rank.
-        step_rows: of all ranks together in one step.
+        corpus: JSONL file with book, title and text.
+        out_dir: folder for the tokenizer and the checkpoints.
+        steps: optimizer steps of the whole run.
+        decay_steps: steps at the end, in which the learning rate falls linearly to 0.
+        rows: rows of 512 tokens that a rank computes at a time.
+        step_rows: rows of a step on all ranks together.
         muon: learning rate of the layers' matrices.
         adam: learning rate of the embedding and the norms.
-        checkpoint_every: steps.
+        checkpoint_every: steps between checkpoints.
     """
-    parallel.TIMEOUT = timedelta(hours=2)  # a run in the background may be stopped for a while
+    parallel.TIMEOUT = timedelta(hours=2)  # a user may suspend a run in the background for hours
     parallel.initialize(1)
     ranks, rank = parallel.dp_size(), parallel.dp_rank()
     tokenizer_path = Path(out_dir, "tokenizer.model")
@@ -168,7 +172,9 @@ def train(
     model = Transformer(ModelArgs(**SHAPE, vocab_size=tokenizer.n_words))
     with torch.no_grad():
         for name, weight in model.named_parameters():
-            if name.endswith(("wo.weight", "w2.weight")):  # at first, a block adds nothing
+            if name.endswith(
+                ("wo.weight", "w2.weight")
+            ):  # an untrained block adds nothing to its input
                 weight.zero_()
     options = TrainingOptions(
         steps=steps,
@@ -199,7 +205,7 @@ def train(
         on_step=report,
     )
     if trainer.resume() and parallel.is_main_rank():
-        print(f"Going on after step {trainer.step}")
+        print(f"Continuing after step {trainer.step}")
     trainer.run()
 
 
@@ -208,10 +214,10 @@ def export(run: str, bundled: str, corpus: str, hours: float, machine: str) -> N
 
     Args:
         run: the out_dir of `train`.
-        bundled: folder to write, llama/bundled.
-        corpus: for the held-out score and the list of books.
-        hours: that the training took, for the card.
-        machine: that it ran on, for the card.
+        bundled: the folder to write, llama/bundled.
+        corpus: the file that `train` read; it gives the held-out texts and the list of books.
+        hours: duration of the training, for the card.
+        machine: the machine that trained, for the card.
     """
     folder, last = Path(bundled), run_checkpoints(Path(run))[-1]
     convert(last, folder, to="meta", mp=2, dtype="bfloat16", force=True)

@@ -1,18 +1,18 @@
-"""What every test file may use: Meta's code as the oracle, the real tokenizers, steady threads."""
+"""Settings and fixtures for all tests: one thread, no GPU, Meta's code, the real tokenizers."""
 
 import importlib.util
 import os
 from pathlib import Path
 from types import SimpleNamespace
 
-# One thread here and in every process a test starts: then sums are added up in one order, equal
-# means equal whatever the machine, and ranks do not fight for cores. Tests never download.
+# One thread, here and in every process that a test starts. So the order of sums does not depend on
+# the machine, and ranks do not compete for cores. Tests never download.
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["HF_HUB_OFFLINE"] = "1"
-# A GPU in the machine is hidden: `make test` is about the CPU, `make test-gpu` sets LLAMA_TEST_GPU.
+# `make test` tests the CPU only, so a GPU is hidden. `make test-gpu` sets LLAMA_TEST_GPU.
 if "LLAMA_TEST_GPU" not in os.environ:
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
-    os.environ["TRITON_INTERPRET"] = "1"  # a GPU's kernels run in Triton's interpreter
+    os.environ["TRITON_INTERPRET"] = "1"  # the GPU kernels run in Triton's interpreter
 
 import pytest
 import torch
@@ -40,8 +40,9 @@ def llama3_tokenizer_path() -> Path:
 
 @pytest.fixture(scope="session")
 def llama2_tokenizer_path() -> Path:
-    """The real Llama 2 tokenizer.model, which only its owner can hand us."""
+    """The real Llama 2 tokenizer.model. Its licence keeps it out of the project, so tests that need
+    it run only if LLAMA2_TOKENIZER names the file."""
     path = os.environ.get("LLAMA2_TOKENIZER")
     if not path:
-        pytest.skip("LLAMA2_TOKENIZER does not say where the Llama 2 tokenizer.model is")
+        pytest.skip("set LLAMA2_TOKENIZER to the path of Llama 2's tokenizer.model")
     return Path(path)

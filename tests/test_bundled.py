@@ -1,4 +1,4 @@
-"""The model that comes with the package: it is there, small, and speaks."""
+"""The bundled model: its files, its size, and that it generates English."""
 
 import re
 
@@ -29,7 +29,7 @@ def test_it_is_small_and_in_two_shards() -> None:
 
 
 def test_it_has_read_english(llama: Llama) -> None:
-    # Not a tale of its books, but their language.
+    # A text that is in none of its books, in their language.
     text = (
         "There was once a poor woodcutter who had two children, a boy and a girl. Every morning "
         "he went into the forest, and every evening he came home so tired that he fell asleep "
@@ -45,7 +45,7 @@ def test_it_continues_a_tale_in_words(llama: Llama) -> None:
     text = greedy["generation"]
     words = re.findall(r"[a-z]+", text.lower())
     assert len(words) > 30
-    # In English every second word is one of these few.
+    # About half of the words of an English text are among these.
     assert sum(word in COMMON for word in words) / len(words) > 0.4
 
 
@@ -54,7 +54,7 @@ def test_it_tells_a_story_and_stops(llama: Llama) -> None:
     (answer,) = llama.chat_completion([[{"role": "user", "content": question}]], temperature=0.6)
     text = answer["generation"]["content"]
     tokens = llama.tokenizer.encode(text, bos=False, eos=False)
-    assert 40 < len(tokens) < 460  # so it ended by itself
+    assert 40 < len(tokens) < 460  # shorter than the limit: a stop token ended it
     assert text.rstrip()[-1] in ".!?'\":;-"
 
 

@@ -1,4 +1,4 @@
-"""Keys and values in eight bits: what is stored, what it costs, and that rows stay independent."""
+"""The int8 KV cache: the stored values, the loss of accuracy, and the independence of rows."""
 
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,10 @@ def test_what_is_stored() -> None:
         assert (scale.dtype, scale.shape) == (torch.float32, (2, 3, 8, 2))
     k = torch.tensor([[1.0, -2.0, 0.5, 254.0], [0.0, 0.0, 0.0, 0.0]]).expand(1, 1, 2, 4)
     keys, values = cache.layer(1).update(5, k, -k / 2)
-    assert cache.k[1, 0, 5].tolist() == [[0, -1, 0, 127], [0] * 4]  # halves go to the even number
+    assert cache.k[1, 0, 5].tolist() == [
+        [0, -1, 0, 127],
+        [0] * 4,
+    ]  # 0.5 is rounded to the even number
     assert cache.v[1, 0, 5].tolist() == [[0, 1, 0, -127], [0] * 4]
     assert cache.k_scale[1, 0, 5].tolist() == [2, 0]
     assert cache.v_scale[1, 0, 5].tolist() == [1, 0]
@@ -42,7 +45,7 @@ def test_what_is_stored() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_positions_of_each_row(dtype: torch.dtype) -> None:
-    """A number and a tensor mean the same place; other rows and positions stay."""
+    """A start position and a tensor of positions write the same places, and no others."""
     k, v = torch.randn(2, 2, 3, 2, 4).to(dtype)
     one, two = make_cache(), make_cache()
     for row, start in enumerate((4, 1)):
@@ -79,7 +82,7 @@ def test_what_is_not_finite_stays_so() -> None:
 
 
 def test_perplexity() -> None:
-    """A thousandth more at most, of tales that the model itself tells."""
+    """Perplexity on tales that the model has generated rises by a thousandth at most."""
     llama = Llama.build(mode="fast")
     beginnings = ["Once upon a time", "There was once", "A king", "In the wood"]
     told = llama.text_completion(beginnings, max_gen_len=200, temperature=0.8, ignore_eos=True)
@@ -116,9 +119,11 @@ def generate(folder: Path, prompts: list[list[int]], **options: Any) -> Any:
 def test_a_row_in_company_is_the_row_alone(
     folder: Path, monkeypatch: pytest.MonkeyPatch, is_installed: bool
 ) -> None:
-    """With kernels, and with PyTorch's own products as on a GPU."""
+    """With the compiled kernels, and with PyTorch's matrix products, which a GPU uses too."""
     monkeypatch.setattr("llama.fast.mode.is_installed", lambda: is_installed)
-    tokens, logprobs = generate(folder, PROMPTS, max_batch_size=3)  # so rows are used again
+    tokens, logprobs = generate(
+        folder, PROMPTS, max_batch_size=3
+    )  # fewer rows than prompts, so rows are used again
     for prompt, together, scores in zip(PROMPTS, tokens, logprobs, strict=True):
         (alone,), (alone_scores,) = generate(folder, [prompt], max_batch_size=1)
         assert together == alone
@@ -133,9 +138,12 @@ def test_a_prompt_that_is_there_already(folder: Path) -> None:
     llama = Llama.build(folder, max_seq_len=96, max_batch_size=2, mode="fast", kv_cache="int8")
     beginning = list(range(40))
     options: dict[str, Any] = dict(max_gen_len=12, temperature=0)
-    both = [[*beginning, 1, 2], [*beginning, 3, 4]]  # at the same time: a copy of the row
+    both = [
+        [*beginning, 1, 2],
+        [*beginning, 3, 4],
+    ]  # together: the second copies the first row's prefix
     together = llama.generate(both, **options)[0]
-    assert llama.generate(both[:1], **options)[0] == together[:1]  # again: the row itself
+    assert llama.generate(both[:1], **options)[0] == together[:1]  # again: the row is reused
     assert together == [generate(folder, [prompt])[0][0] for prompt in both]
 
 

@@ -1,4 +1,4 @@
-"""The prompt formats: Llama 3 as Meta's code, Llama 2 as the string written out by hand."""
+"""The prompt formats: Llama 3's equals Meta's code, and Llama 2's equals strings written out."""
 
 import io
 from pathlib import Path
@@ -35,7 +35,7 @@ def llama3(llama3_tokenizer_path: Path) -> ChatFormat:
 
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Llama2ChatFormat:
-    """The Llama 2 format over a small SentencePiece model."""
+    """The Llama 2 format with a small SentencePiece tokenizer."""
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(["[INST] <<SYS>>", "<</SYS>> Hello there [/INST] I am well"] * 9),
@@ -50,7 +50,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Llama2ChatFormat:
 
 @pytest.fixture(scope="session", params=["trained", "real"])
 def llama2(request: pytest.FixtureRequest) -> Llama2ChatFormat:
-    """The Llama 2 format over the small model, and over the real one where it is at hand."""
+    """The Llama 2 format with the small tokenizer, and with the real one if it is available."""
     if request.param == "trained":
         return request.getfixturevalue("trained")
     return Llama2ChatFormat(Tokenizer(request.getfixturevalue("llama2_tokenizer_path")))
@@ -154,7 +154,7 @@ def test_llama3_format_needs_a_llama3_tokenizer(trained: Llama2ChatFormat):
 
 # ---- Llama 2 -------------------------------------------------------------------------------------
 
-# Five turns; the strings are what each of them, encoded on its own, must say.
+# A dialog of five turns, and the string that each turn must be encoded from.
 TURNS = [
     ("Hello", " Hello there! "),
     ("  What is <s>?\n", "A name.\n"),

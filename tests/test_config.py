@@ -1,4 +1,4 @@
-"""ModelArgs and params.json: the published shapes are read, everything else is named."""
+"""ModelArgs and params.json: published shapes are read, and an error names anything else."""
 
 import dataclasses
 import json
@@ -11,7 +11,7 @@ from llama.checkpoints.params import read_params
 from llama.config import PRESETS, ModelArgs, RopeScaling
 from llama.errors import ConfigError
 
-# As Meta ships them.
+# The params.json of Meta's downloads.
 LLAMA_2_7B = dict(dim=4096, multiple_of=256, n_heads=32, n_layers=32, norm_eps=1e-05, vocab_size=-1)
 LLAMA_3_8B = dict(
     dim=4096, n_layers=32, n_heads=32, n_kv_heads=8, vocab_size=128256, multiple_of=1024,

@@ -1,4 +1,4 @@
-"""What the documents say runs: snippets, commands and flags, files and folders."""
+"""The documentation is right: its snippets run, and its commands, flags and files exist."""
 
 import re
 import shlex
@@ -12,9 +12,9 @@ from llama.__main__ import COMMANDS
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
-# Snippets with names of Meta's folders need weights that nobody may hand on.
+# Snippets that name Meta's folders are not run, because the weights cannot be part of the project.
 NEEDS_WEIGHTS = re.compile(
-    r"Meta-Llama|CodeLlama|llama-2-|Llama-?3|for event in llama\.stream\(dialog"
+    r"Meta-Llama|CodeLlama|openai|llama-2-|Llama-?3|for event in llama\.stream\(dialog"
 )
 
 
@@ -41,7 +41,7 @@ def test_a_snippet_runs(place: str, code: str) -> None:
 
 
 def commands() -> list[tuple[str, list[str]]]:
-    """The command lines of `llama` in blocks without a language, whole, without comments."""
+    """The `llama` command lines in code blocks without a language, joined and without comments."""
     found = []
     for place, block in snippets(""):
         for line in block.replace("\\\n", " ").splitlines():

@@ -1,7 +1,7 @@
-"""Damaged and hostile folders end in one clear line: no crash, no hang, no other model.
+"""A damaged or hostile folder gives an error of one line: no crash, no hang, no other model.
 
-Whatever could end the process runs in a forked child, many cases to one child: a signal or a hang
-then is a failure that names its case, and PyTorch is imported only once.
+The cases run in a forked child, because they could kill or block the process. The failure then
+names the case. One child runs many cases, so that PyTorch is imported only once.
 """
 
 import hashlib
@@ -35,8 +35,8 @@ PARAMS: dict[str, Any] = dict(
     dim=8, n_layers=1, n_heads=2, n_kv_heads=1, vocab_size=VOCAB, multiple_of=8,
     norm_eps=1e-5, rope_theta=500000.0, use_scaled_rope=True,
 )  # fmt: skip
-SECONDS = 5  # for a case
-MEMORY = 64 << 30  # addresses that a child may take, far below what the hostile files declare
+SECONDS = 5  # time limit of a case
+MEMORY = 64 << 30  # address space of a child in bytes, far less than the hostile files declare
 
 # ---- a child that runs the cases --------------------------------------------------------------
 
@@ -44,10 +44,10 @@ Cases = dict[str, Callable[[], object]]
 
 
 def isolated(cases: Cases) -> dict[str, tuple[Any, ...]]:
-    """How each call ended, in a child: ("ok", value) or ("error", type, message).
+    """Run all calls in a child. Returns for each ("ok", value) or ("error", type, message).
 
-    Fails where one does not come back, kills its process, or raises anything but a LlamaError of
-    one line.
+    Raises AssertionError if a call exceeds its time, kills the process, or raises anything but a
+    LlamaError with a message of one line.
     """
     read_end, write_end = os.pipe()
     pid = os.fork()
@@ -79,14 +79,14 @@ def isolated(cases: Cases) -> dict[str, tuple[Any, ...]]:
 
 def _run(cases: Cases, pipe: Any) -> None:
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
-    signal.signal(signal.SIGALRM, signal.SIG_DFL)  # ends the process, wherever it hangs
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)  # the alarm kills a process that hangs
     for call in cases.values():
         signal.alarm(SECONDS)
         try:
             outcome: tuple[Any, ...] = ("ok", call())
         except LlamaError as error:
             outcome = ("error", type(error).__name__, str(error))
-        except BaseException as error:  # a Rust panic is no Exception
+        except BaseException as error:  # a Rust panic is a BaseException, but no Exception
             outcome = ("crash", type(error).__name__, str(error))
         signal.alarm(0)
         pickle.dump(outcome, pipe)
@@ -94,7 +94,7 @@ def _run(cases: Cases, pipe: Any) -> None:
 
 
 def build(folder: Path) -> tuple[str, dict[str, Any]]:
-    """A digest of all weights, and the arguments."""
+    """Build a model from the folder. Returns a digest of all weights, and the ModelArgs."""
     model = Llama.build(folder, device="cpu").model  # a forked child cannot use a GPU
     digest = hashlib.sha256()
     for name, weight in model.state_dict().items():
@@ -104,12 +104,12 @@ def build(folder: Path) -> tuple[str, dict[str, Any]]:
 
 
 def build_with(folder: Path, file: str, content: bytes) -> Callable[[], object]:
-    """Build with another content of one file."""
+    """A call that builds from the folder while one of its files has another content."""
     return with_content(folder / file, content, partial(build, folder))
 
 
 def with_content(path: Path, content: bytes, call: Callable[[], object]) -> Callable[[], object]:
-    """The call with another content of a file, which is put back after."""
+    """The given call while a file has another content. The file is restored afterwards."""
 
     def changed() -> object:
         original = path.read_bytes()
@@ -163,7 +163,7 @@ def pristine(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def folders(pristine: Path, tmp_path: Path) -> Path:
-    """A copy to be spoiled."""
+    """A copy of the layouts, which the test may damage."""
     return Path(shutil.copytree(pristine, tmp_path / "checkpoints"))
 
 
@@ -189,7 +189,7 @@ JSON_BYTES = b'09-e{}[]",\\\xff'
 
 
 def spoil_bytes(draw: random.Random, data: bytes) -> bytes:
-    """One to three bytes flipped, deleted, inserted or repeated."""
+    """Change the data in one to three places: flip a bit, or delete, insert or repeat bytes."""
     spoiled = bytearray(data)
     for _ in range(draw.randint(1, 3)):
         at = draw.randrange(len(spoiled))
@@ -208,7 +208,7 @@ def spoil_bytes(draw: random.Random, data: bytes) -> bytes:
 
 
 def spoil_json(draw: random.Random, data: bytes) -> bytes:
-    """One value replaced by one of another type or size, one key renamed, or one left out."""
+    """Change one entry of JSON data: replace its value, rename its key, or delete it."""
     content = json.loads(data)
     node, key = draw.choice(list(places(content)))
     match draw.randrange(6):
@@ -222,7 +222,7 @@ def spoil_json(draw: random.Random, data: bytes) -> bytes:
 
 
 def places(node: Any) -> Iterator[tuple[Any, Any]]:
-    """Every value of nested dicts and lists, as what holds it and its key there."""
+    """Yield every value of nested dicts and lists, as its container and its key or index."""
     for key in list(node) if isinstance(node, dict) else range(len(node)):
         yield node, key
         if isinstance(node[key], dict | list):
@@ -230,7 +230,8 @@ def places(node: Any) -> Iterator[tuple[Any, Any]]:
 
 
 def spoil_header(draw: random.Random, data: bytes) -> bytes:
-    """The header of a `.safetensors`, its length put right, or anything before the numbers."""
+    """Change the header of a `.safetensors` file and adapt its length, or change any byte before
+    the tensors."""
     end = 8 + int.from_bytes(data[:8], "little")
     if draw.randrange(4) == 0:
         return spoil_bytes(draw, data[:end]) + data[end:]
@@ -238,7 +239,7 @@ def spoil_header(draw: random.Random, data: bytes) -> bytes:
     return len(header).to_bytes(8, "little") + header + data[end:]
 
 
-# What no weight shows: a changed value is another configuration, and as good as the first.
+# Keys whose values do not show in the weights. A file with another value of them is valid too.
 UNSEEN = {
     "norm_eps", "rope_theta", "rope_scaling", "use_scaled_rope", "context_length",
     "max_seq_len", "embedding_shard_dim",
@@ -257,8 +258,8 @@ UNSEEN = {
 def test_mutations_are_an_error_or_load_the_same(
     folders: Path, layout: str, file: str, count: int
 ) -> None:
-    """Left out is what the format cannot show: bfloat16 called float16. Two tensors of one shape
-    that changed places would be another; a few spoiled bytes do not make it."""
+    """Two changes cannot be detected in these formats. A file that calls bfloat16 float16 is
+    skipped. Two tensors of the same shape that are exchanged do not occur in these cases."""
     digest, args = build(folders / layout)
     data = (folders / layout / file).read_bytes()
     cases: Cases = {}
@@ -276,7 +277,7 @@ def test_mutations_are_an_error_or_load_the_same(
 
 
 def test_mutations_of_a_pickle_do_no_harm(folders: Path) -> None:
-    """They may name another tensor's numbers, which no format can show."""
+    """A changed pickle may load. It may name the data of another tensor, which nothing detects."""
     file = "consolidated.00.pth"
     data = (folders / "meta" / file).read_bytes()
     with zipfile.ZipFile(folders / "meta" / file) as archive:
@@ -423,7 +424,7 @@ def test_absurd_numbers_are_refused_at_once(folders: Path) -> None:
     for name, (kind, *found) in isolated(cases).items():
         if name.startswith("verify"):
             assert kind == "error" or found[0], name
-        elif not name.startswith("inspect"):  # which reads no weights and may describe what is said
+        elif not name.startswith("inspect"):  # it describes params.json and reads no weights
             assert kind == "error", name
 
 
@@ -432,7 +433,7 @@ def test_a_cache_for_a_trillion_tokens_is_refused(folders: Path) -> None:
         Llama.build(folders / "meta", max_seq_len=10**12)
 
 
-# ---- what is no file ----------------------------------------------------------------------------
+# ---- no regular files ---------------------------------------------------------------------------
 
 
 NO_FILES: dict[str, Callable[[Path], None]] = {
@@ -452,7 +453,7 @@ FILES = {
 
 
 def in_place_of(path: Path, make: Callable[[Path], None], call: Callable[[], object]) -> object:
-    """Call with something else where the file was, which is put back after."""
+    """Make the call while something else replaces a file. The file is restored afterwards."""
     aside = path.with_name("aside")
     if path.exists():
         path.rename(aside)
@@ -489,7 +490,7 @@ def test_what_is_no_regular_file_is_refused(folders: Path) -> None:
 
 @pytest.mark.parametrize("layout", FILES)
 def test_links_to_files_are_followed(folders: Path, layout: str) -> None:
-    """Hugging Face's cache is made of them: snapshots/ABC/config.json -> ../../blobs/123."""
+    """Hugging Face's cache consists of links: snapshots/ABC/config.json -> ../../blobs/123."""
     snapshot = folders / "snapshots" / "abc"
     snapshot.mkdir(parents=True)
     (folders / layout).rename(folders / "blobs")

@@ -1,4 +1,4 @@
-"""Generation says what Meta's says, where Meta's is right, and refuses what it cannot do."""
+"""Generation equals Meta's, except where Meta's has a mistake, and refuses wrong arguments."""
 
 import math
 from pathlib import Path
@@ -14,6 +14,7 @@ from make_checkpoint import demo_pieces, make_checkpoint, write_tokenizer
 from llama import ChatPrediction, CompletionPrediction, Llama, ModelArgs, Tokenizer, Transformer
 from llama.chat_format import Dialog, Message
 from llama.errors import GenerationError, LlamaError
+from llama.sampling import SamplingParams
 
 SEED = 11
 N_RANKS = len(demo_pieces())
@@ -48,7 +49,7 @@ def llama(model: Transformer, tokenizer_path: Path) -> Llama:
 
 @pytest.fixture(scope="module")
 def metas(oracle: Any, model: Transformer, tokenizer_path: Path) -> Any:
-    """Meta's generator on the same weights and tokenizer file."""
+    """Meta's generator with the same weights and tokenizer file."""
     names = ("dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "multiple_of")
     names += ("max_batch_size", "max_seq_len")
     args = oracle.args.ModelArgs(**{name: getattr(model.params, name) for name in names})
@@ -58,7 +59,7 @@ def metas(oracle: Any, model: Transformer, tokenizer_path: Path) -> Any:
 
 
 def metas_rows(metas: Any, prompts: list[list[int]], **options: Any) -> list[Any]:
-    """Tokens and logprobs that Meta's generator yields for each row, up to its stop token."""
+    """The tokens and logprobs of each row by Meta's generator, up to the row's stop token."""
     torch.manual_seed(SEED)
     inputs = [SimpleNamespace(tokens=prompt, vision=None) for prompt in prompts]
     rows: list[Any] = [([], []) for _ in prompts]
@@ -137,7 +138,7 @@ def test_prompt_logprobs_are_those_of_a_plain_forward(llama: Llama) -> None:
 
 @pytest.mark.parametrize("lengths", [(25,), (25, 25), (25, 7), (96,), (1,)])
 def test_scoring_without_generating(llama: Llama, lengths: tuple[int, ...]) -> None:
-    """Meta's release gives these one position off when prompt and total length agree."""
+    """In Meta's release these logprobs are shifted by one position if nothing is generated."""
     prompts = random_prompts(*lengths)
     tokens, logprobs = llama.generate(prompts, max_gen_len=0, logprobs=True, echo=True)
     assert tokens == prompts
@@ -169,7 +170,7 @@ def test_generation_ends_at_a_stop_token_that_is_assigned(llama: Llama) -> None:
 def test_every_row_has_its_own_max_gen_len(llama: Llama) -> None:
     llama.tokenizer.stop_tokens = []
     tokens, _ = llama.generate(random_prompts(3, 30, 94), max_gen_len=7, temperature=0)
-    assert [len(row) for row in tokens] == [7, 7, 2]  # the cache ends at 96
+    assert [len(row) for row in tokens] == [7, 7, 2]  # the cache has 96 positions
 
 
 def test_kinds_of_ids_that_are_as_good(llama: Llama) -> None:
@@ -194,7 +195,7 @@ def test_text_completion(llama: Llama) -> None:
 
 
 def test_a_character_of_several_bytes_stays_whole(llama: Llama) -> None:
-    """The tokens of one emoji decode to nothing three times and then to the emoji."""
+    """The first three tokens of an emoji give no text, and the fourth gives the emoji."""
     emoji = llama.tokenizer.encode("\N{GRINNING FACE}", bos=False, eos=False)
     assert len(emoji) == 4
     prediction = llama.text_completion(
@@ -224,7 +225,9 @@ def test_chat_completion(llama: Llama) -> None:
         assert message["role"] == "assistant"
         assert message["content"] == llama.tokenizer.decode(ids)
         assert "".join(result["tokens"]) == message["content"]
-        assert result["logprobs"] == pytest.approx(values, abs=1e-5)  # the prompts are in the cache
+        assert result["logprobs"] == pytest.approx(
+            values, abs=1e-5
+        )  # now the prompts are in the KV cache
 
 
 BEGUN: list[Message] = [
@@ -352,7 +355,7 @@ EMOJI = (
 
 
 def saying(llama: Llama, text: str) -> dict[str, Any]:
-    """Options that make the model say a text, which a random one never would."""
+    """Options that force the model to generate a text."""
     ids = llama.tokenizer.encode(text, bos=False, eos=True)
 
     def process(tokens: Any, logits: torch.Tensor) -> torch.Tensor:
@@ -386,7 +389,7 @@ def test_streams_of_text_ids_and_dialogs(llama: Llama) -> None:
         texts[event.row] += event.text
         if event.token is not None:
             assert event.top_logprobs is not None
-            assert event.top_logprobs[0][0] == event.token  # greedy takes the likeliest
+            assert event.top_logprobs[0][0] == event.token  # temperature 0
             assert event.logprob == pytest.approx(event.top_logprobs[0][1], abs=1e-6)
     assert texts[0] == llama.text_completion(["the"], **options)[0]["generation"]
     assert texts[1] == llama.tokenizer.decode(llama.generate([ids], **options)[0][0])
@@ -435,7 +438,9 @@ def test_a_stop_string_cuts_text_and_echo(llama: Llama) -> None:
 
 
 def test_score(llama: Llama) -> None:
-    prompts = random_prompts(30, 1, 97, 8)  # what is only scored may be one longer than the cache
+    prompts = random_prompts(
+        30, 1, 97, 8
+    )  # a text that is only scored may have one token more than the cache has positions
     scores = llama.score(prompts)
     for prompt, got in zip(prompts, scores, strict=True):
         ids = torch.tensor(prompt)
@@ -465,6 +470,20 @@ def test_reference_mode_alone_is_exact_and_fast_mode_reuses(
     assert fed == {"reference": [40, 40], "fast": [40, 1]}
 
 
+@pytest.mark.parametrize("length", [1, 2, 25])
+def test_alternatives_of_a_prompts_tokens(llama: Llama, length: int) -> None:
+    (prompt,) = random_prompts(length)
+    params = SamplingParams(max_gen_len=0, logprobs=3, prompt_logprobs=True)
+    (request,) = llama.runner.complete([prompt], params)
+    assert len(request.prompt_logprobs) == len(request.prompt_top_logprobs) == length
+    assert request.prompt_top_logprobs[0] == []
+    rows = llama.model(torch.tensor([prompt]))[0].log_softmax(-1)
+    for row, found in zip(rows, request.prompt_top_logprobs[1:], strict=False):
+        values, ids = row.topk(3)
+        assert [token for token, _ in found] == ids.tolist()
+        assert [value for _, value in found] == pytest.approx(values.tolist(), abs=1e-4)
+
+
 def generate_on_rank(folder: Path) -> Any:
     llama = Llama.build(folder, max_seq_len=64, max_batch_size=2)
     prompts = random_prompts(5, 9, 20)
@@ -474,6 +493,9 @@ def generate_on_rank(folder: Path) -> Any:
         llama.generate([prompts[0]], max_gen_len=8, temperature=0.9),
         llama.score(prompts),
     ]
+    params = SamplingParams(temperature=0, max_gen_len=3, logprobs=2, prompt_logprobs=True)
+    for request in llama.runner.complete(prompts, params):
+        results.append((request.prompt_top_logprobs, request.top_logprobs))
     events = list(llama.stream("the word", temperature=0, max_gen_len=8))
     stopped = llama.stream("the word", temperature=0, max_gen_len=8)
     next(stopped, None)

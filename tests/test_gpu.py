@@ -1,4 +1,4 @@
-"""On a GPU: Meta's logits to the last bit, the CPU's texts, and kernels that agree with PyTorch.
+"""On a GPU: logits bit-equal to Meta's, the same texts as on the CPU, kernels equal to PyTorch.
 
 Run by `make test-gpu`.
 """
@@ -109,7 +109,7 @@ def test_kernels_agree_with_pytorch(dtype: Any, width: str | None, cache: Any) -
 
 @pytest.mark.parametrize("width", [None, "int8", "fp8", "int4"])
 def test_invariant_logits_do_not_depend_on_company(width: str | None) -> None:
-    """Nor on chunks or proposals, to the last bit."""
+    """They do not depend on chunks or proposals either, to the last bit."""
     network = make_network(torch.bfloat16, width, invariant=True)
     prompts = torch.randint(0, 4096, (8, 300)).tolist()
     prompts = [prompt[: 300 - 30 * i] * (1 + i % 2) for i, prompt in enumerate(prompts)]

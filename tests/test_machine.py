@@ -1,4 +1,4 @@
-"""The suite runs on the CPU of any machine."""
+"""The tests run on the CPU, on a machine with or without a GPU."""
 
 import os
 import subprocess
@@ -19,7 +19,7 @@ def test_no_gpu_is_visible() -> None:
 
 
 def test_a_gpu_in_the_environment_is_hidden() -> None:
-    """A test process that is told of GPUs by its parent sees none, nor do its own children."""
+    """CUDA_VISIBLE_DEVICES of the parent process has no effect on the tests and their children."""
     root = Path(__file__).parent.parent
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "0,1"}
     environment.pop("LLAMA_TEST_GPU", None)

@@ -32,7 +32,7 @@ def metas(oracle: SimpleNamespace) -> SimpleNamespace:
 
 
 def fill(module: Any) -> Any:
-    """Give every weight numbers that depend on its shape and place alone."""
+    """Fill every weight with numbers that depend only on its shape and its place in the model."""
     generator = torch.Generator().manual_seed(0)
     for weight in module.parameters():
         weight.data.normal_(0.0, 0.3, generator=generator)
@@ -79,7 +79,7 @@ def attention(m: Any) -> Any:
 
 
 def attention_without_its_cache(m: Any) -> Any:
-    """Some scripts clear the cache by hand, or look at it before the first call."""
+    """Some scripts clear an attention's cache, or read it before the first call."""
     args = make_args(m)
     layer = fill(m.Attention(args))
     before = layer.cache_k.clone(), layer.cache_v.shape
@@ -125,7 +125,8 @@ def transformer(m: Any) -> Any:
 
 
 def by_hand(m: Any) -> Any:
-    """The forward pass of tutorials: embedding, layers, norm and output, one after the other."""
+    """The forward pass as tutorials write it: embedding, layers, norm and output, called in
+    turn."""
     model = fill(m.Transformer(make_args(m)))
     table_before = model.freqs_cis.clone()
     tokens = torch.arange(12).view(2, 6)
@@ -138,7 +139,7 @@ def by_hand(m: Any) -> Any:
 
 
 def subclass(m: Any) -> Any:
-    """A norm and a block of one's own, put in place of the model's."""
+    """A user's own norm and block replace those of the model."""
 
     class Norm(m.RMSNorm):
         def _norm(self, x: Tensor) -> Tensor:
@@ -159,7 +160,7 @@ def subclass(m: Any) -> Any:
 
 
 def patched(m: Any) -> Any:
-    """A layer's forward replaced on the instance, as hooks and probes do."""
+    """A user's function replaces the forward of one layer, as hooks and probes do."""
     model = fill(m.Transformer(make_args(m)))
     seen = []
     forward = model.layers[0].attention.forward
@@ -190,13 +191,13 @@ def same(ours: Any, theirs: Any) -> bool:
 def test_the_same_script_gives_the_same_numbers(
     script: Callable[[Any], Any], metas: SimpleNamespace
 ) -> None:
-    ours = script(llama.model)  # first: no process group was made for us
+    ours = script(llama.model)  # first, while no process group exists
     assert same(ours, script(metas))
 
 
 @pytest.mark.parametrize("name", CLASSES + FUNCTIONS)
 def test_signatures_begin_as_metas(name: str, metas: SimpleNamespace) -> None:
-    """The same parameters in the same order with the same defaults; ours have more at the end."""
+    """Our signatures begin with Meta's parameters, in the same order and with the same defaults."""
 
     def check(ours: Any, theirs: Any) -> None:
         extended = list(inspect.signature(ours).parameters.values())

@@ -1,6 +1,6 @@
-"""Code written against Meta's packages: names, calls, and what people do to the model around them.
+"""Code written against Meta's packages runs here: names, calls, and changes of the model by users.
 
-What Meta's classes in `model.py` offer is in `test_meta_interface.py`.
+`test_meta_interface.py` tests the classes of `model.py`.
 """
 
 import copy
@@ -168,7 +168,7 @@ def test_built_inside_of_inference_mode() -> None:
 @pytest.mark.parametrize("options", [{}, dict(mode="fast"), dict(mode="fast", quantize="int8"),
                                      dict(mode="fast", kv_cache="int8")], ids=str)  # fmt: skip
 def test_other_defaults_of_pytorch(options: dict[str, Any]) -> None:
-    """A default dtype or device of the caller's changes nothing, least of all memory's bounds."""
+    """The caller's default dtype and device change neither results nor the memory check."""
     want = texts(Llama.build(device="cpu", max_seq_len=64, **options))
     torch.set_default_dtype(torch.bfloat16)
     try:
@@ -213,7 +213,7 @@ def in_child(queue: Any, threads: int) -> None:
 
 @pytest.mark.parametrize(("method", "threads"), [("spawn", 2), ("fork", 1), ("fork", 2)])
 def test_children(llama: Llama, method: str, threads: int) -> None:
-    """A forked child with several threads would hang in PyTorch's pool: it is told so."""
+    """A forked child with several threads would hang in PyTorch's thread pool. It gets an error."""
     want = texts(llama)
     context = multiprocessing.get_context(method)
     queue = context.Queue()

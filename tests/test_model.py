@@ -23,7 +23,7 @@ from llama.model import ModelArgs, Transformer
 def test_logits_are_bit_equal_to_metas(oracle: Any, name: str, dtype: torch.dtype) -> None:
     ours, metas = both_models(oracle, dtype, **CONFIGURATIONS[name])
     tokens = torch.randint(0, ours.vocab_size, (3, 40))
-    # Far out, where scaled and plain RoPE differ most, if the cache is that long.
+    # Also at the end of a long cache, where scaled and plain RoPE differ most.
     for offset in {0, ours.params.max_seq_len - 64}:
         pairs = zip(logits_of(ours, tokens, offset), logits_of(metas, tokens, offset), strict=True)
         for got, want in pairs:
@@ -35,7 +35,7 @@ DTYPES = (torch.float32, torch.bfloat16)
 
 
 def mp_logits(n_kv_heads: int) -> list[tuple[list[torch.Tensor], list[torch.Tensor]]]:
-    """On one rank: logits of both models in both dtypes, with weights drawn by the rank."""
+    """Runs on each rank: the logits of both models in both dtypes, with the rank's own weights."""
     oracle = import_oracle()
     parallel.initialize()
     params = {**SMALL, "max_batch_size": 3, "max_seq_len": 64, "n_kv_heads": n_kv_heads}
@@ -63,7 +63,7 @@ def test_logits_are_bit_equal_to_metas_on_ranks(n: int, tmp_path: Path) -> None:
 
 
 def seeded_logits() -> list[torch.Tensor]:
-    """With the embedding split by vocabulary and by features."""
+    """The logits of a seeded model, with its embedding split by vocabulary and by features."""
     logits = []
     for embedding_shard_dim in (0, 1):
         torch.manual_seed(3)
@@ -80,8 +80,11 @@ def test_a_seed_gives_one_model_at_any_number_of_ranks(tmp_path: Path) -> None:
 
 
 def to_hugging_face(model: Transformer) -> Any:
-    """A LlamaForCausalLM with the same weights. Its rotary halves stand apart where Meta's pairs
-    are neighbours, so the rows of Q and K are reordered within each head."""
+    """A LlamaForCausalLM with the same weights.
+
+    Meta rotates pairs of neighbouring features, and Hugging Face pairs features of the two halves.
+    So the rows of Q and K are reordered within each head.
+    """
     from transformers import LlamaConfig, LlamaForCausalLM
 
     args = model.params
@@ -150,7 +153,7 @@ def test_the_call_without_a_cache_gives_the_same_logits_and_gradients() -> None:
 
 
 def test_generation_first_does_not_spoil_training() -> None:
-    """Tables and caches made under inference_mode would be useless outside of it."""
+    """Tensors that are made under inference_mode cannot be used in training."""
     model = Transformer(ModelArgs(**SMALL))
     tokens = torch.randint(0, 160, (2, 20))
     with torch.inference_mode():

@@ -1,4 +1,4 @@
-"""Process groups: none needed for one rank, a dead one noticed, a wrong size named."""
+"""Process groups: one rank needs none, a dead rank is noticed, and an error names a wrong size."""
 
 import os
 import subprocess
@@ -122,7 +122,7 @@ def test_shard_dims(name: str, dim: int | None) -> None:
 
 
 def groups_on_rank() -> list:
-    """Two models of two ranks each: who shares a model, who decides, how long one waits."""
+    """With two models of two ranks: the ranks' sizes and numbers, a broadcast, and the timeouts."""
     parallel.initialize(2)
     value = torch.tensor([dist.get_rank()])
     parallel.broadcast_from_first(value)
@@ -131,8 +131,8 @@ def groups_on_rank() -> list:
         for group in (fs_init.get_model_parallel_group(), fs_init.get_data_parallel_group())
     ]
     models = [parallel.dp_size(), parallel.dp_rank()]
-    everyone = parallel.make_group_without_timeout()
-    assert parallel.sum_without_timeout(dist.get_rank(), everyone) == 6
+    all_ranks = parallel.make_group_without_timeout()
+    assert parallel.sum_without_timeout(dist.get_rank(), all_ranks) == 6
     is_main = parallel.is_main_rank()
     return [parallel.mp_size(), parallel.mp_rank(), *models, value.item(), is_main, waits]
 
@@ -150,7 +150,7 @@ def test_two_models_of_two_ranks(tmp_path: Path) -> None:
 def meet_a_dead_rank(folder: Path) -> None:
     parallel.initialize()
     if dist.get_rank() == 1:
-        os._exit(0)  # no goodbye, as after kill -9
+        os._exit(0)  # without closing connections, as after kill -9
     try:
         dist.all_reduce(torch.zeros(1), group=fs_init.get_model_parallel_group())
     except RuntimeError as error:

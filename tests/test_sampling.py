@@ -1,5 +1,5 @@
-"""Sampling: Meta's tokens for Meta's seed, transformers' rules for the other options, and the
-distribution that they promise."""
+"""Sampling: the same tokens as Meta's code for a seed, the same logits as transformers for other
+options, and the distribution that the options define."""
 
 import math
 from collections.abc import Sequence
@@ -46,7 +46,7 @@ def adjusted(logits: Tensor, generated: Sequence[int] = (), **options: Any) -> T
 
 
 def theirs(processor: Any, logits: Tensor, tokens: Sequence[int] = (0,)) -> Tensor:
-    """The logits (V,) that transformers makes of ours."""
+    """The logits (V,) after the processors of transformers."""
     return processor(torch.tensor([list(tokens)]), logits[None].clone())[0]
 
 
@@ -88,7 +88,7 @@ def test_the_nucleus_is_that_of_transformers(seed: int) -> None:
 
 
 def in_bfloat16(logits: Tensor) -> Tensor:
-    """Few different values: many tokens tie."""
+    """Logits with few different values, so that many tokens tie."""
     return logits.bfloat16().float()
 
 

@@ -1,4 +1,4 @@
-"""The tokenizer: Meta's ids for both file formats, text that streams whole, clear errors."""
+"""The tokenizer: ids equal to Meta's for both file formats, streaming, and errors."""
 
 import re
 from pathlib import Path
@@ -18,7 +18,7 @@ from llama.tokenizer import TextDecoder, Tokenizer
 
 @pytest.fixture(scope="session")
 def open_bytes(tmp_path_factory: pytest.TempPathFactory):
-    """Opens a tokenizer whose file has the given content, under a name that says nothing."""
+    """A function that opens a tokenizer file with the given content. Its name has no suffix."""
 
     def open_bytes(data: bytes) -> Tokenizer:
         path = tmp_path_factory.mktemp("tokenizer") / "file"
@@ -46,7 +46,7 @@ def llama2(llama2_tokenizer_path: Path) -> Tokenizer:
 
 @pytest.fixture(scope="session")
 def ranks(llama3_tokenizer_path: Path) -> list[bytes]:
-    """The first 2,048 lines of Llama 3's file, which are a tokenizer by themselves."""
+    """The first 2,048 lines of Llama 3's file. They are a valid tokenizer file."""
     return llama3_tokenizer_path.read_bytes().splitlines(keepends=True)[:2048]
 
 
@@ -62,7 +62,7 @@ def trained(open_bytes) -> Tokenizer:
 
 @pytest.fixture(scope="session", params=["small", "trained"])
 def either(request: pytest.FixtureRequest) -> Tokenizer:
-    """A small tokenizer of each format in turn."""
+    """A small tokenizer, once of each format."""
     return request.getfixturevalue(request.param)
 
 
@@ -156,7 +156,7 @@ def test_special_tokens_follow_any_number_of_ranks(small: Tokenizer):
 def test_llama2_facts(llama2: Tokenizer):
     assert llama2.encode("you're right", None, None) == [366, 29915, 276, 1492]
     assert (llama2.n_words, llama2.bos_id, llama2.eos_id, llama2.pad_id) == (32000, 1, 2, -1)
-    # A control token's name in a text is plain text, unless the caller says otherwise.
+    # The name of a control token in a text is plain text, unless the caller allows special tokens.
     assert llama2.encode("hi<s>", False, False) == [7251, 29966, 29879, 29958]
     assert llama2.encode("hi<s>you", False, False, allowed_special={"<s>"}) == [7251, 1, 366]
 
@@ -254,7 +254,7 @@ def test_ids_may_come_from_an_array(either: Tokenizer):
 @settings(max_examples=150, deadline=None)
 @given(data=st.data())
 def test_streams_what_it_decodes(either: Tokenizer, data: st.DataObject):
-    """Any ids in any order (bytes are among the first 260), then a text."""
+    """Random ids, many of them single bytes, which are among the first 260, and then a text."""
     ids = data.draw(st.lists(st.integers(0, 260) | st.integers(0, either.n_words - 1)))
     ids += either.encode(data.draw(ANY_TEXT), bos=False, eos=True)
     assert streamed(either, ids) == either.decode(ids)
@@ -266,7 +266,7 @@ def test_streams_what_it_decodes(either: Tokenizer, data: st.DataObject):
     ids=str,
 )
 def other_blanks(request: pytest.FixtureRequest, open_bytes) -> Tokenizer:
-    """SentencePiece models that drop all the blanks in front, or none."""
+    """SentencePiece models with other rules for leading blanks: all are dropped, or none."""
     return open_bytes(sentencepiece_model(**request.param))
 
 
@@ -289,7 +289,9 @@ def test_streams_whole_characters_as_soon_as_they_are_there(either: Tokenizer):
 
 
 def test_a_character_waits_for_its_bytes(either: Tokenizer):
-    *start, a, b, c, d = either.encode("fox🦊", None, None)  # 🦊 is four byte tokens here
+    *start, a, b, c, d = either.encode(
+        "fox🦊", None, None
+    )  # in these tokenizers 🦊 has four tokens of one byte
     decoder = TextDecoder(either)
     assert "".join(decoder.push(i) for i in start) == "fox"
     assert [decoder.push(i) for i in (a, b, c, d, a)] == ["", "", "", "🦊", ""]
@@ -326,7 +328,7 @@ def test_files_that_are_no_tokenizer(open_bytes, data: bytes, message: str):
 
 
 @pytest.mark.parametrize(
-    "line",  # no rank, no number, a field too many, cut base64, no base64, a token again, bytes
+    "line",  # no rank, no number, three fields, cut base64, no base64, a known token, no UTF-8
     [b"IGFi", b"IGFi 7x", b"IGFi 7 1", b"IGF 7", b"I*Fi 7", b"IQ== 2047", b"\xff\xfe\x00"],
 )
 def test_corrupt_line_is_named(open_bytes, ranks: list[bytes], line: bytes):

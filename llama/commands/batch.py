@@ -27,38 +27,47 @@ def batch(
     force: bool = False,
     **sampling: Any,
 ) -> None:
-    """Run a file of prompts and dialogs. The same command goes on after a stop or a kill.
+    """Run a file of prompts and dialogs. After a stop or a kill the same command continues the job.
 
     Example: llama batch prompts.jsonl results.jsonl --ckpt_dir Llama3.2-1B-Instruct
 
-    A line of INPUT is {"prompt": "…"} or {"messages": [{"role": "user", "content": "…"}]}, with
-    "id" or "custom_id" and any of the sampling options where wanted. "continue_final_message": true
-    continues messages that end with the beginning of the assistant's answer. OUTPUT has a line for
-    each, in this order: index, id, text (or message), finish_reason, generated_tokens …, or error;
-    then the command ends with exit code 1. OUTPUT.job.json says what it was made from.
+    A line of INPUT is {"prompt": "…"} or {"messages": [{"role": "user", "content": "…"}]}. It may
+    also have "id" or "custom_id", and any of the sampling options. If the messages end with the
+    beginning of the assistant's answer, "continue_final_message": true continues it.
 
-    The sampling flags are for lines that do not name their own. Here --stop is a list: '["…"]'.
+    A line of OpenAI's Batch API has "custom_id", "method", "url" and "body". It gets a result in
+    the form of that API.
+
+    Each line of INPUT gives one line of OUTPUT, in the same order: index, id, text (or message),
+    finish_reason, generated_tokens … If a line fails, its result has "error" instead of a text, and
+    the exit code is 1. The file OUTPUT.job.json records the input and the options of the job.
+
+    A sampling flag is the default for lines that do not have that option. In this command --stop
+    is a list: '["…"]'.
 
     Args:
         input: the JSONL file to read.
         output: the JSONL file to write.
-        ckpt_dir: a checkpoint folder; by default the bundled model.
-        tokenizer_path: tokenizer.model; by default the one in ckpt_dir.
-        max_seq_len: tokens of prompt and answer together; by default as in Llama.build.
+        ckpt_dir: a checkpoint folder, or an id on the Hub; by default the bundled model.
+        tokenizer_path: tokenizer.model or tokenizer.json; by default the one in ckpt_dir.
+        max_seq_len: most tokens of prompt and answer together; by default as in Llama.build.
         max_batch_size: lines that are computed together.
-        model_parallel_size: ranks that share a model; with fewer than torchrun started, each such
-            group takes its share of the lines; by default all that torchrun started.
-        seed: a line without a seed of its own has one made of this and its index.
+        model_parallel_size: ranks that share a model; if torchrun started more, the lines are
+            divided among several models; by default all ranks share one model.
+        seed: a line without a seed gets one that is computed from this number and its index.
         mode: fast or reference.
-        quantize: int8 or int4, on a newer GPU also fp8: round the weights (mode fast).
-        kv_cache: int8: keys and values in less memory (mode fast).
-        device: cpu or cuda; by default the best there is.
+        quantize: round the weights to int8 or int4, on a newer GPU also fp8; mode fast; by default
+            as the folder is saved.
+        kv_cache: int8, to round keys and values; mode fast; by default not rounded.
+        device: cuda, mps or cpu; by default the first of these that is available.
         dtype: float32, bfloat16 or float16; by default as in Llama.build.
-        draft: folder of a smaller model that proposes tokens; a seed then gives other samples.
-        lookup: propose what followed in the text so far; the results stay the same.
+        draft: folder of a smaller model that proposes tokens; sampled texts then differ from those
+            without it; mode fast.
+        lookup: propose tokens that followed the last ones earlier in the text; on a CPU the results
+            stay the same; mode fast.
         format: chat format: llama3, llama2, chatml or zephyr; by default the folder's, else the
             vocabulary's.
-        force: start again, and replace OUTPUT.
+        force: delete the results in OUTPUT and start again.
     """
     from llama.commands.batch_run import run_batch
     from llama.parallel import is_main_rank
@@ -72,5 +81,5 @@ def batch(
     )  # fmt: skip
     if is_main_rank():
         print(f"{n_lines:,} lines in {output}, {n_failed:,} of them failed")
-        if n_failed:  # on one rank: at the first that ends so, torchrun stops the others
+        if n_failed:  # on the main rank only, since torchrun stops the others when a rank fails
             sys.exit(1)

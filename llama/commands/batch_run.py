@@ -1,4 +1,4 @@
-"""Batch jobs: a file of prompts and dialogs in, a file of results in the same order out."""
+"""Run a batch job: read a file of prompts and dialogs, and write the results in the same order."""
 
 import json
 import reprlib
@@ -12,17 +12,17 @@ from tqdm import tqdm
 
 from llama import parallel
 from llama.chat_forms import FormatName
-from llama.commands.batch_files import BatchFiles, Part
+from llama.commands.batch_files import FAILED, PENDING, BatchFiles, Part
 from llama.engine.request import Request
-from llama.errors import DataError, GenerationError
+from llama.errors import DataError, GenerationError, LlamaError
 from llama.fast.mode import CacheWidth, Mode
 from llama.fast.quantize import Width
 from llama.generation import Llama
 from llama.sampling import SamplingParams
 
-# Lines in flight for each row of the cache. Results are written in the order of the input, so some
-# finished lines wait for an earlier one. The others keep the engine full meanwhile.
-WINDOW = 16
+# Lines in flight for each row of the cache. Results are written in the order of the input, so a
+# finished line may wait for an earlier one. With 16 lines a row the engine still has work then.
+IN_FLIGHT_PER_ROW = 16
 
 
 def run_batch(
@@ -46,29 +46,32 @@ def run_batch(
     format: FormatName | None = None,
     force: bool = False,
 ) -> tuple[int, int]:
-    """Continue every prompt and answer every dialog of a JSONL file; go on where a run was stopped.
+    """Continue every prompt and answer every dialog of a JSONL file. Lines that an earlier run has
+    finished are not computed again.
 
     Args:
-        input: a line is {"prompt": text} or {"messages": dialog}, with "id" or "custom_id"
-            (anything, copied), "continue_final_message" and sampling options of its own where
-            wanted; blank lines do not count.
-        output: a line for each: index, id, text or message, and more; or index, id and error.
-        options: sampling options of lines that do not say otherwise.
-        seed: a line without a seed has one made of this and its index, so that its result does not
-            depend on other lines, on stops or on the number of ranks.
-        force: start again, and replace the output.
+        input: a line is {"prompt": text} or {"messages": dialog}. It may also have "id" or
+            "custom_id", which are copied, "continue_final_message" and sampling options. A line of
+            OpenAI's Batch API has "url" and "body", and gets a result in that form. Blank lines do
+            not count.
+        output: gets a line for each line of the input: index, id, and text or message, or error.
+        options: sampling options for lines that do not have them.
+        seed: a line without a seed gets one that is computed from this number and its index. So its
+            result does not depend on other lines, on stops or on the number of ranks.
+        force: remove existing results and start again.
 
-    The other arguments are those of `Llama.build`. With more ranks than model_parallel_size each
-    group of as many takes its share of the lines.
+    The other arguments are those of `Llama.build`. If there are more ranks than
+    model_parallel_size, each group of that many ranks has a model and a part of the lines.
 
-    Returns the number of lines and of those that failed, on every rank.
-    Raises a LlamaError where no line could be run, before the model is loaded if it can be known.
+    Returns the number of lines and the number of failed lines, on every rank.
+    Raises a LlamaError for a mistake that concerns all lines. A mistake in one line is written as
+    the result of that line.
     """
-    _sampling_params(options, {"seed": seed}, 0)  # a wrong option fails here, not in every line
+    _sampling_params(options, {"seed": seed}, 0)  # raises now for a mistake in the options
     target = parallel.local_device(device)
     parallel.initialize(model_parallel_size, target)
     group, n_groups = parallel.dp_rank(), parallel.dp_size()
-    everyone = parallel.make_group_without_timeout()
+    all_ranks = parallel.make_group_without_timeout()
     files = BatchFiles(input, output)
     with parallel.failing_together(target):
         if parallel.is_main_rank():
@@ -78,29 +81,31 @@ def run_batch(
             files.prepare(model | {"max_seq_len": max_seq_len, "seed": seed, **options}, force)
     with parallel.failing_together(target):
         part = files.open_part(group, n_groups) if parallel.mp_rank() == 0 else None
-        done = files.done()
-    failed = 0
-    if not all(done):
+        states = files.states()
+    n_failed = 0
+    if PENDING in states:
         llama = Llama.build(
             ckpt_dir, tokenizer_path, max_seq_len, max_batch_size, model_parallel_size, seed,
             mode=mode, quantize=quantize, kv_cache=kv_cache, device=device, dtype=dtype,
             draft=draft, lookup=lookup, format=format,
         )  # fmt: skip
-        todo = files.todo(done, group, n_groups)
-        tasks = (Task(llama, index, line, options, seed) for index, line in todo)
-        with llama.runner.leading(), _bar(done, group, n_groups) as bar:
+        lines = files.pending(states, group, n_groups)
+        tasks = (Task(llama, index, line, options, seed) for index, line in lines)
+        with llama.runner.leading(), _progress_bar(states, group, n_groups) as bar:
             if part is not None:
-                failed = _run(llama, tasks, part, WINDOW * max_batch_size, bar)
+                window = IN_FLIGHT_PER_ROW * max_batch_size
+                n_failed = _run_tasks(llama, tasks, part, window, bar)
     if part is not None:
         part.close()
-    failed = parallel.sum_without_timeout(failed, everyone) + done.count(2)
+    n_failed = parallel.sum_without_timeout(n_failed, all_ranks) + states.count(FAILED)
     if parallel.is_main_rank():
-        files.merge(len(done))
-    return len(done), failed
+        files.merge(len(states))
+    return len(states), n_failed
 
 
 class Task:
-    """A line of the input as requests to the engine. A line with a mistake is done at once."""
+    """The requests of one line of the input. A line that cannot be submitted is done at once, and
+    its result is the error."""
 
     def __init__(
         self, llama: Llama, index: int, line: bytes, options: Mapping[str, Any], seed: int
@@ -110,19 +115,27 @@ class Task:
         self._is_dialog = False
         self._beginning = ""  # of the answer, where the final message is continued
         self._requests: list[Request] = []
+        self._api: Any = None  # the module for lines in the form of OpenAI's Batch API
+        self._call: Any = None  # its BatchCall
         self._error: Exception | None = None
         try:
             self._submit(_read(line), options, _seed_of_line(seed, index))
-        except (ValueError, RecursionError) as error:  # a LlamaError, or text that is no JSON
+        except (LlamaError, ValueError, RecursionError) as error:  # also text that is no JSON
             self._error = error
 
     def _submit(self, line: dict[str, Any], options: Mapping[str, Any], seed: int) -> None:
+        """Submit one request for each sample of the line."""
         for name in ("id", "custom_id"):
             if name in line:
                 self._head[name] = line.pop(name)
+        if "url" in line:
+            self._api = import_api()
+            self._call = self._api.BatchCall(self._llama, line, seed)
+            self._requests = self._call.submit(self._head["index"])
+            return
         self._is_dialog = "messages" in line
         if self._is_dialog == ("prompt" in line):
-            raise DataError('a line has either a "prompt" or "messages"')
+            raise DataError('a line must have either "prompt" or "messages"')
         prompt: Any = line.pop("messages" if self._is_dialog else "prompt")
         if self._is_dialog and not isinstance(prompt, list):
             raise DataError(f'"messages" must be a list, not {reprlib.repr(prompt)}')
@@ -150,16 +163,20 @@ class Task:
         return all(request.finish_reason is not None for request in self._requests)
 
     def result(self) -> dict[str, Any]:
-        """The line of the output."""
+        """The result of the line: its output or outputs, or the first error."""
         errors = [request.error for request in self._requests if request.error is not None]
         for error in [self._error, *errors]:
             if error is not None:
-                return {**self._head, "error": str(error)}
+                result = {"error": str(error)} if self._api is None else self._api.failure(error)
+                return {**self._head, **result}
+        if self._call is not None:
+            return {**self._head, **self._call.result(self._requests)}
         outputs = [self._output(request) for request in self._requests]
         head = {**self._head, "prompt_tokens": len(self._requests[0].prompt_tokens)}
         return {**head, **outputs[0]} if len(outputs) == 1 else {**head, "outputs": outputs}
 
     def _output(self, request: Request) -> dict[str, Any]:
+        """The result of one sample."""
         output: dict[str, Any] = {"text": request.text}
         if self._is_dialog:
             formatter = self._llama.formatter
@@ -180,42 +197,57 @@ class Task:
         return output
 
 
-def _run(llama: Llama, tasks: Iterable[Task], part: Part, window: int, bar: "tqdm[Any]") -> int:
-    """Write the results of all tasks, in their order; returns how many are errors."""
-    n_tokens = failed = 0
+def _run_tasks(
+    llama: Llama, tasks: Iterable[Task], part: Part, window: int, bar: "tqdm[Any]"
+) -> int:
+    """Step the engine, and write the results of all tasks in their order, with at most `window`
+    tasks in flight. Returns the number of failed tasks."""
+    n_tokens = n_failed = 0
     tasks = iter(tasks)
-    under_way = deque(islice(tasks, window))
-    while under_way:
-        # Step even without work, because the other ranks of the model wait for a plan.
+    in_flight = deque(islice(tasks, window))
+    while in_flight:
+        # Step even if no request is left, because the other ranks of the model wait for a plan.
         n_tokens += sum(event.token is not None for event in llama.engine.step())
         n_results = 0
-        while under_way and under_way[0].is_done:
-            result = under_way.popleft().result()
+        while in_flight and in_flight[0].is_done:
+            result = in_flight.popleft().result()
             part.write(result)
-            failed += "error" in result
+            n_failed += result.get("error") is not None
             n_results += 1
-        under_way.extend(islice(tasks, window - len(under_way)))
+        in_flight.extend(islice(tasks, window - len(in_flight)))
         seconds = bar.format_dict["elapsed"]
         bar.set_postfix_str(f"{n_tokens / max(seconds, 1e-9):,.0f} tokens/s", refresh=False)
         bar.update(n_results)
-    return failed
+    return n_failed
 
 
-def _bar(done: bytearray, group: int, n_groups: int) -> "tqdm[Any]":
-    """A progress bar over the lines of the first group, on the main rank."""
-    own = done[group::n_groups]
+def _progress_bar(states: bytearray, group: int, n_groups: int) -> "tqdm[Any]":
+    """A progress bar over the lines of this group. Only the main rank shows its bar."""
+    own = states[group::n_groups]
     return tqdm(
         total=len(own),
-        initial=len(own) - own.count(0),
+        initial=len(own) - own.count(PENDING),
         desc="Lines" if n_groups == 1 else f"Lines of 1 of {n_groups} groups",
         unit="line",
-        smoothing=0,  # many lines may end at once
-        miniters=0,  # the speed changes also where no line ends
+        smoothing=0,  # the average since the start, because lines finish at irregular times
+        miniters=0,  # redraw for new tokens, even if no line has finished
         disable=not parallel.is_main_rank(),
     )
 
 
+def import_api() -> Any:
+    """The module that runs lines of OpenAI's Batch API. Raises DataError without the extra."""
+    try:
+        from llama.server import batch
+    except ImportError as error:
+        raise DataError(
+            "lines with a url need pydantic: pip install 'llama-reference[serve]'"
+        ) from error
+    return batch
+
+
 def _read(line: bytes) -> dict[str, Any]:
+    """Parse a line of the input. Raises DataError unless it is a JSON object."""
     try:
         record = json.loads(line.decode())
     except (ValueError, RecursionError) as error:
@@ -226,6 +258,7 @@ def _read(line: bytes) -> dict[str, Any]:
 
 
 def _seed_of_line(seed: int, index: int) -> int:
+    """A seed of 63 bits that depends on both numbers alone."""
     mixed = np.random.SeedSequence([seed, index]).generate_state(1, np.uint64)
     return int(mixed[0] >> np.uint64(1))
 
@@ -233,7 +266,7 @@ def _seed_of_line(seed: int, index: int) -> int:
 def _sampling_params(
     defaults: Mapping[str, Any], options: Mapping[str, Any], seed: int
 ) -> SamplingParams:
-    """The options over the defaults; `seed` where neither has a seed."""
+    """Merge the options of a line with the defaults. `seed` is used if neither has a seed."""
     merged = {**defaults, **options}
     if merged.get("seed") is None:
         merged["seed"] = seed

@@ -10,18 +10,18 @@ from llama.errors import GenerationError
 @as_text
 @takes(MODEL, SPECULATION, SUGGESTED_SAMPLING, without=("n",))
 def chat(model: str | None = None, *words: str, **flags: Any) -> None:
-    """Talk with a model. /help lists what can be typed.
+    """Talk with a model. In the chat, /help lists the commands.
 
     Example: llama chat HuggingFaceTB/SmolLM2-360M-Instruct
 
-    A turn computes only its own tokens, because the KV cache keeps the turns before. Under torchrun
-    the first rank has the terminal, and Ctrl-C ends all ranks.
+    A turn computes only its own tokens, because the KV cache keeps the earlier turns. Under
+    torchrun the first rank reads and writes the terminal, and Ctrl-C ends all ranks.
 
     Args:
         model: a checkpoint folder, or an id on the Hub; by default --ckpt_dir.
     """
     if words:
-        raise GenerationError(f"unexpected {words[0]!r}: type messages when the chat has started")
+        raise GenerationError(f"unexpected {words[0]!r}: type messages after the chat has started")
     from llama.checkpoints.hub import ID
     from llama.commands import terminal
     from llama.commands.chat_session import Chat
@@ -32,12 +32,12 @@ def chat(model: str | None = None, *words: str, **flags: Any) -> None:
             raise GenerationError(f"two models: {model} and --ckpt_dir {flags['ckpt_dir']}")
         if not os.path.exists(model) and not ID.fullmatch(model):
             raise GenerationError(
-                f"{model!r} is no folder and no id on the Hub: type messages when the chat has "
+                f"{model!r} is no folder and no id on the Hub: type messages after the chat has "
                 "started"
             )
         flags["ckpt_dir"] = model
     build, params = terminal.read_flags(words, flags)
     llama = Llama.build(**build, max_batch_size=1)
-    with terminal.owned(llama) as is_ours:
-        if is_ours:
+    with terminal.on_first_rank(llama) as is_first_rank:
+        if is_first_rank:
             Chat(llama, terminal.suggested(llama, params, flags)).run()

@@ -1,4 +1,4 @@
-"""A chat in the terminal: the dialog, its commands, and the prompt of each answer."""
+"""A chat in the terminal: the dialog, the commands of the user, and the prompts of the answers."""
 
 import contextlib
 import json
@@ -16,23 +16,24 @@ from llama.generation import Llama
 from llama.sampling import SamplingParams
 
 HELP = """\
-/system TEXT   set the system message, for the whole dialog; without TEXT, remove it
+/system TEXT   set the system message of the whole dialog; without TEXT, remove it
 /retry         answer the last message again
-/save FILE     write the dialog as a line of JSON, as `llama finetune` reads it
-/clear         begin a new dialog; the system message stays
-/help          this list
-/quit          leave, as does Ctrl-D
-A line that ends with \\ goes on in the next; lines between two lines of \"\"\" are one message.
+/save FILE     write the dialog as a line of JSON, which `llama finetune` can read
+/clear         begin a new dialog with the same system message
+/help          show this list
+/quit          leave the chat; Ctrl-D does the same
+A line that ends with \\ continues in the next line.
+Lines between two lines of \"\"\" are one message.
 Ctrl-C stops an answer. The part that was shown stays in the dialog."""
 
-BLOCK = '"""'
+BLOCK = '"""'  # begins and ends a message of several lines
 
 
 class Chat:
-    """A dialog with a model, typed and shown in the terminal.
+    """A dialog with a model in the terminal.
 
-    Attributes: `system` (the system message, may be empty), `messages` (user and assistant in
-    turn), `answers` (the ids of each answer's message).
+    Attributes: `system` (the system message; "" for none), `messages` (a user's message and an
+    answer in turn), `answers` (the token ids of each answer, with its header and end token).
     """
 
     def __init__(self, llama: Llama, params: SamplingParams):
@@ -53,12 +54,12 @@ class Chat:
     def run(self) -> None:
         """Read and answer until the input ends."""
         with contextlib.suppress(ImportError):
-            import readline  # noqa: F401  # lines can be edited, and earlier ones come back
+            import readline  # noqa: F401  # makes input() offer editing and history
         if sys.stdin.isatty():
             terminal.note("/help lists the commands, Ctrl-C stops an answer, Ctrl-D leaves")
         while True:
             try:
-                self._take(terminal.read_line(self.llama, "> "))
+                self._handle_line(terminal.read_line(self.llama, "> "))
             except EOFError:
                 break
             except KeyboardInterrupt:
@@ -70,17 +71,18 @@ class Chat:
         if sys.stdin.isatty():
             print()
 
-    def _take(self, line: str) -> None:
-        """A command, or the first line of a message."""
+    def _handle_line(self, line: str) -> None:
+        """Run a command, or read the rest of a message that begins with this line, and answer."""
         if line.startswith("/"):
             name, _, argument = line.strip().partition(" ")
             if name not in self._commands:
-                raise GenerationError(f"unknown command {name}: /help lists them")
+                raise GenerationError(f"unknown command {name}: /help lists the commands")
             self._commands[name](argument.strip())
         elif text := self._read_message(line).strip():
             self._answer([*self.messages, {"role": "user", "content": text}])
 
     def _read_message(self, line: str) -> str:
+        """The whole message that begins with this line. More lines are read if it continues."""
         lines = []
         if line.strip() == BLOCK:
             while (line := terminal.read_line(self.llama, ". ")).strip() != BLOCK:
@@ -99,7 +101,7 @@ class Chat:
 
     def _retry(self, _: str) -> None:
         if not self.messages:
-            raise GenerationError("there is nothing to answer again")
+            raise GenerationError("there is no message to answer again")
         self._answer(self.messages[:-1])
 
     def _save(self, name: str) -> None:
@@ -129,12 +131,13 @@ class Chat:
         if len(prompt) >= limit:
             raise GenerationError(
                 f"the dialog has {len(prompt)} tokens, but max_seq_len is {limit}: "
-                "/clear begins a new one, /save FILE keeps this one"
+                "/clear begins a new dialog, /save FILE keeps this one"
             )
-        # The first prompt goes as messages, so that Llama can say that the model is no chat model.
+        # The first prompt is sent as messages, not as token ids, because `Llama.stream` warns of a
+        # model that was not trained to chat only if it gets messages.
         sent = prompt if self.answers else self._with_system(messages)
         tokens: list[int] = []
-        text, stop_token, end = "", None, ""
+        text, stop_token, reason = "", None, ""
         requests: set[Request] = set()
         start = time.perf_counter()
         first = 0.0
@@ -148,22 +151,25 @@ class Chat:
                     terminal.show(event.text)
                     stop_token = event.request.stop_token
                     if event.finish_reason == "length":
-                        end = "; cut at max_gen_len or max_seq_len"
+                        reason = "; cut at max_gen_len or max_seq_len"
         except KeyboardInterrupt:
-            end = "; stopped"
+            reason = "; stopped"
         print(flush=True)
         terminal.note(
             f"{terminal.speed(len(tokens), start)}, the first token after {first:.2f} s"
-            f"{terminal.accepted_text(requests)}{end}"
+            f"{terminal.acceptance(requests)}{reason}"
         )
         answer = self.llama.formatter.decode_message(tokens, stop_token)
-        answer["content"] = text  # a stop string may have cut it
+        answer["content"] = text  # the shown text, which a stop string may have cut
         self.answers = [*self.answers[: len(messages) // 2], self._answer_ids(answer, tokens)]
         self.messages = [*messages, answer]
 
     def _encode(self, messages: list[Message]) -> list[int]:
-        """The prompt. In Llama 3's format it has the answers' own ids: their texts, encoded again,
-        may give others, and then the cache would be of no use from there on."""
+        """The token ids of the prompt for the next answer.
+
+        In Llama 3's format earlier answers keep the ids that were generated. Their text could be
+        encoded to other ids, and the KV cache could not be reused from there on.
+        """
         formatter = self.llama.formatter
         dialog = self._with_system(messages)
         tokens = formatter.encode_dialog_prompt(dialog)
@@ -177,7 +183,8 @@ class Chat:
         return tokens + formatter.encode_header({"role": "assistant", "content": ""})
 
     def _answer_ids(self, answer: Message, tokens: list[int]) -> list[int]:
-        """The ids of an answer in a prompt: the generated ones, if the whole answer was shown."""
+        """The ids of an answer, with its header and end token, for later prompts. They are the
+        generated ids, unless a stop string has cut the text."""
         formatter = self.llama.formatter
         if not isinstance(formatter, ChatFormat):
             return []
@@ -187,5 +194,6 @@ class Chat:
         return [*formatter.encode_header(answer), *tokens, *formatter.encode_end(answer)]
 
     def _with_system(self, messages: list[Message]) -> list[Message]:
+        """The system message, unless it is empty, and then the messages."""
         system: list[Message] = [{"role": "system", "content": self.system}]
         return [*system, *messages] if self.system else messages

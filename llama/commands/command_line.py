@@ -1,4 +1,6 @@
-"""Run a command from the words of a command line: help, checks, and fire, which binds the words."""
+"""Run a command with the words of a command line. This file prints the help and checks the words.
+The library fire converts them to the command's arguments.
+"""
 
 import difflib
 import inspect
@@ -28,7 +30,7 @@ def run(command: Command, words: Sequence[str], usage: str) -> None:
 
 
 def nearest(name: str, known: Iterable[str], prefix: str = "") -> str:
-    """ ", did you mean …?" where a known name is near; else nothing."""
+    """The suggestion ", did you mean …?" if a known name is similar, else ""."""
     found = difflib.get_close_matches(name, list(known), 1)
     return f", did you mean {prefix}{found[0]}?" if found else ""
 
@@ -37,7 +39,10 @@ def nearest(name: str, known: Iterable[str], prefix: str = "") -> str:
 
 
 def checked(command: Command, words: Sequence[str], usage: str) -> list[str]:
-    """The words for fire. fire itself would run a command first and complain afterwards."""
+    """Check the words, and return them as fire takes them.
+
+    fire reports a wrong word only after it has run the command.
+    """
     flags = all_flags(command)
     arguments, own = own_flags(command)
     result: list[str] = []
@@ -51,7 +56,8 @@ def checked(command: Command, words: Sequence[str], usage: str) -> list[str]:
         if match is None:
             name = arguments[n_plain].name if n_plain < len(arguments) else None
             n_plain += 1
-            # fire would take a text such as "-- he said" for a flag.
+            # A text such as "-- he said" is given to fire as a flag's value. Alone, fire would
+            # read it as a flag.
             result.append(f"--{name}={word}" if name and word.startswith("-") else word)
             continue
         flag = _find(match[1].replace("-", "_"), flags, usage)
@@ -74,15 +80,16 @@ def checked(command: Command, words: Sequence[str], usage: str) -> list[str]:
 
 
 def _find(name: str, flags: dict[str, Flag], usage: str) -> Flag:
-    """The flag of that name. Also --noforce for --force, and -f where one flag alone begins so."""
+    """The flag of that name. fire also accepts --noforce for --force, and -f for --force if no
+    other flag begins with f. Raises LlamaError for an unknown name."""
     if name in flags:
         return flags[name]
     switch = flags.get(name.removeprefix("no"))
     if name.startswith("no") and switch is not None and switch.is_switch:
         return switch
-    beginning = [flag for flag in flags.values() if flag.name.startswith(name)]
-    if len(name) == 1 and len(beginning) == 1:
-        return beginning[0]
+    matches = [flag for flag in flags.values() if flag.name.startswith(name)]
+    if len(name) == 1 and len(matches) == 1:
+        return matches[0]
     raise LlamaError(f"unknown option --{name}{nearest(name, flags, '--')}; see {usage} --help")
 
 
@@ -108,12 +115,14 @@ def help_text(command: Command, usage: str) -> str:
 
 
 def _argument(flag: Flag, command: Command) -> str:
+    """An argument in the usage line: in brackets if optional, and with … if it may be repeated."""
     kind = inspect.signature(command).parameters[flag.name].kind
     name = flag.name.upper() + (" …" if kind is inspect.Parameter.VAR_POSITIONAL else "")
     return name if flag.default is None else f"[{name}]"
 
 
 def _row(name: str, flag: Flag) -> str:
+    """A flag's lines in the help: its name, meaning, type and default."""
     default = "required" if flag.default is None else f"default: {flag.default}"
     text = f"{flag.meaning} ({flag.kind}; {default})"
     indent = " " * 26

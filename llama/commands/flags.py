@@ -1,8 +1,8 @@
-"""The flags that several commands share: name, type, default and meaning.
+"""The flags of the commands: name, type, default and meaning.
 
-A command has its own parameters, which its signature and its docstring describe, and may take whole
-groups of flags besides. The groups below say in words what their types and defaults are.
-tests/commands/test_help.py compares them with the code that takes the flags.
+The signature and the docstring of a command describe its own flags. Flags that several commands
+share form the groups below, and a command takes a whole group with `@takes(GROUP)`.
+tests/commands/test_help.py compares the groups with the code that uses their values.
 """
 
 import inspect
@@ -15,34 +15,38 @@ from fire.decorators import SetParseFn
 
 Command = Callable[..., None]
 
-# Values that stay text whatever they look like. fire would read 1.50 as a number.
+# The values of these flags are always text. For others, fire converts 1.50 to a number.
 as_text: Callable[[Command], Command] = SetParseFn(
     str, "prompt", "stop", "ckpt_dir", "tokenizer_path", "device", "dtype", "mode", "quantize",
-    "kv_cache", "draft", "format", "model",
+    "kv_cache", "draft", "format", "model", "host", "api_key", "name", "allow_origin",
 )  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Flag:
-    """One flag, or one argument without a dash."""
+    """A flag, or an argument that is given by its position."""
 
     name: str
-    kind: str  # "text", "whole number", "number", "yes or no"
-    default: str | None  # None: the flag must be given
-    meaning: str
+    kind: str  # type of the value: "text", "whole number", "number", "yes or no"
+    default: str | None  # as the help shows it; None: the flag must be given
+    meaning: str  # as the help shows it
 
     @property
     def is_switch(self) -> bool:
+        """Whether the flag needs no value."""
         return self.kind == "yes or no"
 
 
 @dataclass(frozen=True)
 class Group:
+    """Flags that commands share, and the title above them in the help."""
+
     title: str
     flags: tuple[Flag, ...]
 
 
 def group(title: str, *rows: tuple[str, str, str | None, str]) -> Group:
+    """Make a group. A row has a flag's name, kind, default and meaning."""
     return Group(title, tuple(Flag(*row) for row in rows))
 
 
@@ -51,102 +55,117 @@ MODEL = group(
     ("ckpt_dir", "text", "the bundled model", "checkpoint folder, or an id on the Hub"),
     ("tokenizer_path", "text", "the one in ckpt_dir", "tokenizer.model or tokenizer.json"),
     ("max_seq_len", "whole number", "2048, or the context if smaller",
-     "tokens of prompt and answer together"),
-    ("seed", "whole number", "1", "of the random numbers that sampling draws"),
-    ("mode", "text", "fast", "fast, or reference for Meta's numbers to the bit"),
+     "most tokens of prompt and answer together"),
+    ("seed", "whole number", "1", "seed of the random numbers for sampling"),
+    ("mode", "text", "fast", "fast, or reference for logits that are bit-equal to Meta's"),
     ("quantize", "text", "as the folder is saved",
-     "int8 or int4: round the weights; mode fast; a CPU needs the extra [fast]. fp8: a newer GPU"),
-    ("kv_cache", "text", "not rounded", "int8: keys and values in less memory; mode fast"),
-    ("device", "text", "the best there is", "cpu, cuda or mps"),
+     "round the weights to int8 or int4, on a newer GPU also fp8; mode fast; a CPU needs the extra "
+     "[fast]"),
+    ("kv_cache", "text", "not rounded", "int8, to round keys and values; mode fast"),
+    ("device", "text", "the first of these that is available", "cuda, mps or cpu"),
     ("dtype", "text", "bfloat16 on a GPU, else the checkpoint's",
      "float32, bfloat16 or float16; the bundled model computes in float32 on a CPU"),
-    ("rope_factor", "number", "as published", "factor of scaled RoPE; Meta's code always takes 8"),
+    ("rope_factor", "number", "as published", "factor of scaled RoPE; Meta's code always uses 8"),
     ("format", "text", "the folder's, else the vocabulary's",
      "chat format: llama3, llama2, chatml or zephyr"),
 )  # fmt: skip
 SPECULATION = group(
     "Speculation: tokens are proposed, and one forward checks several",
-    ("draft", "text", "none", "folder of a smaller model that proposes; mode fast"),
-    ("lookup", "yes or no", "no", "propose what followed the last tokens earlier; mode fast"),
+    ("draft", "text", "none", "folder of a smaller model that proposes tokens; mode fast"),
+    (
+        "lookup",
+        "yes or no",
+        "no",
+        "propose the tokens that followed the last ones earlier in the text; mode fast",
+    ),
 )
 SAMPLING = group(
     "Sampling",
-    ("temperature", "number", "0.6", "divides the logits; 0 takes the likeliest token"),
-    ("top_p", "number", "0.9", "draw from the likeliest tokens with this probability together"),
-    ("top_k", "whole number", "0", "draw from this many tokens; 0: all"),
-    ("min_p", "number", "0.0", "least probability of a token, as a share of the likeliest one's"),
-    ("repetition_penalty", "number", "1.0", "divides the logits of tokens in the text"),
+    ("temperature", "number", "0.6", "divides the logits; 0 always takes the likeliest token"),
+    ("top_p", "number", "0.9",
+     "draw from the smallest set of likeliest tokens with a total probability above this"),
+    ("top_k", "whole number", "0", "draw from this many likeliest tokens; 0: from all"),
+    ("min_p", "number", "0.0",
+     "draw from tokens with at least this fraction of the likeliest token's probability"),
+    ("repetition_penalty", "number", "1.0",
+     "above 1, lowers the logits of tokens in the prompt and the answer"),
     ("presence_penalty", "number", "0.0", "subtracted from the logit of each generated token"),
-    ("frequency_penalty", "number", "0.0", "subtracted once for each time a token was generated"),
-    ("logit_bias", "text", "{}", "'{ID: NUMBER}', added to the logits of these token ids"),
-    ("max_gen_len", "whole number", "until max_seq_len", "generated tokens at most"),
-    ("stop", "text", "()", "text that ends the answer and is not part of it"),
+    ("frequency_penalty", "number", "0.0",
+     "subtracted from a token's logit once for each time it was generated"),
+    ("logit_bias", "text", "{}", "'{ID: NUMBER}', numbers added to the logits of these token ids"),
+    ("max_gen_len", "whole number", "until max_seq_len", "most tokens to generate"),
+    ("stop", "text", "()", "text that ends the answer and is left out of it"),
     ("stop_tokens", "text", "the tokenizer's", "'[ID, ID]', token ids that end the answer"),
-    ("ignore_eos", "yes or no", "no", "go on after a stop token"),
+    ("ignore_eos", "yes or no", "no", "continue after a stop token"),
     ("n", "whole number", "1", "samples of each prompt"),
-)
-# A line of `batch` can say what its result holds.
+)  # fmt: skip
+# What a result of `batch` contains besides the text.
 REPORTING = group(
     "Results",
-    ("logprobs", "whole number", "none", "alternatives reported for each generated token"),
+    ("logprobs", "whole number", "none",
+     "report each generated token's logprob, and this many of the likeliest tokens"),
     ("prompt_logprobs", "yes or no", "no", "report the logprobs of the prompt's tokens"),
-)
+)  # fmt: skip
 RUN = group(
     "Run",
-    ("out_dir", "text", None, "folder of the run; a run that it holds is continued"),
-    ("steps", "whole number", "1000", "updates of the weights in all"),
+    ("out_dir", "text", None, "folder for the checkpoints; a run in this folder is continued"),
+    ("steps", "whole number", "1000", "optimizer steps of the whole run"),
     ("batch", "whole number", "8", "rows that a rank computes at a time"),
     ("seq_len", "whole number", "512", "tokens of a row"),
-    ("accumulation", "whole number", "1", "batches of a step"),
-    ("learning_rate", "number", "0.001", "the schedule's peak"),
-    ("warmup_steps", "whole number", "50", "steps up to the peak; at most steps"),
-    ("decay_steps", "whole number", "a cosine over all steps",
-     "constant, then linear down to the end over this many steps"),
-    ("final_lr", "number", "0.1", "the last learning rate, as a share of the peak"),
-    ("weight_decay", "number", "0.1", "of matrices"),
-    ("beta1", "number", "0.9", "of AdamW"),
-    ("beta2", "number", "0.95", "of AdamW"),
+    ("accumulation", "whole number", "1", "batches of a step, on each rank"),
+    ("learning_rate", "number", "0.001", "peak of the learning rate"),
+    ("warmup_steps", "whole number", "50",
+     "steps in which the learning rate rises to its peak; a short run has fewer by default"),
+    ("decay_steps", "whole number", "a cosine decay after the warm-up",
+     "steps at the end in which the learning rate falls linearly; it is constant before"),
+    ("final_lr", "number", "0.1", "learning rate at the end, as a fraction of the peak"),
+    ("weight_decay", "number", "0.1", "weight decay of matrices; norms have none"),
+    ("beta1", "number", "0.9", "AdamW's decay rate for the mean of the gradient"),
+    ("beta2", "number", "0.95", "AdamW's decay rate for the mean of the squared gradient"),
     ("clip", "number", "1.0", "largest norm of the gradient"),
-    ("train", "text", "all", "all, norms or all_but_embeddings"),
-    ("separate_documents", "yes or no", "yes", "documents in one row do not see each other"),
-    ("autocast", "yes or no", "on a GPU", "matrix products in bfloat16"),
+    ("train", "text", "all", "weights to train: all, norms or all_but_embeddings"),
+    ("separate_documents", "yes or no", "yes", "no attention between the documents of a row"),
+    ("autocast", "yes or no", "only on a GPU", "compute matrix products in bfloat16"),
     ("eval_every", "whole number", "100", "steps between evaluations"),
     ("eval_batches", "whole number", "20", "batches of an evaluation"),
     ("checkpoint_every", "whole number", "200", "steps between checkpoints"),
-    ("keep", "whole number", "2", "newest checkpoints that stay"),
-    ("seed", "whole number", "1", "of the first weights and of the order of the data"),
+    ("keep", "whole number", "2", "how many checkpoints stay; older ones are deleted"),
+    ("seed", "whole number", "1", "seed of the initial weights, or of the order of the dialogs"),
     ("device", "text", "this rank's GPU, else the CPU", "cpu or cuda"),
-    ("model_parallel_size", "whole number", "1", "ranks that share a model; under torchrun"),
-    ("fsdp", "yes or no", "where a GPU is too small", "split the model over the replicas"),
-    ("log_dir", "text", "none", "folder for TensorBoard; extra [train]"),
+    ("model_parallel_size", "whole number", "1", "ranks that share a model, under torchrun"),
+    ("fsdp", "yes or no", "if a GPU is too small",
+     "split weights, gradients and optimizer state over the data-parallel ranks"),
+    ("log_dir", "text", "none", "folder for TensorBoard, which needs the extra [train]"),
     ("sample_every", "whole number", "0", "steps between sample texts; 0: none"),
     ("sample_prompt", "text", "Once upon a time", "beginning of a sample text"),
 )  # fmt: skip
 PRETRAINING = group(
     "Data and shape",
-    ("data", "text", None, "pattern of token files, as 'tales_*.bin'"),
+    ("data", "text", None, "pattern of token files, such as 'tales_*.bin'"),
     ("tokenizer", "text", None, "tokenizer.model; it is copied into the checkpoints"),
     ("eval_data", "text", "none", "pattern of token files to evaluate on"),
-    ("preset", "text", "none", "shape of a published model, as llama-3.2-1b"),
+    ("preset", "text", "none",
+     "published model, such as llama-3.2-1b, whose shape replaces the flags below"),
     ("dim", "whole number", "256", "width of the model"),
     ("n_layers", "whole number", "4", "layers"),
     ("n_heads", "whole number", "4", "query heads"),
     ("n_kv_heads", "whole number", "n_heads", "key/value heads"),
     ("hidden_dim", "whole number", "by Meta's rule", "feed-forward width"),
-    ("multiple_of", "whole number", "32", "the feed-forward width is rounded up to a multiple"),
+    ("multiple_of", "whole number", "32",
+     "the feed-forward width is rounded up to a multiple of this"),
     ("rope_theta", "number", "500000.0", "base of RoPE's frequencies"),
-    ("tied", "yes or no", "no", "the output matrix is the embedding"),
-)
+    ("tied", "yes or no", "no", "use the embedding as the output matrix"),
+)  # fmt: skip
 FINETUNING = group(
     "Data and model",
-    ("data", "text", None, "JSONL file with a dialog a line"),
+    ("data", "text", None, "JSONL file with one dialog a line"),
     ("ckpt_dir", "text", "the bundled model", "checkpoint folder to start from"),
     ("tokenizer", "text", "the one in ckpt_dir", "tokenizer.model"),
     ("eval_data", "text", "none", "JSONL file of dialogs to evaluate on"),
 )
 
 
-def changed(group: Group, **defaults: str) -> Group:
+def with_defaults(group: Group, **defaults: str) -> Group:
     """The same flags with other defaults."""
     flags = (
         Flag(flag.name, flag.kind, defaults.get(flag.name, flag.default), flag.meaning)
@@ -156,7 +175,7 @@ def changed(group: Group, **defaults: str) -> Group:
 
 
 # `chat` and `complete` use the sampling options that a folder suggests.
-SUGGESTED_SAMPLING = changed(
+SUGGESTED_SAMPLING = with_defaults(
     SAMPLING,
     temperature="the folder's generation_config.json, else 0.6",
     top_p="the folder's generation_config.json, else 0.9",
@@ -164,7 +183,10 @@ SUGGESTED_SAMPLING = changed(
 
 
 def takes(*groups: Group, without: tuple[str, ...] = ()) -> Callable[[Command], Command]:
-    """Say which groups a command's `**flags` are, except for some flags."""
+    """Decorate a command, whose `**flags` then take the flags of these groups.
+
+    without: names of flags that the command does not take.
+    """
 
     def mark(command: Command) -> Command:
         kept = [
@@ -178,17 +200,18 @@ def takes(*groups: Group, without: tuple[str, ...] = ()) -> Callable[[Command], 
 
 
 def groups_of(command: Command) -> list[Group]:
+    """The groups that `takes` has given to the command."""
     return vars(command).get("groups", [])
 
 
 def own_flags(command: Command) -> tuple[list[Flag], list[Flag]]:
-    """A command's own arguments and its own flags, from its signature and docstring."""
+    """The arguments and the flags of a command without its groups, from signature and docstring."""
     meanings = _meanings(command)
     arguments, flags = [], []
     for parameter in inspect.signature(command).parameters.values():
         if parameter.kind is parameter.VAR_KEYWORD:
             continue
-        flag = _described(parameter, meanings.get(parameter.name, ""))
+        flag = _flag(parameter, meanings.get(parameter.name, ""))
         is_flag = parameter.kind is parameter.KEYWORD_ONLY or parameter.default is not _NONE
         is_optional_argument = parameter.name in ("prompt", "config", "model", "folder")
         if parameter.kind is parameter.VAR_POSITIONAL:
@@ -202,7 +225,7 @@ def own_flags(command: Command) -> tuple[list[Flag], list[Flag]]:
 
 
 def all_flags(command: Command) -> dict[str, Flag]:
-    """Everything that may follow a dash, by name."""
+    """All flags of a command by name, and its arguments, since these can be given as flags too."""
     arguments, flags = own_flags(command)
     shared = [flag for group in groups_of(command) for flag in group.flags]
     return {flag.name: flag for flag in (*arguments, *flags, *shared)}
@@ -211,29 +234,30 @@ def all_flags(command: Command) -> dict[str, Flag]:
 _NONE = inspect.Parameter.empty
 
 
-def _described(parameter: inspect.Parameter, meaning: str) -> Flag:
+def _flag(parameter: inspect.Parameter, meaning: str) -> Flag:
+    """The flag of a parameter. Its kind comes from the annotation."""
     annotation = str(getattr(parameter.annotation, "__name__", parameter.annotation))
     kinds = {"bool": "yes or no", "int": "whole number", "float": "number"}
     kind = next((text for word, text in kinds.items() if word in annotation), "text")
     default: Any = parameter.default
     if default is _NONE:
         return Flag(parameter.name, kind, None, meaning)
-    # "…; by default X" in the docstring names a default that is None in the signature.
-    meaning, _, said = meaning.partition("; by default ")
-    shown = {True: "yes", False: "no", None: said.rstrip(".") or "none"}
+    # "…; by default X" in the docstring describes a default that is None in the signature.
+    meaning, _, described = meaning.partition("; by default ")
+    shown = {True: "yes", False: "no", None: described.rstrip(".") or "none"}
     is_named = default is None or isinstance(default, bool)
     return Flag(parameter.name, kind, shown[default] if is_named else str(default), meaning)
 
 
 def _meanings(command: Command) -> dict[str, str]:
-    """The texts of the docstring's `Args:`, by parameter, each in one line."""
+    """The text of each parameter in the docstring's `Args:`, without line breaks."""
     _, _, text = (inspect.getdoc(command) or "").partition("Args:\n")
     found: dict[str, str] = {}
     name = ""
     for line in text.splitlines():
-        if begun := re.match(r" {4}(\w+): (.*)", line):
-            name = begun[1]
-            found[name] = begun[2].strip()
+        if match := re.match(r" {4}(\w+): (.*)", line):
+            name = match[1]
+            found[name] = match[2].strip()
         elif name and line.strip():
             found[name] += f" {line.strip()}"
     return {name: meaning.rstrip(".") for name, meaning in found.items()}

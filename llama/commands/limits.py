@@ -1,4 +1,4 @@
-"""What this machine can do at most, measured beside a benchmark: no figure may exceed it."""
+"""Limits for benchmark figures: what this machine can do at most, and counts that must be right."""
 
 import math
 import time
@@ -9,13 +9,13 @@ import torch
 from llama.engine.request import Event
 from llama.errors import BenchmarkError
 
-TOLERANCE = 1.25  # neighbours on the machine may slow a limit down while it is measured
-INT8_GAIN = 4  # products of int8 are at most that much faster than those of float32
+TOLERANCE = 1.25  # a limit is measured too low if other processes use the machine at the time
+INT8_GAIN = 4  # int8 products are at most this many times as fast as those of float32 or bfloat16
 ROUNDS = 5
 
 
 def best_seconds(work: Callable[[], object]) -> float:
-    """The shortest time of several calls."""
+    """The time of the fastest of several calls, in seconds."""
     seconds = []
     for _ in range(ROUNDS):
         start = time.perf_counter()
@@ -25,14 +25,15 @@ def best_seconds(work: Callable[[], object]) -> float:
 
 
 def read_rate(n_bytes: int, device: torch.device) -> float:
-    """Bytes a second at which memory of that size is read, all of it from the caches if it fits."""
+    """Measure how many bytes a second are read from a buffer of `n_bytes`. A buffer that fits into
+    the processor's caches is read from there."""
     buffer = torch.ones(max(1, n_bytes // 4), device=device)
     return buffer.nbytes / best_seconds(lambda: buffer.sum().item())
 
 
 def product_rate(device: torch.device, size: int = 1024) -> float:
-    """Operations a second of a large matrix product, in the faster of float32 and bfloat16, and
-    INT8_GAIN times as many, because weights may be int8."""
+    """The most operations a second of matrix products: the measured rate of a large product, in the
+    faster of float32 and bfloat16, times INT8_GAIN, because weights may be int8."""
     rates = []
     for dtype in (torch.float32, torch.bfloat16):
         x = torch.ones(size, size, dtype=dtype, device=device)
@@ -41,17 +42,17 @@ def product_rate(device: torch.device, size: int = 1024) -> float:
 
 
 def check_rate(name: str, rate: float, limit: float, unit: str) -> None:
-    """Raise BenchmarkError where a rate is above what the machine was measured to reach."""
+    """Raise BenchmarkError if a rate is not above 0 or exceeds the measured limit."""
     if not 0 < rate <= TOLERANCE * limit:
         raise BenchmarkError(
-            f"{name}: {rate:.3g} {unit} a second, but this machine reaches {limit:.3g}: the work "
-            "was not done"
+            f"{name}: {rate:.3g} {unit} a second, but the limit of this machine is {limit:.3g}: "
+            "the work was not done"
         )
 
 
 def count_tokens(events: Iterable[Event]) -> int:
-    """The generated tokens among the events. Raises BenchmarkError for one whose logits were not
-    finite, or a request that failed."""
+    """The number of generated tokens among the events. Raises BenchmarkError for a token whose
+    logprob is not finite or above 0, and for a request that failed."""
     count = 0
     for event in events:
         if event.request.error is not None:
@@ -65,6 +66,8 @@ def count_tokens(events: Iterable[Event]) -> int:
 
 
 def check_count(name: str, count: int, expected: int) -> None:
-    """Raise BenchmarkError where another number of tokens came than were asked for."""
+    """Raise BenchmarkError unless `expected` tokens were generated."""
     if count != expected:
-        raise BenchmarkError(f"{name}: {count} tokens came, but {expected} were asked for")
+        raise BenchmarkError(
+            f"{name}: {count} tokens were generated, but {expected} were requested"
+        )

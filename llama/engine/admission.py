@@ -12,7 +12,9 @@ from llama.engine.speculative import common_prefix_length
 from llama.errors import GenerationError
 from llama.sampling import SamplingParams
 
-MIN_REUSE = 16  # least length of a reused prefix; a shorter one saves less than it overwrites
+# The shortest prefix that is reused. Reusing a shorter one would save little time, and could
+# overwrite a slot whose longer prefix a later prompt needs.
+MIN_REUSE = 16
 
 
 def check_prompt(
@@ -31,7 +33,7 @@ def check_prompt(
         raise GenerationError(f"prompt {row} is {prompt_tokens!r}, not a list of token ids")
     if not prompt_tokens:
         raise GenerationError(f"prompt {row} is empty: it needs at least one token")
-    # If nothing is generated, the last token is not fed.
+    # With max_gen_len 0 the last token is not fed, so the prompt may have one more token.
     if len(prompt_tokens) > max_seq_len + (params.max_gen_len == 0):
         raise GenerationError(
             f"prompt {row} has {len(prompt_tokens)} tokens, but max_seq_len is {max_seq_len}"
@@ -60,8 +62,8 @@ def make_generator(
 def choose_slot(request: Request, slots: list[Slot], free: list[Slot]) -> tuple[Slot, Slot, int]:
     """Returns a free slot, the slot whose prefix the request reuses, and the prefix's length.
 
-    The two slots are the same if the second one is free. A request reuses nothing if it is exact,
-    private or scored, or generates nothing.
+    Both are the same slot if the slot with the prefix is free. A request reuses nothing if it is
+    exact, private or scored, or generates nothing.
     """
     least_recent = min(free, key=lambda slot: (slot.last_used, slot.index))
     is_scored = request.params.prompt_logprobs or request.max_gen_len == 0

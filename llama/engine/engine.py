@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from llama import parallel, sampling
+from llama import parallel
 from llama.cache import KVCache
 from llama.engine.admission import check_prompt, choose_slot, make_generator
 from llama.engine.lookahead import Lookahead
@@ -46,7 +46,8 @@ class Engine:
         tokenizer: gives events their text and requests their stop tokens. Without it events have
             no text, and stop tokens come from the params only.
         seed: a request without a seed gets one derived from this and the request's number.
-        prefill_chunk: prompt tokens that one step prefills; exact requests exceed it.
+        prefill_chunk: prompt tokens that one step prefills. An exact request is prefilled in one
+            step, whatever its length.
         cache_dtype: dtype of the keys and values, such as int8; None: the model's default.
         draft: a smaller model with the same vocabulary, which proposes tokens to this one.
         lookup: propose the tokens that followed the last ones earlier in the text.
@@ -91,9 +92,9 @@ class Engine:
         if static:
             assert isinstance(model, GpuTransformer)
             self._static = StaticStep(model, cache)
-            if draft is None:  # whose tokens are drawn from another distribution
+            if draft is None:  # the row sampler has no acceptance rule for a draft's proposals
                 sampler = RowSampler(max_batch_size, model.vocab_size, n_words, model.device)
-                # With several ranks only the first would know the tokens in time.
+                # The lookahead feeds tokens that are still on the GPU. Other ranks lack them.
                 if not lookup and parallel.mp_size() == 1:
                     self._lookahead = Lookahead(self._static)
         self._worker = Worker(networks, self._static)
@@ -102,12 +103,12 @@ class Engine:
         if draft is not None or lookup:
             sizes = max_seq_len, prefill_chunk, n_words
             self._proposer = Proposer(self._worker.run, *sizes, has_draft=draft is not None)
-        # Tokens that an idle row keeps. Steps of other rows may overwrite what follows.
+        # Tokens that an idle row keeps. Padding in other rows' steps may overwrite later positions.
         self._kept = max_seq_len - 1 - (MAX_PROPOSALS if self._proposer else 0)
         self._seed = seed
         self._slots = [Slot(i) for i in range(max_batch_size)]
         self._waiting: deque[Request] = deque()
-        self._prefilling: Slot | None = None  # only one, so that the next can reuse its prefix
+        self._prefilling: Slot | None = None  # one at a time: the next prompt may share its prefix
         self._cancelled: list[Event] = []  # reported by the next step
         self._submitted = self._steps = 0
 
@@ -213,11 +214,12 @@ class Engine:
         for group in decoding:
             events += self._decode(group)
         if not decoding and budget == self.prefill_chunk:
-            self._worker.run(Plan(Action.NOTHING))  # a sign of life for the ranks that wait
+            self._worker.run(Plan(Action.NOTHING))  # so that the waiting ranks do not time out
         return events
 
     def _next_to_prefill(self) -> Slot | None:
-        """The slot that is prefilling, else a free slot, to which the next request is admitted."""
+        """The slot whose prompt is being prefilled. If there is none, the next request is admitted
+        to a free slot, and that slot is returned. None if nothing waits or no slot is free."""
         if self._prefilling is None and self._waiting:
             free = [slot for slot in self._slots if slot.request is None]
             if free:
@@ -238,8 +240,8 @@ class Engine:
         request = slot.running
         prompt, start = request.prompt_tokens, len(slot.tokens)
         scores_prompt = request.params.prompt_logprobs
-        # If nothing is generated, a scored prompt is fed without its last token, and an unscored
-        # one not at all.
+        # With max_gen_len 0, a prompt with prompt_logprobs is fed without its last token. Any other
+        # prompt is not fed.
         n_fed = len(prompt) if request.max_gen_len > 0 else (len(prompt) - 1) * scores_prompt
         end = n_fed if request.is_exact else min(start + budget, n_fed)
         is_last = end == n_fed
@@ -254,17 +256,11 @@ class Engine:
             )  # fmt: skip
             logits = self._worker.run(plan)
             slot.tokens = prompt[:end]
-        if scores_prompt and logits is not None:
-            targets = torch.tensor(prompt[start + 1 : end + 1], device=logits.device)
-            scored = logits[0, : len(targets)]
-            request.prompt_logprobs += sampling.logprob_of(scored, targets).tolist()
-            request.prompt_is_greedy += (scored.argmax(dim=-1) == targets).tolist()
+        if scores_prompt:
+            request.score_prompt(logits, prompt[start + 1 : end + 1])
         if not is_last:
             return end - start, None
         self._prefilling = None
-        if scores_prompt:
-            request.prompt_logprobs.insert(0, 0.0)  # no logits predict the first token
-            request.prompt_is_greedy.insert(0, False)
         if request.max_gen_len == 0:
             self._release(slot)
             return end - start, request.end("length")
@@ -299,9 +295,9 @@ class Engine:
             for slot in decoding:
                 slot.tokens.append(fed[slot][at])
             of_slots = [logits[slot.index - first, at] for slot in decoding]
-            # Indexing with a list would make a GPU wait. Stacking does not.
+            # Stacked, because indexing with a list would make the host wait for the GPU.
             events += self._next_tokens(decoding, torch.stack(of_slots), at, rows)
-            # The next logits hold only where the proposal they follow was accepted.
+            # The logits at `at + 1` are valid only for slots whose proposal at `at` was accepted.
             decoding = [slot for slot in decoding if slot.accept(fed[slot][at + 1 : at + 2])]
             if not decoding:
                 break
@@ -314,7 +310,8 @@ class Engine:
     ) -> list[Event]:
         """Give each slot's request its next token, from logits (B, V), and free what has ended.
 
-        rows: the slots of the decode step, which the next may follow before its tokens are known.
+        rows: the slots of the decode step. If they are given, the lookahead may launch the next
+        step before the tokens of this one are known.
         """
         meanwhile = None
         if self._lookahead is not None and rows:
@@ -340,7 +337,8 @@ class Engine:
 
     def follow(self) -> None:
         """On every rank but the first: execute the first rank's plans until it calls `dismiss`.
-        The queue is cleared, because the first rank runs the same requests."""
+        Every rank has submitted the same requests. The first rank runs them, so the other ranks
+        clear their queues."""
         self._waiting.clear()
         self._worker.follow()
 

@@ -1,4 +1,4 @@
-"""Launch the next decode step on a GPU before the host knows its tokens.
+"""Launch a GPU's next decode step before the host knows its tokens. It is no speculation.
 
 The tokens are drawn on the device, so the step after can start at once. While it runs, the host
 reads the tokens, which takes it about as long as a small model's step. Where a row ends, its part

@@ -1,4 +1,4 @@
-"""Plans: what all ranks of a model do next. The first rank sends them as numbers."""
+"""Plans: what every rank of a model computes next. The first rank sends each plan to the others."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -25,11 +25,13 @@ class Request:
         logprobs: the natural logarithm of each token's probability, before any sampling option.
         top_logprobs: for each token, the likeliest ids and their logprobs, if asked for.
         prompt_logprobs: the logprobs of the prompt's tokens, if asked for; 0.0 for the first.
+        prompt_top_logprobs: as top_logprobs, for the prompt's tokens; none for the first.
         prompt_is_greedy: for each of the prompt_logprobs, whether its token was the likeliest.
         text: the text of the tokens, up to a stop string.
         finish_reason: None until the request ends; then "stop" (a stop token or string), "length"
             (max_gen_len, or the cache is full), "cancelled", or "error" (see `error`).
         stop_token: the stop token that ended the request, if one did.
+        n_reused: how many of the prompt's tokens were in the KV cache already.
         proposed, accepted: how many tokens were proposed, and how many of them were accepted.
     """
 
@@ -47,12 +49,29 @@ class Request:
     top_logprobs: list[list[tuple[int, float]]] = field(default_factory=list)
     prompt_logprobs: list[float] = field(default_factory=list)
     prompt_is_greedy: list[bool] = field(default_factory=list)
+    prompt_top_logprobs: list[list[tuple[int, float]]] = field(default_factory=list)
     text: str = ""
     finish_reason: FinishReason | None = None
     stop_token: int | None = None
+    n_reused: int = 0
     proposed: int = 0
     accepted: int = 0
     error: Exception | None = None
+
+    def score_prompt(self, logits: Tensor | None, targets: list[int]) -> None:
+        """Score the prompt's next tokens. logits (1, S, V): those after the tokens before them;
+        None: the prompt has one token, which nothing predicts."""
+        if not self.prompt_logprobs:  # no logits predict the first token
+            self.prompt_logprobs, self.prompt_is_greedy = [0.0], [False]
+            self.prompt_top_logprobs = [[]] if self.params.logprobs is not None else []
+        if logits is None:
+            return
+        scored, ids = logits[0, : len(targets)], torch.tensor(targets, device=logits.device)
+        self.prompt_logprobs += sampling.logprob_of(scored, ids).tolist()
+        self.prompt_is_greedy += (scored.argmax(dim=-1) == ids).tolist()
+        if self.params.logprobs is not None:
+            top = (sampling.top_logprobs(row, self.params.logprobs) for row in scored)
+            self.prompt_top_logprobs += top
 
     def push(self, token: int, logprob: float) -> str:
         """Add a generated token. Returns the text that can be shown now.
@@ -119,7 +138,7 @@ class Request:
         yield -1 if self.stop_token is None else self.stop_token
         yield from (len(self.prompt_logprobs), *self.prompt_logprobs, *self.prompt_is_greedy)
         yield from (len(self.tokens), *self.tokens, *self.logprobs)
-        for alternatives in self.top_logprobs:
+        for alternatives in (*self.prompt_top_logprobs[1:], *self.top_logprobs):
             for pair in alternatives:
                 yield from pair
 
@@ -136,8 +155,10 @@ class Request:
             self.push(int(token), logprob)
         if self.params.logprobs is not None:
             pairs = [(int(token), logprob) for token, logprob in zip(numbers, numbers, strict=True)]
-            k = self.params.logprobs
-            self.top_logprobs = [pairs[i * k : (i + 1) * k] for i in range(n)]
+            k, n_scored = self.params.logprobs, max(0, len(self.prompt_logprobs) - 1)
+            rows = [pairs[i * k : (i + 1) * k] for i in range(n_scored + n)]
+            self.prompt_top_logprobs = [[]] * bool(self.prompt_logprobs) + rows[:n_scored]
+            self.top_logprobs = rows[n_scored:]
         self.finish(reason)
         if reason == "error":
             self.error = ParallelError("the first rank failed: its own message says why")

@@ -43,6 +43,7 @@ class Slot:
     def admit(self, request: Request, reused: int, n_in_draft_cache: int) -> None:
         """Take a request. The row holds the first `reused` tokens of its prompt already."""
         self.request, self.tokens = request, request.prompt_tokens[:reused]
+        request.n_reused = reused
         self.n_in_draft_cache, self.lookup, self.proposals = n_in_draft_cache, None, Proposals()
 
     def cut(self, length: int) -> None:

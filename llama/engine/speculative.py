@@ -2,12 +2,14 @@
 
 Leviathan et al. 2023, arxiv.org/abs/2211.17192; Chen et al. 2023, arxiv.org/abs/2302.01318. A
 forward of a few tokens costs little more than a forward of one, because both read all weights. It
-gives the logits after each token. A token is drawn from each of these, in order, until one differs
-from its proposal. All tokens therefore come from the model's own distribution.
+gives the logits after each token. A token is drawn from the logits of each position, in order,
+until a drawn token differs from the proposed one. So all tokens come from the model's own
+distribution.
 
 With greedy decoding or lookup, tokens are drawn as in plain decoding, with the same random numbers.
 With a draft model at a temperature above 0, the proposals are random too. The acceptance rule in
-`choose` accepts more of them. A seed then gives another text, from the same distribution.
+`choose` then accepts more proposals than a comparison with a drawn token would. A seed gives
+another text, from the same distribution.
 
 This file holds the acceptance rule, lookup, and the estimates of rates and times. `proposer`
 decides what to propose. The engine runs the model.
@@ -32,7 +34,7 @@ GAIN = 1.05  # the least speedup over plain decoding for which tokens are propos
 
 PROPOSAL_COST = 0.17  # assumed cost of a proposal, as a share of a plain step, until measured
 PRIOR = 0.6  # assumed acceptance rate, until measured
-DECAY = 0.97  # factor on earlier results in the acceptance rate, at each step
+DECAY = 0.97  # each step multiplies the weight of earlier results in the acceptance rate by this
 
 
 class Lookup:
@@ -149,14 +151,14 @@ class _Timed:
 
 
 class StepTimes:
-    """Estimates the time of a step with some rows and proposals a row, from timed steps."""
+    """Estimates a step's time from earlier steps, by number of rows and of proposals per row."""
 
     LAST = 8  # latest times that are kept of each kind of step
     FEW = 3  # with fewer times a kind's median is not trusted, because the first may be slow
-    AGE = 256  # steps without a time of a kind, after which its times are ignored
+    AGE = 256  # steps in which a kind was not timed, after which its times are ignored
 
     def __init__(self) -> None:
-        self._known: dict[int, dict[int, _Timed]] = {}  # [rows][proposals a row]
+        self._known: dict[int, dict[int, _Timed]] = {}  # [rows][proposals per row]
         self._count = 0
 
     def add(self, n_rows: int, length: int, seconds: float) -> None:
@@ -167,12 +169,13 @@ class StepTimes:
             timed = lengths[length] = _Timed(deque(maxlen=self.LAST), self._count)
         timed.latest.append(seconds)
         timed.at = self._count
-        # The median, because the minimum would be a step that accepted no proposal.
+        # Not the minimum: a step that accepts no proposal is the fastest.
         timed.median = sorted(timed.latest)[len(timed.latest) // 2]
 
     def seconds(self, n_rows: int, length: int) -> float:
-        """The median. With fewer than FEW times, it is at most an estimate from the nearest number
-        of proposals. 0 until steps without proposals have FEW times."""
+        """The median of the times. With fewer than FEW times, it is the smaller of the median and
+        an estimate from the nearest number of proposals. It is 0 if steps without proposals have
+        fewer than FEW times."""
         lengths = self._known.get(n_rows, {})
         plain = self._median(lengths, 0)
         if length == 0 or plain == 0:
@@ -202,10 +205,10 @@ class StepTimes:
 def best_length(
     rates: Sequence[float], limits: Sequence[int], seconds: Callable[[int], float]
 ) -> int:
-    """The number of proposals a row that generates the most tokens per second.
+    """The number of proposals per row that gives the most tokens per second.
 
     rates, limits: for each row, the probability that a proposal is right, and the most proposals.
-    seconds: estimates a step's time from its proposals a row. Rows with fewer are padded.
+    seconds(n): estimated time of a step with n proposals per row. Rows with fewer are padded.
     Returns 0 if no number reaches a speedup of GAIN, or seconds(0) is 0, which means unknown.
     """
     longest = max(limits, default=0)

@@ -1,4 +1,4 @@
-"""Choose the next token of every row of a step from its logits."""
+"""Decide for each row who chooses its token: `speculative`, `row_sampling` or `sampling`."""
 
 from collections.abc import Callable
 

@@ -1,4 +1,4 @@
-"""Every script of benchmarks/ runs at its smallest size, does its work, and says on what machine.
+"""Every script of benchmarks/ runs at its smallest size and reports figures.
 
 Run by `make test-slow`.
 """
@@ -31,6 +31,9 @@ SCRIPTS: dict[str, list[str]] = {
     "kernel_speed": ["--shape=demo", "--rounds=1"],
     "load": ["--folder={work}/load", "--shape=demo", "--rounds=1"],
     "quality": ["--tales={work}/tales.jsonl"],
+    "serve": ["--clients=1,2", "--seconds=1", "--rounds=1", "--slots=2", "--length=8"],
+    "serve_faults": ["--requests=100", "--sockets=20"],
+    "soak": ["--seconds=8", "--growth=1"],
     "ranks": ["--folder={model}", "--decode=2", "--rounds=1"],
     "speculative": ["--rounds=1"],
     "speed": ["--shape=demo", "--prefill=32", "--decode=4", "--rounds=1"],
@@ -85,7 +88,7 @@ def test_a_script_at_its_smallest(script: str, work: Path) -> None:
 
 
 def test_peers_names_what_is_missing(work: Path) -> None:
-    """llama-cpp-python is built with a C++ compiler, and is no dependency of the tests."""
+    """llama-cpp-python needs a C++ compiler. Without it the script names the missing package."""
     if importlib.util.find_spec("llama_cpp") is None:
         done = run("peers", f"--work={work / 'peers'}")
         assert done.returncode != 0
@@ -97,7 +100,7 @@ def test_peers_names_what_is_missing(work: Path) -> None:
 
 
 def test_tables_are_those_of_the_results() -> None:
-    """The page is what benchmarks/tables.py makes of benchmarks/results/."""
+    """benchmarks/tables.py writes the tables of the page from benchmarks/results/."""
     page = ROOT / "docs" / "performance.md"
     before = page.read_text(encoding="utf-8")
     done = run("tables")

@@ -1,4 +1,4 @@
-"""The engine: what a row says depends on no neighbour, chunk, reuse or number of ranks."""
+"""The engine: a row's tokens do not depend on other rows, chunks, prefix reuse or ranks."""
 
 import gc
 import random
@@ -60,7 +60,8 @@ def result_of(request: Request) -> tuple[list[int], list[float], str | None]:
 
 
 def run_many(prompts: list[list[int]], options: list[dict[str, Any]]) -> list[Any]:
-    """The results of requests that join at random steps, some of which are cancelled."""
+    """The results of requests that are submitted at random steps, between others that are
+    cancelled."""
     model = make_model()
     engine = Engine(model, 8, MAX_SEQ_LEN, prefill_chunk=24)
     numbers = random.Random(3)
@@ -70,7 +71,7 @@ def run_many(prompts: list[list[int]], options: list[dict[str, Any]]) -> list[An
         for _ in range(min(len(left), numbers.choice([0, 0, 1, 2, 5]))):
             prompt, option = left.pop(0)
             requests.append(engine.submit(prompt, SamplingParams(**option)))
-            if len(requests) % 13 == 0:  # one that leaves early, to make room for others
+            if len(requests) % 13 == 0:  # this request is cancelled after three steps
                 spoiled = engine.submit(prompt[::-1], SamplingParams(temperature=1.0, seed=1))
                 for _ in range(3):
                     engine.step()
@@ -96,7 +97,8 @@ def run_many_on_rank(prompts: list[list[int]], options: list[dict[str, Any]]) ->
 
 
 def many() -> tuple[list[list[int]], list[dict[str, Any]]]:
-    """Two hundred prompts and more; some begin alike; half are greedy, half sampled with a seed."""
+    """More than two hundred prompts. Some have a common prefix. Half are greedy, half are
+    sampled."""
     prompts = random_prompts(180)
     prompts += [prompts[0][:1] * 20 + prompt[:30] for prompt in prompts[:40]]
     random.Random(5).shuffle(prompts)
@@ -124,7 +126,7 @@ def test_a_row_in_company_is_the_row_alone(
 
 
 def test_a_request_without_a_seed_has_random_numbers_of_its_own(model: Transformer) -> None:
-    """They come from the engine's seed and the request's number alone."""
+    """They depend only on the engine's seed and the number of the request."""
     prompts = random_prompts(6, longest=20)
     params = SamplingParams(temperature=1.0, max_gen_len=10)
 
@@ -177,7 +179,7 @@ def test_a_long_prompt_does_not_stall_the_others(model: Transformer) -> None:
 
 
 def counting(engine: Engine) -> list[int]:
-    """Grows by the number of tokens of every forward."""
+    """A list to which every forward appends its number of tokens."""
     counts: list[int] = []
     features = engine.model.features
 
@@ -204,7 +206,7 @@ def test_the_second_turn_costs_its_new_tokens(own_model: Transformer) -> None:
     counts.clear()
     second = engine.submit(turn, params)
     drain(engine)
-    # The last token of the answer was never fed, then come the three new ones.
+    # The last token of the answer, which was never fed, and the three new tokens.
     assert counts[0] == 4
     assert second.tokens == run_alone(own_model, turn, params).tokens
 
@@ -233,8 +235,8 @@ def test_the_row_with_most_in_common_is_taken_and_a_short_beginning_is_not_worth
     counts = counting(engine)
     engine.submit([*chats[0], 5], params)
     drain(engine)
-    assert counts == [1]  # though the other row was idle for longer
-    engine.submit([1, 9, 9], params)  # has its first token in common with both
+    assert counts == [1]  # only the new token, although another row was idle for longer
+    engine.submit([1, 9, 9], params)  # its first token is that of both chats
     drain(engine)
     engine.submit([*chats[0], 5, 6], params)
     drain(engine)
@@ -251,7 +253,7 @@ def test_what_takes_no_token_reuses_none(own_model: Transformer) -> None:
     engine.submit([7] * 60, SamplingParams(max_gen_len=1))
     engine.step()
     assert nothing.finish_reason == "length"
-    assert counts == [8]  # a step's share of the other prompt
+    assert counts == [8]  # one chunk of the other prompt
 
 
 def test_nothing_private_is_shared(own_model: Transformer) -> None:
@@ -270,7 +272,8 @@ def test_nothing_private_is_shared(own_model: Transformer) -> None:
 
 
 def test_exact_is_metas_forward(own_model: Transformer) -> None:
-    """Whole prompts with all their logits, at Meta's one position for all rows, never reused."""
+    """An exact request computes its whole prompt with all logits, as Meta does, and reuses
+    nothing."""
     engine = Engine(own_model, 2, MAX_SEQ_LEN, prefill_chunk=8)
     (prompt,) = random_prompts(1, seed=4)
     params = SamplingParams(temperature=0, max_gen_len=12)
@@ -331,7 +334,7 @@ def test_why_a_request_ends(model: Transformer, tokenizer: Tokenizer) -> None:
 
 
 def test_a_full_row_and_idle_rows_between(model: Transformer) -> None:
-    """The rows around an idle one decode; it must neither fall out of the cache nor be spoiled."""
+    """Rows on both sides of a full, idle row decode. The idle row must stay valid for reuse."""
     engine = Engine(model, 3, MAX_SEQ_LEN)
     prompts = [[1] * 10, list(range(90)), [3] * 12]
     params = [SamplingParams(temperature=0, max_gen_len=n) for n in (60, None, 60)]
@@ -361,7 +364,7 @@ def test_cancelling_frees_the_slot_by_the_next_step(model: Transformer) -> None:
         decoding: "cancelled",
     }
     assert not last.tokens
-    engine.cancel(last)  # in the middle of its prompt
+    engine.cancel(last)  # while its prompt is prefilled
     assert [event.finish_reason for event in drain(engine)] == ["cancelled"]
     fresh = engine.submit([4] * 9, params)
     drain(engine)

@@ -1,4 +1,4 @@
-"""Speculation: proposals change how soon tokens come, never which; and only those that pay."""
+"""Speculation: proposals change the speed, not the tokens, and are made only if they save time."""
 
 import math
 import random
@@ -30,7 +30,8 @@ PROPOSERS = ["lookup", "draft"]
 
 
 def make_model(noise: float = 0.0, **changes: Any) -> Transformer:
-    """A model whose likeliest token is clearly so; with noise another one that often agrees."""
+    """A model whose likeliest token has a clear lead. With noise, a model that often agrees
+    with it."""
     model = make_sharp_model(**SHAPE | changes, max_seq_len=MAX_SEQ_LEN)
     with torch.no_grad():
         for weight in model.parameters():
@@ -45,7 +46,7 @@ def make_engine(proposer: str | None, n_slots: int = 8, **options: Any) -> Engin
 
 
 def propose(monkeypatch: pytest.MonkeyPatch, length: int | None = None) -> None:
-    """So many proposals in every step, as far as there are; None: another number each time."""
+    """Make the engine propose `length` tokens in every step; None: a random number in each step."""
     numbers = random.Random(0)
 
     def chosen(rates: Any, limits: Sequence[int], seconds: Any) -> int:
@@ -72,10 +73,10 @@ def tokenizer(tmp_path: Path) -> Tokenizer:
 
 
 def many(n: int, sampled: bool) -> tuple[list[list[int]], list[dict[str, Any]]]:
-    """Prompts of any lengths, with and without repetitions; options of every kind."""
+    """Prompts of many lengths, with and without repetitions, and all kinds of options."""
     numbers = random.Random(0)
     prompts, options = [], []
-    few = dict.fromkeys(range(5), 40.0)  # tokens that all are made of, so that they come again
+    few = dict.fromkeys(range(5), 40.0)  # few tokens in prompts and texts, so that they repeat
     kinds: list[dict[str, Any]] = [
         dict(temperature=0),
         dict(temperature=0.9, top_k=50, logit_bias=few),
@@ -93,7 +94,7 @@ def many(n: int, sampled: bool) -> tuple[list[list[int]], list[dict[str, Any]]]:
 
 
 def run_many(proposer: str | None, sampled: bool, n: int = 40) -> list[Any]:
-    """The results of requests that join at random steps, some of which are cancelled."""
+    """The results of requests that are submitted at random steps, some of which are cancelled."""
     engine = make_engine(proposer, n_slots=5, prefill_chunk=24)
     numbers = random.Random(3)
     requests: list[Request] = []
@@ -125,7 +126,8 @@ def check_same(results: list[Any], plain: list[Any]) -> None:
 
 @pytest.fixture(scope="module")
 def plain() -> dict[str, list[Any]]:
-    """What is to come with each proposer: a draft model's proposals change the random numbers."""
+    """The expected results for each proposer. With a draft model only greedy results are expected,
+    because its proposals use random numbers."""
     return {"lookup": run_many(None, sampled=True), "draft": run_many(None, sampled=False)}
 
 
@@ -134,7 +136,8 @@ def plain() -> dict[str, list[Any]]:
 def test_tokens_are_those_of_plain_decoding(
     monkeypatch: pytest.MonkeyPatch, plain: dict[str, list[Any]], proposer: str, length: int | None
 ) -> None:
-    """In company, through penalties, bias and processors; looked up, also sampled with a seed."""
+    """In a batch, with penalties, bias and processors. With lookup also for sampling with a
+    seed."""
     propose(monkeypatch, length)
     check_same(run_many(proposer, sampled=proposer == "lookup"), plain[proposer])
 
@@ -166,7 +169,7 @@ def test_two_ranks(tmp_path: Path, plain: dict[str, list[Any]], proposer: str) -
 
 @pytest.mark.parametrize("options", [dict(lookup=True), dict(draft=BUNDLED)])
 def test_fast_mode(monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]) -> None:
-    """The bundled model with the kernels of few rows, in float32."""
+    """The bundled model in float32, with the kernels for few rows."""
     texts = ["Once upon a time", "The king said: no, no, no, no,", "The cat sat. The cat sat. The"]
     how: dict[str, Any] = dict(max_gen_len=40, ignore_eos=True)
     plain = Llama.build(mode="fast", max_seq_len=128)
@@ -204,7 +207,8 @@ def test_a_processor_is_called_once_for_each_token(monkeypatch: pytest.MonkeyPat
 def exact_distribution(
     model: Transformer, prompt: list[int], params: SamplingParams, n: int
 ) -> Any:
-    """The probability of every continuation by n tokens, from the definition of the options."""
+    """The probability of every continuation of n tokens, computed from the definition of the
+    options."""
 
     @torch.no_grad()
     def following(tokens: list[int]) -> list[float]:
@@ -229,7 +233,7 @@ def exact_distribution(
 def test_samples_have_the_models_distribution(
     monkeypatch: pytest.MonkeyPatch, proposer: str, options: dict[str, Any]
 ) -> None:
-    """Chi-square of three tokens together; the first comes from the prompt's own forward."""
+    """A chi-square test of sequences of three tokens. The first token comes from the prefill."""
     propose(monkeypatch, 2)
     shape = SHAPE | dict(dim=16, n_layers=1, vocab_size=5)
     args = ModelArgs(**shape, max_batch_size=16, max_seq_len=128)
@@ -243,7 +247,7 @@ def test_samples_have_the_models_distribution(
     how: Any = dict(lookup=True) if proposer == "lookup" else dict(draft=draft)
     engine = Engine(model, 16, 128, **how)
     numbers = random.Random(0)
-    prompt = [numbers.randrange(5) for _ in range(100)]  # in which most n-grams occur
+    prompt = [numbers.randrange(5) for _ in range(100)]  # most n-grams of five ids occur in it
     n = 800
     params = SamplingParams(temperature=1.2, max_gen_len=4, **options)
     want = exact_distribution(model, prompt, params, 3)
@@ -267,7 +271,7 @@ def test_samples_have_the_models_distribution(
 
 
 def looping(engine: Engine, **options: Any) -> Request:
-    """A request whose every token is right as the look-up proposes it: 5, 6, 7, 5, 6, 7 …"""
+    """A request that generates 5, 6, 7, 5, 6, 7 …, so all proposals of lookup are accepted."""
 
     def next_of(tokens: Sequence[int], logits: torch.Tensor) -> torch.Tensor:
         following = {5: 6, 6: 7, 7: 5}[tokens[-1]]
@@ -282,7 +286,7 @@ def test_a_step_brings_all_that_is_right(monkeypatch: pytest.MonkeyPatch) -> Non
     engine = make_engine("lookup")
     request = looping(engine, max_gen_len=20, logprobs=2)
     engine.step()
-    assert len(request.tokens) == 1 + 7  # of the prompt's forward, then six and one more
+    assert len(request.tokens) == 1 + 7  # one from the prefill, six proposals and one after them
     events = engine.step()
     assert [event.token for event in events] == request.tokens[8:15]
     assert all(len(event.top_logprobs or ()) == 2 for event in events)
@@ -295,7 +299,7 @@ def test_a_step_brings_all_that_is_right(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_ends_inside_what_was_proposed(
     monkeypatch: pytest.MonkeyPatch, tokenizer: Tokenizer
 ) -> None:
-    """Nothing comes after a stop token, a stop string or max_gen_len."""
+    """Nothing is generated after a stop token, a stop string or max_gen_len."""
     propose(monkeypatch, 10)
     engine = make_engine("lookup", tokenizer=tokenizer)
     three = tokenizer.decode([5, 6, 7])
@@ -318,7 +322,7 @@ def test_ends_inside_what_was_proposed(
 
 @pytest.mark.parametrize("proposer", PROPOSERS)
 def test_the_end_of_the_cache(monkeypatch: pytest.MonkeyPatch, proposer: str) -> None:
-    """Rows that end there beside others with room, one that is idle and full, one in its prompt."""
+    """Some rows reach the end of the cache. Others have room, are idle and full, or prefill."""
     propose(monkeypatch, MAX_PROPOSALS)
     prompts = [[5, 6, 7] * 22, [1, 2] * 45, [8, 9, 9] * 30, [3] * 60, [4] * MAX_SEQ_LEN]
     params = SamplingParams(temperature=0, max_gen_len=None)
@@ -339,7 +343,7 @@ def test_only_accepted_tokens_are_reused(monkeypatch: pytest.MonkeyPatch, propos
     engine, plain = make_engine(proposer, 2), make_engine(None, 2)
     params = SamplingParams(temperature=0, max_gen_len=30)
     first = engine.submit([5, 6, 7] * 6, params)
-    for _ in range(3):  # and another goes on from the row while it is under way
+    for _ in range(3):  # other requests reuse the row while it decodes
         engine.step()
     assert engine._slots[0].tokens == (first.prompt_tokens + first.tokens)[:-1]
     for prompt in (first.prompt_tokens + first.tokens[:3] + [9], first.prompt_tokens):
@@ -433,10 +437,15 @@ def test_lookup_finds_the_last_place() -> None:
     [
         ([1.0], [8], lambda n: 1.0, 8),
         ([0.0], [8], lambda n: 1.0, 0),
-        ([1.0], [8], lambda n: 1.0 + n, 0),  # no cheaper than a step of its own
+        ([1.0], [8], lambda n: 1.0 + n, 0),  # a proposal costs as much as a step
         ([1.0], [8], lambda n: 1.0 if n < 4 else 9.0, 3),
         ([0.9, 0.9], [2, 7], lambda n: 1.0, 7),
-        ([0.9, 0.0], [7, 7], lambda n: 1.0 + n / 2, 0),  # one row is not worth the other's filling
+        (
+            [0.9, 0.0],
+            [7, 7],
+            lambda n: 1.0 + n / 2,
+            0,
+        ),  # the padding of the second row costs more than is gained
         ([0.5], [0], lambda n: 1.0, 0),
     ],
 )
@@ -447,7 +456,8 @@ def test_as_many_are_proposed_as_pay(
 
 
 def steps_with_proposals(is_right: bool, n_steps: int = 500) -> int:
-    """Where each proposal costs a fifth of a step, and all are right or none."""
+    """The number of steps with proposals, if each costs a fifth of a step, and all or none are
+    right."""
     proposals, tokens, count = Proposals(), [0], 0
     proposals.review(tokens)
     for _ in range(n_steps):
@@ -468,21 +478,21 @@ def test_times_are_the_medians_of_the_last() -> None:
     times = StepTimes()
     for seconds in (0.5, 0.2):
         times.add(1, 0, seconds)
-        assert times.seconds(1, 0) == times.seconds(1, 4) == 0.0  # not known yet
+        assert times.seconds(1, 0) == times.seconds(1, 4) == 0.0  # too few measurements
     times.add(1, 0, 0.3)
     assert times.seconds(1, 0) == 0.3
     assert times.seconds(2, 0) == 0.0
     expected = times.seconds(1, 4)
     assert 0.3 < expected < 4 * 0.3
-    times.add(1, 4, 60.0)  # the first may be slow
+    times.add(1, 4, 60.0)  # the first measurement of a kind does not count
     assert times.seconds(1, 4) == expected
     for _ in range(times.FEW):
         times.add(1, 4, 0.7)
     assert times.seconds(1, 4) == 0.7
-    assert times.seconds(1, 2) == pytest.approx(0.5)  # on the line through both
+    assert times.seconds(1, 2) == pytest.approx(0.5)  # interpolated between 0 and 4
     for _ in range(times.AGE + 1):
         times.add(1, 0, 0.3)
-    assert times.seconds(1, 4) == expected  # forgotten
+    assert times.seconds(1, 4) == expected  # the old measurements are dropped
 
 
 def test_plain_steps_are_timed_before_proposals() -> None:
@@ -490,7 +500,7 @@ def test_plain_steps_are_timed_before_proposals() -> None:
 
 
 def test_a_draft_model_rests_where_it_does_not_pay(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It is seldom thought of then, and works again once it pays."""
+    """A draft model that saves no time is seldom tried. It is used again when it does."""
     lengths: list[int] = []
     pays = False
 

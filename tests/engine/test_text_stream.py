@@ -24,7 +24,8 @@ def streamed(tokenizer: Tokenizer, ids: Sequence[int], stop: Sequence[str]) -> t
 
 
 def cut(text: str, stop: Sequence[str]) -> tuple[str, bool]:
-    """The rule on the whole text: the first place where a stop string ends, the longest there."""
+    """Cut a whole text at the first position where a stop string ends. The longest one is
+    removed."""
     for end in range(len(text) + 1):
         ending = [string for string in stop if text[:end].endswith(string)]
         if ending:
@@ -32,8 +33,8 @@ def cut(text: str, stop: Sequence[str]) -> tuple[str, bool]:
     return text, False
 
 
-# Few characters, so that stop strings meet, overlap and repeat themselves; some of several bytes,
-# a combining accent, an emoji of three code points and what stands for broken bytes.
+# Few characters, so that stop strings occur, overlap and repeat. Some have several bytes, one is a
+# combining accent, one an emoji of three code points, and one replaces broken bytes.
 TEXT = st.lists(
     st.sampled_from(["a", "b", " ", "\n", "é", "e\u0301", "👩‍🚀", "語", "\ufffd", "the "])
 )
@@ -54,7 +55,7 @@ def test_text_is_cut_before_the_first_stop_string(
 def test_ids_in_any_order_are_cut_the_same(
     tokenizer: Tokenizer, data: st.DataObject, stop: list[str]
 ) -> None:
-    """Characters whose bytes are apart or never become whole; a stop string out of the text."""
+    """With incomplete characters, and with a stop string that occurs in the text."""
     pool = sorted(set(tokenizer.encode("ab a the é語👩‍🚀\u0301\n", bos=False, eos=False)))
     ids = data.draw(st.lists(st.sampled_from(pool), max_size=20))
     text = tokenizer.decode(ids)
@@ -74,8 +75,8 @@ def test_any_unicode(tokenizer: Tokenizer, text: str, stop: list[str]) -> None:
     ("text", "stop", "shown"),
     [
         ("aaab", ["aab"], "a"),
-        ("abcd", ["bcd", "c"], "ab"),  # "c" ends first
-        ("abcd", ["c", "bc"], "a"),  # both end there: the longest
+        ("abcd", ["bcd", "c"], "ab"),  # "c" is complete first
+        ("abcd", ["c", "bc"], "a"),  # both are complete: the longest counts
         ("abcd", ["cde"], "abcd"),
         ("one two", ["one"], ""),
     ],
@@ -102,7 +103,9 @@ def test_only_what_may_start_a_stop_string_is_held_back(llama3_tokenizer_path: P
 
 
 def test_the_flush_may_complete_a_stop_string(tokenizer: Tokenizer) -> None:
-    broken = tokenizer.encode("ab 👩", bos=False, eos=False)[:-1]  # lacks bytes of its last one
+    broken = tokenizer.encode("ab 👩", bos=False, eos=False)[
+        :-1
+    ]  # without the last bytes of the emoji
     whole = tokenizer.decode(broken)
     assert whole.endswith("\ufffd")
     stream = TextStream(tokenizer, ["b \ufffd"])
@@ -125,8 +128,8 @@ def test_a_foreign_id_is_an_error(tokenizer: Tokenizer) -> None:
 def test_a_continued_text_can_be_appended(
     llama2_tokenizer_path: Path, prompt: list[int], generated: list[int]
 ) -> None:
-    """The space before its first word is kept, which `decode` drops. Prompts that end within a
-    character are left out."""
+    """The text keeps the space before its first word, which `decode` drops. The test skips prompts
+    that end within a character."""
     tokenizer = Tokenizer(llama2_tokenizer_path)
     before = tokenizer.decode([1, *prompt])
     if not before.strip() or "\ufffd" in before:

@@ -1,4 +1,5 @@
-"""Calls from several threads run together, get what they get alone, and fail apart."""
+"""Calls from several threads run together, with the results of single calls, and fail
+separately."""
 
 import asyncio
 import threading
@@ -26,7 +27,7 @@ def llama() -> Llama:
 
 
 def calls(llama: Llama, n: int) -> list[Callable[[], Any]]:
-    """Different calls: whole and streamed texts, dialogs, scores, broken streams, bad options."""
+    """Different calls: whole and streamed texts, dialogs, scores, closed streams, wrong options."""
     made: list[Callable[[], Any]] = []
     for i in range(n):
         prompt = PROMPTS[i % 4]
@@ -74,7 +75,7 @@ def test_calls_together_give_what_they_give_alone(llama: Llama) -> None:
 
 
 def test_calls_run_in_one_batch(llama: Llama) -> None:
-    """Four callers need hardly more steps than one."""
+    """Four callers together need few more steps than one."""
     steps = 0
     step = llama.engine.step
 
@@ -95,7 +96,7 @@ def test_calls_run_in_one_batch(llama: Llama) -> None:
             list(pool.map(call, PROMPTS))
     finally:
         del llama.engine.step  # type: ignore[method-assign]
-    assert steps < 120  # one after the other: 240
+    assert steps < 120  # four calls in turn would need 240
 
 
 def test_asyncio(llama: Llama) -> None:
@@ -120,7 +121,7 @@ def test_two_models_at_once(llama: Llama) -> None:
 
 
 def test_an_interrupted_caller_ends_its_own_rows(llama: Llama) -> None:
-    """Ctrl-C reaches the main thread while the others go on."""
+    """Ctrl-C interrupts the main thread, and the other threads continue."""
     want = llama.text_completion(PROMPTS[:1], temperature=0, max_gen_len=40)
     found = []
 

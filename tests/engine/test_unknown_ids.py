@@ -1,4 +1,5 @@
-"""A vocabulary padded beyond the tokenizer's: ids that it does not know are never chosen."""
+"""A vocabulary that is larger than the tokenizer's: ids unknown to the tokenizer are never
+chosen."""
 
 from typing import Any
 
@@ -26,7 +27,7 @@ OPTIONS: list[dict[str, Any]] = [
 
 @pytest.fixture(scope="module")
 def model() -> Transformer:
-    """It likes unknown ids best."""
+    """A model whose largest logits are those of unknown ids."""
     made = make_sharp_model(
         dtype=torch.float32, dim=64, n_layers=2, n_heads=4, n_kv_heads=2, vocab_size=PADDED,
         multiple_of=32, max_seq_len=64,
@@ -65,7 +66,7 @@ def test_unknown_ids_are_never_chosen(model: Transformer, kind: str) -> None:
 
 
 def test_logprobs_count_them(model: Transformer) -> None:
-    """The probabilities are the model's own, in which the unknown ids have their share."""
+    """Logprobs are those of the model's softmax, which includes the unknown ids."""
     engine = engines(model, "fast")
     request = run(engine)[0]
     with torch.inference_mode():
@@ -77,7 +78,7 @@ def test_logprobs_count_them(model: Transformer) -> None:
 
 
 def test_a_processor_may_ask_for_them(model: Transformer) -> None:
-    """Then the request ends, because the tokenizer cannot decode the id."""
+    """If a processor selects an unknown id, the request ends, because it cannot be decoded."""
     requests = run(
         engines(model, "fast"), logits_processor=lambda tokens, logits: logits.index_fill(
             0, torch.tensor([KNOWN + 3]), 1000.0)

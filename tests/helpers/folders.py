@@ -1,4 +1,4 @@
-"""Checkpoint folders of small random models, and how they are opened."""
+"""Write and open checkpoint folders of small random models."""
 
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from llama.checkpoints.shards import shard_name, write_shard
 
 CPU = torch.device("cpu")
 
-VOCAB = len(demo_pieces()) + 256  # 640
+VOCAB = len(demo_pieces()) + 256  # 640: the demo tokenizer's tokens and 256 special tokens
 BASE: dict[str, Any] = dict(dim=128, n_layers=2, n_heads=16, vocab_size=VOCAB, hidden_dim=320)
 MODELS: dict[str, dict[str, Any]] = {
     "mha": {},
@@ -27,6 +27,7 @@ TOKENS = torch.arange(3, 43).view(2, 20)
 
 
 def make_model(**changes: Any) -> Transformer:
+    """A random model. changes: arguments of ModelArgs that replace those of BASE."""
     torch.manual_seed(4)
     model = Transformer(ModelArgs(**BASE | changes))
     for weight in model.parameters():
@@ -35,6 +36,7 @@ def make_model(**changes: Any) -> Transformer:
 
 
 def write_meta(folder: Path, model: Transformer, n_shards: int) -> Path:
+    """Write the model as a Meta folder of `n_shards` shards, with the demo tokenizer."""
     folder.mkdir(parents=True)
     embedding_dim = model.params.embedding_shard_dim
     for i in range(n_shards):
@@ -51,6 +53,7 @@ def write_meta(folder: Path, model: Transformer, n_shards: int) -> Path:
 
 
 def logits_of(folder: Path) -> torch.Tensor:
+    """The logits of TOKENS by the model in the folder."""
     with torch.inference_mode():
         return Llama.build(folder, max_seq_len=64).model(TOKENS, 0).clone()
 
@@ -58,5 +61,6 @@ def logits_of(folder: Path) -> torch.Tensor:
 def make_setup(
     folder: Path, mp: int = 1, dtype: str | None = None, rows: int = 4, **options: Any
 ) -> Setup:
+    """The setup that `Llama.build` makes for this folder, on mp ranks with `rows` cache rows."""
     opened = open_checkpoint(folder)
     return Setup.make(opened, mp, mp, 128, rows, CPU, dtype, **options)

@@ -1,4 +1,4 @@
-"""Our model and Meta's side by side: configurations, equal weights, the same calls."""
+"""Pairs of our model and Meta's: configurations, equal weights, the same calls."""
 
 from typing import Any
 
@@ -6,7 +6,7 @@ import torch
 
 from llama.model import ModelArgs, Transformer
 
-# What every configuration changes from: two small layers.
+# Arguments of a small model. A configuration replaces some of them.
 SMALL = dict(dim=64, n_layers=2, n_heads=4, vocab_size=160, multiple_of=32)
 CONFIGURATIONS: dict[str, dict[str, Any]] = {
     "mha": {},
@@ -30,21 +30,21 @@ CONFIGURATIONS: dict[str, dict[str, Any]] = {
     "eps-1e-6": dict(norm_eps=1e-6),
     "wide-heads": dict(dim=256, n_heads=2, n_kv_heads=1),
 }
-# Prefill, chunked prefill, decode, a chunk after decode.
+# Start and end of each forward: prefill, a second chunk, two decode steps, a chunk after decode.
 STEPS = [(0, 17), (17, 30), (30, 31), (31, 32), (32, 40)]
 
 
 def both_models(
     oracle: Any, dtype: torch.dtype = torch.float32, **changes: Any
 ) -> tuple[Transformer, Any]:
-    """Our model and Meta's with the same weights, norms that are not all one included."""
+    """Our model and Meta's with the same random weights. The norms' weights are random too."""
     params = {**SMALL, "max_batch_size": 3, "max_seq_len": 64, **changes}
     torch.manual_seed(0)
     ours = Transformer(ModelArgs(**params))
     for weight in ours.parameters():
         if weight.dim() == 1:
             torch.nn.init.normal_(weight, 1.0, 0.2)
-        else:  # larger than at the start of training: then attention is not flat
+        else:  # larger than initial weights, so that attention is not almost uniform
             torch.nn.init.normal_(weight, 0.0, 0.3)
     metas = oracle.model.Transformer(oracle.args.ModelArgs(**params))
     metas.load_state_dict(ours.state_dict(), strict=True)
@@ -52,5 +52,6 @@ def both_models(
 
 
 def logits_of(model: Any, tokens: torch.Tensor, offset: int = 0) -> list[torch.Tensor]:
+    """The logits of each forward in STEPS. offset: position of the first token."""
     with torch.no_grad():
         return [model(tokens[:, start:end], start + offset).clone() for start, end in STEPS]

@@ -1,4 +1,4 @@
-"""The random model that several test files run, each in a shape of its own."""
+"""The random model that several test files run, in different shapes."""
 
 from typing import Any
 
@@ -17,8 +17,11 @@ SHAPE: dict[str, Any] = dict(
 def make_sharp_model(
     sharpness: float = 10, dtype: torch.dtype = torch.float32, **args: Any
 ) -> Transformer:
-    """The matrices are that much larger than they are made, so that the likeliest token is clearly
-    so; the same weights each time."""
+    """A random model with the same weights in every call.
+
+    The matrices are `sharpness` times as large as initial weights. So the likeliest token has a
+    clear lead, and rounding does not change it.
+    """
     torch.manual_seed(1)
     model = Transformer(ModelArgs(max_batch_size=8, **args))
     with torch.no_grad():

@@ -11,9 +11,10 @@ from types import ModuleType, SimpleNamespace
 
 @contextmanager
 def torchvision_stand_in() -> Iterator[None]:
-    """Empty torchvision modules while Meta's image code is imported, which text never calls.
+    """A block with empty modules in the place of torchvision, if that is not installed.
 
-    They leave again: transformers asks find_spec for torchvision, and must hear the truth.
+    Meta's code imports torchvision for images, and never calls it for text. The modules are removed
+    after the block, because transformers looks for torchvision and would believe it is installed.
     """
     if importlib.util.find_spec("torchvision"):
         yield
@@ -33,7 +34,7 @@ def torchvision_stand_in() -> Iterator[None]:
 def import_oracle() -> SimpleNamespace:
     """Meta's modules: args, model, tokenizer, chat_format, generation and datatypes.
 
-    A plain function, so that the ranks a test spawns can call it too.
+    This is a function and no fixture, because the processes that tests spawn call it too.
     """
     with torchvision_stand_in():
         generation = importlib.import_module("llama_models.llama3.generation")

@@ -1,4 +1,4 @@
-"""Run a function on several gloo ranks, each a process of its own, as torchrun would."""
+"""Run a function on several gloo ranks. Each rank is a process, as under torchrun."""
 
 import multiprocessing
 import os
@@ -11,21 +11,23 @@ from typing import Any
 import torch
 import torch.multiprocessing as mp
 
-# Processes are forked from one that has imported what they need and has done nothing else.
+# Ranks are forked from a server process. It has imported these modules and run nothing else.
 context = multiprocessing.get_context("forkserver")
 context.set_forkserver_preload(["llama.generation", "llama.fast.cpu.kernels.matmul", "pytest"])
 
 
 def free_port() -> int:
+    """A TCP port that no process uses."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
 
 
 def run_ranks(n: int, folder: Path, function: Callable[..., Any], *args: Any) -> list[Any]:
-    """Call function(*args) on n ranks; returns what each returned, in rank order.
+    """Call function(*args) on n ranks. Returns their results in rank order.
 
-    An exception of a rank becomes a RuntimeError with its traceback here.
+    folder: ranks write their results there. An exception on a rank raises an exception here, with
+    the rank's traceback.
     """
     environment = {
         **os.environ,

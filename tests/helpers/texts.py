@@ -1,4 +1,4 @@
-"""Hard texts and small vocabularies for the tokenizer tests."""
+"""Difficult texts and small vocabularies for the tokenizer tests."""
 
 import io
 import random
@@ -9,24 +9,26 @@ from hypothesis import strategies as st
 
 from llama.tokenizer import TextDecoder, Tokenizer
 
-# Any Unicode, halves of surrogate pairs included, and blanks often enough to make runs of them.
+# Any Unicode, including halves of surrogate pairs, with many blanks, so that runs of blanks occur.
 ANY_TEXT = st.lists(st.text(st.characters()) | st.sampled_from(" \n\t\r\u3000a1!")).map("".join)
 NAMES = ("<|begin_of_text|>", "<|eot_id|>", "<|start_header_id|>", "<|python_tag|>")
 
 
 def repaired(text: str) -> str:
-    """The text with U+FFFD for each half of a surrogate pair that stands alone."""
+    """The text with U+FFFD in the place of each unpaired half of a surrogate pair."""
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def streamed(tokenizer: Tokenizer, ids: list[int]) -> str:
+    """The text of the ids, decoded one id at a time."""
     decoder = TextDecoder(tokenizer)
     return "".join(decoder.push(i) for i in ids) + decoder.flush()
 
 
 @cache
 def sentencepiece_model(**options: object) -> bytes:
-    """A small model of Llama 2's kind: BPE with byte fallback, all blanks kept, its special ids."""
+    """A small SentencePiece model with Llama 2's options: BPE with byte fallback, all blanks kept,
+    and the same special ids. options: other options of the trainer."""
     words = "the quick brown fox jumps over the lazy dog while rain falls on [INST] SYS".split()
     rng = random.Random(0)
     like_llama2 = dict(

@@ -1,4 +1,4 @@
-"""tokenizer.json: the ids of Hugging Face's library and of our tokenizer.model, or a clear line."""
+"""tokenizer.json: the ids equal those of Hugging Face's library and of tokenizer.model; errors."""
 
 import json
 import sys
@@ -45,9 +45,10 @@ NAMES_3_0 = (
 
 
 def merges_of(scores: dict[str, float]) -> list[tuple[str, str]]:
-    """Every pair of tokens that joined is a third one, best score first, as in published files.
+    """All pairs of tokens whose concatenation is a token, best score first, as in published files.
 
-    Runs of blanks all have one score in Llama 2: the longest halves come first.
+    In Llama 2 all runs of blanks have the same score. Among equal scores, pairs with longer tokens
+    come first.
     """
     cuts = [(token[:i], token[i:]) for token in scores for i in range(1, len(token))]
     pairs = [(left, right) for left, right in cuts if left in scores and right in scores]
@@ -55,7 +56,7 @@ def merges_of(scores: dict[str, float]) -> list[tuple[str, str]]:
 
 
 def in_bytes(bpe: Library) -> Library:
-    """With Llama 3's steps around the model."""
+    """Add Llama 3's pre-tokenizer and decoder to a tokenizer."""
     bpe.pre_tokenizer = pre_tokenizers.Sequence(
         [
             pre_tokenizers.Split(Regex(WORD_PATTERN), behavior="isolated", invert=False),
@@ -67,7 +68,7 @@ def in_bytes(bpe: Library) -> Library:
 
 
 def trained_bytes(specials_first: bool = False) -> Library:
-    """A small vocabulary with one merge for each token, as the library trains it."""
+    """A small byte-level tokenizer, trained by the library, with one merge for each token."""
     bpe = in_bytes(Library(models.BPE(ignore_merges=True)))
     trainer = trainers.BpeTrainer(
         vocab_size=700, show_progress=False, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
@@ -79,7 +80,8 @@ def trained_bytes(specials_first: bool = False) -> Library:
 
 
 def from_sentencepiece(model: bytes, legacy: bool) -> Library:
-    """Llama 2's file as published (legacy), or as transformers 5 writes it."""
+    """A tokenizer with the pieces of a SentencePiece model, as in Llama 2's published file
+    (legacy) or as transformers 5 writes it."""
     import sentencepiece
 
     sp = sentencepiece.SentencePieceProcessor(model_proto=model)
@@ -113,7 +115,8 @@ def saved(bpe: Library, folder: Path) -> Path:
 
 
 def transformers_ids(path: Path) -> Callable[[str], list[int]]:
-    """What transformers makes of a text on this file, names of special tokens being plain text."""
+    """A function that encodes a text with transformers and this file. Names of special tokens are
+    plain text."""
     from transformers import PreTrainedTokenizerFast
 
     theirs = PreTrainedTokenizerFast(tokenizer_file=str(path))
@@ -131,7 +134,7 @@ def llama3_model(llama3_tokenizer_path: Path) -> Tokenizer:
 def llama3_path(
     llama3_tokenizer_path: Path, tmp_path_factory: pytest.TempPathFactory, llama3_model: Tokenizer
 ) -> Path:
-    """Llama 3.1's file, made of the real tokenizer.model by transformers' own converter."""
+    """Llama 3.1's file. transformers' converter writes it from the real tokenizer.model."""
     from transformers.convert_slow_tokenizer import TikTokenConverter
 
     names = list(llama3_model.special_tokens)
@@ -167,7 +170,8 @@ def llama2(
     sentencepiece_bytes: bytes,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> tuple[Tokenizer, Tokenizer, Callable[[str], list[int]], bool]:
-    """From one SentencePiece model: ours on tokenizer.json, ours on tokenizer.model, theirs."""
+    """For one SentencePiece model: our tokenizer of tokenizer.json, our tokenizer of
+    tokenizer.model, and transformers' encoding."""
     folder = tmp_path_factory.mktemp("llama2")
     (folder / "tokenizer.model").write_bytes(sentencepiece_bytes)
     path = saved(from_sentencepiece(sentencepiece_bytes, legacy=request.param), folder)
@@ -186,7 +190,7 @@ def pieces_content() -> dict[str, Any]:
 
 
 def changed(content: dict[str, Any], **changes: Any) -> dict[str, Any]:
-    """A copy with other entries, those of the model after "model_"."""
+    """A copy with changed entries. The prefix "model_" marks an entry of the part "model"."""
     copy = json.loads(json.dumps(content))
     for key, value in changes.items():
         part, key = (copy["model"], key[6:]) if key.startswith("model_") else (copy, key)
@@ -255,7 +259,7 @@ def opened_bytes(bytes_path: Path) -> tuple[Tokenizer, Callable[[str], list[int]
 
 
 def test_the_names_are_the_files(bytes_path: Path, opened_bytes: Any) -> None:
-    """Llama 3.0 has other names than 3.1 at three of its ids."""
+    """Three ids of Llama 3.0 have other names than in Llama 3.1."""
     ours, _ = opened_bytes
     first = ours.bos_id
     assert ours.special_tokens == {name: first + i for i, name in enumerate(NAMES_3_0[:10])}
@@ -276,7 +280,7 @@ def test_the_names_are_the_files(bytes_path: Path, opened_bytes: Any) -> None:
 
 @pytest.mark.parametrize("kind", ["bytes", "pieces"])
 def test_added_tokens_that_are_not_special(kind: str, tmp_path: Path) -> None:
-    """Text becomes them without leave, as it does in Hugging Face's library."""
+    """They are recognized in a text without `allowed_special`, as in Hugging Face's library."""
     is_bytes = kind == "bytes"
     bpe = trained_bytes() if is_bytes else from_sentencepiece(sentencepiece_model(), legacy=True)
     bpe.add_special_tokens([AddedToken("<end>", normalized=False)])
@@ -293,7 +297,7 @@ def test_added_tokens_that_are_not_special(kind: str, tmp_path: Path) -> None:
 
 
 def test_files_of_older_libraries(bytes_content: dict[str, Any], tmp_path: Path) -> None:
-    """They write merges as "a b" and say nothing about words that are tokens by themselves."""
+    """They write merges as "a b", and have no entry `ignore_merges`."""
     merges = [" ".join(merge) for merge in bytes_content["model"]["merges"]]
     content = changed(bytes_content, model_merges=merges)
     del content["model"]["ignore_merges"]
@@ -317,7 +321,7 @@ def assert_llama2_ids(llama2: Any, text: str) -> None:
     ours, model, theirs, is_published = llama2
     ids = ours.encode(text, bos=True, eos=True)
     assert ids[1:-1] == theirs(text)
-    # transformers 5's file puts no blank before a text that starts with one.
+    # A file of transformers 5 adds no blank before a text that starts with a blank.
     if is_published or not text.startswith((" ", "▁")):
         assert ids == model.encode(text, bos=True, eos=True)
         assert ours.decode(ids) == model.decode(ids)
@@ -349,7 +353,7 @@ def test_llama2_special_names_need_leave(llama2: Any) -> None:
     for allowed in ({"<s>"}, {"</s>", "other"}, "all"):
         ids = ours.encode(text, False, False, allowed_special=allowed)
         assert {1, 2} & set(ids)
-        if llama2[3]:  # a part that starts with a blank
+        if llama2[3]:  # transformers 5 treats a part that starts with a blank differently
             assert ids == model.encode(text, False, False, allowed_special=allowed)
 
 
@@ -395,7 +399,9 @@ def test_bos_and_eos_of_other_names(bytes_content: dict[str, Any], tmp_path: Pat
         config.write_text(json.dumps({"bos_token": token, "eos_token": "<|eot_id|>"}))
         tokenizer = opened(content, tmp_path)
         assert tokenizer.bos_id == tokenizer.special_tokens["<begin>"]
-        assert tokenizer.eos_id == tokenizer.special_tokens["<|end_of_text|>"]  # Llama's own
+        assert (
+            tokenizer.eos_id == tokenizer.special_tokens["<|end_of_text|>"]
+        )  # the names of Llama take precedence
     config.write_text(json.dumps({"bos_token": None}))
     with pytest.raises(TokenizerError, match=r"neither <\|begin_of_text\|> nor None is there"):
         opened(content, tmp_path)
@@ -406,7 +412,7 @@ def test_bos_and_eos_of_other_names(bytes_content: dict[str, Any], tmp_path: Pat
 
 @pytest.fixture(scope="module", params=["bytes", "pieces"])
 def hf_folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random model as transformers writes it, with no tokenizer but tokenizer.json."""
+    """A random model as transformers writes it, with tokenizer.json as its only tokenizer."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     folder = tmp_path_factory.mktemp("hf") / request.param
@@ -426,7 +432,7 @@ def hf_folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
 def test_a_folder_with_tokenizer_json_alone(hf_folder: Path, tmp_path: Path) -> None:
     llama = Llama.build(hf_folder)
     assert llama.tokenizer.model_path == hf_folder / "tokenizer.json"
-    assert llama.tokenizer.stop_tokens == [7]  # the model's own files say so
+    assert llama.tokenizer.stop_tokens == [7]  # from config.json of the model
     [done] = llama.text_completion(["the fox"], max_gen_len=8, temperature=0, logprobs=True)
     assert "".join(done["tokens"]) == done["generation"]
     dialog = [{"role": "user", "content": "Hi"}]
@@ -510,7 +516,7 @@ def test_damaged_files(
 
 
 def next_id(content: dict[str, Any]) -> int:
-    """The first id that is free."""
+    """The first unused id."""
     ids = {*content["model"]["vocab"].values(), *(t["id"] for t in content["added_tokens"])}
     return max(ids) + 1
 

@@ -1,0 +1,71 @@
+"""llama serve: OpenAI's API and a chat page for one model."""
+
+from typing import Any
+
+from llama.commands.flags import MODEL, SPECULATION, as_text, takes
+from llama.errors import GenerationError
+
+
+@as_text
+@takes(MODEL, SPECULATION)
+def serve(
+    model: str | None = None,
+    *words: str,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    api_key: str | None = None,
+    name: str | None = None,
+    max_batch_size: int = 8,
+    max_waiting: int = 64,
+    timeout: float = 600.0,
+    allow_origin: str = "",
+    metrics: bool = False,
+    date: str | None = None,
+    **flags: Any,
+) -> None:
+    """Serve a model to OpenAI's clients, and a chat page to browsers.
+
+    Example: llama serve HuggingFaceTB/SmolLM2-360M-Instruct --port 8000
+
+    The chat page is at http://127.0.0.1:8000, the API under /v1. Calls that come together run in
+    one batch. Under torchrun the ranks share the model. Ctrl-C or SIGTERM lets running calls finish
+    within 25 seconds. A second one ends them.
+
+    Args:
+        model: a checkpoint folder, or an id on the Hub; by default --ckpt_dir.
+        host: address to serve on; one that other machines reach needs --api_key.
+        port: port to serve on; 0: any free one.
+        api_key: key that callers must send as "Authorization: Bearer KEY"; by default the
+            environment variable LLAMA_API_KEY, or none.
+        name: the model's name in the API; by default that of its folder.
+        max_batch_size: calls that are computed at the same time.
+        max_waiting: calls that may wait; one more gets status 429.
+        timeout: most seconds of a call.
+        allow_origin: origins of other pages that may call, with commas between.
+        metrics: give Prometheus its numbers at /metrics.
+        date: date in the system message of chats, such as "26 Jul 2024", or today; with it chats
+            are written as the chat template in Meta's Hugging Face folders writes them.
+    """
+    import os
+
+    from llama.commands import terminal
+    from llama.generation import Llama
+    from llama.server.run import check_access, exit_with, model_name
+    from llama.server.run import serve as run
+
+    if words:
+        raise GenerationError(f"unexpected {words[0]!r}: one model is served")
+    if model is not None:
+        if "ckpt_dir" in flags:
+            raise GenerationError(f"two models: {model} and --ckpt_dir {flags['ckpt_dir']}")
+        flags["ckpt_dir"] = model
+    api_key = api_key or os.environ.get("LLAMA_API_KEY") or None
+    check_access(host, api_key)
+    build, _ = terminal.read_flags(words, flags)
+    origins = tuple(origin.strip() for origin in allow_origin.split(",") if origin.strip())
+    llama = Llama.build(**build, max_batch_size=max_batch_size)
+    code = run(
+        llama, name or model_name(build.get("ckpt_dir")), host, port, api_key, max_waiting,
+        timeout, origins, metrics, date,
+    )  # fmt: skip
+    exit_with(code)

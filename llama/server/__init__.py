@@ -1,0 +1,1 @@
+"""The server: OpenAI's API for one `Llama`, and a chat page."""

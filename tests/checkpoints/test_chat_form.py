@@ -260,7 +260,7 @@ def run(monkeypatch: pytest.MonkeyPatch, *words: object) -> None:
 def test_training_needs_a_bos(tmp_path: Path) -> None:
     smol().save(str(tmp_path / "tokenizer.json"))
     tokenizer = Tokenizer(tmp_path / "tokenizer.json")
-    with pytest.raises(DataError, match="has no bos token, by which training tells documents"):
+    with pytest.raises(DataError, match="has no bos token, which marks where a document begins"):
         write_token_files(["a"], tokenizer, str(tmp_path / "a.bin"), 100)
 
 

@@ -343,7 +343,7 @@ def test_routes_that_are_none(url: str) -> None:
 
 def test_many_clients_some_of_whom_leave(llama: Llama, url: str, alone: Llama) -> None:
     """Greedy texts are those of solo runs, and slots are free soon after a client left."""
-    prompts = [f"Once upon a time there was a {word}" for word in "king fox cat witch".split()] * 4
+    prompts = [f"Once upon a time there was a {word}" for word in "king fox cat witch".split()] * 8
     want = {p: alone.text_completion([p], 0, max_gen_len=24)[0]["generation"] for p in set(prompts)}
 
     async def one(client: httpx.AsyncClient, index: int, prompt: str) -> None:

@@ -65,6 +65,39 @@ def speculative(figures: dict[str, Any]) -> str:
     return rows(["", *(key.replace("_", " ") for key in keys)], body)
 
 
+def serve(figures: dict[str, Any]) -> str:
+    body = []
+    for clients, servers in figures.items():
+        if not isinstance(servers, dict):
+            continue
+        for name, row in servers.items():
+            cells = [f"{row['tokens_per_s']:,.0f}"]
+            for key in ("first_token_median_s", "first_token_p95_s", "per_token_median_s"):
+                cells.append(f"{row[key] * 1000:,.1f}" if key in row else "")
+            body.append([clients, name, *cells])
+    head = ["", "", "tokens a second", "first token, ms", "its p95, ms", "a token, ms"]
+    return f"{rows(head, body)}\n\n{figures['processor']}."
+
+
+def faults(figures: dict[str, Any]) -> str:
+    malformed, slow = figures["malformed"], figures["slow_sockets"]
+    overflow, leaving = figures["overflow"], figures["leaving"]
+    body = [
+        [f"{malformed['requests']:,} malformed requests", "all got a status of 4xx"],
+        [f"{slow['sockets']} slow sockets", f"a healthy call takes {slow['ratio']:.2f} × its time"],
+        [
+            f"{overflow['calls']} calls on 8 slots and a queue of 64",
+            f"{overflow['finished']} finished, {overflow['refused']} refused within "
+            f"{overflow['refused_within_s']:.2f} s",
+        ],
+        [
+            f"{leaving['rounds']} clients that leave",
+            f"their slots are free within {leaving['free_within_s']:.2f} s",
+        ],
+    ]
+    return f"{rows(['', ''], body)}\n\n{figures['processor']}."
+
+
 # The name of a table in the page, the file of its figures, and the function that writes it.
 TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "peers 1.5b": ("peers_1.5b", peers),
@@ -73,6 +106,10 @@ TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "startup": ("startup_1.5b", startup),
     "ranks": ("ranks_1.5b", ranks),
     "speculative": ("speculative_bundled", speculative),
+    "serve bundled": ("serve_bundled", serve),
+    "serve 110m": ("serve_110m_bfloat16", serve),
+    "serve 110m int8": ("serve_110m_int8", serve),
+    "serve faults": ("serve_faults", faults),
 }
 
 

@@ -1,7 +1,7 @@
 """The files beside the weights of a converted checkpoint: tokenizer, prompt format, settings, card.
 
-A file that the source has is copied unchanged. What Hugging Face's layout needs besides is made
-from Meta's tokenizer, so that transformers has nothing to guess.
+Files that the source has are copied unchanged. The other files of Hugging Face's layout are made
+from Meta's tokenizer, so that transformers does not have to guess.
 """
 
 import json
@@ -154,7 +154,7 @@ def _pad_token(tokenizer: Tokenizer) -> str | None:
 
 
 def _tokenizer_files(tokenizer: Tokenizer, source: Checkpoint) -> dict[str, dict[str, Any]]:
-    """The files that say to transformers what Meta's tokenizer.model and code say."""
+    """The files that give transformers the facts in Meta's tokenizer.model and code."""
     names = {i: name for name, i in tokenizer.special_tokens.items()}
     special = {"bos_token": names[tokenizer.bos_id], "eos_token": names[tokenizer.eos_id]}
     if tokenizer.is_llama_2 and "<unk>" in tokenizer.special_tokens:
@@ -179,7 +179,8 @@ def _tokenizer_files(tokenizer: Tokenizer, source: Checkpoint) -> dict[str, dict
 
 
 def _card(own: bytes, args: ModelArgs, dtype: torch.dtype, name: str) -> bytes:
-    """A model card, with the source's README.md `own` below it; that alone where it is a card."""
+    """A model card, followed by the source's README.md, `own`. If `own` is a card, it is returned
+    unchanged."""
     if own.startswith(b"---"):
         return own
     lines = [

@@ -37,7 +37,7 @@ FOREIGN = {
 
 
 def run_checkpoints(out_dir: Path) -> list[Path]:
-    """The whole checkpoints of a training run, oldest first: folders `step_00000200` and so on."""
+    """The complete checkpoints of a training run, oldest first: folders such as `step_00000200`."""
     if not out_dir.is_dir():
         return []
     return sorted(path for path in out_dir.iterdir() if STEP.fullmatch(path.name))

@@ -27,7 +27,7 @@ from llama.fast.quantize import (
 from llama.files import atomic_file
 from llama.memory import with_huge_pages
 
-# The projections that RoPE rotates, and those of keys and values.
+# The projections that RoPE rotates, and the projections of keys and values.
 ROTATED = ("wq.weight", "wk.weight", "wq.bias", "wk.bias")
 KEYS_AND_VALUES = ("wk.weight", "wv.weight", "wk.bias", "wv.bias")
 ALIGNMENT = 64  # bytes, of a float tensor that is used as mapped; safetensors guarantees only 8

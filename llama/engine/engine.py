@@ -1,4 +1,4 @@
-"""The engine: the one token loop, which every way of generating text goes through.
+"""The engine: the token loop that all text generation goes through.
 
 The KV cache has one row, a slot, for each request in flight. A request waits for a free slot. Its
 prompt is prefilled in chunks. Then it decodes one token a step, together with all other requests,

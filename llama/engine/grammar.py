@@ -18,7 +18,7 @@ from llama.sampling import LogitsProcessor
 from llama.tokenizer import Tokenizer
 
 MAX_SCHEMA_LENGTH = 1 << 16  # characters
-KEPT = 64  # states of texts; more than the samples of a prompt with their proposals
+KEPT = 64  # states that are kept; more than the samples of a prompt and their proposals need
 # Between tokens of JSON: one blank, or a new line with its indentation. Without a limit a model may
 # never come to an end.
 WHITESPACE = r" |\n {0,16}"

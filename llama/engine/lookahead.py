@@ -1,8 +1,8 @@
-"""Launch a GPU's next decode step before the host knows its tokens. It is no speculation.
+"""Launch a GPU's next decode step before the host knows its tokens. This is not speculation.
 
-The tokens are drawn on the device, so the step after can start at once. While it runs, the host
-reads the tokens, which takes it about as long as a small model's step. Where a row ends, its part
-of the step was for nothing. Where the next step turns out to be another, it is launched again.
+The tokens are drawn on the device, so the next step can start at once. While it runs, the host
+reads the tokens, which takes about as long as a small model's step. If a row ends, the result for
+this row is dropped. If the engine needs another step than the launched one, it runs that one too.
 """
 
 from collections.abc import Sequence
@@ -36,7 +36,7 @@ class Lookahead:
         self._launched = [(slot, slot.running, len(slot.tokens)) for slot in decoding]
 
     def take(self, decoding: Sequence[Slot], n_rows: int) -> Tensor | None:
-        """The logits (B, 1, V) of the step in flight, where it is the step of these slots."""
+        """The logits (B, 1, V) of the step in flight, if it covers these slots; else None."""
         launched, self._launched = self._launched, []
         wanted = [(slot, slot.request, len(slot.tokens)) for slot in decoding]
         if not launched or not set(wanted) <= set(launched):

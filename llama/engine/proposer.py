@@ -1,8 +1,8 @@
-"""Proposes the tokens that the engine's next step checks, as many as are worth their time.
+"""Proposes tokens that the engine's next step checks, as many as make it faster.
 
 Lookup costs next to nothing, and its acceptance rate is known even if no step checks its tokens.
-The rate of a draft model is known only if the draft model runs. When drafting is not worth its
-time, it pauses for some steps, for twice as many each time. Each step that drafts makes the next
+The rate of a draft model is known only if the draft model runs. When drafting makes steps
+slower, it pauses for some steps, for twice as many each time. Each step that drafts makes the next
 pause one step shorter.
 """
 

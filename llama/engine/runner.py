@@ -80,8 +80,8 @@ class Runner:
         is_private: bool = False,
         is_continued: Sequence[bool] = (),
     ) -> Generator[Event, None, None]:
-        """The events of the prompts' requests, on the first rank. Raises GenerationError now, not
-        with the first event, where the engine cannot take a prompt.
+        """The events of the prompts' requests, on the first rank. Raises GenerationError at once,
+        before the first event, where the engine cannot take a prompt.
 
         is_continued: for each prompt, whether the texts can be appended to it.
         """
@@ -96,7 +96,7 @@ class Runner:
         is_private: bool,
         is_continued: Sequence[bool],
     ) -> Generator[Event, None, None]:
-        """Submit when the first event is asked for. Cancel at the end what has not ended."""
+        """Submit when the first event is asked for. At the end, cancel requests that are open."""
         self._check_ranks()
         inbox: deque[Event] = deque()
         with self._turns:
@@ -172,7 +172,8 @@ class Runner:
         is_private: bool = False,
         is_continued: Sequence[bool] = (),
     ) -> list[Request]:
-        """A request for each sample. One alone draws from the generator that `seed` started."""
+        """A request for each sample. A request that runs alone uses the generator made from the
+        runner's `seed`."""
         parallel.check_fork()
         if not prompts:
             raise GenerationError("no prompts: give at least one")
@@ -202,8 +203,8 @@ class Runner:
         return self._is_reference and len(prompts) * params.n == 1
 
     def _cancel(self, requests: Sequence[Request]) -> None:
-        """Cancel what has not ended: now, or with the next step where another thread has its turn,
-        which may be this one, since Python may close a forgotten stream anywhere."""
+        """Cancel the requests that have not ended. While a turn is taken, the next step does it.
+        This thread itself may have the turn, because Python closes a forgotten stream anywhere."""
         self._to_cancel.extend(request for request in requests if request.finish_reason is None)
         if self._to_cancel and self._turns.take_if_free():
             try:

@@ -9,9 +9,9 @@ class TextStream:
     """The text of one request while it grows, in whole characters. An end that may be the start of
     a stop string is held back.
 
-    The strings from `push` and `finish` join to the decoded text before its first stop string. The
-    first one is the one that ends first, and of several with the same end the longest. The cost of
-    one id depends on the length of the stop strings, not on how many ids came before.
+    The strings from `push` and `finish` join to the decoded text before its first stop string. That
+    is the one that ends first; of several with the same end, the longest. The cost of one id
+    depends on the length of the stop strings, not on the number of earlier ids.
 
     is_continued: the text can be appended to the prompt; see `TextDecoder`.
 

@@ -5,10 +5,11 @@ from collections import deque
 
 
 class Turns:
-    """Guards an engine. Callers take turns: each steps it once, for all, and hands it on.
+    """Guards an engine. Callers take turns: each steps the engine once for all callers, and
+    then the next caller gets the lock.
 
-    A plain lock would let a thread that gives it up take it again at once, and callers that want to
-    submit a prompt would wait until that thread has all its tokens.
+    With a plain lock, a thread that releases it could take it again at once. Other callers could
+    not submit a prompt until that thread has all its tokens.
     """
 
     def __init__(self) -> None:

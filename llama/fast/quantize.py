@@ -145,7 +145,7 @@ def _best_scale(groups: Tensor) -> Tensor:
 def _blocks(w: Tensor, weights: int) -> Iterator[tuple[slice, Tensor]]:
     """Blocks of n times eight rows: their indices and weights, float32 (n, 8, K).
 
-    weights: about as many a block holds, on a CPU.
+    weights: the approximate number of weights in a block, on a CPU.
     """
     if w.device.type != "cpu":
         weights = GPU_BLOCK

@@ -1,7 +1,7 @@
 """The routes: OpenAI's API over one `Service`, and the chat page.
 
-Starlette's plain ASGI parts alone are used. A call is checked whole before its first byte is sent.
-What fails later is an event of the stream.
+Only Starlette's plain ASGI parts are used. A call is checked completely before its first byte is
+sent. A later failure is sent as an event of the stream.
 """
 
 import asyncio
@@ -96,7 +96,7 @@ class Routes:
             exception_handlers=handlers,
         )
 
-    # ---- what is there ------------------------------------------------------------------------
+    # ---- page, health and models --------------------------------------------------------------
 
     async def page(self, request: Request) -> Response:
         return HTMLResponse(

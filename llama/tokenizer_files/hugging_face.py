@@ -2,7 +2,7 @@
 
 Llama 3's is byte-level BPE. It is converted to tiktoken's ranks, which give the same merges. Llama
 2's is BPE with byte fallback, where "▁" stands for a blank. The `tokenizers` library (extra `[hf]`)
-encodes it. Any other kind is left to the library alone; see `library.py`.
+encodes it. For any other kind the library does everything; see `library.py`.
 """
 
 import json
@@ -31,7 +31,7 @@ class _Content(NamedTuple):
 
 
 class _OtherKind(Exception):
-    """The file is not of Llama's two kinds, or has ids that only the library gives."""
+    """The file is of neither of Llama's two kinds, or only the library gives its ids."""
 
 
 def open_json(path: Path, data: bytes) -> "Tiktoken | ByteFallback | LibraryTokenizer":

@@ -1,7 +1,7 @@
 """The two kinds of `tokenizer.model` that Meta ships, as backends of `Tokenizer`.
 
 Llama 2 comes with a SentencePiece model, Llama 3 with a list of byte sequences and their ranks for
-tiktoken. A backend has the attributes of `Tokenizer`, and the methods encode, decode and stream.
+tiktoken. A backend has the attributes of `Tokenizer`, and its methods encode, decode and stream.
 """
 
 import base64
@@ -85,7 +85,7 @@ class Tiktoken:
         return _TiktokenStream(self.encoding)
 
     def check_is_metas(self) -> None:
-        """Raise TokenizerError where a file of ranks, which has no names, would lose something."""
+        """Raise TokenizerError if a file of ranks, which has no names, cannot hold all of it."""
         if self._always_allowed:
             raise TokenizerError(f"{min(self._always_allowed)!r:.40} is in it, but not special")
         metas = {i: name for name, i in _special_tokens(len(self.ranks)).items()}
@@ -213,7 +213,7 @@ def encode_around(
     text: str, allowed: set[str], special: dict[str, int], encode: Callable[[str], list[int]]
 ) -> list[int]:
     """Cut the text around the `allowed` names and `encode` each part between them on its own."""
-    # The libraries refuse lone surrogates. They are replaced as tiktoken does it.
+    # The libraries refuse lone surrogates. They are replaced in the way of tiktoken.
     text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
     parts = re.split(f"({'|'.join(map(re.escape, allowed))})", text) if allowed else [text]
     ids: list[int] = []

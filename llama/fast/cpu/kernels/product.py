@@ -25,9 +25,9 @@ Weight = Tensor | Int8Weight | Int4Weight
 CPU = torch.device("cpu")
 FLOATS = (torch.float32, torch.bfloat16)
 MAX_MATRICES = 3
-UNIT = 24  # a chunk is a multiple of this many rows of weights, this of every kind's tile height
+UNIT = 24  # rows of weights; a chunk is a multiple of it, and it is a multiple of every tile's rows
 MAX_CHUNK = 48  # rows of weights; a chunk stays in the cache while all activations use it
-CHUNKS = 8  # about how many chunks a thread computes; one that is done early takes more
+CHUNKS = 8  # approximate chunks per thread; a thread that is done early takes more
 
 
 def is_installed() -> bool:

@@ -31,7 +31,6 @@ class Call:
         self.requests: list[Request] = []
         self.n_open = n_requests
         self._service = service
-        self._loop = asyncio.get_running_loop()
         self._events: asyncio.Queue[Event | Exception] = asyncio.Queue()
 
     async def __aiter__(self) -> AsyncIterator[Event]:
@@ -50,13 +49,9 @@ class Call:
         self.n_open = 0
         self._service.cancel(self)
 
-    def deliver(self, events: Sequence[Event | Exception]) -> None:
-        """Called by the engine's thread."""
-        self._loop.call_soon_threadsafe(self._put, events)
-
-    def _put(self, events: Sequence[Event | Exception]) -> None:
-        for event in events:
-            self._events.put_nowait(event)
+    def put(self, event: Event | Exception) -> None:
+        """Called in the event loop."""
+        self._events.put_nowait(event)
 
 
 class Service:
@@ -75,6 +70,7 @@ class Service:
         self.is_stopping = False
         self._limit = llama.engine.cache.max_batch_size + max_waiting
         self._on_death: Callable[[], None] = lambda: None
+        self._loop: asyncio.AbstractEventLoop | None = None  # of all calls
         self._calls: dict[Request, Call] = {}  # of the requests in flight
         self._n_open = 0  # requests that were submitted and have not ended
         self._commands: list[Callable[[], None]] = []
@@ -116,6 +112,7 @@ class Service:
         for row, prompt in enumerate(prompts):
             self.llama.engine.check(prompt, params, row)
         n_requests = len(prompts) * params.n
+        self._loop = asyncio.get_running_loop()
         call = Call(self, n_requests)
         with self._changed:
             if self._n_open and self._n_open + n_requests > self._limit:
@@ -164,8 +161,8 @@ class Service:
         except Exception:
             log.exception("the engine has failed")
             self.is_alive = False
-            for call in set(self._calls.values()):
-                call.deliver([ApiError(500, "the engine has failed: the server is ending")])
+            failed = ApiError(500, "the engine has failed: the server is ending")
+            self._send([(call, failed) for call in set(self._calls.values())])
             self._on_death()
 
     def _run_commands(self) -> None:
@@ -178,7 +175,7 @@ class Service:
             command()
 
     def _deliver(self, events: Sequence[Event]) -> None:
-        of_calls: dict[Call, list[Event | Exception]] = {}
+        of_calls: list[tuple[Call, Event | Exception]] = []
         with self._changed:
             self._n_open -= sum(event.finish_reason is not None for event in events)
         for event in events:
@@ -189,6 +186,15 @@ class Service:
                 self.tokens["cached"] += event.request.n_reused
                 self.tokens["generated"] += len(event.request.tokens)
             if call is not None:
-                of_calls.setdefault(call, []).append(event)
-        for call, own in of_calls.items():
-            call.deliver(own)
+                of_calls.append((call, event))
+        self._send(of_calls)
+
+    def _send(self, events: Sequence[tuple[Call, Event | Exception]]) -> None:
+        """Put the events into their calls' queues. The event loop is woken once for all."""
+
+        def put() -> None:
+            for call, event in events:
+                call.put(event)
+
+        if events and self._loop is not None:
+            self._loop.call_soon_threadsafe(put)

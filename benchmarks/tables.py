@@ -83,7 +83,10 @@ def faults(figures: dict[str, Any]) -> str:
     malformed, slow = figures["malformed"], figures["slow_sockets"]
     overflow, leaving = figures["overflow"], figures["leaving"]
     body = [
-        [f"{malformed['requests']:,} malformed requests", "all got a status of 4xx"],
+        [
+            f"{sum(malformed.values()):,} malformed requests",
+            ", ".join(f"{n:,} got {status}" for status, n in malformed.items()),
+        ],
         [f"{slow['sockets']} slow sockets", f"a healthy call takes {slow['ratio']:.2f} × its time"],
         [
             f"{overflow['calls']} calls on 8 slots and a queue of 64",

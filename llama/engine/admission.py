@@ -15,6 +15,7 @@ from llama.sampling import SamplingParams
 # The shortest prefix that is reused. Reusing a shorter one would save little time, and could
 # overwrite a slot whose longer prefix a later prompt needs.
 MIN_REUSE = 16
+NEAR = 8  # rows; a decode step of eight rows takes little longer than one of fewer
 
 
 def check_prompt(
@@ -65,7 +66,7 @@ def choose_slot(request: Request, slots: list[Slot], free: list[Slot]) -> tuple[
     Both are the same slot if the slot with the prefix is free. A request reuses nothing if it is
     exact, private or scored, or generates nothing.
     """
-    least_recent = min(free, key=lambda slot: (slot.last_used, slot.index))
+    least_recent = _least_recent(slots, free)
     is_scored = request.params.prompt_logprobs or request.max_gen_len == 0
     if request.is_exact or request.is_private or is_scored:
         return least_recent, least_recent, 0
@@ -80,3 +81,18 @@ def choose_slot(request: Request, slots: list[Slot], free: list[Slot]) -> tuple[
         return least_recent, least_recent, 0
     slot = best if best.request is None else least_recent
     return slot, best, shared[best]
+
+
+def _least_recent(slots: list[Slot], free: list[Slot]) -> Slot:
+    """The free slot that was used least recently, of those near the slots in use.
+
+    A decode step covers all rows from the first slot in use to the last. So the first criterion is
+    the number of rows that it would cover, in multiples of NEAR.
+    """
+    used = [slot.index for slot in slots if slot.request is not None]
+
+    def cost(slot: Slot) -> tuple[int, int, int]:
+        covered = max(*used, slot.index) - min(*used, slot.index) + 1 if used else 1
+        return -(-covered // NEAR), slot.last_used, slot.index
+
+    return min(free, key=cost)

@@ -143,6 +143,26 @@ def test_a_request_without_a_seed_has_random_numbers_of_its_own(model: Transform
     assert same[0].tokens != same[1].tokens
 
 
+def test_rows_in_use_lie_together(model: Transformer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Eight requests at a time on 32 slots never make a step of more than eight rows, although the
+    least recently used slots lie at both ends after the first request."""
+    engine = Engine(model, 32, MAX_SEQ_LEN)
+    n_rows = []
+    run = engine._worker.run
+
+    def spy(plan: Any) -> Any:
+        n_rows.append(len(plan.tokens))
+        return run(plan)
+
+    monkeypatch.setattr(engine._worker, "run", spy)
+    params = SamplingParams(temperature=0, max_gen_len=4)
+    for seed, n_requests in enumerate((1, 8, 8, 8, 8)):
+        for prompt in random_prompts(n_requests, seed=seed):  # no prefix is reused
+            engine.submit(prompt, params)
+        drain(engine)
+    assert max(n_rows) == 8
+
+
 # ---- chunks and reuse -------------------------------------------------------------------------
 
 

@@ -20,6 +20,7 @@ def serve(
     timeout: float = 600.0,
     allow_origin: str = "",
     metrics: bool = False,
+    log_calls: bool = False,
     date: str | None = None,
     **flags: Any,
 ) -> None:
@@ -43,6 +44,7 @@ def serve(
         timeout: most seconds of a call.
         allow_origin: origins of other pages that may call, with commas between.
         metrics: give Prometheus its numbers at /metrics.
+        log_calls: write a line of JSON for each call to standard error, without any text of it.
         date: date in the system message of chats, such as "26 Jul 2024", or today; with it chats
             are written as the chat template in Meta's Hugging Face folders writes them.
     """
@@ -66,6 +68,6 @@ def serve(
     llama = Llama.build(**build, max_batch_size=max_batch_size)
     code = run(
         llama, name or model_name(build.get("ckpt_dir")), host, port, api_key, max_waiting,
-        timeout, origins, metrics, date,
+        timeout, origins, metrics, log_calls, date,
     )  # fmt: skip
     exit_with(code)

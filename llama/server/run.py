@@ -23,6 +23,7 @@ try:
     from uvicorn.protocols.http.h11_impl import H11Protocol
 
     from llama.server.app import Routes, Settings
+    from llama.server.call_log import CallLog
     from llama.server.metrics import Metrics
     from llama.server.security import LOOPBACK, App, Security
     from llama.server.service import Service
@@ -112,6 +113,7 @@ def serve(
     timeout: float = 600.0,
     origins: tuple[str, ...] = (),
     has_metrics: bool = False,
+    has_log: bool = False,
     date: str | None = None,
 ) -> int:
     """Serve a model until a signal. The other ranks follow. Returns the exit code.
@@ -126,7 +128,9 @@ def serve(
     settings = Settings(name, timeout, date=date)
     with bound_socket(host, port) as bound:
         hosts = LOOPBACK if is_loopback(host) else None
-        server = make_server(llama, settings, max_waiting, api_key, hosts, origins, has_metrics)
+        server = make_server(
+            llama, settings, max_waiting, api_key, hosts, origins, has_metrics, has_log
+        )
         log.info(start_line(llama, name, bound))
         run_server(server, bound)
     return 0 if server.service.is_alive else DEATH_EXIT_CODE
@@ -140,13 +144,16 @@ def make_server(
     hosts: tuple[str, ...] | None = LOOPBACK,
     origins: tuple[str, ...] = (),
     has_metrics: bool = False,
+    has_log: bool = False,
 ) -> Server:
     """A server that is not running yet; see `serve` and `Security` for the arguments."""
     service = Service(llama, max_waiting)
     routes: App = Routes(service, settings).app()
     if has_metrics:
         routes = Metrics(routes, service)
-    app = Security(routes, api_key, hosts, origins)
+    app: App = Security(routes, api_key, hosts, origins)
+    if has_log:
+        app = CallLog(app)
     config = uvicorn.Config(
         app, http=_Protocol, ws="none", lifespan="off", log_level="warning", access_log=False,
         server_header=False, timeout_keep_alive=30, timeout_graceful_shutdown=5,

@@ -423,6 +423,26 @@ def test_who_may_call(alone: Llama) -> None:
         assert preflight.status_code == 204
 
 
+def test_a_log_of_calls_has_no_text(alone: Llama, capfd: pytest.CaptureFixture[str]) -> None:
+    llama = Llama(alone.model, alone.tokenizer, mode="fast", max_batch_size=1)
+    with running(llama, has_log=True) as (_, url):
+        capfd.readouterr()
+        body: Any = {**GREEDY, "prompt": "a secret", "max_tokens": 2}
+        httpx.post(f"{url}/v1/completions?question=secret", json=body)
+        httpx.post(f"{url}/v1/completions", json={"model": "secret"})
+        httpx.get(f"{url}/health", headers={"Host": "other.example"})
+    log = capfd.readouterr().err
+    lines = [json.loads(line) for line in log.splitlines() if line.startswith("{")]
+    calls = [(line["method"], line["path"], line["status"]) for line in lines]
+    assert calls == [
+        ("POST", "/v1/completions", 200),
+        ("POST", "/v1/completions", 400),
+        ("GET", "/health", 403),
+    ]
+    assert all(0 < line["seconds"] < 60 for line in lines)
+    assert "secret" not in log
+
+
 def test_metrics(alone: Llama) -> None:
     llama = Llama(alone.model, alone.tokenizer, mode="fast", max_batch_size=2)
     with running(llama, has_metrics=True) as (_, url):

@@ -92,6 +92,12 @@ async def greedy_text(client: httpx.AsyncClient) -> str:
     return str(response.json()["choices"][0]["text"])
 
 
+async def wait_until_idle(client: httpx.AsyncClient) -> None:
+    """Wait until the server has no open request."""
+    while (await client.get("/health")).json()["open_requests"]:
+        await asyncio.sleep(0.005)
+
+
 async def face_malformed(client: httpx.AsyncClient, n_requests: int, n_clients: int) -> Any:
     """Send seeded malformed requests. Returns how many got each status."""
     before = await greedy_text(client)
@@ -196,8 +202,7 @@ async def face_leaving(client: httpx.AsyncClient, rounds: int) -> Any:
                 async for _ in response.aiter_lines():
                     break
         start = time.perf_counter()
-        while (await client.get("/health")).json()["open_requests"]:
-            await asyncio.sleep(0.005)
+        await wait_until_idle(client)
         longest = max(longest, time.perf_counter() - start)
     return {"rounds": rounds, "free_within_s": longest}
 

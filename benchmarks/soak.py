@@ -17,7 +17,7 @@ from typing import Any
 import fire
 import httpx
 from serve import processor, server
-from serve_faults import MODEL, PATHS, USER, malformed
+from serve_faults import MODEL, PATHS, USER, malformed, wait_until_idle
 from tqdm import tqdm
 
 from llama.errors import BenchmarkError
@@ -128,8 +128,7 @@ async def soak(url: str, process_id: int, seconds: float, clients: int) -> dict[
 
     async def settled() -> None:
         async with httpx.AsyncClient(base_url=url) as http:
-            while (await http.get("/health")).json()["open_requests"]:
-                await asyncio.sleep(0.01)
+            await wait_until_idle(http)
         await asyncio.sleep(0.5)  # the server closes its sides of the connections
 
     async def watch(until: float) -> list[int]:

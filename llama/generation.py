@@ -24,7 +24,7 @@ from llama.checkpoints.chat_form import chat_warning
 from llama.checkpoints.folder import BUNDLED
 from llama.checkpoints.generation_config import read_sampling
 from llama.engine.build import make_engine
-from llama.engine.grammar import json_grammar
+from llama.engine.grammar import call_processor
 from llama.engine.request import Event
 from llama.engine.runner import Runner
 from llama.errors import DialogError, GenerationError
@@ -42,7 +42,7 @@ from llama.predictions import (
 from llama.prompts import as_ids, is_dialog, is_prompt_list
 from llama.sampling import LogitsProcessor, SamplingParams, sample_top_p
 from llama.tokenizer import Tokenizer
-from llama.tools import Tool, ToolChoice, call_schema, check_choice, check_tools
+from llama.tools import Tool, ToolChoice, check_choice, check_tools
 
 # Every public name of Meta's `generation.py`, of Llama 2 and 3.
 __all__ = [
@@ -445,7 +445,5 @@ class Llama:
         self, tools: Sequence[Tool], tool_choice: ToolChoice, prompts: Sequence[list[int]]
     ) -> dict[str, LogitsProcessor]:
         """The option by which answers to the prompts must be calls, if tool_choice says so."""
-        if tool_choice in ("auto", "none"):
-            return {}
-        schema = call_schema(tools, tool_choice)
-        return {"logits_processor": json_grammar(self.tokenizer).processor(schema, prompts)}
+        processor = call_processor(self.tokenizer, tools, tool_choice, prompts)
+        return {} if processor is None else {"logits_processor": processor}

@@ -90,9 +90,12 @@ def _least_recent(slots: list[Slot], free: list[Slot]) -> Slot:
     the number of rows that it would cover, in multiples of NEAR.
     """
     used = [slot.index for slot in slots if slot.request is not None]
+    first, last = min(used, default=None), max(used, default=None)
 
     def cost(slot: Slot) -> tuple[int, int, int]:
-        covered = max(*used, slot.index) - min(*used, slot.index) + 1 if used else 1
+        covered = 1
+        if first is not None and last is not None:
+            covered = max(last, slot.index) - min(first, slot.index) + 1
         return -(-covered // NEAR), slot.last_used, slot.index
 
     return min(free, key=cost)

@@ -16,6 +16,7 @@ from torch import Tensor
 from llama.errors import GenerationError
 from llama.sampling import LogitsProcessor
 from llama.tokenizer import Tokenizer
+from llama.tools import Tool, ToolChoice, call_schema
 
 MAX_SCHEMA_LENGTH = 1 << 16  # characters
 KEPT = 64  # states that are kept; more than the samples of a prompt and their proposals need
@@ -29,6 +30,19 @@ def json_grammar(tokenizer: Tokenizer) -> "JsonGrammar":
     if tokenizer not in _grammars:
         _grammars[tokenizer] = JsonGrammar(tokenizer)
     return _grammars[tokenizer]
+
+
+def call_processor(
+    tokenizer: Tokenizer,
+    tools: Sequence[Tool],
+    choice: ToolChoice,
+    prompts: Sequence[Sequence[int]],
+) -> LogitsProcessor | None:
+    """The processor by which answers to these prompts must be calls of a tool; None where the
+    tool_choice does not force a call."""
+    if choice in ("auto", "none"):
+        return None
+    return json_grammar(tokenizer).processor(call_schema(tools, choice), prompts)
 
 
 class JsonGrammar:

@@ -8,7 +8,7 @@ import asyncio
 import contextlib
 import importlib.resources
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -186,14 +186,13 @@ class Routes:
         # A schema may take a second to compile.
         date = self.settings.today()
         tokens, params = await asyncio.to_thread(encode_chat, self.llama, body, date)
-        call = self._submit([tokens], params, [body.continue_final_message])
+        call = self.service.submit([tokens], params, [body.continue_final_message])
         answer = Answer(
             "chat.completion", self.settings.model, self.tokenizer, body.offered(),
             only_first=body.parallel_tool_calls is False,
         )  # fmt: skip
         if body.stream:
-            include = body.stream_options is not None and body.stream_options.include_usage
-            return self._stream(answer, call, params, include, body.logprobs is True)
+            return self._stream(answer, call, params, body.includes_usage, body.logprobs is True)
         await self._finish(request, call)
         choices = [
             chat_choice(self.llama, body, index, finished)
@@ -210,11 +209,12 @@ class Routes:
         if body.stream and body.echo:
             raise ApiError(400, "a stream has no echo: ask for one of them", "echo")
         tokens, params = encode(self.llama, body)
-        call = self._submit(tokens, params, [prompt != "" for prompt in prompts])
+        call = self.service.submit(tokens, params, [prompt != "" for prompt in prompts])
         answer = Answer("text_completion", self.settings.model, self.tokenizer)
         if body.stream:
-            include = body.stream_options is not None and body.stream_options.include_usage
-            return self._stream(answer, call, params, include, body.logprobs is not None)
+            return self._stream(
+                answer, call, params, body.includes_usage, body.logprobs is not None
+            )
         await self._finish(request, call)
         choices = [
             text_choice(self.llama, body, index, finished, prompts[index // params.n])
@@ -226,11 +226,6 @@ class Routes:
 
     async def _read(self, request: Request) -> Any:
         return await read_json(request, self.settings.max_body, self.settings.read_timeout)
-
-    def _submit(
-        self, prompts: Sequence[list[int]], params: SamplingParams, is_continued: Sequence[bool]
-    ) -> Call:
-        return self.service.submit(prompts, params, False, is_continued)
 
     async def _finish(self, request: Request, call: Call) -> None:
         """Wait for the end of all requests. Cancel them if the client goes or the time is up."""

@@ -49,14 +49,11 @@ def _refuse(name: str) -> Any:
 
 
 def _check(content: Any, depth: int) -> None:
-    """Raise ApiError where the content is nested deeper than `depth`, or has text that is not
-    Unicode."""
+    """Raise ApiError where the content is nested deeper than `depth`."""
     if depth == 0:
         raise ApiError(400, f"the body is nested deeper than {MAX_DEPTH} levels")
     if isinstance(content, dict):
-        for key, value in content.items():
-            _check(key, depth - 1)
-            _check(value, depth - 1)
-    elif isinstance(content, list):
+        content = list(content.values())
+    if isinstance(content, list):
         for value in content:
             _check(value, depth - 1)

@@ -4,13 +4,12 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from llama.chat_format import Message
-from llama.engine.grammar import json_grammar
+from llama.engine.grammar import call_processor, json_grammar
 from llama.generation import Llama
 from llama.infilling import InfillingFormat
 from llama.sampling import SamplingParams
 from llama.server.errors import ApiError
 from llama.server.requests import ChatBody, ChatMessage, CompletionBody
-from llama.tools import call_schema
 
 
 def encode_chat(
@@ -22,12 +21,9 @@ def encode_chat(
     date = date if body.date is None else body.date
     tokens = llama.encode_dialog(dialog_of(body.messages), body.continue_final_message, tools, date)
     wanted = body.response_format
-    processor = None
     if tools and body.continue_final_message:
         raise ApiError(400, "an answer that is continued calls no tools", "tools")
-    if tools and body.choice != "auto":
-        schema = call_schema(tools, body.choice)
-        processor = json_grammar(llama.tokenizer).processor(schema, [tokens])
+    processor = call_processor(llama.tokenizer, tools, body.choice, [tokens])
     if wanted is not None and wanted.type != "text":
         if tools:
             raise ApiError(400, "an answer that may call a tool has no response_format: give "

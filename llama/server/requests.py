@@ -76,6 +76,11 @@ class Sampling(Body):
     repetition_penalty: Annotated[Number, Field(ge=0.01, le=100)] = 1.0
     ignore_eos: bool = False
 
+    @property
+    def includes_usage(self) -> bool:
+        """Whether a stream ends with the counts of tokens."""
+        return self.stream_options is not None and self.stream_options.include_usage
+
     def params(self, defaults: Mapping[str, float], **options: Any) -> SamplingParams:
         """As options of the engine. defaults: temperature and top_p where the body has none."""
         bias = {}

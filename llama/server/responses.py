@@ -7,7 +7,7 @@ import uuid
 from collections.abc import Sequence
 from typing import Any
 
-from llama.engine.request import Event, Request
+from llama.engine.request import Event, FinishReason, Request
 from llama.generation import Llama
 from llama.server.requests import ChatBody, CompletionBody
 from llama.tokenizer import Tokenizer
@@ -65,7 +65,7 @@ class Answer:
             logprobs = build(self._tokenizer, [event.token], [event.logprob], [event.top_logprobs])
         reason = None
         if event.finish_reason is not None:
-            reason = "length" if event.finish_reason == "length" else "stop"
+            reason = _reason(event.finish_reason)
         if not self.is_chat:
             has_text = bool(event.text) or logprobs is not None
             choice = {"text": event.text, "logprobs": logprobs, "finish_reason": reason}
@@ -118,7 +118,7 @@ def chat_choice(llama: Llama, body: ChatBody, index: int, finished: Request) -> 
     """A whole answer to a dialog."""
     message: Json = {**llama.formatter.decode_message(finished.tokens, finished.stop_token)}
     message |= {"content": finished.text, "refusal": None}
-    reason = "length" if finished.finish_reason == "length" else "stop"
+    reason = _reason(finished.finish_reason)
     if found := read_calls(finished.text, body.offered()):
         calls = tool_calls(found, body.parallel_tool_calls is False)
         message |= {"content": None, "tool_calls": calls}
@@ -161,7 +161,7 @@ def text_choice(
         "index": index,
         "text": echoed + finished.text,
         "logprobs": logprobs,
-        "finish_reason": "length" if finished.finish_reason == "length" else "stop",
+        "finish_reason": _reason(finished.finish_reason),
     }
 
 
@@ -207,6 +207,11 @@ def text_logprobs(
         ],
         "text_offset": offsets,
     }
+
+
+def _reason(finish_reason: FinishReason | None) -> str:
+    """The engine's reason in the API's words."""
+    return "length" if finish_reason == "length" else "stop"
 
 
 def _delta(

@@ -97,7 +97,6 @@ class Service:
         self,
         prompts: Sequence[Sequence[int]],
         params: SamplingParams,
-        is_private: bool,
         is_continued: Sequence[bool],
     ) -> Call:
         """Submit `params.n` requests for each prompt. Events carry the request's number as row.
@@ -124,7 +123,7 @@ class Service:
             for prompt, continued in zip(prompts, is_continued, strict=True):
                 for sample in params.samples():
                     request = self.llama.engine.submit(
-                        prompt, sample, len(call.requests), None, is_private, False, continued
+                        prompt, sample, len(call.requests), is_continued=continued
                     )
                     call.requests.append(request)
                     self._calls[request] = call

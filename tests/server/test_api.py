@@ -3,7 +3,6 @@
 import asyncio
 import json
 import time
-from collections.abc import Iterator
 from typing import Any
 
 import httpx
@@ -28,17 +27,6 @@ def alone() -> Llama:
     return Llama.build(max_seq_len=256, max_batch_size=4, mode="fast", device="cpu")
 
 
-@pytest.fixture(scope="module")
-def url(llama: Llama) -> Iterator[str]:
-    with running(llama) as (_, address):
-        yield address
-
-
-@pytest.fixture(scope="module")
-def client(url: str) -> openai.OpenAI:
-    return openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
-
-
 def post(url: str, path: str, **body: Any) -> httpx.Response:
     return httpx.post(url + path, json=body, timeout=60)
 
@@ -47,6 +35,14 @@ def error_of(response: httpx.Response) -> dict[str, Any]:
     error: dict[str, Any] = response.json()["error"]
     assert error.keys() == {"message", "type", "param", "code"}
     return error
+
+
+def assert_idle_soon(url: str) -> None:
+    """Within two seconds no request is open."""
+    deadline = time.monotonic() + 2
+    while httpx.get(f"{url}/health").json()["open_requests"] and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert httpx.get(f"{url}/health").json()["open_requests"] == 0
 
 
 # ---- chat ----------------------------------------------------------------------------------------
@@ -365,20 +361,14 @@ def test_many_clients_some_of_whom_leave(llama: Llama, url: str, alone: Llama) -
             await asyncio.gather(*(one(client, i, prompt) for i, prompt in enumerate(prompts)))
 
     asyncio.run(all_of_them())
-    deadline = time.monotonic() + 2
-    while httpx.get(f"{url}/health").json()["open_requests"] and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert httpx.get(f"{url}/health").json()["open_requests"] == 0
+    assert_idle_soon(url)
 
 
 def test_a_client_that_leaves_before_its_whole_answer(url: str) -> None:
     body = {"model": MODEL, "prompt": "Once", "max_tokens": 200, "ignore_eos": True, "n": 4}
     with pytest.raises(httpx.ReadTimeout):
         httpx.post(f"{url}/v1/completions", json=body, timeout=0.02)
-    deadline = time.monotonic() + 2
-    while httpx.get(f"{url}/health").json()["open_requests"] and time.monotonic() < deadline:
-        time.sleep(0.02)
-    assert httpx.get(f"{url}/health").json()["open_requests"] == 0
+    assert_idle_soon(url)
 
 
 def test_a_full_queue_and_a_late_answer(alone: Llama) -> None:

@@ -5,7 +5,6 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 
 import httpx
 import pytest
@@ -24,12 +23,6 @@ HEAD = (
 @pytest.fixture(scope="module")
 def llama() -> Llama:
     return Llama.build(max_seq_len=128, max_batch_size=4, mode="fast", device="cpu")
-
-
-@pytest.fixture(scope="module")
-def url(llama: Llama) -> Iterator[str]:
-    with running(llama) as (_, address):
-        yield address
 
 
 def test_malformed_requests_never_fail_the_server(url: str) -> None:

@@ -2,13 +2,12 @@
 
 import asyncio
 import json
-from collections.abc import Iterator
 from typing import Any
 
 import httpx
 import openai
 import pytest
-from helpers.server import MODEL, running
+from helpers.server import MODEL
 from helpers.talker import make_talker
 
 from llama import Llama
@@ -49,17 +48,6 @@ def user(text: str) -> Any:
 @pytest.fixture(scope="module")
 def llama() -> Llama:
     return make_talker(ANSWERS, TOOLS, mode="fast", max_batch_size=4)
-
-
-@pytest.fixture(scope="module")
-def url(llama: Llama) -> Iterator[str]:
-    with running(llama) as (_, address):
-        yield address
-
-
-@pytest.fixture(scope="module")
-def client(url: str) -> openai.OpenAI:
-    return openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
 
 
 def found(calls: Any) -> list[tuple[str, Any]]:

@@ -25,8 +25,8 @@ from tqdm import tqdm
 
 from llama import ModelArgs
 from llama.commands.limits import check_rate
-from llama.fast.cpu.kernels import matmul
-from llama.fast.cpu.kernels.product import Product, Weight
+
+from llama.fast.cpu.kernels.product import Product, Weight, instruction_sets
 from llama.fast.quantize import quantize_int4, quantize_int8
 
 ROWS = (1, 2, 4, 8)
@@ -113,7 +113,7 @@ def main(
             times[name].append(seconds(measurement))
 
     speed = READ_BYTES / statistics.median(times["read"]) / 1e9
-    print(f"\n{shape}, {torch.get_num_threads()} threads, {matmul.instruction_sets()[0]}")
+    print(f"\n{shape}, {torch.get_num_threads()} threads, {instruction_sets()[0]}")
     print(f"{'':26}{'GB/s':>8}{'of read':>9}{'tok/s':>9}   read: {speed:.1f} GB/s")
     figures: dict[str, dict[str, float]] = {}
     for name, durations in times.items():
@@ -128,7 +128,7 @@ def main(
         print(f"{name:26}{rate:8.1f}{rate / speed:9.0%}{tokens:9.1f}")
     if out is not None:
         content = {
-            "machine": f"{platform.machine()}, {', '.join(matmul.instruction_sets())}",
+            "machine": f"{platform.machine()}, {', '.join(instruction_sets())}",
             "cores": os.cpu_count(),
             "threads": torch.get_num_threads(),
             "torch": torch.__version__,

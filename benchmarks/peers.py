@@ -126,6 +126,8 @@ def ratios(rounds: list[dict[str, dict[str, float]]]) -> dict[str, dict[str, flo
     each round."""
     found = {}
     for ours, theirs in RIVALS.items():
+        if f"llama-reference {ours}" not in rounds[0]:
+            continue
         pairs = [(r[f"llama-reference {ours}"], r[f"llama.cpp {theirs}"]) for r in rounds]
         found[f"{ours} / {theirs}"] = {
             name: statistics.median(a[name] / b[name] for a, b in pairs) for name in pairs[0][0]
@@ -156,7 +158,7 @@ def draw(medians: dict[str, dict[str, float]], path: Path, title: str) -> None:
 
 def main(
     work: str, shape: str = "110m", rounds: int = 3, threads: int = 2, decode: int = 64,
-    out: str | None = None,
+    widths: str | None = None, out: str | None = None,
 ) -> None:  # fmt: skip
     """Measure decode of one row, prefill of 512 tokens and decode of 8 rows. Print the medians.
 
@@ -167,6 +169,8 @@ def main(
             longer than 20 seconds is made in the first round only.
         threads: number of threads of every peer.
         decode: tokens decoded for one row; 8 rows decode a quarter of it each.
+        widths: fast mode's widths to measure beside llama.cpp's, such as int8,int4, and no other
+            peer; by default all.
         out: a file, to which the figures are written as JSON; a chart is written beside it as PNG.
     """
     if missing := [name for name in PACKAGES if find_spec(name) is None]:
@@ -176,6 +180,11 @@ def main(
     folder = Path(work) / str(shape)
     folder.mkdir(parents=True, exist_ok=True)
     prepare(folder, str(shape))
+    lines = LINES
+    if widths is not None:
+        own = [str(width) for width in (widths.split(",") if isinstance(widths, str) else widths)]
+        lines = [line for line in LINES if line[1] in own or line[1] in [RIVALS[w] for w in own]]
+        lines = [line for line in lines if line[0] in ("llama-reference", "llama.cpp")]
     orders: dict[str, dict[str, Any]] = {
         "decode": dict(measure="decode", rows=1, tokens=decode),
         "prefill": dict(measure="prefill", rows=1, tokens=PREFILL),
@@ -185,11 +194,11 @@ def main(
     versions: dict[str, str] = {}
     deviations: dict[str, float] = {}
     try:
-        for name, width in LINES:  # one after the other, because loading needs memory
+        for name, width in lines:  # one after the other, because loading needs memory
             peers.append(Peer(name, width, folder, threads))
             logits = folder / f"{name}_{width}.npy"
             versions |= peers[-1].ask(measure="logits", out=str(logits))["versions"]
-            first = folder / "{}_{}.npy".format(*LINES[0])
+            first = folder / "{}_{}.npy".format(*lines[0])
             deviations[peers[-1].name] = differs = deviation(first, logits)
             if differs > (limit := LIMITS.get(width, math.inf)):
                 raise SystemExit(

@@ -88,9 +88,12 @@ class KVCache:
         head_dim: int,
         dtype: torch.dtype,
         device: torch.device,
+        heads_first: bool = False,
     ) -> "KVCache":
+        """heads_first: all positions of a head lie together in memory. Otherwise all heads of a
+        position do, as in Meta's code."""
         shape = (n_layers, max_batch_size, max_seq_len, n_kv_heads, head_dim)
-        return KVCache(*_zeros(shape, dtype, device))
+        return KVCache(*_zeros(shape, dtype, device, heads_first))
 
     @property
     def max_batch_size(self) -> int:
@@ -119,16 +122,17 @@ class KVCache:
         return [tensor for tensor in optional if tensor is not None]
 
 
-def _zeros(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> list[Tensor]:
+def _zeros(
+    shape: Sequence[int], dtype: torch.dtype, device: torch.device, heads_first: bool = False
+) -> list[Tensor]:
     """Zeros for keys and values, and for their scales where the dtype is int8."""
+    *before, positions, heads, head_dim = shape
+    inner = [heads, positions] if heads_first else [positions, heads]
+    kinds = [([head_dim], dtype)] * 2 + [([], torch.float32)] * (2 if dtype == torch.int8 else 0)
     # A cache made under inference_mode could not be written to outside of it.
     with torch.inference_mode(False):
-        tensors = [torch.zeros(*shape, dtype=dtype, device=device) for _ in range(2)]
-        if dtype == torch.int8:
-            tensors += [
-                torch.zeros(*shape[:-1], dtype=torch.float32, device=device) for _ in range(2)
-            ]
-        return tensors
+        tensors = [torch.zeros(*before, *inner, *last, dtype=d, device=device) for last, d in kinds]
+        return [t.transpose(len(before), len(before) + 1) for t in tensors] if heads_first else tensors
 
 
 def quantize(x: Tensor) -> tuple[Tensor, Tensor]:

@@ -6,7 +6,7 @@ import torch
 
 from llama.config import ModelArgs
 from llama.errors import ConfigError
-from llama.fast.cpu.kernels.product import FLOATS, has_vnni, is_installed
+from llama.fast.cpu.kernels.product import FLOATS, has_dot, is_installed
 from llama.fast.quantize import Width
 
 # "reference": a prompt that runs alone gets exactly what Meta's code computes. "fast": the last
@@ -60,7 +60,7 @@ def drawback(
         return "fast mode without numba is slower: pip install 'llama-reference[fast]'"
     if dtype not in FLOATS:
         return f"fast mode has kernels for float32 and bfloat16: with {dtype} it is slower"
-    if quantize is not None and not has_vnni():
+    if quantize is not None and not has_dot():
         return f"without VNNI instructions fast mode is slower in {quantize}"
     return None
 

@@ -285,11 +285,11 @@ def test_int8_cache(heads: int, kv_heads: int, head_dim: int) -> None:
     out = torch.empty(n, heads, head_dim)
     first = np.array(starts)
     cache = np.zeros(layer_ops.CACHE_LENGTH, np.int64)
-    cache[:5] = 2, first.ctypes.data, *k.stride()[:3]
-    cache[5:] = [t.data_ptr() for t in (k, v, k_scale, v_scale)]
+    cache[:6] = 2, first.ctypes.data, *k.stride()[:4]
+    cache[6:] = [t.data_ptr() for t in (k, v, k_scale, v_scale)]
     job = [0, n, layer, heads // kv_heads, kv_heads, head_dim]
     job += [qkv.data_ptr(), still.data_ptr(), cache.ctypes.data, scores.data_ptr(), out.data_ptr()]
-    TaskList([layer_ops.store(), layer_ops.attend(head_dim)], [job, job]).run(0, 2)
+    TaskList([layer_ops.store(), layer_ops.attend(head_dim, 8)], [job, job]).run(0, 2)
     for token in range(n):
         row, position = token // 2, starts[token // 2] + token % 2
         for held, scale, place in ((k, k_scale, heads), (v, v_scale, heads + kv_heads)):

@@ -12,9 +12,10 @@ from torch import Tensor
 
 from llama.cache import KVCache
 from llama.errors import GenerationError
-from llama.fast.cpu.kernels import layer_ops, matmul, pool
+from llama.fast.cpu.kernels import job, layer_ops, pool
 from llama.fast.cpu.kernels.buffer import float_buffer, int8_buffer
 from llama.fast.cpu.kernels.exchange import Exchange
+from llama.fast.cpu.kernels.isa import ISAS, instruction_sets
 from llama.fast.cpu.kernels.product import Product
 from llama.fast.cpu.kernels.task_list import Task, TaskList
 from llama.fast.quantize import GROUP
@@ -47,10 +48,11 @@ class LayerList:
         heads, dim = attention.n_local_heads, model.params.dim
         products = [product for layer in layers for product in layer]
         widest = max(product.features for product in products)
+        widest_bytes = max(product.features * product.rounded_bytes for product in products)
 
         self._h = float_buffer(max_tokens, dim)
         self._normed = float_buffer(max_tokens, dim)
-        self._rounded = int8_buffer(max_tokens, widest)
+        self._rounded = int8_buffer(max_tokens, widest_bytes)
         self._steps = float_buffer(max_tokens, widest // GROUP, 2)
         self._qkv = float_buffer(max_tokens, layers[0][0].rows)
         self._scores = float_buffer(max_tokens, heads, layer_ops.BLOCK + layer_ops.STATS)
@@ -65,8 +67,7 @@ class LayerList:
 
         self._tasks: list[Task] = []
         self._jobs: list[list[int]] = []
-        # The index of a product's task -> the product, its input and its output.
-        self._products: dict[int, tuple[Product, Tensor, Tensor]] = {}
+        self._products: list[int] = []  # indices of the tasks that are products
         all_reduces = []  # indices of the tasks that an all-reduce precedes
         bias = None  # of the row-parallel layer before the norm; added once, after the all-reduce
         for number, (block, layer) in enumerate(zip(blocks, layers, strict=True)):
@@ -84,9 +85,6 @@ class LayerList:
         self._add_norm(model.norm, bias)
         self._list = TaskList(self._tasks, self._jobs)
         self._all_reduces = [] if exchange.is_alone else all_reduces
-        is_bfloat16 = layers[0][0].kind == "bfloat16"
-        self._uses_onednn = is_bfloat16 and matmul.may_use_onednn()
-        self._n_threads = pool.threads()
         self._lock = threading.Lock()  # the buffers serve one call at a time
 
     def _add(self, task: Task, fields: dict[int, int]) -> None:
@@ -111,13 +109,13 @@ class LayerList:
         return self._vectors[-1].data_ptr()
 
     def _add_product(self, product: Product, x: Tensor, out: Tensor) -> None:
-        fields = dict(enumerate(product.job)) | {matmul.X: x.data_ptr()}
-        if product.round_to_int8 is not None:
-            rounded = {matmul.STEPS: self._steps.data_ptr(), matmul.OUT: self._rounded.data_ptr()}
-            self._add(product.round_to_int8, fields | rounded)
-            fields |= {matmul.STEPS: self._steps.data_ptr(), matmul.X: self._rounded.data_ptr()}
-        fields |= {matmul.CHUNK: product.chunk(), matmul.OUT: out.data_ptr()}
-        self._products[len(self._tasks)] = product, x, out
+        fields = dict(enumerate(product.job)) | {job.X: x.data_ptr()}
+        if product.rounding is not None:
+            rounded = {job.STEPS: self._steps.data_ptr(), job.OUT: self._rounded.data_ptr()}
+            self._add(product.rounding, fields | rounded)
+            fields |= {job.STEPS: self._steps.data_ptr(), job.X: self._rounded.data_ptr()}
+        fields[job.OUT] = out.data_ptr()
+        self._products.append(len(self._tasks))
         self._add(product.task, fields)
 
     def _add_attention(self, layer: int) -> None:
@@ -133,7 +131,7 @@ class LayerList:
             layer_ops.HEADS: self._heads.data_ptr(),
         }
         self._add(layer_ops.store(), fields)
-        self._add(layer_ops.attend(self._head_dim), fields)
+        self._add(layer_ops.attend(self._head_dim, ISAS[instruction_sets()[0]].lanes), fields)
 
     def __call__(self, tokens: Tensor, start_pos: int | Tensor, cache: KVCache) -> Tensor:
         """Ids (B, S), at most `max_tokens` -> float32 (B, S, D); see `Transformer.features`.
@@ -152,27 +150,14 @@ class LayerList:
             jobs = self._list.jobs
             jobs[:, layer_ops.N] = n
             jobs[-1, layer_ops.OUT] = out.data_ptr()
-            if self._n_threads != pool.threads():
-                self._n_threads = pool.threads()
-                for place, (product, _, _) in self._products.items():
-                    jobs[place, matmul.CHUNK] = product.chunk()
+            jobs[self._products, job.THREADS] = pool.threads()
             first = 0
             for last in [*self._all_reduces, len(jobs)]:
-                self._run(first, last, n)
+                self._list.run(first, last)
                 if last < len(jobs):
                     self._exchange.sum(self._delta[:n])
                 first = last
         return out
-
-    def _run(self, first: int, last: int, n: int) -> None:
-        """Run tasks `first` to `last - 1`. If allowed, products of many tokens run in oneDNN."""
-        if self._uses_onednn and n > matmul.FEW_ROWS:
-            for place in [place for place in self._products if first <= place < last]:
-                self._list.run(first, place)
-                product, x, out = self._products[place]
-                product.by_onednn(x[:n], out[:n])
-                first = place + 1
-        self._list.run(first, last)
 
     def _embed(self, tokens: Tensor) -> None:
         """Write the embedding of ids (n) to the first n rows of h."""
@@ -189,7 +174,7 @@ class LayerList:
 
     def _set_cache(self, cache: KVCache, seqlen: int) -> None:
         self._cache[layer_ops.SEQLEN] = seqlen
-        self._cache[layer_ops.TO_LAYER : layer_ops.KEYS] = cache.k.stride()[:3]
+        self._cache[layer_ops.TO_LAYER : layer_ops.KEYS] = cache.k.stride()[:4]
         held = (cache.k, cache.v, cache.k_scale, cache.v_scale)
         self._cache[layer_ops.KEYS :] = [0 if t is None else t.data_ptr() for t in held]
 

@@ -44,12 +44,25 @@ class FastTransformer:
     def make_cache(
         self, max_batch_size: int, max_seq_len: int, dtype: torch.dtype | None = None
     ) -> KVCache:
-        return self.model.make_cache(max_batch_size, max_seq_len, dtype or torch.float32)
+        """A cache of this rank's heads, as `Transformer.make_cache`. The positions of a head lie
+        together in memory, because attention reads a head at a time."""
+        return KVCache.zeros(
+            self.model.n_layers,
+            max_batch_size,
+            max_seq_len,
+            self.params.local_kv_heads(parallel.mp_size()),
+            self.params.head_dim,
+            dtype or torch.float32,
+            self.device,
+            heads_first=True,
+        )
 
     def features(self, tokens: Tensor, start_pos: int | Tensor, cache: KVCache) -> Tensor:
         """Ids (B, S) -> float32 (B, S, D); see `Transformer.features`. To the last bit, a token's
         features do not depend on which tokens are computed with it; oneDNN is an exception."""
         bsz, seqlen = tokens.shape
+        if bsz * seqlen <= MAX_TOKENS:
+            return self.layer_list(tokens, start_pos, cache)
         out = float_buffer(bsz, seqlen, self.params.dim)
         starts = torch.as_tensor(start_pos, device="cpu").expand(bsz)
         for row in range(0, bsz, MAX_TOKENS):

@@ -4,9 +4,9 @@ Keys and values are float32, or int8 that the caller scales. head_dim is a const
 code, so that a key, or the sum of the values, stays in registers.
 """
 
+import functools
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 from llvmlite import ir
@@ -15,22 +15,32 @@ from llvmlite.ir import Value
 from numba.core import cgutils, types
 from numba.extending import intrinsic
 
-MAX_LANES = 16
-PREFETCH = 8  # positions ahead; the processor does not prefetch over such distances itself
+from llama.fast.cpu.kernels.instructions import (
+    broadcast,
+    f32,
+    i8,
+    i32,
+    i64,
+    multiply_add,
+    prefetch,
+    splat,
+    sum_each,
+    vector,
+)
 
-i8, i32, i64, f32 = ir.IntType(8), ir.IntType(32), ir.IntType(64), ir.FloatType()
-ANY_ORDER = ("reassoc", "contract", "nsz")
+CHAINS = 8  # sums that hide the latency of a multiply-add
 
 
 class _HeadVectors:
-    """A head's features, as vectors of at most 16 lanes. The number of lanes divides head_dim."""
+    """A head's features, as vectors of at most `most` lanes. The number of lanes divides
+    head_dim."""
 
-    def __init__(self, b: Builder, kind: str, head_dim: int) -> None:
+    def __init__(self, b: Builder, kind: str, head_dim: int, most: int) -> None:
         self.b = b
-        self.lanes = math.gcd(head_dim, MAX_LANES)
+        self.lanes = math.gcd(head_dim, most)
         self.count = head_dim // self.lanes
-        self.floats = ir.VectorType(f32, self.lanes)
-        self.cached = self.floats if kind == "float32" else ir.VectorType(i8, self.lanes)
+        self.floats = vector(f32, self.lanes)
+        self.cached = self.floats if kind == "float32" else vector(i8, self.lanes)
 
     def at(self, address: Value, kind: ir.VectorType) -> list[Value]:
         """Pointers to the vectors of the head at an address."""
@@ -47,40 +57,16 @@ class _HeadVectors:
             return vectors
         return [self.b.sitofp(vector, self.floats) for vector in vectors]
 
-    def prefetch(self, address: Value) -> None:
-        bits = 32 if self.cached is self.floats else 8
-        bytes_ = self.count * self.lanes * bits // 8
-        read, keep, data = (ir.Constant(i32, number) for number in (0, 3, 1))
-        for offset in range(0, bytes_, 64):
-            line = self.b.inttoptr(self.b.add(address, ir.Constant(i64, offset)), i8.as_pointer())
-            self.call("llvm.prefetch.p0", ir.VoidType(), line, read, keep, data)
+    def prefetch(self, address: Value, ahead: Value) -> None:
+        """Prefetch the head `ahead` bytes after an address; 0: none."""
+        with self.b.if_then(self.b.icmp_signed("!=", ahead, ir.Constant(i64, 0))):
+            self._prefetch(self.b.add(address, ahead))
 
-    def call(self, name: str, returns: ir.Type, *operands: Value, **options: Any) -> Value:
-        kind = ir.FunctionType(returns, [operand.type for operand in operands])
-        function = self.b.module.globals.get(name) or ir.Function(self.b.module, kind, name)
-        return self.b.call(function, operands, **options)
-
-    def multiply_add(self, x: Value, y: Value, total: Value) -> Value:
-        return self.call(f"llvm.fmuladd.v{self.lanes}f32", self.floats, x, y, total)
-
-    def sum(self, lanes: Value) -> Value:
-        name = f"llvm.vector.reduce.fadd.v{self.lanes}f32"
-        return self.call(name, f32, ir.Constant(f32, 0.0), lanes, fastmath=ANY_ORDER)
-
-    def fill(self, scalar: Value) -> Value:
-        one = self.b.insert_element(
-            ir.Constant(self.floats, ir.Undefined), scalar, ir.Constant(i32, 0)
-        )
-        lanes = ir.VectorType(i32, self.lanes)
-        return self.b.shuffle_vector(one, one, ir.Constant(lanes, [0] * self.lanes))
-
-    @contextmanager
-    def loop(self, count: Value, address: Value, step: Value) -> Iterator[tuple[Value, Value]]:
-        """Loop over positions, with their index and address. Later positions are prefetched."""
-        with cgutils.for_range(self.b, count) as loop:
-            here = self.b.add(address, self.b.mul(loop.index, step))
-            self.prefetch(self.b.add(here, self.b.mul(step, ir.Constant(i64, PREFETCH))))
-            yield loop.index, here
+    def _prefetch(self, address: Value) -> None:
+        size = self.count * self.lanes * (4 if self.cached is self.floats else 1)
+        base = self.b.inttoptr(address, i8.as_pointer())
+        for offset in range(0, size, 64):
+            prefetch(self.b, base, ir.Constant(i64, offset))
 
 
 def _float(b: Builder, address: Value, index: Value) -> Value:
@@ -90,29 +76,44 @@ def _float(b: Builder, address: Value, index: Value) -> Value:
 
 @intrinsic(prefer_literal=True)
 def score_keys(
-    context: Any, kind: Any, head_dim: Any, group: Any, queries: Any, count: Any, keys: Any,
-    step: Any, scores: Any, scores_step: Any,
+    context: Any, kind: Any, head_dim: Any, lanes: Any, group: Any, queries: Any, count: Any,
+    keys: Any, step: Any, ahead: Any, scores: Any, scores_step: Any,
 ) -> tuple[Any, Callable[..., Value]]:  # fmt: skip
     """scores[h, i] = query h times key i, for the `group` queries and the `count` keys.
 
-    All but kind ("float32" or "int8") and head_dim are int64. step: bytes from key to key;
-    scores_step: from one query's scores to the next's.
+    All but kind ("float32" or "int8"), head_dim and lanes are int64. step: bytes from key to key;
+    ahead: from a key to the one that is prefetched, or 0; scores_step: from one query's scores to
+    the next's. As many keys as lanes are multiplied at
+    once, so that their lanes can be added together. Scores beyond `count`, up to the next multiple
+    of the lanes, are overwritten.
     """
-    signature = types.void(kind, head_dim, *[types.int64] * 7)
+    signature = types.void(kind, head_dim, lanes, *[types.int64] * 8)
+    names = kind.literal_value, head_dim.literal_value, lanes.literal_value
 
     def generate(context: Any, b: Builder, signature: Any, operands: list[Value]) -> Value:
-        group, queries, count, keys, step, scores, scores_step = operands[2:]
-        vectors = _HeadVectors(b, kind.literal_value, head_dim.literal_value)
-        query_bytes = ir.Constant(i64, 4 * head_dim.literal_value)
-        with vectors.loop(count, keys, step) as (i, address):
-            key = vectors.load_cached(address)
+        group, queries, count, keys, step, ahead, scores, scores_step = operands[3:]
+        vectors = _HeadVectors(b, *names)
+        lanes = ir.Constant(i64, vectors.lanes)
+        last = b.sub(count, ir.Constant(i64, 1))
+        with cgutils.for_range_slice(b, ir.Constant(i64, 0), count, lanes) as (first, _):
+            places = []
+            for i in range(vectors.lanes):
+                place = b.add(first, ir.Constant(i64, i))
+                place = b.select(b.icmp_signed("<", place, last), place, last)
+                places.append(b.add(keys, b.mul(place, step)))
+                vectors.prefetch(places[-1], ahead)
             with cgutils.for_range(b, group) as loop:
-                query = vectors.load(b.add(queries, b.mul(loop.index, query_bytes)))
-                total = b.fmul(query[0], key[0])
-                for x, y in zip(query[1:], key[1:], strict=True):
-                    total = vectors.multiply_add(x, y, total)
+                query = vectors.load(b.add(queries, b.mul(loop.index, ir.Constant(i64, 4 * names[1]))))
+                sums = []
+                for place in places:
+                    key = vectors.load_cached(place)
+                    total = b.fmul(query[0], key[0])
+                    for x, y in zip(query[1:], key[1:], strict=True):
+                        total = multiply_add(b, x, y, total)
+                    sums.append(total)
                 row = b.add(scores, b.mul(loop.index, scores_step))
-                b.store(vectors.sum(total), _float(b, row, i))
+                to = b.bitcast(_float(b, row, first), vectors.floats.as_pointer())
+                b.store(sum_each(b, sums), to, align=4)
         return context.get_dummy_value()
 
     return signature, generate
@@ -120,22 +121,42 @@ def score_keys(
 
 @intrinsic(prefer_literal=True)
 def add_values(
-    context: Any, kind: Any, head_dim: Any, weights: Any, count: Any, values: Any, step: Any,
-    out: Any,
+    context: Any, kind: Any, head_dim: Any, lanes: Any, weights: Any, count: Any, values: Any,
+    step: Any, ahead: Any, out: Any,
 ) -> tuple[Any, Callable[..., Value]]:  # fmt: skip
-    """out += the sum of weights[i] * value i, over the `count` values; see `score_keys`."""
-    signature = types.void(kind, head_dim, *[types.int64] * 5)
+    """out += the sum of weights[i] * value i, over the `count` values; see `score_keys`.
+
+    If a head has few vectors, the values at every second, fourth or eighth position have sums of
+    their own, which are added in the end.
+    """
+    signature = types.void(kind, head_dim, lanes, *[types.int64] * 6)
+    names = kind.literal_value, head_dim.literal_value, lanes.literal_value
 
     def generate(context: Any, b: Builder, signature: Any, operands: list[Value]) -> Value:
-        weights, count, values, step, out = operands[2:]
-        vectors = _HeadVectors(b, kind.literal_value, head_dim.literal_value)
-        totals = [cgutils.alloca_once_value(b, vector) for vector in vectors.load(out)]
-        with vectors.loop(count, values, step) as (i, address):
-            weight = vectors.fill(b.load(_float(b, weights, i)))
-            for total, value in zip(totals, vectors.load_cached(address), strict=True):
-                b.store(vectors.multiply_add(weight, value, b.load(total)), total)
-        for total, place in zip(totals, vectors.at(out, vectors.floats), strict=True):
-            b.store(b.load(total), place, align=4)
+        weights, count, values, step, ahead, out = operands[3:]
+        vectors = _HeadVectors(b, *names)
+        parts = max(1, CHAINS // vectors.count)
+        zeros = [splat(vectors.floats, 0)] * vectors.count
+        starts = [vectors.load(out)] + [zeros] * (parts - 1)
+        sums = [[cgutils.alloca_once_value(b, start) for start in part] for part in starts]
+
+        def add(i: Value, part: list[Value]) -> None:
+            address = b.add(values, b.mul(i, step))
+            vectors.prefetch(address, ahead)
+            weight = broadcast(b, b.load(_float(b, weights, i)), vectors.lanes)
+            for total, value in zip(part, vectors.load_cached(address), strict=True):
+                b.store(multiply_add(b, weight, value, b.load(total)), total)
+
+        whole = b.sub(count, b.srem(count, ir.Constant(i64, parts)))
+        with cgutils.for_range_slice(b, ir.Constant(i64, 0), whole, ir.Constant(i64, parts)) as (i, _):
+            for number, part in enumerate(sums):
+                add(b.add(i, ir.Constant(i64, number)), part)
+        for number, part in enumerate(sums[:-1]):
+            i = b.add(whole, ir.Constant(i64, number))
+            with b.if_then(b.icmp_signed("<", i, count)):
+                add(i, part)
+        for place, *totals in zip(vectors.at(out, vectors.floats), *sums, strict=True):
+            b.store(functools.reduce(b.fadd, map(b.load, totals)), place, align=4)
         return context.get_dummy_value()
 
     return signature, generate

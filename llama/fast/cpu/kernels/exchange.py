@@ -22,7 +22,7 @@ from llama.errors import ParallelError
 from llama.fast.cpu.kernels import pool
 from llama.fast.cpu.kernels.buffer import float_buffer
 from llama.fast.cpu.kernels.instructions import pointer
-from llama.fast.cpu.kernels.matmul import VERSION, compile_task
+from llama.fast.cpu.kernels.compile import VERSION, compile_task
 from llama.fast.cpu.kernels.task_list import SPINS, Task, atomic_add, atomic_load, call
 from llama.fast.cpu.shared_memory import SharedMemory
 

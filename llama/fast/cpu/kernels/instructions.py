@@ -1,4 +1,4 @@
-"""LLVM instructions that the kernels are made of: vectors of eight lanes, addresses, and counters.
+"""LLVM instructions that the kernels are made of: vectors, addresses, and counters.
 
 The functions without a decorator write instructions into a builder. The intrinsics are called from
 code that numba compiles.
@@ -13,15 +13,17 @@ from llvmlite.ir import Value
 from numba.core import types
 from numba.extending import intrinsic
 
-from llama.fast.quantize import LANES
-
-i8, i16, i32, i64, f32 = *(ir.IntType(bits) for bits in (8, 16, 32, 64)), ir.FloatType()
-bytes32, shorts16 = ir.VectorType(i8, 32), ir.VectorType(i16, 16)
-ints8, floats8 = ir.VectorType(i32, LANES), ir.VectorType(f32, LANES)
+i1, i8, i16, i32, i64 = (ir.IntType(bits) for bits in (1, 8, 16, 32, 64))
+f32 = ir.FloatType()
+LETTERS = {f32: "f32", i16: "i16"}  # of types in the names of LLVM's instructions
 
 
-def splat(vector: ir.VectorType, value: float) -> ir.Constant:
-    return ir.Constant(vector, [value] * vector.count)
+def vector(kind: ir.Type, lanes: int) -> ir.VectorType:
+    return ir.VectorType(kind, lanes)
+
+
+def splat(kind: ir.VectorType, value: float) -> ir.Constant:
+    return ir.Constant(kind, [value] * kind.count)
 
 
 def call_instruction(b: Builder, name: str, returns: ir.Type, *operands: Value) -> Value:
@@ -34,6 +36,17 @@ def call_instruction(b: Builder, name: str, returns: ir.Type, *operands: Value) 
 def load_at(b: Builder, kind: ir.Type, base: Value, offset: Value) -> Value:
     address = b.bitcast(b.gep(base, [offset]), kind.as_pointer())
     return b.load(address, align=1)
+
+
+def load_first(b: Builder, kind: ir.VectorType, base: Value, offset: Value, count: Value) -> Value:
+    """Load the first `count` numbers of a vector. The others are zero, and are not read."""
+    lanes = vector(i64, kind.count)
+    numbers = ir.Constant(lanes, list(range(kind.count)))
+    mask = b.icmp_unsigned("<", numbers, broadcast(b, count, kind.count))
+    address = b.bitcast(b.gep(base, [offset]), kind.as_pointer())
+    name = f"llvm.masked.load.v{kind.count}{LETTERS[kind.element]}.p0"
+    align = ir.Constant(i32, 1)
+    return call_instruction(b, name, kind, address, align, mask, splat(kind, 0))
 
 
 def prefetch(b: Builder, base: Value, offset: Value) -> None:
@@ -51,35 +64,52 @@ def add_const(b: Builder, number: Value, term: int) -> Value:
     return b.add(number, ir.Constant(i64, term))
 
 
-def broadcast(b: Builder, scalar: Value) -> Value:
-    """A vector whose eight lanes all hold the number."""
-    lanes = ir.Constant(ir.VectorType(scalar.type, LANES), ir.Undefined)
-    one = b.insert_element(lanes, scalar, ir.Constant(i32, 0))
-    return b.shuffle_vector(one, one, splat(ints8, 0))
+def broadcast(b: Builder, scalar: Value, lanes: int) -> Value:
+    """A vector whose lanes all hold the number."""
+    undefined = ir.Constant(vector(scalar.type, lanes), ir.Undefined)
+    one = b.insert_element(undefined, scalar, ir.Constant(i32, 0))
+    return b.shuffle_vector(one, one, splat(vector(i32, lanes), 0))
+
+
+def join(b: Builder, vectors: list[Value]) -> Value:
+    """One vector, or the lanes of two vectors one after the other."""
+    if len(vectors) == 1:
+        return vectors[0]
+    lanes = 2 * vectors[0].type.count
+    return b.shuffle_vector(*vectors, ir.Constant(vector(i32, lanes), list(range(lanes))))
 
 
 def widen(b: Builder, halves: Value) -> Value:
-    """One or eight bfloat16 -> float32. A bfloat16 is the upper half of a float32."""
-    wide = ints8 if isinstance(halves.type, ir.VectorType) else i32
-    shift = splat(wide, 16) if wide is ints8 else ir.Constant(i32, 16)
-    return b.bitcast(b.shl(b.zext(halves, wide), shift), floats8 if wide is ints8 else f32)
+    """A vector of bfloat16 -> float32. A bfloat16 is the upper half of a float32."""
+    lanes = halves.type.count
+    wide = vector(i32, lanes)
+    return b.bitcast(b.shl(b.zext(halves, wide), splat(wide, 16)), vector(f32, lanes))
 
 
-def sum_lanes(b: Builder, lanes: Value) -> Value:
-    """The sum of eight lanes, always in the same order."""
-    half = LANES // 2
-    while half:
-        order = ir.Constant(ints8, [*range(half, 2 * half), *[0] * (LANES - half)])
-        lanes = b.fadd(lanes, b.shuffle_vector(lanes, lanes, order))
-        half //= 2
-    return b.extract_element(lanes, ir.Constant(i32, 0))
+def sum_each(b: Builder, vectors: list[Value]) -> Value:
+    """A vector whose first lanes are the sums of the lanes of each vector. There are at most as many
+    vectors as lanes.
+
+    Each sum is added in the same order, whatever the other vectors are: the upper half of the lanes
+    to the lower half, until one lane is left.
+    """
+    lanes = width = vectors[0].type.count
+    power_of_two = 1 << (len(vectors) - 1).bit_length()
+    vectors = vectors + vectors[-1:] * (power_of_two - len(vectors))
+    while width > 1:
+        # Each vector has parts of `width` lanes, which belong to one sum.
+        half, pairs = width // 2, list(zip(vectors[::2], vectors[1::2] or vectors, strict=True))
+        lower = [part + i for part in range(0, len(pairs[0]) * lanes, width) for i in range(half)]
+        sides = [ir.Constant(vector(i32, lanes), [i + by for i in lower]) for by in (0, half)]
+        vectors = [b.fadd(*[b.shuffle_vector(*pair, side) for side in sides]) for pair in pairs]
+        width = half
+    return vectors[0]
 
 
-def multiply_add(b: Builder, a: Value, c: Value, total: Value) -> Value:
-    """total += a * c, where `total` is an alloca; rounded once if the processor has FMA."""
-    kind = a.type
-    name = "llvm.fmuladd.v8f32" if kind == floats8 else "llvm.fmuladd.f32"
-    b.store(call_instruction(b, name, kind, a, c, b.load(total)), total)
+def multiply_add(b: Builder, x: Value, y: Value, total: Value) -> Value:
+    """x * y + total, rounded once if the processor has FMA."""
+    name = f"llvm.fmuladd.v{x.type.count}f32"
+    return call_instruction(b, name, x.type, x, y, total)
 
 
 @intrinsic

@@ -12,9 +12,10 @@ import numpy as np
 from numba import carray, njit
 
 from llama.fast.cpu.kernels.attention import add_values, score_keys
+from llama.fast.cpu.kernels.byte_matmul import step_of
+from llama.fast.cpu.kernels.compile import VERSION, compile_task
 from llama.fast.cpu.kernels.exponential import exp
 from llama.fast.cpu.kernels.instructions import fetch_add, pointer
-from llama.fast.cpu.kernels.matmul import VERSION, compile_task, step_of
 
 CURSOR, N = 0, 1
 # Fields of the job of add_and_norm.
@@ -26,10 +27,14 @@ LENGTH = 11
 # Fields of CACHE, which all layers share: tokens in a row; the address of the array of the rows'
 # first positions; the cache's strides in elements; the addresses of keys and values; the addresses
 # of their scales, or 0 unless the cache is int8. Each head has one scale at each position.
-SEQLEN, STARTS, TO_LAYER, TO_ROW, TO_POSITION, KEYS, VALUES, KEY_SCALES, VALUE_SCALES = range(9)
-CACHE_LENGTH = 9
+(
+    SEQLEN, STARTS, TO_LAYER, TO_ROW, TO_POSITION, TO_HEAD, KEYS, VALUES, KEY_SCALES, VALUE_SCALES,
+) = range(10)  # fmt: skip
+CACHE_LENGTH = 10
 
+TOKENS = 8  # of a row, whose attention reads a block of keys one after the other
 BLOCK = 64  # keys of one pass of the online softmax
+PREFETCH = 16  # positions ahead; the processor itself does not prefetch from page to page
 STATS = 2  # after a block's scores: the running maximum, and the running sum of the weights
 LEAST = np.float32(-3e38)  # start of the running maximum
 
@@ -120,26 +125,25 @@ def store() -> Task:
         heads, width = group * kv_heads, 4 * head_dim
         cache = carray(pointer(job[CACHE], np.int64), CACHE_LENGTH)
         while True:
-            chunk = fetch_add(address)
-            if chunk >= n * kv_heads:
+            token = fetch_add(address)
+            if token >= n:
                 break
-            token, head = chunk // kv_heads, chunk % kv_heads
-            position, at = locate(job, token)
-            at += position * cache[TO_POSITION] + head * head_dim
+            position, row = locate(job, token)
             turns = carray(
                 pointer(job[ROTATIONS] + position * width, np.float32), (head_dim // 2, 2)
             )
-            token_qkv = job[QKV] + token * (heads + 2 * kv_heads) * width  # queries, keys, values
-            key = token_qkv + (heads + head) * width
-            for i in range(group + 1):
-                turned = key if i == group else token_qkv + (head * group + i) * width
-                pairs = carray(pointer(turned, np.float32), (head_dim // 2, 2))
+            queries = job[QKV] + token * (heads + 2 * kv_heads) * width
+            keys, values = queries + heads * width, queries + (heads + kv_heads) * width
+            for head in range(heads + kv_heads):
+                pairs = carray(pointer(queries + head * width, np.float32), (head_dim // 2, 2))
                 for j in range(head_dim // 2):
                     x, y = pairs[j, 0], pairs[j, 1]
                     pairs[j, 0] = x * turns[j, 0] - y * turns[j, 1]
                     pairs[j, 1] = x * turns[j, 1] + y * turns[j, 0]
-            store_head(key, head_dim, cache[KEYS], cache[KEY_SCALES], at)
-            store_head(key + kv_heads * width, head_dim, cache[VALUES], cache[VALUE_SCALES], at)
+            for head in range(kv_heads):
+                at = row + position * cache[TO_POSITION] + head * cache[TO_HEAD]
+                store_head(keys + head * width, head_dim, cache[KEYS], cache[KEY_SCALES], at)
+                store_head(values + head * width, head_dim, cache[VALUES], cache[VALUE_SCALES], at)
 
     return compile_task(task)
 
@@ -153,12 +157,13 @@ def scale_by(numbers, count, scales, first, step):  # type: ignore[no-untyped-de
 
 
 @functools.cache
-def attend(head_dim: int) -> Task:
+def attend(head_dim: int, lanes: int) -> Task:
     """Attention of each token's heads over its row of the cache up to its own position.
 
     scores: a buffer (n, H, BLOCK + STATS). heads: the result (n, H, hd). The keys are read in
-    blocks, once for all query heads that share them. The softmax is online: a block with a larger
-    score scales the sums so far down. Milakov & Gimelshein 2018, arxiv.org/abs/1805.02867.
+    blocks, once for all query heads that share them and for some tokens of a row. The softmax is
+    online: a block with a larger score scales the sums so far down. Milakov & Gimelshein 2018,
+    arxiv.org/abs/1805.02867. lanes: of a vector.
     """
     version = VERSION
     score_scale = np.float32(1 / np.sqrt(head_dim))
@@ -172,59 +177,97 @@ def attend(head_dim: int) -> Task:
         size = 1 if is_rounded else 4
         step, scale_step = size * cache[TO_POSITION], cache[TO_POSITION] // head_dim
         width, to_row = 4 * head_dim, 4 * (BLOCK + STATS)
+        seqlen = cache[SEQLEN]
+        parts = (seqlen + TOKENS - 1) // TOKENS  # of a row
         while True:
             chunk = fetch_add(address)
-            if chunk >= n * kv_heads:
+            if chunk >= n // seqlen * parts * kv_heads:
                 break
-            token, head = chunk % n, chunk // n  # neighbouring chunks may read the same keys
-            position, at = locate(job, token)
-            at += head * head_dim
-            queries = job[QKV] + width * (token * (group + 2) * kv_heads + head * group)
-            first = (token * kv_heads + head) * group
-            heads_address = job[HEADS] + first * width
-            rows = job[SCORES] + first * to_row
-            out = carray(pointer(heads_address, np.float32), (group, head_dim))
-            scores = carray(pointer(rows, np.float32), (group, BLOCK + STATS))
-            for h in range(group):
-                scores[h, BLOCK], scores[h, BLOCK + 1] = LEAST, np.float32(0)
-                for d in range(head_dim):
-                    out[h, d] = np.float32(0)
-            for begin in range(0, position + 1, BLOCK):
-                count = min(BLOCK, position + 1 - begin)
+            # Neighbouring chunks may read the same keys.
+            part, head = chunk % (n // seqlen * parts), chunk // (n // seqlen * parts)
+            first_token = part // parts * seqlen + part % parts * TOKENS
+            tokens = min(TOKENS, seqlen - part % parts * TOKENS)
+            first_position, at = locate(job, first_token)
+            at += head * cache[TO_HEAD]
+            for token in range(first_token, first_token + tokens):
+                first = (token * kv_heads + head) * group
+                out = carray(pointer(job[HEADS] + first * width, np.float32), (group, head_dim))
+                scores = carray(
+                    pointer(job[SCORES] + first * to_row, np.float32), (group, BLOCK + STATS)
+                )
+                for h in range(group):
+                    scores[h, BLOCK], scores[h, BLOCK + 1] = LEAST, np.float32(0)
+                    for d in range(head_dim):
+                        out[h, d] = np.float32(0)
+            for begin in range(0, first_position + tokens, BLOCK):
                 keys = cache[KEYS] + size * at + begin * step
                 values = cache[VALUES] + size * at + begin * step
                 scale_at = at // head_dim + begin * scale_step
-                if is_rounded:
-                    score_keys("int8", head_dim, group, queries, count, keys, step, rows, to_row)
-                else:
-                    score_keys("float32", head_dim, group, queries, count, keys, step, rows, to_row)
-                for h in range(group):
+                for token in range(first_token, first_token + tokens):
+                    count = min(BLOCK, first_position + token - first_token + 1 - begin)
+                    if count <= 0:
+                        continue
+                    ahead = PREFETCH * step if token == first_token else 0
+                    queries = job[QKV] + width * (
+                        token * (group + 2) * kv_heads + head * group
+                    )
+                    first = (token * kv_heads + head) * group
+                    heads_address = job[HEADS] + first * width
+                    rows = job[SCORES] + first * to_row
+                    out = carray(pointer(heads_address, np.float32), (group, head_dim))
+                    scores = carray(pointer(rows, np.float32), (group, BLOCK + STATS))
                     if is_rounded:
-                        scale_by(scores[h], count, cache[KEY_SCALES], scale_at, scale_step)
-                    before = scores[h, BLOCK]
-                    most = before
-                    for i in range(count):
-                        scores[h, i] *= score_scale
-                        most = max(most, scores[h, i])
-                    total = np.float32(0)
-                    for i in range(count):
-                        weight = exp(scores[h, i] - most)
-                        scores[h, i] = weight
-                        total += weight
-                    shrink = exp(before - most)
-                    scores[h, BLOCK] = most
-                    scores[h, BLOCK + 1] = scores[h, BLOCK + 1] * shrink + total
-                    for d in range(head_dim):
-                        out[h, d] *= shrink
-                    weights, sums = rows + h * to_row, heads_address + h * width
-                    if is_rounded:
-                        scale_by(scores[h], count, cache[VALUE_SCALES], scale_at, scale_step)
-                        add_values("int8", head_dim, weights, count, values, step, sums)
+                        score_keys(
+                            "int8", head_dim, lanes, group, queries, count, keys, step, ahead, rows,
+                            to_row,
+                        )  # fmt: skip
                     else:
-                        add_values("float32", head_dim, weights, count, values, step, sums)
-            for h in range(group):
-                inverse = np.float32(1) / scores[h, BLOCK + 1]
-                for d in range(head_dim):
-                    out[h, d] *= inverse
+                        score_keys(
+                            "float32", head_dim, lanes, group, queries, count, keys, step, ahead,
+                            rows, to_row,
+                        )  # fmt: skip
+                    for h in range(group):
+                        if is_rounded:
+                            scale_by(scores[h], count, cache[KEY_SCALES], scale_at, scale_step)
+                        for i in range(count, BLOCK):
+                            scores[h, i] = LEAST
+                        before = scores[h, BLOCK]
+                        most = before
+                        for i in range(BLOCK):
+                            scores[h, i] *= score_scale
+                            most = max(most, scores[h, i])
+                        total = np.float32(0)
+                        for i in range(BLOCK):
+                            weight = exp(scores[h, i] - most)
+                            scores[h, i] = weight
+                            total += weight
+                        if most > before:
+                            shrink = exp(before - most)
+                            scores[h, BLOCK] = most
+                            scores[h, BLOCK + 1] *= shrink
+                            for d in range(head_dim):
+                                out[h, d] *= shrink
+                        scores[h, BLOCK + 1] += total
+                        weights, sums = rows + h * to_row, heads_address + h * width
+                        if is_rounded:
+                            scale_by(scores[h], count, cache[VALUE_SCALES], scale_at, scale_step)
+                            add_values(
+                                "int8", head_dim, lanes, weights, count, values, step, ahead, sums
+                            )
+                        else:
+                            add_values(
+                                "float32", head_dim, lanes, weights, count, values, step, ahead,
+                                sums,
+                            )  # fmt: skip
+            for token in range(first_token, first_token + tokens):
+                first = (token * kv_heads + head) * group
+                out = carray(pointer(job[HEADS] + first * width, np.float32), (group, head_dim))
+                scores = carray(
+                    pointer(job[SCORES] + first * to_row, np.float32), (group, BLOCK + STATS)
+                )
+                for h in range(group):
+                    inverse = np.float32(1) / scores[h, BLOCK + 1]
+                    for d in range(head_dim):
+                        out[h, d] *= inverse
 
     return compile_task(task, SUMS)

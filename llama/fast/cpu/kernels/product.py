@@ -5,18 +5,19 @@ reading every weight once. These kernels reach that speed, on all of PyTorch's t
 in float32, bfloat16, int8 or int4. They need the extra `[fast]` and weights on the CPU.
 """
 
-import ctypes
 import functools
 import importlib.util
+import threading
 from collections.abc import Sequence
 from types import ModuleType
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from llama.errors import ConfigError
-from llama.fast.cpu.kernels import pool
+from llama.fast.cpu.kernels import job, pool
 from llama.fast.cpu.kernels.buffer import float_buffer, int8_buffer
 from llama.fast.quantize import GROUP, Int4Weight, Int8Weight
 
@@ -24,10 +25,6 @@ Weight = Tensor | Int8Weight | Int4Weight
 
 CPU = torch.device("cpu")
 FLOATS = (torch.float32, torch.bfloat16)
-MAX_MATRICES = 3
-UNIT = 24  # rows of weights; a chunk is a multiple of it, and it is a multiple of every tile's rows
-MAX_CHUNK = 48  # rows of weights; a chunk stays in the cache while all activations use it
-CHUNKS = 8  # approximate chunks per thread; a thread that is done early takes more
 
 
 def is_installed() -> bool:
@@ -35,20 +32,36 @@ def is_installed() -> bool:
     return importlib.util.find_spec("numba") is not None
 
 
-def has_vnni() -> bool:
-    """Whether the processor has VNNI, which multiplies and adds four bytes in one instruction."""
-    return _matmul().instruction_sets()[0] == "vnni"
+def has_dot() -> bool:
+    """Whether the processor multiplies and adds four bytes in one instruction, as VNNI does."""
+    kernels = _kernels()
+    return kernels.isa.ISAS[instruction_sets()[0]].has_dot
+
+
+def instruction_sets() -> list[str]:
+    """The instruction sets that the kernels may use, the fastest first; see `isa.py`."""
+    return _kernels().isa.instruction_sets()
+
+
+class _Kernels(NamedTuple):
+    """The modules that need numba."""
+
+    isa: ModuleType
+    floats: ModuleType
+    bytes: ModuleType
+    TaskList: Any
 
 
 @functools.cache
-def _matmul() -> ModuleType:
+def _kernels() -> _Kernels:
     try:
-        from llama.fast.cpu.kernels import matmul
+        from llama.fast.cpu.kernels import byte_matmul, float_matmul, isa
+        from llama.fast.cpu.kernels.task_list import TaskList
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] not in ("numba", "llvmlite"):
             raise
         raise ConfigError("the kernels need numba: pip install 'llama-reference[fast]'") from None
-    return matmul
+    return _Kernels(isa, float_matmul, byte_matmul, TaskList)
 
 
 class Product:
@@ -58,7 +71,7 @@ class Product:
         the CPU. They are not copied.
     biases: for each matrix what is added to its result, of any float type (N,); None: nothing.
     swiglu: compute silu(x w1^T) * (x w3^T) for two matrices w1 and w3.
-    isa: "vnni", "avx2" or "plain", for products of bytes; None: the best that the processor has.
+    isa: one of `instruction_sets()`; None: the first.
     Raises ConfigError for other weights, an isa that the processor lacks, or without numba.
     """
 
@@ -69,9 +82,8 @@ class Product:
         swiglu: bool = False,
         isa: str | None = None,
     ) -> None:
-        matmul = _matmul()
+        kernels = _kernels()
         self.kind = _check(weights)
-        self.is_quantized = self.kind in ("int8", "int4")
         self.swiglu = swiglu
         rows = [weight.shape[0] for weight in weights]
         if swiglu and (len(weights) != 2 or rows[0] != rows[1]):
@@ -79,23 +91,29 @@ class Product:
         self.features = weights[0].shape[1]
         self.rows = rows[0] if swiglu else sum(rows)
         self.weights = weights  # kept alive, because the job holds their addresses
-        self.job = (ctypes.c_int64 * matmul.LENGTH)()
-        self.job[matmul.K], self.job[matmul.TOTAL] = self.features, self.rows
-        self.job[matmul.MATRICES] = len(weights)
+        self.job = [0] * job.LENGTH
+        self.job[job.K], self.job[job.TOTAL] = self.features, self.rows
+        self.job[job.MATRICES] = len(weights)
         for i, weight in enumerate(weights):
             data, scales = weight if isinstance(weight, tuple) else (weight, weight)
-            place = matmul.FIRST + 3 * i
-            self.job[place : place + 3] = rows[i], data.data_ptr(), scales.data_ptr()
+            place = job.FIRST + 3 * i
+            self.job[place : place + 3] = [rows[i], data.data_ptr(), scales.data_ptr()]
         self.biases = biases
         if biases is not None:  # the rows of quantized weights may be padded
             padded = [F.pad(b.float(), (0, n - len(b))) for b, n in zip(biases, rows, strict=True)]
             self._all_biases = torch.cat(padded)  # kept alive too
-            self.job[matmul.BIASES] = self._all_biases.data_ptr()
-        available = matmul.instruction_sets()
+            self.job[job.BIASES] = self._all_biases.data_ptr()
+        available = instruction_sets()
         if isa is not None and isa not in available:
             raise ConfigError(f"this processor has no {isa!r}, only {', '.join(available)}")
-        self.task = matmul.product(self.kind, isa or available[0], swiglu)
-        self.round_to_int8 = matmul.round_to_int8() if self.is_quantized else None
+        isa = isa or available[0]
+        is_float = self.kind in ("float32", "bfloat16")
+        loops = kernels.floats if is_float else kernels.bytes
+        self.task = loops.product(self.kind, isa, swiglu)
+        self.rounding, self.rounded_bytes = loops.rounding(self.kind, isa)
+        tasks = [self.task] if self.rounding is None else [self.rounding, self.task]
+        self._list = kernels.TaskList(tasks, [self.job] * len(tasks))
+        self._lock = threading.Lock()  # one call at a time
 
     def __call__(self, x: Tensor) -> Tensor:
         """x (n, K) -> (n, sum of all N), or (n, N) with swiglu, in the dtype of x.
@@ -108,39 +126,22 @@ class Product:
                 f"x must be float32 or bfloat16 (n, {self.features}) on the CPU, not {x.dtype} "
                 f"{tuple(x.shape)} on {x.device}"
             )
-        matmul = _matmul()
         n = x.shape[0]
         x32 = x.float().contiguous()
         out = float_buffer(2 * n if self.swiglu else n, self.rows)
-        job = type(self.job).from_buffer_copy(self.job)
-        job[matmul.N], job[matmul.X] = n, x32.data_ptr()
-        if self.round_to_int8 is not None:
-            values = int8_buffer(n, self.features)
-            steps = float_buffer(n, self.features // GROUP, 2)
-            job[matmul.STEPS], job[matmul.OUT] = steps.data_ptr(), values.data_ptr()
-            pool.run(self.round_to_int8, ctypes.addressof(job))
-            job[matmul.CURSOR], job[matmul.X] = 0, values.data_ptr()
-        job[matmul.OUT] = out.data_ptr()
-        job[matmul.CHUNK] = self.chunk()
-        pool.run(self.task, ctypes.addressof(job))
+        rounded = int8_buffer(n, self.features * self.rounded_bytes)
+        steps = float_buffer(n, self.features // GROUP, 2)
+        with self._lock:
+            jobs = self._list.jobs
+            jobs[:, job.N], jobs[:, job.THREADS] = n, pool.threads()
+            jobs[:, job.STEPS] = steps.data_ptr()
+            jobs[0, job.X], jobs[-1, job.OUT] = x32.data_ptr(), out.data_ptr()
+            if self.rounding is not None:
+                jobs[0, job.OUT] = jobs[-1, job.X] = rounded.data_ptr()
+            self._list.run(0, len(jobs))
         if self.swiglu:
             out = out[:n]
         return out if x.dtype == out.dtype else out.to(x.dtype)
-
-    def by_onednn(self, x: Tensor, out: Tensor) -> None:
-        """Compute the same with PyTorch's bfloat16 products, into out (n, rows).
-
-        Results are rounded to bfloat16."""
-        weights = [weight for weight in self.weights if isinstance(weight, Tensor)]
-        biases: Sequence[Tensor | None] = self.biases or [None] * len(weights)
-        pairs = zip(weights, biases, strict=True)
-        parts = [F.linear(x.bfloat16(), weight, bias) for weight, bias in pairs]
-        out.copy_(F.silu(parts[0]) * parts[1] if self.swiglu else torch.cat(parts, 1))
-
-    def chunk(self) -> int:
-        """Rows of weights in a chunk, which a thread takes at a time."""
-        share = -(-self.rows // (CHUNKS * pool.threads()))
-        return min(-(-share // UNIT) * UNIT, MAX_CHUNK)
 
 
 def linear(x: Tensor, weight: Weight, isa: str | None = None) -> Tensor:
@@ -150,8 +151,8 @@ def linear(x: Tensor, weight: Weight, isa: str | None = None) -> Tensor:
 
 def _check(weights: tuple[Weight, ...]) -> str:
     """The kind of the weights. Raises ConfigError for weights that one product cannot take."""
-    if not 1 <= len(weights) <= MAX_MATRICES:
-        raise ConfigError(f"{len(weights)} matrices at once, but the limit is {MAX_MATRICES}")
+    if not 1 <= len(weights) <= job.MAX_MATRICES:
+        raise ConfigError(f"{len(weights)} matrices at once, but the limit is {job.MAX_MATRICES}")
     kinds = sorted({_kind(weight) for weight in weights})
     widths = sorted({weight.shape[1] for weight in weights})
     if len(kinds) > 1 or len(widths) > 1:

@@ -14,8 +14,8 @@ from numba.core import types
 from numba.extending import intrinsic
 
 from llama.fast.cpu.kernels import pool
+from llama.fast.cpu.kernels.compile import VERSION, compile_task
 from llama.fast.cpu.kernels.instructions import pointer
-from llama.fast.cpu.kernels.matmul import VERSION, compile_task
 
 Task = Callable[[int], None]
 

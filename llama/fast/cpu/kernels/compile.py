@@ -1,0 +1,37 @@
+"""Compile a task, a function that all threads run, to machine code."""
+
+import ctypes
+import functools
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+
+from numba import cfunc, types
+
+from llama.fast import quantize
+
+# Numba recompiles a task when the task's own file has changed. Each task reads VERSION, a hash of
+# all kernel files, so that it is recompiled when any of them has changed.
+SOURCES = [*sorted(Path(__file__).parent.glob("*.py")), Path(quantize.__file__)]
+VERSION = hashlib.sha256(b"".join(path.read_bytes() for path in SOURCES)).hexdigest()
+
+
+def compile_task(
+    function: Callable[..., None], fastmath: frozenset[str] = frozenset()
+) -> Callable[[int], None]:
+    """Compile a task to a C function, or read it from numba's cache. The cache is NUMBA_CACHE_DIR,
+    else the folder of this file or, if that is read-only, the user's cache folder."""
+    compile_cached = functools.partial(
+        cfunc,
+        types.void(types.CPointer(types.int64)),
+        error_model="numpy",
+        boundscheck=False,
+        fastmath=set(fastmath),
+    )
+    try:
+        compiled = compile_cached(cache=True)(function)
+    except RuntimeError:  # no cache folder can be written
+        compiled = compile_cached()(function)
+    call = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(compiled.address)
+    call.compiled = compiled  # type: ignore[attr-defined]  # keeps the code from being freed
+    return call

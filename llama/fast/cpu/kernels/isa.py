@@ -1,0 +1,69 @@
+"""The instruction sets that the kernels are compiled for, and those that this processor has."""
+
+import functools
+import math
+import os
+from dataclasses import dataclass
+
+import llvmlite.binding
+
+from llama.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class InstructionSet:
+    """What a tile may use.
+
+    lanes: numbers of 32 bits in a vector. rows, inputs: the most rows of weights and of activations
+    whose sums fit the registers, in a tile of floats. byte_inputs: the same of activations in a
+    tile of bytes, where rows are lanes. has_dot: one instruction multiplies and adds four bytes.
+    has_pairs: one instruction multiplies and adds two bfloat16. needs: LLVM's names of processor
+    features.
+    """
+
+    lanes: int
+    rows: int
+    inputs: int
+    byte_inputs: int
+    has_dot: bool
+    has_pairs: bool
+    needs: tuple[str, ...]
+
+    @property
+    def unit(self) -> int:
+        """Rows of weights; a multiple of the rows of every tile."""
+        return math.lcm(self.rows, self.lanes)
+
+
+AVX2 = ("avx2", "fma")
+AVX512 = (*AVX2, "avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512vnni")
+# The fastest first. "plain" is LLVM's vectors alone, which every processor runs.
+ISAS = {
+    "avx512bf16": InstructionSet(16, 4, 4, 8, True, True, (*AVX512, "avx512bf16")),
+    "avx512": InstructionSet(16, 4, 4, 8, True, False, AVX512),
+    "vnni": InstructionSet(8, 3, 4, 4, True, False, (*AVX2, "avxvnni")),
+    "avx2": InstructionSet(8, 3, 4, 4, False, False, AVX2),
+    "plain": InstructionSet(8, 3, 4, 4, False, False, ()),
+}
+
+
+@functools.cache
+def _of_this_processor() -> list[str]:
+    features = {name for name, has in llvmlite.binding.get_host_cpu_features().items() if has}
+    if {"avx512vnni", "avx512vl"} <= features:  # has the instructions of AVX-VNNI too
+        features.add("avxvnni")
+    return [name for name, isa in ISAS.items() if features.issuperset(isa.needs)]
+
+
+def instruction_sets() -> list[str]:
+    """The names of the instruction sets that the kernels may use here, the fastest first.
+
+    The environment variable LLAMA_ISA names the fastest one that is allowed. Raises ConfigError if
+    this processor lacks it.
+    """
+    found, wanted = _of_this_processor(), os.environ.get("LLAMA_ISA")
+    if not wanted:
+        return found
+    if wanted not in found:
+        raise ConfigError(f"LLAMA_ISA is {wanted!r}, but this processor has {', '.join(found)}")
+    return found[found.index(wanted) :]

@@ -62,7 +62,7 @@ class Llama:
     """
 
     @staticmethod
-    @torch.inference_mode(False)  # weights made inside of it could never take gradients
+    @torch.inference_mode(False)  # weights made in inference mode could never take gradients
     def build(
         ckpt_dir: str | Path | None = None,
         tokenizer_path: str | Path | None = None,
@@ -110,14 +110,14 @@ class Llama:
                 for the others. Meta's code always uses 8.
             draft: folder or id of a smaller model with the same vocabulary, which proposes tokens.
                 Mode fast only. Greedy output does not change. Sampled output keeps its
-                distribution, but a seed gives another sample.
+                distribution, but a seed gives a different sample than without a draft.
             lookup: find an earlier occurrence of the last tokens in the text, and propose the
-                tokens that followed there. Mode fast only. The output does not change where mode
-                fast is invariant.
+                tokens that followed there. Mode fast only. The output does not change on a CPU,
+                or on a GPU with `invariant`.
             invariant: a token's logits are the same, to the last bit, whatever is computed beside
                 it. Mode fast only. On a CPU that always holds; on a GPU prompts take longer.
-            format: chat format, "llama3", "llama2", "chatml" or "zephyr". None: that of the
-                folder's chat template, else that of the vocabulary's kind.
+            format: chat format, "llama3", "llama2", "chatml" or "zephyr". None: the format of the
+                folder's chat template, else the one that models with this kind of tokenizer use.
 
         Raises a LlamaError (a ValueError) that names what does not fit.
         """
@@ -196,8 +196,8 @@ class Llama:
         Args:
             prompt_tokens: token ids of each prompt: lists, or tensors or arrays of one dimension,
                 or one tensor or array of two. Prompts beyond max_batch_size wait for a row.
-            max_gen_len: most tokens to generate. None: as many as the KV cache has room for. 0
-                with logprobs and echo only scores the prompts.
+            max_gen_len: most tokens to generate. None: as many as the KV cache has room for. 0,
+                together with logprobs and echo: score the prompts and generate nothing.
             temperature: divides the logits; 0 takes the likeliest token.
             top_p: draw from the smallest set of likeliest tokens with a total probability above it.
             logprobs: also return the natural logarithm of each token's probability. It is 0.0 for
@@ -282,11 +282,11 @@ class Llama:
                 the continuation only.
             tools: functions that the model may call, as {"type": "function", "function": {"name":
                 …, "description": …, "parameters": a JSON schema}}, and built-in tools of Llama 3.1,
-                as {"type": "brave_search"}. An answer that calls has `tool_calls` and no content.
+                as {"type": "brave_search"}. An answer that calls a tool has `tool_calls` and no content.
             tool_choice: "auto"; "none": tools are left out; "required": the answer must be a call;
                 or the name of the tool that it must call (extra `[json]`).
-            date: today's date as "26 Jul 2024", for the system message. With it the dialog is
-                written as the chat template of Meta's Hugging Face folders writes it.
+            date: today's date as "26 Jul 2024", for the system message. If it is given, the prompt
+                is the one that the chat template in Meta's Hugging Face folders produces.
             The other arguments are those of `text_completion`.
         """
         tools = self._offered(tools, tool_choice, continue_final_message)
@@ -354,8 +354,8 @@ class Llama:
         """Continue a text, token ids or a dialog, or a list of them. Yields one event per token.
 
         An event has row, token, text, logprob, top_logprobs and finish_reason. The joined texts of
-        a row can be appended to a text prompt: with a SentencePiece tokenizer they begin with the
-        space that `text_completion` drops. Closing the stream cancels its requests.
+        a row can be appended directly to a text prompt. With a SentencePiece tokenizer they
+        therefore keep the leading space, which `text_completion` drops. Closing the stream cancels its requests.
         Under torchrun only the first rank of a model gets events. The other ranks must iterate over
         the stream too: they compute until it ends. No other call may start before that.
 
@@ -433,17 +433,18 @@ class Llama:
     def _offered(
         self, tools: Sequence[Tool], tool_choice: ToolChoice, continue_final_message: bool
     ) -> Sequence[Tool]:
-        """The tools that the prompt describes: none where tool_choice says so."""
+        """The tools that the prompt describes: no tools if tool_choice is "none"."""
         check_tools(tools)
         check_choice(tools, tool_choice)
         offered = () if tool_choice == "none" else tools
         if offered and continue_final_message:
-            raise DialogError("an answer that is continued calls no tools: give none")
+            raise DialogError("continue_final_message cannot be combined with tools")
         return offered
 
     def _forced(
         self, tools: Sequence[Tool], tool_choice: ToolChoice, prompts: Sequence[list[int]]
     ) -> dict[str, LogitsProcessor]:
-        """The option by which answers to the prompts must be calls, if tool_choice says so."""
+        """The logits_processor option that forces each answer to be a tool call. Empty if
+        tool_choice does not force one."""
         processor = call_processor(self.tokenizer, tools, tool_choice, prompts)
         return {} if processor is None else {"logits_processor": processor}

@@ -235,7 +235,8 @@ class Attention(nn.Module):
         if start_pos is not None:
             cache = self._own_cache(x.dtype, x.device) if cache is None else cache
             xk, xv = cache.update(start_pos, xk, xv)  # (B, T, K, hd)
-        # Meta's code passes an int. That case computes Meta's operations, so its bits are equal.
+        # Meta's code passes an int. For an int, Meta's operations are used, so that the results
+        # equal Meta's to the last bit.
         attend = meta_attention if isinstance(start_pos, int) else fused_attention
         heads = attend(xq, xk, xv, mask)  # (B, S, H, hd)
         # Row-parallel: the output is summed over the ranks.

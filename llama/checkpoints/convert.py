@@ -54,7 +54,7 @@ def convert(
     if quantize is not None and quantize not in QUANTIZERS:
         raise ConfigError(f"quantize is {quantize!r}: it must be {' or '.join(QUANTIZERS)}")
     if quantize is not None and to != "meta":
-        raise ConfigError("quantize writes no Hugging Face folders: to must be meta")
+        raise ConfigError(f"to is {to!r}: with quantize it must be meta")
     kind = None if dtype is None else parse_dtype(dtype)
     destination = Path(dst)
     if os.path.lexists(destination) and not force:
@@ -68,8 +68,8 @@ def convert(
     tokenizer = beside_weights.source_tokenizer(source, Path(src))
     if to == "meta":
         if len(source.shards) == 1 and tokenizer is not None and tokenizer.is_llama_2:
-            # One shard does not show the split of the embedding. Meta's code of Llama 2 splits it
-            # by features.
+            # A single shard does not tell along which dimension the embedding is to be split.
+            # Meta's code of Llama 2 splits it by features (dimension 1).
             source.args.embedding_shard_dim = 0 if source.args.tied else 1
         # With more shards than key/value heads, each head is stored more than once. n_kv_heads
         # counts all copies.
@@ -106,7 +106,8 @@ def convert(
 
 
 def _cast(weight: Tensor, dtype: torch.dtype | None) -> Tensor:
-    """The weight in `dtype`, contiguous and alone in its storage, which is saved as a whole."""
+    """The weight in `dtype`, contiguous and in a storage of its own. A view would be saved with its
+    whole storage."""
     cast = weight if dtype is None else weight.to(dtype)
     is_view = cast.untyped_storage().nbytes() != cast.nbytes or not cast.is_contiguous()
     return cast.clone(memory_format=torch.contiguous_format) if is_view else cast

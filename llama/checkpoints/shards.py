@@ -30,7 +30,9 @@ from llama.memory import with_huge_pages
 # The projections that RoPE rotates, and the projections of keys and values.
 ROTATED = ("wq.weight", "wk.weight", "wq.bias", "wk.bias")
 KEYS_AND_VALUES = ("wk.weight", "wv.weight", "wk.bias", "wv.bias")
-ALIGNMENT = 64  # bytes, of a float tensor that is used as mapped; safetensors guarantees only 8
+# Bytes. A float tensor with a smaller alignment is copied from the mapped file. safetensors
+# guarantees only 8.
+ALIGNMENT = 64
 IGNORED = "rope.freqs"  # RoPE's table in Llama 2's files, which is not needed
 
 
@@ -137,8 +139,8 @@ class Checkpoint:
         return torch.cat(pieces, dim, out=with_huge_pages(pieces[0].new_empty(shape)))
 
     def quantized_part(self, name: str, n_parts: int, index: int, width: Width) -> Quantized:
-        """A quantized part of a matrix: as it is saved if the folder is quantized, else quantized
-        here.
+        """A quantized part of a matrix. If the folder is quantized, it is the saved part. Otherwise
+        the part is quantized here.
 
         An int8 scale is made from the whole row, also if the row is split. So the weights do not
         depend on n_parts.

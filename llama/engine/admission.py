@@ -86,8 +86,9 @@ def choose_slot(request: Request, slots: list[Slot], free: list[Slot]) -> tuple[
 def _least_recent(slots: list[Slot], free: list[Slot]) -> Slot:
     """The free slot that was used least recently, of those near the slots in use.
 
-    A decode step covers all rows from the first slot in use to the last. So the first criterion is
-    the number of rows that it would cover, in multiples of NEAR.
+    A decode step covers all rows from the first slot in use to the last. So slots are
+    compared first by the number of rows that the step would cover, rounded up to a multiple of
+    NEAR. Among equals, the least recently used slot wins.
     """
     used = [slot.index for slot in slots if slot.request is not None]
     first, last = min(used, default=None), max(used, default=None)

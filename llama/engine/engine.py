@@ -46,8 +46,8 @@ class Engine:
         tokenizer: gives events their text and requests their stop tokens. Without it events have
             no text, and stop tokens come from the params only.
         seed: a request without a seed gets one derived from this and the request's number.
-        prefill_chunk: prompt tokens that one step prefills. An exact request is prefilled in one
-            step, whatever its length.
+        prefill_chunk: prompt tokens that one step prefills. An exact request (see `submit`) is
+            prefilled in one step, whatever its length.
         cache_dtype: dtype of the keys and values, such as int8; None: the model's default.
         draft: a smaller model with the same vocabulary, which proposes tokens to this one.
         lookup: propose the tokens that followed the last ones earlier in the text.
@@ -73,7 +73,7 @@ class Engine:
             raise GenerationError(f"prefill_chunk is {prefill_chunk}: it must be 1 or above")
         if max_batch_size < 1:
             raise GenerationError(f"max_batch_size is {max_batch_size}: it must be 1 or above")
-        longest = model.params.max_seq_len  # of its RoPE table
+        longest = model.params.max_seq_len  # the model's own limit
         if not 1 <= max_seq_len <= longest:
             raise GenerationError(f"max_seq_len is {max_seq_len}: it must be 1 to {longest}")
         if draft is not None:
@@ -103,7 +103,8 @@ class Engine:
         if draft is not None or lookup:
             sizes = max_seq_len, prefill_chunk, n_words
             self._proposer = Proposer(self._worker.run, *sizes, has_draft=draft is not None)
-        # Tokens that an idle row keeps. Padding in other rows' steps may overwrite later positions.
+        # The most tokens that an idle row may keep. A decode step for other rows also writes
+        # padding to idle rows, after their kept tokens. So the last positions stay free.
         self._kept = max_seq_len - 1 - (MAX_PROPOSALS if self._proposer else 0)
         self._seed = seed
         self._slots = [Slot(i) for i in range(max_batch_size)]
@@ -144,7 +145,8 @@ class Engine:
             is_private: no prefix is reused, neither by this request nor from it.
             is_exact: Meta's own forwards: the prompt in one piece with all its logits, no prefix
                 reuse, and decode steps without other requests.
-            is_continued: the text can be appended to the prompt's; see `TextDecoder`.
+            is_continued: the generated text continues the prompt's text, so that the two can be
+                joined; see `TextDecoder`.
 
         Raises GenerationError where the prompt or the params do not fit the model.
         """
@@ -240,8 +242,8 @@ class Engine:
         request = slot.running
         prompt, start = request.prompt_tokens, len(slot.tokens)
         scores_prompt = request.params.prompt_logprobs
-        # With max_gen_len 0, a prompt with prompt_logprobs is fed without its last token. Any other
-        # prompt is not fed.
+        # With max_gen_len 0 and prompt_logprobs, the prompt is fed without its last token. With
+        # max_gen_len 0 and no prompt_logprobs, nothing is fed.
         n_fed = len(prompt) if request.max_gen_len > 0 else (len(prompt) - 1) * scores_prompt
         end = n_fed if request.is_exact else min(start + budget, n_fed)
         is_last = end == n_fed
@@ -343,5 +345,6 @@ class Engine:
         self._worker.follow()
 
     def dismiss(self, failed: bool = False) -> None:
-        """On the first rank: end `follow` on the others. If `failed`, it raises there."""
+        """On the first rank: end `follow` on the other ranks. If `failed`, `follow` raises
+        ParallelError on them."""
         self._worker.dismiss(failed)

@@ -22,7 +22,8 @@ OFFSET = 8  # int4 weights of -8 to 7 are stored as 0 to 15
 LAYOUT = 1  # version of the layout of the tensors below, which files record
 CUT = (LANES, GROUP)  # a weight is cut only at multiples of these rows and columns
 # Weights that are quantized at once. Their temporary copies stay in the processor's caches. Larger
-# copies would leave holes in the heap between int8 weights, of a third of the weights' size.
+# copies would leave holes in the heap between int8 weights. The holes would take a third of the
+# weights' size.
 INT8_BLOCK, INT4_BLOCK = 1 << 16, 1 << 20
 GPU_BLOCK = 1 << 24  # enough to fill a GPU
 
@@ -129,8 +130,8 @@ def _steps(groups: Tensor, scale: Tensor) -> Tensor:
 def _best_scale(groups: Tensor) -> Tensor:
     """The better of two scales of each group (..., 32), in bfloat16.
 
-    One makes the weight with the largest magnitude -8, and clips weights of the other sign to 7.
-    The other makes it -7: the steps are coarser, but no weight is clipped.
+    One scale maps the weight of largest magnitude to -8, and clips weights of the other sign to
+    7. The other scale maps it to -7: the steps are coarser, but no weight is clipped.
     """
     least, most = groups.amin(-1), groups.amax(-1)
     largest = torch.where(-least > most, least, most)
@@ -184,8 +185,8 @@ def narrow(weight: Quantized, dim: int, start: int, length: int) -> Quantized:
     if start % CUT[dim] or length % CUT[dim]:
         what = ("rows", "columns")[dim]
         raise ConfigError(
-            f"cannot cut {length} {what} from {start} on out of a quantized weight: both numbers "
-            f"must be multiples of {CUT[dim]}"
+            f"cannot cut a quantized weight at {start} with {length} {what}: both numbers must be "
+            f"multiples of {CUT[dim]}"
         )
 
     def part(tensor: Tensor) -> Tensor:

@@ -18,7 +18,8 @@ from llama.server.errors import ApiError
 
 log = logging.getLogger("llama")
 
-IDLE = parallel.TIMEOUT.total_seconds() / 5  # seconds between steps for ranks that wait
+# The most seconds between two steps without work, so that the other ranks do not time out.
+IDLE = parallel.TIMEOUT.total_seconds() / 5
 
 
 class Call:
@@ -45,7 +46,7 @@ class Call:
             yield event
 
     def cancel(self) -> None:
-        """End what has not ended. Its slots are free before the next step."""
+        """Cancel the requests that have not ended. Their slots are free before the next step."""
         self.n_open = 0
         self._service.cancel(self)
 
@@ -70,7 +71,7 @@ class Service:
         self.is_stopping = False
         self._limit = llama.engine.cache.max_batch_size + max_waiting
         self._on_death: Callable[[], None] = lambda: None
-        self._loop: asyncio.AbstractEventLoop | None = None  # of all calls
+        self._loop: asyncio.AbstractEventLoop | None = None  # the one in which all calls run
         self._calls: dict[Request, Call] = {}  # of the requests in flight
         self._n_open = 0  # requests that were submitted and have not ended
         self._commands: list[Callable[[], None]] = []
@@ -165,7 +166,8 @@ class Service:
             self._on_death()
 
     def _run_commands(self) -> None:
-        """Run the commands. Without work wait for one, but not so long that ranks time out."""
+        """Run the commands. If the engine has no work, wait for a command first, but not so long
+        that the other ranks time out."""
         with self._changed:
             if not self._commands and not self.llama.engine.has_work:
                 self._changed.wait(IDLE)

@@ -2,7 +2,7 @@
 
 Llama 3's is byte-level BPE. It is converted to tiktoken's ranks, which give the same merges. Llama
 2's is BPE with byte fallback, where "▁" stands for a blank. The `tokenizers` library (extra `[hf]`)
-encodes it. For any other kind the library does everything; see `library.py`.
+encodes text with it. For any other kind the library does everything; see `library.py`.
 """
 
 import json
@@ -25,13 +25,14 @@ class _Content(NamedTuple):
     vocab: dict[str, int]  # without the added tokens
     merges: list[tuple[str, str]]
     special: dict[str, int]  # the added tokens, in the order of their ids
-    always_allowed: set[str]  # the added tokens that plain text is encoded to
+    always_allowed: set[str]  # the added tokens that are recognized in plain text too
     bos: str
     eos: str
 
 
 class _OtherKind(Exception):
-    """The file is of neither of Llama's two kinds, or only the library gives its ids."""
+    """The file is of neither of Llama's two kinds, or only the `tokenizers` library gives the ids
+    that belong to it."""
 
 
 def open_json(path: Path, data: bytes) -> "Tiktoken | ByteFallback | LibraryTokenizer":
@@ -214,12 +215,12 @@ def _tiktoken(content: _Content) -> Tiktoken:
 
 
 def _check_merges(vocab: dict[str, int], merges: list[tuple[str, str]]) -> None:
-    """Raise _OtherKind unless the merges are those of tiktoken, which uses only the ids.
+    """Raise _OtherKind unless tiktoken, which sees only the ids, would make the same merges.
 
     tiktoken merges any two neighbours that form a token, lowest id first. So the merges must be in
     the order of the ids, and include every pair that tiktoken can meet. Converted vocabularies list
-    all pairs. Trained ones list one pair per token. That is enough if all merges to lower ids,
-    applied to the characters of the token, leave exactly this pair.
+    all pairs. Trained ones list one pair per token. That is enough if each token's listed pair is
+    what remains of its characters after all merges to lower ids.
     """
     previous = 0
     for left, right in merges:

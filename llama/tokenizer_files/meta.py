@@ -1,7 +1,7 @@
 """The two kinds of `tokenizer.model` that Meta ships, as backends of `Tokenizer`.
 
 Llama 2 comes with a SentencePiece model, Llama 3 with a list of byte sequences and their ranks for
-tiktoken. A backend has the attributes of `Tokenizer`, and its methods encode, decode and stream.
+tiktoken. A backend has the attributes of `Tokenizer` and the methods `encode`, `decode` and `stream`.
 """
 
 import base64
@@ -25,7 +25,8 @@ WORD_PATTERN = (
 )
 
 # The published names of Llama 3.1 in the order of their ids. The first id follows the last rank. In
-# Llama 3.0 the names 4, 8 and 10 were still reserved; its file does not differ.
+# Llama 3.0 the names at the indices 4, 8 and 10 were still reserved tokens. The file of ranks is
+# the same.
 _SPECIAL_TOKENS = (
     "<|begin_of_text|>",
     "<|end_of_text|>",
@@ -85,9 +86,10 @@ class Tiktoken:
         return _TiktokenStream(self.encoding)
 
     def check_is_metas(self) -> None:
-        """Raise TokenizerError if a file of ranks, which has no names, cannot hold all of it."""
+        """Raise TokenizerError if a file of ranks cannot represent this tokenizer. Such a file does
+        not hold the names of special tokens."""
         if self._always_allowed:
-            raise TokenizerError(f"{min(self._always_allowed)!r:.40} is in it, but not special")
+            raise TokenizerError(f"its added token {min(self._always_allowed)!r:.40} is not special")
         metas = {i: name for name, i in _special_tokens(len(self.ranks)).items()}
         own = {i: name for name, i in self.special_tokens.items()}
         if own.keys() != metas.keys():
@@ -277,10 +279,11 @@ class _SentencePieceStream(PieceStream):
 
     def _text(self, token_id: int) -> str:
         if self._started:
-            # The leading blank is kept after another piece. Every model has the piece unk.
+            # SentencePiece keeps a leading blank only after another piece. So the piece is decoded
+            # after unk, which every model has, and unk's text is cut off.
             other = self._sp.unk_id()
             return self._sp.decode([other, token_id])[len(self._sp.decode([other])) :]
-        # bos and eos decode to "" even twice, and do not start the text. A piece of one blank may
-        # decode to "" once but not twice, and starts it.
+        # bos and eos do not start the text: even two of them decode to "". A piece of one blank
+        # starts the text: one may decode to "", but two do not.
         self._started = self._sp.decode([token_id, token_id]) != ""
         return self._sp.decode([token_id])

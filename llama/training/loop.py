@@ -1,8 +1,8 @@
 """The training loop: steps, evaluation, checkpoints and exact resumption.
 
 The ranks of a model-parallel group share one model through fairscale's tensor parallelism. DDP
-replicates the model across groups. With `shard_model`, FSDP2 splits it across groups instead, if
-the memory of a group does not hold weights, gradients and optimizer state. Nothing here draws
+replicates the model across groups. With `shard_model`, FSDP2 splits it across groups instead. Use
+that if weights, gradients and optimizer state do not fit in the memory of one group. Nothing here draws
 random numbers: the initial weights, the loader and the options determine a run.
 """
 
@@ -90,7 +90,8 @@ class Trainer:
         options: steps, schedule, clipping, evaluation and checkpoints.
         out_dir: folder for the checkpoints `step_00000200` and so on.
         tokenizer_path: tokenizer file that is copied into each checkpoint.
-        eval_loader: held-out batches. Every evaluation starts at the loader's current position.
+        eval_loader: held-out batches. Every evaluation starts at the position that the
+            loader has when the Trainer is made.
         on_step: called after every step, on every rank, as on_step(trainer, StepReport).
     """
 

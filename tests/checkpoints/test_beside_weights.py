@@ -262,7 +262,7 @@ def test_tokenizer_model_from_tokenizer_json(source: Path, written: Path, tmp_pa
     ("name", "changes", "message"),
     [
         ("<|im_start|>", {}, "its token 4098 is '<|im_start|>', not <|reserved_special_token_0|>"),
-        ("<|reserved_special_token_0|>", {"special": False}, "is in it, but not special"),
+        ("<|reserved_special_token_0|>", {"special": False}, "is not special"),
         ("<|reserved_special_token_250|>", {}, None),  # Llama 3.0 numbers them otherwise
     ],
 )

@@ -144,7 +144,7 @@ def test_nothing_is_replaced_unless_told(sources: dict[str, Path], tmp_path: Pat
         (dict(quantize="int3"), "quantize is 'int3': it must be int8 or int4"),
         (
             dict(to="hf", quantize="int8"),
-            "quantize writes no Hugging Face folders: to must be meta",
+            "to is 'hf': with quantize it must be meta",
         ),
         (dict(quantize="int4", mp=8), "wo.weight: a row of 16 weights cannot be quantized"),
     ],
@@ -345,7 +345,7 @@ def test_parts_that_cannot_be_cut(tmp_path: Path) -> None:
     saved = convert(source, tmp_path / "saved", quantize="int4")
     opened = open_checkpoint(saved)
     name = "layers.0.feed_forward.w2.weight"
-    with pytest.raises(ConfigError, match=f"{name}: cannot cut 80 columns from 80 on"):
+    with pytest.raises(ConfigError, match=f"{name}: cannot cut a quantized weight at 80 with 80 columns"):
         opened.quantized_part(name, 4, 1, "int4")
 
 

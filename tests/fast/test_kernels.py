@@ -13,7 +13,9 @@ from torch import Tensor
 
 from llama.errors import ConfigError
 from llama.fast import quantize
-from llama.fast.cpu.kernels import matmul, tile
+from llama.fast.cpu.kernels.byte_tile import Integers
+from llama.fast.cpu.kernels.instructions import i8, i32, vector
+from llama.fast.cpu.kernels.isa import ISAS, instruction_sets
 from llama.fast.cpu.kernels.product import Product, Weight, linear
 
 FORMATS = {
@@ -22,9 +24,7 @@ FORMATS = {
     "int8": quantize.quantize_int8,
     "int4": quantize.quantize_int4,
 }
-CASES = [(kind, matmul.instruction_sets()[0]) for kind in ("float32", "bfloat16")] + [
-    (kind, isa) for kind in ("int8", "int4") for isa in matmul.instruction_sets()
-]
+CASES = [(kind, isa) for kind in FORMATS for isa in instruction_sets()]
 # The error of a float32 sum in 16 lanes, relative to the sum of the products' absolute values.
 BOUND = 1e-6
 
@@ -37,18 +37,19 @@ def exact(weight: Weight) -> Tensor:
     return (weight if isinstance(weight, Tensor) else quantize.dequantize(weight)).double()
 
 
-def as_read(x: Tensor, weight: Weight) -> Tensor:
+def as_read(x: Tensor, weight: Weight, isa: str) -> Tensor:
     """The activations after the rounding that a product with this weight makes, as float64."""
     if isinstance(weight, Tensor):
-        return x.double()
+        is_rounded = weight.dtype == torch.bfloat16 and ISAS[isa].has_pairs
+        return (x.bfloat16() if is_rounded else x).double()
     groups = x.unflatten(1, (-1, 32))
     step = groups.abs().amax(-1, keepdim=True) / 127
     return ((groups / step).round().double() * step).flatten(1)
 
 
-def check(out: Tensor, x: Tensor, weight: Weight) -> None:
+def check(out: Tensor, x: Tensor, weight: Weight, isa: str) -> None:
     assert out.shape == (len(x), weight.shape[0])
-    x64, w64 = as_read(x, weight), exact(weight)
+    x64, w64 = as_read(x, weight, isa), exact(weight)
     assert ((out - x64 @ w64.T).abs() <= BOUND * (x64.abs() @ w64.abs().T)).all()
 
 
@@ -57,21 +58,21 @@ def check(out: Tensor, x: Tensor, weight: Weight) -> None:
 def test_product_equals_float64(kind: str, isa: str, n: int) -> None:
     weight = FORMATS[kind](matrix(37, 192))
     x = matrix(n, 192, seed=1)
-    check(linear(x, weight, isa=isa), x, weight)
+    check(linear(x, weight, isa=isa), x, weight, isa)
 
 
 @pytest.mark.parametrize("kind", ["float32", "bfloat16"])
 @pytest.mark.parametrize("k", [1, 7, 15, 16, 17, 77])
 def test_floats_of_any_width(kind: str, k: int) -> None:
     weight, x = FORMATS[kind](matrix(5, k)), matrix(5, k, seed=1)
-    check(linear(x, weight), x, weight)
+    check(linear(x, weight), x, weight, instruction_sets()[0])
 
 
 @pytest.mark.parametrize("k", [32, 96])
 def test_bytes_need_no_more_than_whole_groups(k: int) -> None:
     for kind in ("int8", "int4"):
         weight, x = FORMATS[kind](matrix(5, k)), matrix(5, k, seed=1)
-        check(linear(x, weight), x, weight)
+        check(linear(x, weight), x, weight, instruction_sets()[0])
 
 
 @pytest.mark.parametrize(("kind", "isa"), CASES)
@@ -131,7 +132,7 @@ def test_nor_on_the_number_of_threads(kind: str) -> None:
     assert all(torch.equal(result, results[0]) for result in results)
 
 
-@pytest.mark.parametrize("isa", matmul.instruction_sets())
+@pytest.mark.parametrize("isa", instruction_sets())
 @pytest.mark.parametrize("kind", ["int8", "int4"])
 def test_integers_are_exact(kind: str, isa: str) -> None:
     rng = np.random.default_rng(0)
@@ -197,21 +198,28 @@ def test_refusals() -> None:
         linear(matrix(2, 64), w, isa="amx")
 
 
-def test_vnni_is_one_instruction() -> None:
-    """Compile for processors with VNNI, since this processor may not have it."""
+def assembly_of(isa: str, lanes: int, triple: str, cpu: str, features: str = "") -> str:
+    """The assembly of one multiply-add of bytes, for a processor that may not be this one."""
     module = ir.Module()
-    kind = ir.FunctionType(tile.ints8, [tile.bytes32, tile.bytes32])
+    bytes_ = vector(i8, 4 * lanes)
+    kind = ir.FunctionType(vector(i32, lanes), [vector(i32, lanes), bytes_, bytes_])
     builder = ir.IRBuilder(ir.Function(module, kind, "f").append_basic_block())
-    w, x = builder.function.args
-    builder.ret(tile.Integers(builder, "vnni", is_signed=True).add(None, w, x))
+    total, w, x = builder.function.args
+    builder.ret(Integers(builder, isa, lanes, is_int4=False).add(total, w, x))
     llvm.initialize_all_targets()
     llvm.initialize_all_asmprinters()
-    target = llvm.Target.from_triple("x86_64-unknown-linux-gnu")
-    for cpu in ("icelake-server", "alderlake"):  # AVX-512 VNNI, and AVX-VNNI
-        machine = target.create_target_machine(cpu=cpu)
-        assembly = machine.emit_assembly(llvm.parse_assembly(str(module)))
-        assert "vpdpbusd" in assembly
-        assert "vpsignb" in assembly
+    machine = llvm.Target.from_triple(triple).create_target_machine(cpu=cpu, features=features)
+    return machine.emit_assembly(llvm.parse_assembly(str(module)))
+
+
+@pytest.mark.parametrize(
+    ("isa", "lanes", "cpu"),
+    [("vnni", 8, "alderlake"), ("vnni", 8, "znver4"), ("avx512", 16, "icelake-server")],
+)
+def test_four_bytes_are_one_instruction(isa: str, lanes: int, cpu: str) -> None:
+    lines = assembly_of(isa, lanes, "x86_64-unknown-linux-gnu", cpu).splitlines()
+    code = [line for line in lines if line.startswith("\t") and not line.startswith("\t.")]
+    assert [line.split()[0] for line in code if "ymm" in line or "zmm" in line] == ["vpdpbusd"]
 
 
 def test_without_numba_a_hint() -> None:

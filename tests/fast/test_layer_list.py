@@ -13,7 +13,7 @@ from torch import Tensor
 from llama import Transformer
 from llama.cache import KVCache
 from llama.errors import GenerationError
-from llama.fast.cpu.kernels import layer_ops, matmul
+from llama.fast.cpu.kernels import layer_ops
 from llama.fast.cpu.kernels.exponential import exp
 from llama.fast.cpu.kernels.task_list import TaskList
 from llama.fast.cpu.transformer import FastTransformer
@@ -122,27 +122,6 @@ def test_a_token_does_not_depend_on_its_company(
             assert torch.equal(network.logits(one)[0, 0], logits[row, i])
         assert torch.equal(alone.k[:, row], together.k[:, row])
         assert torch.equal(alone.v[:, row], together.v[:, row])
-
-
-@pytest.mark.parametrize("changes", [{}, BIASED], ids=["plain", "biases"])
-@pytest.mark.parametrize("n", [8, 9])
-def test_onednn_only_on_request(
-    monkeypatch: pytest.MonkeyPatch, n: int, changes: dict[str, Any]
-) -> None:
-    """PyTorch's products compute more than eight tokens, and only if LLAMA_ONEDNN is set."""
-    model, tokens = make_model(torch.bfloat16, **changes), torch.randint(0, VOCAB, (1, n))
-    monkeypatch.setattr(matmul, "has_bfloat16", lambda: True)
-    plain = FastTransformer(model)
-    whole = plain.features(tokens, 0, plain.make_cache(1, n))
-    cache = plain.make_cache(1, n)
-    pieces = [plain.features(tokens[:, i : i + 3], i, cache) for i in range(0, n, 3)]
-    assert torch.equal(torch.cat(pieces, 1), whole)
-    monkeypatch.setenv("LLAMA_ONEDNN", "1")
-    network = FastTransformer(model)
-    got = network.features(tokens, 0, network.make_cache(1, n))
-    want = plain.features(tokens, 0, plain.make_cache(1, n))
-    assert torch.equal(got, want) == (n <= matmul.FEW_ROWS)
-    assert (got - want).std() / want.std() < 0.01
 
 
 def test_part_of_a_cache() -> None:

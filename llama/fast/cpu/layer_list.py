@@ -163,7 +163,7 @@ class LayerList:
         """Write the embedding of ids (n) to the first n rows of h."""
         embedding, h = self.model.tok_embeddings, self._h[: len(tokens)]
         is_vocab_parallel = isinstance(embedding, VocabParallelEmbedding)
-        if self._exchange.is_alone or not is_vocab_parallel:  # this rank has all embeddings
+        if self._exchange.is_alone or not is_vocab_parallel:  # this rank has a row for every id
             h.copy_(self._exchange.join(F.embedding(tokens, embedding.weight).float()))
             return
         first = embedding.vocab_start_index

@@ -25,16 +25,19 @@ from llama.errors import ConfigError
 from llama.fast.gpu.device_weights import Matrix, joined
 from llama.model import Transformer, apply_rotary_emb, causal_mask, repeat_kv
 
-FEW = 16  # tokens whose products with wide matrices the kernels compute faster than PyTorch
-FEW_NARROW = 64  # the same for narrow matrices
-MAX_INVARIANT = 256  # tokens of a prompt that the kernels take at once: attention needs scratch
+# Up to so many tokens, the kernels multiply by a matrix faster than PyTorch.
+FEW = 16  # for an unquantized matrix
+FEW_NARROW = 64  # for a quantized matrix
+# With `invariant`, the most prompt tokens of one call. It limits the scratch memory of attention.
+MAX_INVARIANT = 256
 
 
 @dataclass(frozen=True)
 class Batch:
     """The tokens of a call.
 
-    positions: (B, S). is_decode: a few tokens of rows at positions of their own, not a prompt.
+    positions: (B, S). is_decode: each row has a few tokens and its own start position. False: the tokens are part
+        of a prompt.
     mask: (B, 1, S, T) for attention in PyTorch; None: each token sees the tokens up to its own.
     """
 
@@ -63,7 +66,7 @@ class GpuTransformer:
 
     invariant: a token's logits do not depend, to the last bit, on the tokens computed beside it,
     the chunks of its prompt, or proposals. Every token goes through the same kernels then.
-    Raises ConfigError where that needs Triton, which is not there.
+    Raises ConfigError if `invariant` is set and the Triton kernels cannot run.
     """
 
     def __init__(self, model: Transformer, invariant: bool = False) -> None:
@@ -94,8 +97,8 @@ class GpuTransformer:
     def features(self, tokens: Tensor, start_pos: int | Tensor, cache: KVCache) -> Tensor:
         """Ids (B, S) -> (B, S, D); see `Transformer.features`.
 
-        A number as start_pos counts for all rows. It is known without a look at the device, and
-        spares attention a mask.
+        An int start_pos applies to all rows. The host knows it without waiting for the device, and
+        attention needs no mask.
         """
         bsz, seqlen = tokens.shape
         if self.invariant and bsz == 1 and seqlen > MAX_INVARIANT:
@@ -119,7 +122,7 @@ class GpuTransformer:
         return self._norm(h, self.model.norm)
 
     def logits(self, features: Tensor) -> Tensor:
-        """(…, D) -> float32 (…, V), those of all ranks."""
+        """Features (…, D) -> float32 logits (…, V), gathered from all ranks."""
         rows = features.flatten(0, -2)
         if self._by_kernels(self.output, len(rows)):
             out = self.kernels.project(rows, self.output, dtype=torch.float32)
@@ -128,12 +131,12 @@ class GpuTransformer:
         return gather_from_model_parallel_region(out).unflatten(0, features.shape[:-1])
 
     def _by_kernels(self, matrix: Matrix, n_tokens: int) -> bool:
-        """Whether the kernels multiply by the matrix, or PyTorch."""
+        """Whether the kernels multiply by the matrix. If not, PyTorch does."""
         few = FEW if matrix.width == "wide" else FEW_NARROW
         return self.kernels is not None and (self.invariant or n_tokens <= few)
 
     def _prepare(self, h: Tensor, batch: Batch, cache: KVCache) -> None:
-        """Compile the kernels that such a batch needs all at once, not one after the other."""
+        """Compile the kernels for such a batch in parallel, not one after the other."""
         if self.kernels is None:
             return
         key = batch.is_decode, self.kernels.block_of_tokens(batch.positions.numel())
@@ -212,7 +215,7 @@ def attend(xq: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Ten
     elif seqlen == n_keys:
         heads = F.scaled_dot_product_attention(xq, keys, values, is_causal=True, enable_gqa=True)
     elif has_flash(xq):
-        # The bias below chooses this kernel too, but not for grouped heads.
+        # `causal_lower_right`, used below, selects this kernel too, but not for grouped heads.
         flash = torch.ops.aten._scaled_dot_product_flash_attention
         heads = flash(xq, keys, values, 0.0, True)[0]
     else:

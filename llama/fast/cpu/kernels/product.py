@@ -1,7 +1,7 @@
 """Products of fast mode on a CPU: a weight matrix, and the job that describes a product with it.
 
-`F.linear` is made for many rows. A decode step has one to eight rows, so it can be as fast as
-reading every weight once. These kernels reach that speed, on all of PyTorch's threads, with weights
+`F.linear` is made for many rows. A decode step has one to eight rows, so at best
+it takes as long as reading every weight once. These kernels reach that speed, on all of PyTorch's threads, with weights
 in float32, bfloat16, int8 or int4. They need the extra `[fast]` and weights on the CPU.
 """
 
@@ -69,7 +69,7 @@ class Product:
 
     weights: matrices (N, K) of the same kind and K: float32, bfloat16, int8 or int4, contiguous, on
         the CPU. They are not copied.
-    biases: for each matrix what is added to its result, of any float type (N,); None: nothing.
+    biases: for each matrix a vector (N,) of any float dtype, added to its result; None: no bias.
     swiglu: compute silu(x w1^T) * (x w3^T) for two matrices w1 and w3.
     isa: one of `instruction_sets()`; None: the first.
     Raises ConfigError for other weights, an isa that the processor lacks, or without numba.

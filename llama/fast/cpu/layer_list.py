@@ -48,11 +48,11 @@ class LayerList:
         heads, dim = attention.n_local_heads, model.params.dim
         products = [product for layer in layers for product in layer]
         widest = max(product.features for product in products)
-        widest_bytes = max(product.features * product.rounded_bytes for product in products)
+        most_bytes = max(product.prepared_bytes for product in products)
 
         self._h = float_buffer(max_tokens, dim)
         self._normed = float_buffer(max_tokens, dim)
-        self._rounded = int8_buffer(max_tokens, widest_bytes)
+        self._prepared = int8_buffer(max_tokens, most_bytes)
         self._steps = float_buffer(max_tokens, widest // GROUP, 2)
         self._qkv = float_buffer(max_tokens, layers[0][0].rows)
         self._scores = float_buffer(max_tokens, heads, layer_ops.BLOCK + layer_ops.STATS)
@@ -110,10 +110,10 @@ class LayerList:
 
     def _add_product(self, product: Product, x: Tensor, out: Tensor) -> None:
         fields = dict(enumerate(product.job)) | {job.X: x.data_ptr()}
-        if product.rounding is not None:
-            rounded = {job.STEPS: self._steps.data_ptr(), job.OUT: self._rounded.data_ptr()}
-            self._add(product.rounding, fields | rounded)
-            fields |= {job.STEPS: self._steps.data_ptr(), job.X: self._rounded.data_ptr()}
+        fields[job.STEPS] = self._steps.data_ptr()
+        if product.preparing is not None:
+            self._add(product.preparing, fields | {job.OUT: self._prepared.data_ptr()})
+            fields[job.X] = self._prepared.data_ptr()
         fields[job.OUT] = out.data_ptr()
         self._products.append(len(self._tasks))
         self._add(product.task, fields)

@@ -196,7 +196,7 @@ def byte_tile(
 
     kind: "int8" or "int4". isa: see `ISAS`. All others are int64. x, steps, w, scales and out are
     addresses. rows: 8 or the instruction set's lanes. n: 1, 2, 4 or 8. k: a row's length.
-    group_rows: rows of x of which each group lies together; see `round_to_int8`. out_step: bytes
+    group_rows: rows of x that lie together; see `activations.py`. out_step: bytes
     from one row of results to the next.
     """
     numbers = (rows, n, k, x, steps, group_rows, w, scales, out, out_step)

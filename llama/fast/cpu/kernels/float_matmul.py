@@ -6,16 +6,16 @@ from collections.abc import Callable
 import numpy as np
 from numba import carray, njit
 
+from llama.fast.cpu.kernels.activations import to_bfloat16
 from llama.fast.cpu.kernels.compile import VERSION, compile_task
 from llama.fast.cpu.kernels.float_tile import float_tile, x_bytes
-from llama.fast.cpu.kernels.instructions import fetch_add, pointer
 from llama.fast.cpu.kernels.isa import ISAS
 from llama.fast.cpu.kernels.job import FIRST, K, LENGTH, MATRICES, N, OUT, TOTAL, X
 from llama.fast.cpu.kernels.matmul import finish_chunk, next_chunk, part_of_matrix
 
 PREFETCH = 1024  # bytes ahead
 FEW_ROWS = 8  # the most rows of x that a decode step has
-BAND = 3  # tiles that up to four activation rows are multiplied with before the next four
+BAND = 3  # tiles that are multiplied with some rows of activations before the next rows
 IN_CACHE = 1 << 15  # activations that stay in a core's cache
 SHARE = 48  # rows of weights that a prefill multiplies at a time
 DEPTH = 4096  # bytes of a row of activations that a prefill multiplies at a time
@@ -44,7 +44,7 @@ def product(kind: str, isa: str, swiglu: bool) -> Callable[[int], None]:
     """
     version = VERSION
     width, x_width = 2 if kind == "bfloat16" else 4, x_bytes(kind, isa)
-    high, lanes, unit = ISAS[isa].rows, ISAS[isa].lanes, ISAS[isa].unit
+    lanes, decode, prefill = ISAS[isa].lanes, ISAS[isa].decode, ISAS[isa].prefill
 
     def task(address):  # type: ignore[no-untyped-def]
         version  # noqa: B018
@@ -53,14 +53,15 @@ def product(kind: str, isa: str, swiglu: bool) -> Callable[[int], None]:
         # A decode step reads each row of weights whole. A prefill reads part of a row at a time, as
         # much as stays in a core's caches.
         is_decode = n <= FEW_ROWS
+        high, most = decode if is_decode else prefill
         ahead = PREFETCH if is_decode else 0
         depth = k if is_decode else min(k, DEPTH // x_width)
-        block = max(4, IN_CACHE // depth & ~3)
-        # Four activation rows are multiplied with all tiles of a band before the next four.
+        block = max(most, IN_CACHE // depth // most * most)
+        # Some rows of activations are multiplied with all tiles of a band before the next ones.
         band = BAND if depth == k else SHARE
         sums = np.empty(SHARE * block * lanes if depth < k else 0, np.float32)
         while True:
-            begin, end = next_chunk(address, job, unit)
+            begin, end = next_chunk(address, job)
             if begin == end:
                 break
             for matrix in range(job[MATRICES]):
@@ -82,15 +83,18 @@ def product(kind: str, isa: str, swiglu: bool) -> Callable[[int], None]:
                                 last_tile = min(first_tile + band, all_tiles)
                                 i = first
                                 while i < last:
-                                    count = 4 if i + 4 <= last else 2 if i + 2 <= last else 1
+                                    count = most
+                                    while i + count > last:
+                                        count //= 2
+                                    x = job[X] + i * k * x_width
                                     for number in range(first_tile, last_tile):
                                         taken, done, row = tile_place(number, tiles, high, step)
                                         row += first_row
                                         part = done * (last - first) + taken * (i - first)
                                         float_tile(
                                             kind, isa, taken, count, k, column, column_end,
-                                            job[X] + i * k * x_width, weights + row * k * width,
-                                            step, ahead, out + 4 * row + i * out_step, out_step,
+                                            x, weights + row * k * width, step, ahead,
+                                            out + 4 * row + i * out_step, out_step,
                                             sums.ctypes.data + 4 * lanes * part,
                                         )  # fmt: skip
                                     i += count
@@ -99,33 +103,7 @@ def product(kind: str, isa: str, swiglu: bool) -> Callable[[int], None]:
     return compile_task(task)
 
 
-@functools.cache
-def round_to_bfloat16() -> Callable[[int], None]:
-    """The task that rounds activations to bfloat16, to the nearest and ties to even."""
-    version = VERSION
-
-    def task(address):  # type: ignore[no-untyped-def]
-        version  # noqa: B018
-        job = carray(address, LENGTH)
-        n, k = job[N], job[K]
-        while True:
-            row = fetch_add(address)
-            if row >= n:
-                break
-            bits = carray(pointer(job[X] + 4 * row * k, np.uint32), k)
-            rounded = carray(pointer(job[OUT] + 2 * row * k, np.uint16), k)
-            for i in range(k):
-                x = bits[i]
-                even = (x >> np.uint32(16)) & np.uint32(1)
-                up = np.uint32(x + np.uint32(0x7FFF) + even)
-                is_nan = (x & np.uint32(0x7FFFFFFF)) > np.uint32(0x7F800000)
-                nan = np.uint32(x | np.uint32(0x400000))
-                rounded[i] = np.uint16((nan if is_nan else up) >> np.uint32(16))
-
-    return compile_task(task)
-
-
-def rounding(kind: str, isa: str) -> tuple[Callable[[int], None] | None, int]:
-    """The task that rounds the activations, and the bytes of a rounded one; None and 0: they stay
-    float32."""
-    return (round_to_bfloat16(), 2) if x_bytes(kind, isa) == 2 else (None, 0)
+def preparing(kind: str, isa: str) -> tuple[Callable[[int], None] | None, int]:
+    """The task that prepares the activations, and the bytes of a prepared one. None and 0: they are
+    used as they are."""
+    return (to_bfloat16(), 2) if x_bytes(kind, isa) == 2 else (None, 0)

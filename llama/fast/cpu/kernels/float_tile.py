@@ -6,7 +6,6 @@ bits, whatever the other rows of the tile are.
 """
 
 from collections.abc import Callable
-from itertools import product
 from typing import Any, NamedTuple
 
 from llvmlite import ir
@@ -79,7 +78,9 @@ class _Tile:
     def __init__(
         self, b: Builder, kind: str, isa: str, rows: int, n: int, operands: list[Value]
     ) -> None:
-        self.k, self.begin, self.end, x, w, row_step, self.ahead, out, self.out_step, partial = operands
+        (
+            self.k, self.begin, self.end, x, w, row_step, self.ahead, out, self.out_step, partial,
+        ) = operands  # fmt: skip
         pointer = i8.as_pointer()
         self.b, self.numbers = b, _numbers(kind, isa)
         self.x, self.w = b.inttoptr(x, pointer), b.inttoptr(w, pointer)
@@ -88,6 +89,7 @@ class _Tile:
         self.row_step = row_step
         self.rows = [mul_const(b, row_step, row) for row in range(rows)]
         self.w_starts = [b.mul(mul_const(b, row, self.width), self.k) for row in self.rows]
+        self.n = n
         self.x_starts = [mul_const(b, self.k, self.x_width * i) for i in range(n)]
         self.lanes = vector(f32, ISAS[isa].lanes)
         self.columns = self.numbers.weight.count  # of one multiply-add
@@ -96,7 +98,7 @@ class _Tile:
 
     def write(self) -> None:
         b = self.b
-        n, lane_bytes = len(self.x_starts), 4 * self.lanes.count
+        n, lane_bytes = self.n, 4 * self.lanes.count
         places = [
             (total, add_const(b, ir.Constant(i64, 0), lane_bytes * (r * n + i)))
             for r, row in enumerate(self.sums)
@@ -109,49 +111,46 @@ class _Tile:
         line = max(LINE // self.width, self.columns)
         lines = b.udiv(b.sub(self.end, self.begin), ir.Constant(i64, line))
         with cgutils.for_range(b, lines) as loop:
-            i = b.add(self.begin, mul_const(b, loop.index, line))
+            column = b.add(self.begin, mul_const(b, loop.index, line))
             with b.if_then(b.icmp_signed("!=", self.ahead, ir.Constant(i64, 0))):
                 for start in self.w_starts:
-                    ahead = b.add(mul_const(b, i, self.width), self.ahead)
-                    prefetch(b, self.w, b.add(start, ahead))
+                    place = b.add(start, mul_const(b, column, self.width))
+                    prefetch(b, self.w, b.add(place, self.ahead))
             for j in range(0, line, self.columns):
-                self._add(add_const(b, i, j), load_at)
+                self._add(add_const(b, column, j), load_at)
         done = b.add(self.begin, mul_const(b, lines, line))
 
         with b.if_else(b.icmp_signed("==", self.end, self.k)) as (is_all, is_part):
             with is_all:
                 columns = ir.Constant(i64, self.columns)
-                rest = b.sub(self.k, done)
-                with cgutils.for_range(b, b.udiv(add_const(b, rest, self.columns - 1), columns)) as loop:
-                    i = b.add(done, b.mul(loop.index, columns))
-                    left = b.sub(self.k, i)
-                    self._add(i, lambda *place: load_first(*place, left))
+                with cgutils.for_range_slice(b, done, self.k, columns) as (column, _):
+                    left = b.sub(self.k, column)
+                    self._add(column, lambda *place: load_first(*place, left))
                 self._store()
             with is_part:
                 for total, place in places:
                     to = b.bitcast(b.gep(self.partial, [place]), self.lanes.as_pointer())
                     b.store(b.load(total), to, align=4)
 
-    def _add(self, i: Value, load: Callable[..., Value]) -> None:
-        """Add the products of some columns, from i on, to all sums."""
+    def _add(self, column: Value, load: Callable[..., Value]) -> None:
+        """Add the products of some columns, from `column` on, to all sums."""
         b = self.b
         weights = []  # stay in registers for all rows of x
         for start in self.w_starts:
-            place = b.add(start, mul_const(b, i, self.width))
+            place = b.add(start, mul_const(b, column, self.width))
             weights.append(self.numbers.ready(b, load(b, self.numbers.weight, self.w, place)))
-        for number, start in enumerate(self.x_starts):
-            place = b.add(start, mul_const(b, i, self.x_width))
+        for i, start in enumerate(self.x_starts):
+            place = b.add(start, mul_const(b, column, self.x_width))
             x = load(b, self.numbers.activation, self.x, place)
             for w, row in zip(weights, self.sums, strict=True):
-                total = row[number]
-                b.store(self.numbers.multiply_add(b, w, x, b.load(total)), total)
+                b.store(self.numbers.multiply_add(b, w, x, b.load(row[i])), row[i])
 
     def _store(self) -> None:
         """Store the sums. Those of neighbouring rows of weights are stored together."""
         b, rows = self.b, len(self.rows)
-        together = self.lanes.count // rows  # rows of activations whose sums fit one vector
-        for first in range(0, len(self.x_starts), together):
-            inputs = range(first, min(first + together, len(self.x_starts)))
+        together = max(i for i in (1, 2, 4, 8) if i * rows <= self.lanes.count)
+        for first in range(0, self.n, together):
+            inputs = range(first, min(first + together, self.n))
             sums = sum_each(b, [b.load(row[i]) for i in inputs for row in self.sums])
             for place, i in enumerate(inputs):
                 numbers = [ir.Constant(i32, place * rows + row) for row in range(rows)]
@@ -176,7 +175,8 @@ def float_tile(
     """out[i, r] = row r of the weights times row i of x.
 
     kind: "float32" or "bfloat16". isa: see `ISAS`. All others are int64. x, w, out and partial are
-    addresses. rows: the instruction set's, or 1. n: 1, 2 or 4. k: a row's length. row_step: the
+    addresses. rows and n: of a tile of the instruction set, or rows 1, or n 1, 2 or 4. k: a row's
+    length. row_step: the
     distance between two rows of weights of the tile, in rows. ahead: bytes from a weight to the one
     that is prefetched, or 0. out_step: bytes from one row of
     results to the next.
@@ -190,8 +190,15 @@ def float_tile(
 
     def generate(context: Any, b: Builder, signature: Any, operands: list[Value]) -> Value:
         rows, n, *others = operands[2:]
-        sizes = product(sorted({1, ISAS[names[1]].rows}), (1, 2, 4))
-        for high, count in sizes:
+        tiles = [ISAS[names[1]].decode, ISAS[names[1]].prefill]
+        sizes = {
+            (high, count)
+            for tile in tiles
+            for high in (1, tile.rows)
+            for count in (1, 2, 4, 8)
+            if count <= tile.inputs
+        }
+        for high, count in sorted(sizes):
             is_high = b.icmp_signed("==", rows, ir.Constant(i64, high))
             is_count = b.icmp_signed("==", n, ir.Constant(i64, count))
             with b.if_then(b.and_(is_high, is_count)):

@@ -1,49 +1,52 @@
 """The instruction sets that the kernels are compiled for, and those that this processor has."""
 
 import functools
-import math
 import os
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import llvmlite.binding
 
 from llama.errors import ConfigError
 
 
+class Tile(NamedTuple):
+    """The most rows of weights and of activations whose sums one tile of floats holds."""
+
+    rows: int
+    inputs: int
+
+
 @dataclass(frozen=True)
 class InstructionSet:
-    """What a tile may use.
+    """What the tiles of an instruction set are.
 
-    lanes: numbers of 32 bits in a vector. rows, inputs: the most rows of weights and of activations
-    whose sums fit the registers, in a tile of floats. byte_inputs: the same of activations in a
-    tile of bytes, where rows are lanes. has_dot: one instruction multiplies and adds four bytes.
-    has_pairs: one instruction multiplies and adds two bfloat16. needs: LLVM's names of processor
-    features.
+    lanes: numbers of 32 bits in a vector; the rows of weights of a tile of bytes. decode, prefill:
+    tiles of floats; all their sums fit the registers. byte_inputs: the most rows of activations of
+    a tile of bytes. has_dot: one instruction multiplies and adds four bytes. has_pairs: one
+    instruction multiplies and adds two bfloat16. needs: LLVM's names of processor features.
     """
 
     lanes: int
-    rows: int
-    inputs: int
+    decode: Tile
+    prefill: Tile
     byte_inputs: int
     has_dot: bool
     has_pairs: bool
     needs: tuple[str, ...]
 
-    @property
-    def unit(self) -> int:
-        """Rows of weights; a multiple of the rows of every tile."""
-        return math.lcm(self.rows, self.lanes)
-
 
 AVX2 = ("avx2", "fma")
 AVX512 = (*AVX2, "avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512vnni")
+SIXTEEN_REGISTERS = Tile(3, 4), Tile(3, 4), 4
+THIRTY_TWO_REGISTERS = Tile(3, 8), Tile(4, 4), 8
 # The fastest first. "plain" is LLVM's vectors alone, which every processor runs.
 ISAS = {
-    "avx512bf16": InstructionSet(16, 4, 4, 8, True, True, (*AVX512, "avx512bf16")),
-    "avx512": InstructionSet(16, 4, 4, 8, True, False, AVX512),
-    "vnni": InstructionSet(8, 3, 4, 4, True, False, (*AVX2, "avxvnni")),
-    "avx2": InstructionSet(8, 3, 4, 4, False, False, AVX2),
-    "plain": InstructionSet(8, 3, 4, 4, False, False, ()),
+    "avx512bf16": InstructionSet(16, *THIRTY_TWO_REGISTERS, True, True, (*AVX512, "avx512bf16")),
+    "avx512": InstructionSet(16, *THIRTY_TWO_REGISTERS, True, False, AVX512),
+    "vnni": InstructionSet(8, *SIXTEEN_REGISTERS, True, False, (*AVX2, "avxvnni")),
+    "avx2": InstructionSet(8, *SIXTEEN_REGISTERS, False, False, AVX2),
+    "plain": InstructionSet(8, *SIXTEEN_REGISTERS, False, False, ()),
 }
 
 

@@ -11,8 +11,8 @@ from collections.abc import Callable
 import numpy as np
 from numba import carray, njit
 
+from llama.fast.cpu.kernels.activations import step_of
 from llama.fast.cpu.kernels.attention import add_values, score_keys
-from llama.fast.cpu.kernels.byte_matmul import step_of
 from llama.fast.cpu.kernels.compile import VERSION, compile_task
 from llama.fast.cpu.kernels.exponential import exp
 from llama.fast.cpu.kernels.instructions import fetch_add, pointer

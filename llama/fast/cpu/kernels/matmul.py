@@ -7,19 +7,21 @@ from llama.fast.cpu.kernels.exponential import exp
 from llama.fast.cpu.kernels.instructions import fetch_add, pointer
 from llama.fast.cpu.kernels.job import BIASES, FIRST, N, OUT, THREADS, TOTAL
 
+UNIT = 16  # rows of weights; chunks are multiples of it, except the last one
+
 
 @njit(error_model="numpy")
-def next_chunk(address, job, unit):  # type: ignore[no-untyped-def]
+def next_chunk(address, job):  # type: ignore[no-untyped-def]
     """The first row of weights of a chunk and the one after its last. They are equal if no chunk is
     left.
 
-    unit: chunks are multiples of so many rows. Each thread takes a share of half of the rows that
+    Each thread takes a share of half of the rows that
     are left. So the first chunks are long, which
     memory delivers fastest, and the last ones are short, so that all threads end together.
     """
     number, threads, begin = fetch_add(address), job[THREADS], np.int64(0)
     while True:
-        size = max(unit, (job[TOTAL] - begin) // (2 * threads) // unit * unit)
+        size = max(UNIT, (job[TOTAL] - begin) // (2 * threads) // UNIT * UNIT)
         if number < threads or begin >= job[TOTAL]:
             break
         number -= threads

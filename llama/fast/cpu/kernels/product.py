@@ -110,8 +110,9 @@ class Product:
         is_float = self.kind in ("float32", "bfloat16")
         loops = kernels.floats if is_float else kernels.bytes
         self.task = loops.product(self.kind, isa, swiglu)
-        self.rounding, self.rounded_bytes = loops.rounding(self.kind, isa)
-        tasks = [self.task] if self.rounding is None else [self.rounding, self.task]
+        self.preparing, x_bytes = loops.preparing(self.kind, isa)
+        self.prepared_bytes = self.features * x_bytes  # of a row of activations
+        tasks = [self.task] if self.preparing is None else [self.preparing, self.task]
         self._list = kernels.TaskList(tasks, [self.job] * len(tasks))
         self._lock = threading.Lock()  # one call at a time
 
@@ -129,15 +130,15 @@ class Product:
         n = x.shape[0]
         x32 = x.float().contiguous()
         out = float_buffer(2 * n if self.swiglu else n, self.rows)
-        rounded = int8_buffer(n, self.features * self.rounded_bytes)
-        steps = float_buffer(n, self.features // GROUP, 2)
+        prepared = int8_buffer(n, self.prepared_bytes)
+        steps = float_buffer(n, self.prepared_bytes // GROUP, 2)
         with self._lock:
             jobs = self._list.jobs
             jobs[:, job.N], jobs[:, job.THREADS] = n, pool.threads()
             jobs[:, job.STEPS] = steps.data_ptr()
             jobs[0, job.X], jobs[-1, job.OUT] = x32.data_ptr(), out.data_ptr()
-            if self.rounding is not None:
-                jobs[0, job.OUT] = jobs[-1, job.X] = rounded.data_ptr()
+            if self.preparing is not None:
+                jobs[0, job.OUT] = jobs[-1, job.X] = prepared.data_ptr()
             self._list.run(0, len(jobs))
         if self.swiglu:
             out = out[:n]

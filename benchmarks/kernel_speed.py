@@ -25,7 +25,6 @@ from tqdm import tqdm
 
 from llama import ModelArgs
 from llama.commands.limits import check_rate
-
 from llama.fast.cpu.kernels.product import Product, Weight, instruction_sets
 from llama.fast.quantize import quantize_int4, quantize_int8
 

@@ -11,9 +11,10 @@ from torch import Tensor
 class LayerCache:
     """Keys and values of one layer, each (rows, positions, local kv heads, head_dim).
 
-    The layout is Meta's. With the same strides, reference mode gets the same bits from PyTorch's
-    matrix products. An int8 cache also has float32 scales (rows, positions, local kv heads), one
-    for each head and position: the key vector is k * k_scale.
+    The layout is Meta's: with the strides of Meta's code, PyTorch's matrix products give the same
+    bits as in Meta's code, which reference mode needs. An int8 cache also has
+    float32 scales (rows, positions, local kv heads), one for each head and position: the key vector
+    is k * k_scale.
     """
 
     k: Tensor
@@ -33,7 +34,7 @@ class LayerCache:
             return LayerCache(self.k.to(device, dtype), self.v.to(device, dtype))
 
     def update(self, start_pos: int | Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Store keys and values (B, S, K, hd) and return all visible ones, (B, T, K, hd).
+        """Store keys and values (B, S, K, hd). Return those of all visible tokens, (B, T, K, hd).
 
         The result is a view of the cache. For an int8 cache it is a new tensor in the dtype of k.
         start_pos: a number is the position of the first new token in all rows; T is then
@@ -57,8 +58,8 @@ class LayerCache:
         return self.widened(bsz, end, k.dtype)
 
     def widened(self, n_rows: int, n_positions: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Keys and values of the first rows and positions, (B, T, K, hd). Those of an int8 cache
-        are converted to `dtype`. Those of any other cache keep their own."""
+        """Keys and values of the first rows and positions, (B, T, K, hd). If the cache
+        is int8, they are converted to `dtype`. Otherwise they keep the cache's dtype."""
 
         def part(cached: Tensor, scales: Tensor | None) -> Tensor:
             cached = cached[:n_rows, :n_positions]
@@ -90,8 +91,8 @@ class KVCache:
         device: torch.device,
         heads_first: bool = False,
     ) -> "KVCache":
-        """heads_first: all positions of a head lie together in memory. Otherwise all heads of a
-        position do, as in Meta's code."""
+        """heads_first: all positions of one head lie together in memory. Otherwise all heads of one
+        position lie together, as in Meta's code."""
         shape = (n_layers, max_batch_size, max_seq_len, n_kv_heads, head_dim)
         return KVCache(*_zeros(shape, dtype, device, heads_first))
 
@@ -104,12 +105,12 @@ class KVCache:
         return self.k.shape[2]
 
     def part(self, first_row: int, n_rows: int, n_positions: int) -> "KVCache":
-        """The first `n_positions` positions of some rows, as a cache on the same memory."""
+        """The first `n_positions` positions of some rows, as a cache that shares this memory."""
         rows = slice(first_row, first_row + n_rows)
         return KVCache(*(tensor[:, rows, :n_positions] for tensor in self.tensors()))
 
     def layer(self, layer_id: int) -> LayerCache:
-        """One layer, on the same memory."""
+        """The cache of one layer, which shares this memory."""
         return LayerCache(*(tensor[layer_id] for tensor in self.tensors()))
 
     def copy_row(self, source: int, destination: int, n_positions: int) -> None:
@@ -125,20 +126,22 @@ class KVCache:
 def _zeros(
     shape: Sequence[int], dtype: torch.dtype, device: torch.device, heads_first: bool = False
 ) -> list[Tensor]:
-    """Zeros for keys and values, and for their scales where the dtype is int8."""
+    """Zeros for keys and values, and also for their scales if the dtype is int8."""
     *before, positions, heads, head_dim = shape
     inner = [heads, positions] if heads_first else [positions, heads]
     kinds = [([head_dim], dtype)] * 2 + [([], torch.float32)] * (2 if dtype == torch.int8 else 0)
-    # A cache made under inference_mode could not be written to outside of it.
+    # A tensor that is made in inference_mode cannot be written to outside of inference_mode.
     with torch.inference_mode(False):
         tensors = [torch.zeros(*before, *inner, *last, dtype=d, device=device) for last, d in kinds]
-        return [t.transpose(len(before), len(before) + 1) for t in tensors] if heads_first else tensors
+        return (
+            [t.transpose(len(before), len(before) + 1) for t in tensors] if heads_first else tensors
+        )
 
 
 def quantize(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Quantize vectors (…, hd) to int8. Returns them and their float32 scales (…).
+    """Quantize vectors (…, hd) to int8. Returns the int8 vectors and float32 scales (…).
 
-    A scale is the largest absolute value of its vector / 127."""
+    The scale of a vector is its largest absolute value divided by 127."""
     x = x.float()
     scale = x.abs().amax(-1) / 127
     steps = torch.where(scale[..., None] == 0, 0, x / scale[..., None])

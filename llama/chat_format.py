@@ -5,9 +5,10 @@ Both formats have the same two methods. `encode_dialog_prompt` turns a dialog in
 except a <|python_tag|> at the start of an assistant's message.
 
 With continue_final_message a dialog ends with the beginning of the assistant's answer. The prompt
-then ends with that text, so that the model continues it. Its trailing blanks are kept.
+then ends with that text, so that the model continues it. The text's trailing blanks are kept.
 
-Llama 3.1's tools are described in the prompt, and earlier calls are part of it; see `tools.py`.
+For Llama 3.1 and later, the prompt also describes the tools and contains the earlier calls; see
+`tools.py`.
 """
 
 from collections.abc import Mapping, Sequence
@@ -88,7 +89,7 @@ class ChatFormat:
         return [self._marker("<|begin_of_text|>")]
 
     def completed(self, dialog: Dialog) -> Dialog:
-        """The dialog as the prompt has it: unchanged in this format."""
+        """The dialog with the messages that the format adds. This format adds none."""
         return dialog
 
     def encode_header(self, message: Message) -> list[int]:
@@ -145,15 +146,17 @@ class ChatFormat:
 
         Args:
             dialog: messages in order; a system message comes first.
-            continue_final_message: the header is that of the last message, and its text follows.
+            continue_final_message: the prompt ends with the header and the text of the last
+                message, instead of the header of the next answer.
             tools: what the model may call. A vocabulary of Llama 3.1 or later is needed.
-            date: today's date as "26 Jul 2024". With it the dialog is written as the chat template
-                of Meta's Hugging Face folders writes it, without it as Meta's code does.
+            date: today's date, such as "26 Jul 2024". If it is given, the dialog is written as the
+                chat template of Meta's Hugging Face folders writes it. Otherwise the dialog is
+                written as Meta's code writes it.
 
         Raises:
-            DialogError: empty dialog, wrong role, wrong tool, a system message that is not the
-                first, or a last message that is not from `user` or `ipython` (with
-                continue_final_message: that is not from `assistant`).
+            DialogError: empty dialog, wrong role, wrong tool, wrong date, a system message that is
+                not the first, or a last message from a wrong role. The last message must be from
+                `user` or `ipython`. With continue_final_message it must be from `assistant`.
         """
         last = ("assistant",) if continue_final_message else ("user", "ipython")
         check_dialog(dialog, self.roles, last)
@@ -173,7 +176,7 @@ class ChatFormat:
     def written(
         self, dialog: Dialog, tools: Sequence[Tool] = (), date: str | None = None
     ) -> list[Written]:
-        """The messages of a prompt, with what describes the tools and tells the date."""
+        """The messages of a prompt, with the description of the tools and the date."""
         if date is None:
             return as_meta_writes(self.completed(dialog), tools)
         return as_template_writes(dialog, tools, date)
@@ -214,12 +217,13 @@ class Llama2ChatFormat:
         tools: Sequence[Tool] = (),
         date: str | None = None,
     ) -> list[int]:
-        """Return the ids of each finished turn with bos and eos, and of the last with bos only.
+        """Return the ids of each finished turn with bos and eos, and of the last turn with bos.
 
         Raises:
             DialogError: empty dialog, wrong role, wrong order, a tag inside a message, tools or a
-                date. The right order is an optional system message, then user and assistant in
-                turn, ending with user, or with assistant where continue_final_message is given.
+                date. The right order is an optional system message, and then user and assistant
+                in turn. The last message is from user. With continue_final_message it is from
+                assistant.
         """
         refuse_tools(tools, date)
         check_dialog(dialog, self.roles, ("assistant",) if continue_final_message else ("user",))
@@ -244,7 +248,8 @@ class Llama2ChatFormat:
         beginning = turns.pop()["content"].lstrip() if continue_final_message else ""
         texts = [message["content"].strip() for message in turns]
         tokens: list[int] = []
-        for user, assistant in zip(texts[::2], texts[1::2], strict=False):  # no answer to the last
+        # The last user message has no answer yet, so zip leaves it out.
+        for user, assistant in zip(texts[::2], texts[1::2], strict=False):
             turn = f"{B_INST} {user} {E_INST} {assistant} "
             tokens += self.tokenizer.encode(turn, bos=True, eos=True)
         turn = f"{B_INST} {texts[-1]} {E_INST}" + (f" {beginning}" if beginning else "")
@@ -260,7 +265,7 @@ def assistant_message(tokenizer: Vocabulary, tokens: Sequence[int]) -> Message:
 
 
 def refuse_tools(tools: Sequence[Tool], date: str | None) -> None:
-    """Raise DialogError for tools or a date, in a format that has neither."""
+    """Raise DialogError if tools or a date are given. Formats that support neither call this."""
     if tools or date is not None:
         given = "tools" if tools else "a date"
         raise DialogError(f"{given} in the prompt: only Llama 3's chat format has {given}")

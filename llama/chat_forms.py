@@ -1,4 +1,4 @@
-"""Chat formats of other makers' Llamas, ChatML and Zephyr's, and the table of all formats."""
+"""ChatML and Zephyr's format, which Llamas of other makers use, and the table of all formats."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -43,7 +43,7 @@ class ChatMLFormat(ChatFormat):
         return []
 
     def completed(self, dialog: Dialog) -> Dialog:
-        """The dialog with the default system message in front, where it has none."""
+        """The dialog, with the default system message in front if it has no system message."""
         if not self.default_system or (dialog and dialog[0]["role"] == "system"):
             return dialog
         return [{"role": "system", "content": self.default_system}, *dialog]
@@ -62,7 +62,8 @@ class ChatMLFormat(ChatFormat):
         return [Written(m["role"], [m["content"]]) for m in self.completed(dialog)]
 
     def _encode_open_message(self, message: Message, *texts: str) -> list[int]:
-        # Role and content are encoded together, because a blank may join with what is before it.
+        # Role and content are encoded together, because a blank at the start of the content may
+        # form one token with the newline before it.
         text = f"{message['role']}\n{''.join(texts)}"
         return [self._marker("<|im_start|>"), *self.tokenizer.encode(text, bos=False, eos=False)]
 
@@ -114,8 +115,9 @@ class ZephyrFormat:
         return tokens + self._encode("assistant", answer, is_first=False)
 
     def _encode(self, role: str, content: str, is_first: bool) -> list[int]:
-        """The newline after the message before, the tag, a newline and the content. A tag that is
-        no special token of the vocabulary is encoded together with the text around it."""
+        """Encode the newline that ends the previous message, the tag, a newline and the content. If
+        the tag is no special token of the vocabulary, it is encoded together with the text around
+        it."""
         tag, newline = self._tags[role], "" if is_first else "\n"
         encode = partial(self.tokenizer.encode, bos=False, eos=False)
         if tag not in self.tokenizer.special_tokens:
@@ -132,8 +134,8 @@ AnyFormat = ChatFormat | Llama2ChatFormat | ZephyrFormat
 
 
 def make_format(name: FormatName, tokenizer: Vocabulary, default_system: str = "") -> AnyFormat:
-    """The format of that name; default_system is for ChatML alone. Raises DialogError where the
-    vocabulary lacks a marker, or for an unknown name."""
+    """Make the chat format with this name. Only ChatML uses default_system. Raises DialogError if
+    the vocabulary lacks a marker, or if the name is unknown."""
     if name == "chatml":
         return ChatMLFormat(tokenizer, default_system)
     formats: dict[str, Callable[[Vocabulary], AnyFormat]]

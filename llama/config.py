@@ -8,19 +8,20 @@ from llama.errors import ConfigError
 
 LLAMA_2_THETA = 10000.0
 CODE_LLAMA_THETA = 1e6
-# Upper limits. No Llama comes near them. A product of two whole numbers still fits into 64 bits.
+# Upper limits, far above the numbers of any Llama. The product of two whole numbers within their
+# limit fits into 64 bits.
 MAX_WHOLE_NUMBER = 2**31 - 1
 MAX_NUMBER = 10**18
 
 
 @dataclass(frozen=True)
 class RopeScaling:
-    """How RoPE is scaled for a longer context than that of pre-training.
+    """How RoPE is scaled, so that the context can be longer than in pre-training.
 
-    kind: "llama3" divides low frequencies, as Llama 3.1 and later. "linear" divides all, as some
-        fine-tunes of Llama 2; it needs nothing but the factor. Chen et al. 2023,
-        arxiv.org/abs/2306.15595. "dynamic" raises theta where a text is longer than the original
-        context; see `ModelArgs.scaled_theta`.
+    kind: "llama3" divides the low frequencies by the factor, as in Llama 3.1 and later. "linear"
+        divides all frequencies by the factor, as in some fine-tunes of Llama 2 (Chen et al. 2023,
+        arxiv.org/abs/2306.15595); it uses no other field. "dynamic" raises theta if max_seq_len
+        exceeds the original context; see `ModelArgs.scaled_theta`.
     """
 
     factor: float = 8.0
@@ -48,7 +49,7 @@ class RopeScaling:
 class ModelArgs:
     """A model's shape and limits. Meta's fields and defaults come first, then fields of our own.
 
-    Raises ConfigError where the numbers do not describe a Llama.
+    Raises ConfigError if the numbers do not describe a Llama.
     """
 
     dim: int = 4096
@@ -66,9 +67,9 @@ class ModelArgs:
 
     hidden_dim: int | None = None  # the feed-forward width; None: computed by `ffn_width`
     head_width: int | None = None  # features of a head; None: dim / n_heads
-    rope_scaling: RopeScaling | None = None  # None with use_scaled_rope: Meta's constants
+    rope_scaling: RopeScaling | None = None  # if None and use_scaled_rope: Meta's constants
     context_length: int | None = None  # longest trained context in tokens; None: see `context`
-    embedding_shard_dim: int = 0  # ranks split it by 0: vocabulary (Llama 3), 1: features (Llama 2)
+    embedding_shard_dim: int = 0  # dimension split over ranks. 0: vocabulary, 1: features
     tied: bool = False  # the output matrix is the embedding (Llama 3.2)
     attention_bias: bool = False  # wq, wk, wv and wo add a bias, which Meta's models do not have
     mlp_bias: bool = False  # w1, w2 and w3 add a bias
@@ -85,7 +86,7 @@ class ModelArgs:
         self.check()
 
     def check(self) -> None:
-        """Raise ConfigError where a number is out of range. Call it after assigning to a field."""
+        """Raise ConfigError if a number is out of range. Call this after assigning to a field."""
         whole = ["dim", "n_layers", "n_heads", "n_kv_heads", "multiple_of"]
         whole += ["max_batch_size", "max_seq_len"]
         whole += [
@@ -128,9 +129,10 @@ class ModelArgs:
     def scaled_theta(self) -> float:
         """The base of RoPE's frequencies: `rope_theta`, or more with scaling of kind "dynamic".
 
-        That raises theta so that the lowest frequency is interpolated to the length of the text,
-        where this exceeds the original context (NTK-aware scaling, arxiv.org/abs/2309.00071,
-        section 3.1). The length here is max_seq_len, so that one table serves all texts.
+        If a text is longer than the original context, "dynamic" raises theta so that the lowest
+        frequency is interpolated to the length of the text (NTK-aware scaling,
+        arxiv.org/abs/2309.00071, section 3.1). This library uses max_seq_len as the length, so that
+        one table serves all texts.
         """
         scaling = self.rope_scaling
         if scaling is None or scaling.kind != "dynamic":
@@ -146,7 +148,7 @@ class ModelArgs:
 
     @property
     def ffn_dim(self) -> int:
-        """The feed-forward width F: `hidden_dim` where given, else `ffn_width` of 4 * dim."""
+        """The feed-forward width F: `hidden_dim` if given, else `ffn_width` of 4 * dim."""
         if self.hidden_dim is not None:
             return self.hidden_dim
         return ffn_width(4 * self.dim, self.multiple_of, self.ffn_dim_multiplier)
@@ -154,8 +156,9 @@ class ModelArgs:
     def metas_width(self) -> dict[str, float]:
         """The keys of params.json that give the feed-forward width, which has no key of its own.
 
-        `multiple_of` and `ffn_dim_multiplier` are those of the published model with this shape.
-        Without one they are values that `ffn_width` turns into this width."""
+        If `hidden_dim` is None, they are this model's own `multiple_of` and `ffn_dim_multiplier`.
+        Otherwise they are taken from the published model with this shape. If there is no such
+        model, they are values from which `ffn_width` computes `hidden_dim`."""
         published = self.published()
         if self.hidden_dim is None or published:
             source = self if self.hidden_dim is None else PRESETS[published[0]]
@@ -164,7 +167,7 @@ class ModelArgs:
                 width["ffn_dim_multiplier"] = source.ffn_dim_multiplier
             return width
         default = int(2 * (4 * self.dim) / 3)
-        if self.hidden_dim >= default:  # which is then rounded up to hidden_dim
+        if self.hidden_dim >= default:  # `ffn_width` rounds the default up to hidden_dim
             return {"multiple_of": self.hidden_dim}
         return {"multiple_of": 1, "ffn_dim_multiplier": (self.hidden_dim + 0.5) / default}
 
@@ -175,8 +178,9 @@ class ModelArgs:
     def same_shape(self, preset: "ModelArgs") -> bool:
         """Whether this has the preset's shape. A vocab_size of -1 counts as equal.
 
-        A norm_eps of 1e-5 excludes Llama 1. One of 1e-6 does not exclude Llama 2, whose early files
-        say so."""
+        The norm_eps may be smaller than the preset's, because early files of Llama 2 give 1e-6
+        instead of 1e-5. It may not be larger, so a model with 1e-5 does not match a Llama 1 preset
+        with 1e-6."""
         names = (
             "dim n_layers n_heads n_kv_heads head_dim ffn_dim rope_theta use_scaled_rope".split()
         )
@@ -191,7 +195,8 @@ class ModelArgs:
     def workable_sizes(self) -> list[int]:
         """The numbers of ranks that heads, feed-forward width and vocabulary can be split over.
 
-        With more ranks than key/value heads, each head must be on the same number of ranks.
+        If there are more ranks than key/value heads, each head must be stored on the same number of
+        ranks.
         """
         n_kv_heads = self.local_kv_heads(1)
         parts = math.gcd(self.n_heads, self.ffn_dim, self.vocab_size)
@@ -224,14 +229,14 @@ class ModelArgs:
         return shapes | {"norm.weight": (self.dim,), "output.weight": (self.vocab_size, self.dim)}
 
     def parameter_shapes(self) -> dict[str, tuple[int, ...]]:
-        """`whole_shapes` without the output matrix where it is tied to the embedding."""
+        """`whole_shapes`, but without the output matrix if it is tied to the embedding."""
         shapes = self.whole_shapes()
         if self.tied:
             del shapes["output.weight"]
         return shapes
 
     def check_split(self, mp_size: int) -> None:
-        """Raise ConfigError where `mp_size` ranks cannot share the model."""
+        """Raise ConfigError if `mp_size` ranks cannot share the model."""
         if self.vocab_size < 1:
             raise ConfigError("vocab_size is -1: set it to the tokenizer's n_words")
         if mp_size not in (sizes := self.workable_sizes()):
@@ -256,8 +261,11 @@ class ModelArgs:
 
     @property
     def context(self) -> int:
-        """The longest trained context in tokens: `context_length`, else that of the published model
-        with this shape, else that of the family."""
+        """The longest trained context in tokens.
+
+        It is `context_length` if that is given. Otherwise it is the context of the published model
+        with this shape. If there is none, the RoPE settings tell the model family, and it is the
+        context of that family."""
         if self.context_length is not None:
             return self.context_length
         for name in self.published():

@@ -25,7 +25,8 @@ class LlamaError(ValueError):
 def one_line() -> Iterator[None]:
     """Wrap a whole program: a LlamaError ends it with one line on stderr, not with a traceback.
 
-    Output in a pipe is UTF-8, also where the system's encoding lacks characters, as on Windows.
+    Output to a pipe or a file is UTF-8, even if the system's encoding lacks characters, as on
+    Windows.
     """
     if isinstance(sys.stdout, io.TextIOWrapper) and not sys.stdout.isatty():
         sys.stdout.reconfigure(encoding="utf-8", errors="backslashreplace")

@@ -14,7 +14,7 @@ from llama.errors import ConfigError, DataError
 
 
 def why_unreadable(path: Path) -> str | None:
-    """The reason why a file cannot be read; None where it can be read.
+    """The reason why a file cannot be read; None if it can be read.
 
     Symbolic links are followed, because Hugging Face's cache consists of them.
     """
@@ -32,7 +32,7 @@ def why_unreadable(path: Path) -> str | None:
 
 
 def read_text(path: str | Path) -> str:
-    """The text of a file, without a byte-order mark. Raises DataError where it cannot be read or is
+    """The text of a file, without a byte-order mark. Raises DataError if it cannot be read or is
     not UTF-8."""
     try:
         return Path(path).read_bytes().removeprefix(codecs.BOM_UTF8).decode("utf-8")
@@ -104,13 +104,13 @@ def atomic_file(path: str | Path) -> Iterator[BinaryIO]:
         os.replace(name, path)
     except BaseException as error:
         Path(name).unlink(missing_ok=True)
-        if isinstance(error, OSError | RuntimeError):  # torch.save turns OSError into it
+        if isinstance(error, OSError | RuntimeError):  # torch.save turns OSError into RuntimeError
             raise DataError(f"cannot write {path}: {_reason(error)}") from error
         raise
 
 
 def _reason(error: BaseException) -> str:
-    """The message of the OSError that caused `error`, else that of `error` itself."""
+    """The message of the OSError that caused `error`, or else the message of `error` itself."""
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, OSError) and cause.strerror:

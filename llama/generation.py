@@ -282,7 +282,8 @@ class Llama:
                 the continuation only.
             tools: functions that the model may call, as {"type": "function", "function": {"name":
                 …, "description": …, "parameters": a JSON schema}}, and built-in tools of Llama 3.1,
-                as {"type": "brave_search"}. An answer that calls a tool has `tool_calls` and no content.
+                as {"type": "brave_search"}. An answer that calls a tool has `tool_calls` and no
+                content.
             tool_choice: "auto"; "none": tools are left out; "required": the answer must be a call;
                 or the name of the tool that it must call (extra `[json]`).
             date: today's date as "26 Jul 2024", for the system message. If it is given, the prompt
@@ -355,7 +356,8 @@ class Llama:
 
         An event has row, token, text, logprob, top_logprobs and finish_reason. The joined texts of
         a row can be appended directly to a text prompt. With a SentencePiece tokenizer they
-        therefore keep the leading space, which `text_completion` drops. Closing the stream cancels its requests.
+        therefore keep the leading space, which `text_completion` drops. Closing the stream cancels
+        its requests.
         Under torchrun only the first rank of a model gets events. The other ranks must iterate over
         the stream too: they compute until it ends. No other call may start before that.
 

@@ -1,4 +1,6 @@
-"""Infilling, for which Code Llama 7B and 13B were trained: the text between a prefix and a suffix.
+"""Infilling: the model generates the text between a prefix and a suffix.
+
+Code Llama 7B and 13B were trained for this.
 
 Source: Rozière et al. 2023, https://arxiv.org/abs/2308.12950, section 2.3.
 """
@@ -12,8 +14,8 @@ from llama.tokenizer_files.meta import INFILLING_TOKENS
 
 
 class InfillingPrediction(TypedDict):
-    """The text between prefix and suffix, and all three joined. With logprobs=True also the text
-    and the logprob of each generated token."""
+    """generation: the text between prefix and suffix. full_text: prefix, generation and suffix,
+    joined. With logprobs=True there are also the text and the logprob of each generated token."""
 
     generation: str
     full_text: str
@@ -26,7 +28,7 @@ class InfillingFormat:
 
     Attributes: `stop_tokens` (the ids that end the text between prefix and suffix).
 
-    Raises GenerationError where the vocabulary lacks the infilling tokens.
+    Raises GenerationError if the vocabulary lacks the infilling tokens.
     """
 
     def __init__(self, tokenizer: Tokenizer):
@@ -56,8 +58,9 @@ class InfillingFormat:
         return [bos, self._prefix, *before, self._suffix, *after, self._middle]
 
     def _encode_without_space(self, text: str) -> list[int]:
-        """The ids of a text without the space that SentencePiece puts before each text. It puts
-        none behind a newline."""
+        """The ids of a text without the space that SentencePiece puts in front of each text.
+
+        The text is encoded with a newline in front, and the ids of the newline are removed."""
         newline = self.tokenizer.encode("\n", bos=False, eos=False)
         return self.tokenizer.encode(f"\n{text}", bos=False, eos=False)[len(newline) :]
 

@@ -15,7 +15,7 @@ HUGE_PAGE = 1 << 21  # bytes
 
 
 def available_memory(device: torch.device, root: Path = Path("/")) -> float:
-    """Bytes that can still be allocated on a device; infinite where the system does not say.
+    """Bytes that can still be allocated on a device; infinite if the system does not report it.
 
     root: where /proc and /sys are.
     """
@@ -35,7 +35,7 @@ def available_memory(device: torch.device, root: Path = Path("/")) -> float:
 
 
 def used_memory(device: torch.device) -> dict[str, int]:
-    """Bytes that this process uses. A key is missing where the system does not give the number.
+    """Bytes that this process uses. A key is missing if the system does not report the number.
 
     On a GPU "peak" is the most that PyTorch allocated. Elsewhere "private" is the anonymous memory
     now, and "peak" the largest resident size so far, pages of mapped files included."""
@@ -71,7 +71,7 @@ def _read_numbers(path: Path) -> dict[str, int]:
 
 @dataclass(frozen=True)
 class ControlGroups:
-    """The file names of one version of Linux control groups, and memory.stat's page cache keys.
+    """The file names of one version of Linux control groups, and memory.stat's keys for page cache.
 
     The page cache counts as used, but Linux frees it when memory is needed.
     """
@@ -82,7 +82,7 @@ class ControlGroups:
     page_cache_keys: tuple[str, str]
 
     def free(self, folder: Path) -> float:
-        """Free bytes below a group's limit; infinite where no limit can be read."""
+        """Free bytes below a group's limit; infinite if no limit can be read."""
         try:
             limit = int((folder / self.limit_file).read_text())  # "max": no limit
             used = int((folder / self.usage_file).read_text())
@@ -92,7 +92,8 @@ class ControlGroups:
         return limit - used + sum(stat.get(name, 0) for name in self.page_cache_keys)
 
 
-# The keys are the controller's name in /proc/self/cgroup: 0::/path (v2), 4:memory:/path (v1).
+# Each key is the controller's name in a line of /proc/self/cgroup. The name is empty in version 2
+# (0::/path) and "memory" in version 1 (4:memory:/path).
 CONTROL_GROUPS = {
     "": ControlGroups(
         "sys/fs/cgroup", "memory.max", "memory.current", ("inactive_file", "active_file")
@@ -112,7 +113,7 @@ def _free_in_cgroups(root: Path) -> Iterator[float]:
         if controller in CONTROL_GROUPS:
             groups = CONTROL_GROUPS[controller]
             top = root / groups.mount
-            # In a container the path may be the host's. Then only the mount point is visible.
+            # In a container the path may be a path of the host. Then only the mount point exists.
             group = Path(os.path.normpath(f"{top}/{path}"))
             for folder in (group, *group.parents):
                 if folder.is_relative_to(top):

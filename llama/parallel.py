@@ -26,7 +26,8 @@ from llama.errors import ParallelError
 # at once, because its connection closes.
 TIMEOUT = timedelta(minutes=5)
 
-# Numbers in the first message of `broadcast_numbers`. The plan of a decode step with few rows fits.
+# How many numbers the first message of `broadcast_numbers` carries. The plan of a decode step with
+# few rows fits into this message, so it needs no second one.
 HEAD_LENGTH = 63
 
 # The dimension along which each weight is split over the ranks. Other weights are replicated.
@@ -44,11 +45,12 @@ def shard_dim(name: str, embedding_shard_dim: int) -> int | None:
 
 
 def initialize(model_parallel_size: int | None = None, device: torch.device | None = None) -> None:
-    """Make the process group and fairscale's groups, where they do not exist yet.
+    """Make the process group and fairscale's groups, if they do not exist yet.
 
-    model_parallel_size: ranks that share one model. None: that of the existing groups, else all
-        ranks that torchrun started.
-    Raises ParallelError where it is not that of the existing groups or does not divide the ranks.
+    model_parallel_size: the number of ranks that share one model. None: the size of the existing
+        groups, or, if there are none, the number of ranks that torchrun started.
+    Raises ParallelError if the size differs from the size of the existing groups, or if it does not
+    divide the number of ranks.
     """
     device = device or torch.device("cpu")
     check_fork()
@@ -77,7 +79,7 @@ def initialize(model_parallel_size: int | None = None, device: torch.device | No
         _set_pg_timeout(TIMEOUT, group)
 
 
-_made_in: int | None = None  # the process that made groups, whose children inherit this number
+_made_in: int | None = None  # id of the process that made the groups; its children inherit it
 
 
 def check_fork() -> None:
@@ -96,7 +98,7 @@ def _groups_are_alive() -> bool:
         return False
     try:
         dist.get_group_rank(fs_init.get_model_parallel_group(), dist.get_rank())
-    except (RuntimeError, ValueError):  # of a process group before this one
+    except (RuntimeError, ValueError):  # the group belongs to an earlier process group
         return False
     return True
 
@@ -235,7 +237,7 @@ def failing_together(device: torch.device) -> Iterator[None]:
 
 
 def make_group_without_timeout() -> dist.ProcessGroup | None:
-    """The group for `sum_without_timeout`. All ranks must call it. None where there is one rank."""
+    """The group for `sum_without_timeout`. All ranks must call it. None if there is one rank."""
     if dist.get_world_size() == 1:
         return None
     return dist.new_group(backend="gloo", timeout=timedelta(days=365))
@@ -258,7 +260,7 @@ class _MetaDeviceMode(TorchDispatchMode):
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
-        return False  # for True, PyTorch would import its compiler, which takes two seconds
+        return False  # with True, PyTorch would import its compiler, which takes 2 seconds
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -271,7 +273,7 @@ class _MetaDeviceMode(TorchDispatchMode):
 
 @contextlib.contextmanager
 def on_meta_device() -> Iterator[None]:
-    """`torch.device("meta")`, also for fairscale's layers. These call the legacy constructor
-    `torch.Tensor(rows, columns)`, which ignores the default device."""
+    """Like `torch.device("meta")`, but it also works for fairscale's layers. Those layers call the
+    legacy constructor `torch.Tensor(rows, columns)`, which ignores the default device."""
     with torch.device("meta"), _MetaDeviceMode():
         yield

@@ -32,8 +32,8 @@ def completion(
 ) -> CompletionPrediction:
     """The generated text; with echo the prompt comes before it."""
     tokens = echoed(echo, request.prompt_tokens, request.tokens)
-    # Prompt and answer are decoded together: a character may begin in one and end in the other. A
-    # stop string may cut off the last n_cut characters.
+    # Prompt and answer are decoded together, because a character may begin in the prompt and end in
+    # the answer. If a stop string was found, the last n_cut characters are cut off.
     text = tokenizer.decode(tokens)
     n_cut = len(tokenizer.decode(request.tokens)) - len(request.text)
     prediction = CompletionPrediction(generation=text[: len(text) - n_cut])
@@ -50,8 +50,9 @@ def answer(
     logprobs: bool,
     tools: Sequence[Tool] = (),
 ) -> ChatPrediction:
-    """The assistant's message: its beginning, where the dialog had one, and the generated text, or
-    the calls of tools that it consists of."""
+    """The assistant's message. Its content is the beginning of the answer, if the dialog ended with
+    one, followed by the generated text. If the generated text consists of calls of tools, the
+    message holds these calls, and its content is empty."""
     message = formatter.decode_message(request.tokens, request.stop_token)
     message["content"] = beginning + request.text  # the text may be cut at a stop string
     if calls := read_calls(request.text, tools):

@@ -23,7 +23,7 @@ _MAX_FLOAT = sys.float_info.max
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How one request is continued.
+    """How the text of one request is generated.
 
     Bias, penalties and logits_processor are applied to the logits first. Temperature, top_k, min_p
     and top_p follow in this order.
@@ -40,17 +40,18 @@ class SamplingParams:
         frequency_penalty: subtracted from a token's logit once for each time it was generated.
         logit_bias: added to the logits of these ids; -inf forbids a token.
         seed: seed of the random numbers of this request.
-        max_gen_len: most tokens to generate; None: until a stop token or the end of the cache.
+        max_gen_len: the largest number of tokens to generate; None: generate until a stop token or
+            until the cache is full.
         stop: strings that end the text and are not part of it.
-        stop_tokens: ids that end the text; None: the tokenizer's.
+        stop_tokens: ids that end the text; None: the tokenizer's stop tokens.
         ignore_eos: do not stop at stop tokens.
-        logprobs: number of likeliest tokens that are reported for each generated token.
+        logprobs: for each generated token, report the logprobs of this many likeliest tokens.
         prompt_logprobs: report the logprobs of the prompt too.
         n: number of samples per prompt.
         logits_processor: a function of the tokens so far and the logits (V,) that returns new
             logits (V,).
 
-    Raises GenerationError where a value is out of its range.
+    Raises GenerationError if a value is out of its range.
     """
 
     temperature: float = 0.6
@@ -133,7 +134,7 @@ class SamplingParams:
         return [replace(self, n=1, seed=seed) for seed in seeds]
 
     def check_vocabulary(self, vocab_size: int) -> None:
-        """Raise GenerationError for a token id, or a number of logprobs, beyond the vocabulary."""
+        """Raise GenerationError if a token id or the number of logprobs exceeds the vocabulary."""
         for name, ids in (("logit_bias", self.logit_bias), ("stop_tokens", self.stop_tokens or ())):
             for token in ids:
                 if token >= vocab_size:
@@ -145,7 +146,7 @@ class SamplingParams:
 
 
 def _number(value: object, low: float = -_MAX_FLOAT, high: float = _MAX_FLOAT) -> bool:
-    # Comparisons with NaN are false, so it is refused too.
+    # Comparisons with NaN are false, so NaN is refused too.
     return isinstance(value, (int, float)) and not isinstance(value, bool) and low <= value <= high
 
 
@@ -162,7 +163,7 @@ def choose(
 ) -> Tensor:
     """Choose the token that follows `prompt` and `generated`: logits (V,) -> id ().
 
-    Raises GenerationError where the logits hold NaN or only -inf.
+    Raises GenerationError if the logits hold NaN or only -inf.
     """
     logits = _scaled(logits, params, prompt, generated)
     if params.temperature == 0:
@@ -171,9 +172,10 @@ def choose(
 
 
 def hide_unknown(logits: Tensor, n_words: int) -> Tensor:
-    """Minus infinity for the ids from n_words on, which no tokenizer can decode: (…, V) -> (…, V).
+    """Set the logits of the ids from n_words on to minus infinity: (…, V) -> (…, V).
 
-    A model may have more rows than its tokenizer has tokens, such as 32,016 for 32,000.
+    The tokenizer cannot decode these ids. A model's vocabulary may be larger than its tokenizer's,
+    for example 32,016 ids for 32,000 tokens.
     """
     if n_words >= logits.shape[-1]:
         return logits
@@ -234,7 +236,7 @@ def adjust_logits(
         penalties = params.presence_penalty + params.frequency_penalty * times
         logits = logits.index_add(0, ids, penalties, alpha=-1)
     if params.logits_processor is not None:
-        # The caller's function gets a copy, because it may write to it.
+        # The caller's function gets a copy of the logits, because it may write to its argument.
         processed = params.logits_processor([*prompt, *generated], logits.clone())
         if not isinstance(processed, Tensor) or processed.shape != logits.shape:
             is_tensor = isinstance(processed, Tensor)
@@ -269,7 +271,7 @@ def sample_top_p(probs: Tensor, p: float, generator: torch.Generator | None = No
 
 
 def _nucleus(sorted_probs: Tensor, p: float | Tensor) -> Tensor:
-    before = torch.cumsum(sorted_probs, dim=-1) - sorted_probs  # total of the likelier tokens
+    before = torch.cumsum(sorted_probs, dim=-1) - sorted_probs  # probability of all likelier tokens
     return sorted_probs.masked_fill(before > p, 0.0)
 
 
@@ -279,7 +281,7 @@ def _candidates(probs: Tensor, p: float) -> Tensor:
     Tokens with a probability of at most (1 - p) / V are left out. Their total is at most 1 - p.
     """
     ids = (probs > (1 - p) / len(probs)).nonzero().flatten()
-    # The margin is for rounding errors. Where p is 1, only tokens of probability 0 are left out.
+    # The margin is for rounding errors. If p is 1, only tokens of probability 0 are left out.
     has_nucleus = p == 1 or probs[ids].sum() > p + 1e-5
     return ids if has_nucleus else torch.arange(len(probs), device=probs.device)
 
@@ -299,7 +301,7 @@ def _draw(probs: Tensor, p: float, generator: torch.Generator | None) -> Tensor:
     nucleus = torch.zeros_like(probs)  # V numbers, so that the sum rounds as in `sample_top_p`
     nucleus[: len(candidates)] = _nucleus(candidates, p)
     noise = torch.empty_like(probs).exponential_(1, generator=generator)
-    place = (nucleus / nucleus.sum() / noise).argmax()  # index of a token, sorted by probability
+    place = (nucleus / nucleus.sum() / noise).argmax()  # index in the order of probability
     ids = (probs == candidates[place]).nonzero().flatten()
     # If several tokens have this probability, only a full sort tells which one is at `place`.
     return ids[0] if len(ids) == 1 else probs.argsort(descending=True)[place]

@@ -42,9 +42,10 @@ class Tokenizer:
 
     Attributes:
         n_words: size of the vocabulary, special tokens included; ids are 0 to n_words - 1.
-        bos_id, eos_id: the ids that begin and end a text; -1 where a vocabulary of another kind
-            than Llama's has no such token.
-        form: the chat form that the folder's template is of; None: that of the vocabulary's kind.
+        bos_id, eos_id: the ids that begin and end a text; -1 if there is no such token, which is
+            possible only for a vocabulary of another kind than Llama's.
+        form: the chat form of the folder's chat template; None: the chat form that belongs to the
+            kind of the vocabulary.
         pad_id: always -1, which is no token. Meta's code pads with it and masks it out.
         stop_tokens: ids that end a generation; may be assigned.
         special_tokens: id of each special token by its name.
@@ -64,7 +65,7 @@ class Tokenizer:
         self.stop_tokens: list[int] = self._backend.stop_tokens
         self.form: ChatForm | None = None
 
-    # ---- what Meta's tokenizers are asked for -------------------------------------------------
+    # ---- attributes of Meta's tokenizer class -------------------------------------------------
 
     num_reserved_special_tokens = 256
     pat_str = WORD_PATTERN
@@ -100,7 +101,8 @@ class Tokenizer:
             s: any text. By default all of it is plain text, the names of special tokens included.
             bos, eos: put `bos_id` in front, `eos_id` at the end.
             allowed_special: names that become special tokens where they occur in `s`; "all": every
-                name. A Llama 2 vocabulary encodes each part of the text between them separately.
+                name. With a Llama 2 vocabulary, the parts of the text between these names are
+                encoded separately.
             disallowed_special: names that must not occur in `s`; "all": every name that is not
                 allowed.
 
@@ -167,12 +169,13 @@ class Tokenizer:
 
     @property
     def start_id(self) -> int:
-        """The id before a text that is scored: bos, or eos where there is no bos."""
+        """The id that is put before a text to be scored: bos, or eos if there is no bos."""
         return self.eos_id if self.bos_id == NO_TOKEN else self.bos_id
 
     def chat_format(self) -> AnyFormat:
-        """Return the prompt format of `form`, else the one that models with this kind of tokenizer
-        were trained on. Raises DialogError where there is none."""
+        """Return the chat format that `form` names. If `form` is None, return the chat format on
+        which models with this kind of tokenizer were trained. Raises DialogError if none is
+        known."""
         if self.form is not None:
             return make_format(self.form.name, self, self.form.default_system)
         if isinstance(self._backend, LibraryTokenizer):
@@ -199,7 +202,7 @@ class Tokenizer:
         """Return the content of a Llama 3 `tokenizer.model` with the same ids and names.
 
         Raises:
-            TokenizerError: no such file says the same.
+            TokenizerError: a Llama 3 `tokenizer.model` cannot represent this vocabulary.
         """
         try:
             if not isinstance(self._backend, Tiktoken):
@@ -221,8 +224,9 @@ class Tokenizer:
 class TextDecoder:
     """Decodes ids one at a time into whole characters, for text that is shown while generated.
 
-    The joined results of every `push` and of `flush` are `tokenizer.decode` of all the ids. The
-    cost of one id does not depend on how many came before. Use a new decoder for each text.
+    Joined, the results of all `push` calls and of `flush` equal `tokenizer.decode` of all the ids.
+    The cost of one id does not depend on the number of ids before it. Use a new decoder for each
+    text.
 
     is_continued: the ids continue a text, and the results can be appended to it. A SentencePiece
     tokenizer then keeps the space before the first word, which `tokenizer.decode` drops.

@@ -1,14 +1,15 @@
 """Calls of tools, read from the text of an answer: whole, or while it grows.
 
 All published forms of a call are read:
-    {"name": "f", "parameters": {"a": 1}}           also with "type": "function", and several
+    {"name": "f", "parameters": {"a": 1}}           also with "type": "function"; also several
     <|python_tag|>{"name": "f", "parameters": {…}}
     <function=f>{"a": 1}</function>
     brave_search.call(query="…")                    the built-in tools; also after <|python_tag|>
     <|python_tag|>print(1)                          the code interpreter
     [f(a=1), g(b=[1, 2])]                           Llama 3.2's list; it is parsed and never run
 
-An answer is a call only as a whole, and only of a tool that was offered. Other text stays text.
+An answer is read as calls only if all of it consists of calls, and only if every called tool was
+offered. Any other answer is text.
 """
 
 import ast
@@ -19,15 +20,15 @@ from typing import Any
 
 from llama.tools import BUILT_IN, PYTHON_TAG, Tool, ToolCall, built_in_of, tool_names
 
-KEYS = ("type", "name", "parameters", "arguments")  # of a call that is a JSON object
-MAX_LENGTH = 1 << 16  # characters of an answer that is read for calls
+KEYS = ("type", "name", "parameters", "arguments")  # the keys of a call that is a JSON object
+MAX_LENGTH = 1 << 16  # characters; a longer answer is not searched for calls
 FUNCTION_TAG = re.compile(r"\s*<function=([^>]+)>(.*?)</function>", re.DOTALL)
 BUILT_IN_CALL = re.compile(r'\s*(\w+)\.call\(query="(.*)"\)\s*', re.DOTALL)
 BETWEEN = re.compile(r"[\s;,]*")  # between the objects of several calls
 
 
 def read_calls(text: str, tools: Sequence[Tool]) -> list[ToolCall]:
-    """The calls that an answer consists of; none where it is text."""
+    """The calls of which an answer consists. The list is empty if the answer is text."""
     if len(text) > MAX_LENGTH:
         return []
     names = tool_names(tools)
@@ -43,7 +44,7 @@ def read_calls(text: str, tools: Sequence[Tool]) -> list[ToolCall]:
 
 
 class CallReader:
-    """The text of an answer that may be a call of a tool, while it grows.
+    """Reads an answer piece by piece, and separates text from calls of tools.
 
     Text that may be the beginning of a call is held back until the answer ends.
     """
@@ -70,14 +71,15 @@ class CallReader:
         return ""
 
     def finish(self) -> tuple[str, list[ToolCall]]:
-        """After the last piece: the text that was held back, or the calls that it consists of."""
+        """Call this after the last piece. Returns the text that was held back, or, if that text
+        consists of calls, the calls."""
         text, self._held = self._held, ""
         calls = read_calls(text, self._tools)
         return ("" if calls else text), calls
 
 
 def _openings(tools: Sequence[Tool]) -> list[str]:
-    """How a call may begin, without blanks."""
+    """The beginnings that a call may have, with all blanks removed."""
     names = tool_names(tools)
     objects = [f'{{"{key}"' for key in KEYS]
     return [
@@ -87,16 +89,17 @@ def _openings(tools: Sequence[Tool]) -> list[str]:
     ]  # fmt: skip
 
 
-# ---- the forms: each yields names and arguments, nothing for a text of another form --------------
+# ---- the readers: each yields names and arguments, or nothing if the text has another form -------
 
 Found = Iterator[tuple[str, Any]]
-# What parsing raises for text that is no call: another form, another type, too deep.
+# The errors that parsing raises for text that is no call. The text may have another form, contain
+# values of another type, or be nested too deeply.
 NO_CALL = (ValueError, TypeError, LookupError, AttributeError, SyntaxError, RecursionError,
            MemoryError)  # fmt: skip
 
 
 def _tried(read: Callable[[str], Found], text: str) -> list[ToolCall]:
-    """The calls that `read` finds; none where the text is no call after all."""
+    """The calls that `read` finds. The list is empty if the text turns out to be no call."""
     try:
         return [_call(name, arguments) for name, arguments in read(text)]
     except NO_CALL:
@@ -104,7 +107,7 @@ def _tried(read: Callable[[str], Found], text: str) -> list[ToolCall]:
 
 
 def _read_json(text: str) -> Found:
-    """One object, several in a row, or a list of them."""
+    """Read one object, several objects in a row, or a list of objects."""
     if text[:1] not in ("{", "["):
         return
     decoder = json.JSONDecoder(parse_constant=_refuse)

@@ -2,7 +2,8 @@
 
 Two ways are published, and they differ in every part; docs/tools.md shows both. "Meta's code" is
 the package llama-models with its page of prompt formats. "The template" is the chat_template in
-Meta's Hugging Face folders. A dialog is written in the template's way if it has a date.
+Meta's Hugging Face folders. If a date is given, a dialog is written in the template's way.
+Otherwise it is written in the way of Meta's code.
 
 Sources: https://www.llama.com/docs/model-cards-and-prompt-formats/llama3_1 and
 https://huggingface.co/meta-llama/Llama-3.1-8B-Instruct (tokenizer_config.json)
@@ -17,7 +18,7 @@ from typing import Any, Literal, NotRequired, TypedDict
 from llama.errors import DialogError
 
 PYTHON_TAG = "<|python_tag|>"
-# The tools that the models were trained on, with the one argument of each.
+# The tools that the models were trained on. Each has one argument, which is named here.
 BUILT_IN = {"brave_search": "query", "wolfram_alpha": "query", "code_interpreter": "code"}
 MAX_TOOLS = 128
 NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
@@ -32,8 +33,8 @@ class Function(TypedDict):
 
 
 class Tool(TypedDict):
-    """type "function" with a function, or one of the built-in tools by its name alone, as in
-    {"type": "brave_search"}."""
+    """A function, with type "function", or a built-in tool. A built-in tool has only a type, which
+    is its name, as in {"type": "brave_search"}."""
 
     type: Literal["function", "brave_search", "wolfram_alpha", "code_interpreter"]
     function: NotRequired[Function]
@@ -55,11 +56,11 @@ class ToolCall(TypedDict):
 
 
 ToolChoice = str  # "auto", "none", "required", or the name of a tool
-Messages = Sequence[Mapping[str, Any]]  # of a dialog; see `chat_format.Message`
+Messages = Sequence[Mapping[str, Any]]  # the messages of a dialog; see `chat_format.Message`
 
 
 def check_tools(tools: Sequence[Tool]) -> None:
-    """Raise DialogError for what is no list of tools with names of their own."""
+    """Raise DialogError if this is no list of valid tools, or if two tools have the same name."""
     if isinstance(tools, str | Mapping) or not isinstance(tools, Sequence):
         raise DialogError(f"tools must be a list of tools, not a {type(tools).__name__}")
     if len(tools) > MAX_TOOLS:
@@ -112,7 +113,7 @@ def built_in_of(tools: Sequence[Tool]) -> list[str]:
 
 
 def check_choice(tools: Sequence[Tool], choice: ToolChoice) -> None:
-    """Raise DialogError for a tool_choice that these tools do not have."""
+    """Raise DialogError if the tool_choice does not fit these tools."""
     if choice in ("auto", "none"):
         return
     if not tools:
@@ -127,7 +128,7 @@ def check_choice(tools: Sequence[Tool], choice: ToolChoice) -> None:
 
 @dataclass(frozen=True)
 class Written:
-    """A message as it stands in a prompt. Each of the texts is encoded alone."""
+    """A message as it stands in a prompt. Each text is encoded separately."""
 
     role: Any  # `chat_format.Role`
     texts: Sequence[str]
@@ -140,14 +141,14 @@ def calls_of(message: Mapping[str, Any]) -> list[tuple[str, dict[str, Any]]]:
 
 
 def _called(call: ToolCall) -> tuple[str, dict[str, Any]]:
-    """Raises DialogError for another form."""
+    """The name and the arguments of one call. Raises DialogError if it is not a `ToolCall`."""
     function = call.get("function") if isinstance(call, Mapping) else None
     if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
         raise DialogError("a message has a tool call without a function that has a name")
     name = function["name"]
     arguments: Any = function.get("arguments")
     try:
-        # Arguments that came as an object are checked too.
+        # Arguments that are an object are written and read again, so that they are checked too.
         text = arguments if isinstance(arguments, str) else json.dumps(arguments)
         arguments = json.loads(text)
     except (TypeError, ValueError, RecursionError):
@@ -161,7 +162,7 @@ def _called(call: ToolCall) -> tuple[str, dict[str, Any]]:
 
 
 def as_meta_writes(dialog: Messages, tools: Sequence[Tool]) -> list[Written]:
-    """The messages as Meta's code writes them. Each call is a text of its own."""
+    """The messages as Meta's code writes them. Each call becomes a separate text."""
     written = []
     messages = list(dialog)
     if tools:
@@ -184,7 +185,7 @@ def as_meta_writes(dialog: Messages, tools: Sequence[Tool]) -> list[Written]:
 
 
 def _meta_system(tools: Sequence[Tool], system: str) -> str:
-    """The text of the system message, where there are tools."""
+    """The text of the system message, if there are tools."""
     lines = ["Environment: ipython"]
     # "Environment: ipython" alone turns on the code interpreter.
     if searches := [name for name in built_in_of(tools) if name != "code_interpreter"]:
@@ -193,7 +194,8 @@ def _meta_system(tools: Sequence[Tool], system: str) -> str:
 
 
 def _meta_request(functions: Sequence[Tool]) -> str:
-    """The text of the user message that describes functions. It comes before the first one."""
+    """The text of an added user message that describes the functions. It comes before the dialog's
+    first user message."""
     described = "\n".join(json.dumps(_published(tool), indent=4) for tool in functions)
     return (
         "Answer the user's question by making use of the following functions if needed.\n"
@@ -214,8 +216,9 @@ def _meta_call(name: str, arguments: Mapping[str, Any]) -> str:
 
 
 def as_template_writes(dialog: Messages, tools: Sequence[Tool], date: str) -> list[Written]:
-    """The messages as the chat template of Meta's Hugging Face folders writes them. It allows one
-    call a message. Of several, each follows the one before it."""
+    """The messages as the chat template of Meta's Hugging Face folders writes them. The
+    template allows one call in a message. If a message has several calls, they are written one
+    directly after the other."""
     messages = list(dialog)
     system = ""
     if messages and messages[0]["role"] == "system":
@@ -250,7 +253,7 @@ def _template_system(tools: Sequence[Tool], system: str, date: str) -> str:
 
 
 def _template_request(functions: Sequence[Tool], question: str) -> str:
-    """The first user message: what describes the functions, and the user's own text."""
+    """The first user message: the description of the functions, and then the user's own text."""
     described = "".join(
         json.dumps(_published(tool), indent=4, ensure_ascii=False) + "\n\n" for tool in functions
     )
@@ -272,7 +275,7 @@ def _template_call(name: str, arguments: Mapping[str, Any], built_in: Sequence[s
 
 
 def _template_json(value: Any) -> str:
-    """As transformers' `tojson` writes a value."""
+    """A value as JSON, in the form in which transformers' `tojson` writes it."""
     return json.dumps(value, ensure_ascii=False)
 
 
@@ -286,11 +289,12 @@ def _published(tool: Tool) -> dict[str, Any]:
     return {"type": "function", "function": function}
 
 
-# ---- a call that must come ----------------------------------------------------------------------
+# ---- a call that is forced ----------------------------------------------------------------------
 
 
 def call_schema(tools: Sequence[Tool], choice: ToolChoice) -> dict[str, Any]:
-    """The JSON schema of a call of any tool, or of the one that `choice` names."""
+    """The JSON schema of a tool call. If `choice` is "required", the call may be of any tool.
+    Otherwise it must be of the tool that `choice` names."""
     wanted = [
         tool for tool, name in zip(tools, tool_names(tools), strict=True)
         if choice in ("required", name)
@@ -320,7 +324,8 @@ def _schema_of(tool: Tool, place: str) -> dict[str, Any]:
 
 
 def _moved(schema: Any, place: str) -> Any:
-    """A schema whose references to its own root point to its new `place`."""
+    """The schema as a part of another schema: its references to its own root are changed, so that
+    they point to `place`, where it now stands."""
     if isinstance(schema, Mapping):
         return {
             key: f"{place}{value[1:]}"

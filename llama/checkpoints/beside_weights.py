@@ -39,7 +39,7 @@ COPIED_FILES = (
     "USE_POLICY.md",
     "README.md",
 )
-# Hugging Face's repositories keep Meta's files here.
+# The folder in which Hugging Face's repositories keep Meta's files.
 ORIGINAL = "original"
 # The keys of config.json and of generation_config.json for special tokens.
 SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
@@ -48,7 +48,8 @@ SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 def source_tokenizer(source: Checkpoint, src: Path) -> Tokenizer | None:
     """The tokenizer for `source`, which was opened from `src`, with the stop tokens of the folder.
 
-    None where there is none, or only a tokenizer.json that cannot be read here; a warning says so.
+    None if there is no tokenizer, or only a tokenizer.json that cannot be read here. A warning is
+    logged then.
     Raises TokenizerError for a damaged tokenizer.model.
     """
     try:
@@ -72,7 +73,7 @@ def meta_files(source: Checkpoint, tokenizer: Tokenizer | None, src: Path) -> di
     """The content of each file beside shards and params.json, by its name."""
     files = _copied(source, src)
     if source.is_hugging_face:
-        files.pop("README.md", None)  # the card of the other layout
+        files.pop("README.md", None)  # the model card, which belongs to the other layout
     if tokenizer is None:
         return files
     if tokenizer.model_path.name == "tokenizer.model":
@@ -86,7 +87,7 @@ def meta_files(source: Checkpoint, tokenizer: Tokenizer | None, src: Path) -> di
 
 
 def metas_params(source: Checkpoint, src: Path, args: ModelArgs) -> bytes | None:
-    """Meta's params.json of the source where it describes `args`, else None."""
+    """The content of the source's params.json if it describes `args`, else None."""
     for path in (source.folder / "params.json", src / ORIGINAL / "params.json"):
         if path.is_file() and says_the_same(path, args):
             return path.read_bytes()
@@ -101,11 +102,11 @@ def hugging_face_files(
 ) -> dict[str, bytes]:
     """The content of each file beside the `.safetensors`, by its path in the folder.
 
-    dtype: of the weights. name: of the model, for the card.
-    Raises CheckpointError where the tokenizer does not fit the model.
+    dtype: the dtype of the weights. name: the model's name, for the card.
+    Raises CheckpointError if the tokenizer does not fit the model.
     """
     files = _copied(source, src)
-    # transformers takes Llama 2's ids where config.json has no key for them.
+    # If config.json has no keys for special tokens, transformers takes the ids of Llama 2.
     ids: dict[str, Any] = {} if source.is_hugging_face else dict.fromkeys(SPECIAL_IDS[:2])
     if tokenizer is not None:
         ids = _special_ids(tokenizer)
@@ -129,7 +130,7 @@ def hugging_face_files(
     if params := metas_params(source, src, source.args):
         files[f"{ORIGINAL}/params.json"] = params
     if tokenizer is not None and tokenizer.model_path.name == "tokenizer.model":
-        # Other programs take a tokenizer.model in the folder itself for a SentencePiece model.
+        # Other programs assume that a tokenizer.model in the folder itself is a SentencePiece one.
         files.pop("tokenizer.model", None)
         place = "" if tokenizer.is_llama_2 else f"{ORIGINAL}/"
         files[f"{place}tokenizer.model"] = tokenizer.model_path.read_bytes()
@@ -148,7 +149,7 @@ def _special_ids(tokenizer: Tokenizer) -> dict[str, Any]:
 
 
 def _pad_token(tokenizer: Tokenizer) -> str | None:
-    """The token that transformers puts where a row of a batch has none. It is masked out."""
+    """The token with which transformers pads the shorter rows of a batch. It is masked out."""
     names = ("<|finetune_right_pad_id|>", "<unk>")
     return next((name for name in names if name in tokenizer.special_tokens), None)
 
@@ -166,7 +167,7 @@ def _tokenizer_files(tokenizer: Tokenizer, source: Checkpoint) -> dict[str, dict
         "clean_up_tokenization_spaces": False,
         "model_input_names": ["input_ids", "attention_mask"],
         "model_max_length": source.args.context,
-        "tokenizer_class": "PreTrainedTokenizerFast",  # which adds nothing to tokenizer.json
+        "tokenizer_class": "PreTrainedTokenizerFast",  # adds nothing to tokenizer.json
     }
     if kind_of(source.folder) != "base":
         config["chat_template"] = LLAMA_2_TEMPLATE if tokenizer.is_llama_2 else LLAMA_3_TEMPLATE
@@ -222,7 +223,8 @@ def _card(own: bytes, args: ModelArgs, dtype: torch.dtype, name: str) -> bytes:
 
 
 def _copied(source: Checkpoint, src: Path) -> dict[str, bytes]:
-    """COPIED_FILES of the weights' folder, or else of `src`, which may contain it."""
+    """The content of COPIED_FILES, by name. A file that the weights' folder lacks is taken from
+    `src`, which may contain that folder."""
     found = {}
     for name in COPIED_FILES:
         for folder in (source.folder, src):

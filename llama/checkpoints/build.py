@@ -40,7 +40,8 @@ def open_model(
 ) -> tuple[Setup, Tokenizer | None, Setup | None]:
     """Initialize the ranks, open the folders and check that everything fits. No weight is read.
 
-    The options are those of `Llama.build`. needs_tokenizer: False accepts a folder without one.
+    The options are those of `Llama.build`. needs_tokenizer: False accepts a folder without
+    a tokenizer.
     Returns the model's setup, its tokenizer and the draft model's setup.
     """
     target = parallel.local_device(device)
@@ -82,7 +83,7 @@ def open_tokenizer(
         stop_tokens = list(dict.fromkeys([*stop_tokens, end]))
     tokenizer.stop_tokens = stop_tokens
     if format is not None:
-        tokenizer.chat_format()  # raises where the vocabulary lacks a marker
+        tokenizer.chat_format()  # raises if the vocabulary lacks a marker
     return tokenizer
 
 

@@ -11,7 +11,8 @@ from llama.errors import ConfigError, DataError
 from llama.files import read_json, read_text
 from llama.tokenizer_files.chat_templates import ChatForm, form_of
 
-# A file with nothing but the template, and files with a key for it, in the order of precedence.
+# A file that holds only the template, and files that hold it under a key. The first file that has a
+# template takes precedence.
 PLAIN = "chat_template.jinja"
 WITH_KEY = ("chat_template.json", "tokenizer_config.json")
 
@@ -24,8 +25,8 @@ CHAT = {
 
 
 def read_form(folder: Path, format: FormatName | None = None) -> ChatForm | None:
-    """The chat form of a folder; None where the vocabulary decides, because the folder has no
-    template or one of no known form.
+    """The chat form of a folder. None if the folder has no template, or if the template is of no
+    known form. Then the kind of the vocabulary decides.
 
     format: the form that the user names; it needs no template.
     Raises ConfigError for an unknown format, or a template that cannot be read.
@@ -41,8 +42,8 @@ def read_form(folder: Path, format: FormatName | None = None) -> ChatForm | None
 
 
 def chat_warning(folder: Path, format: FormatName | None = None) -> str | None:
-    """What a user who chats should know: this is a base model, or dialogs may be written otherwise
-    than the model was taught. None: nothing."""
+    """A warning for a user who wants to chat: this is a base model, or dialogs may be written in
+    another form than the model was taught. None if neither is the case."""
     if kind_of(folder) == "base":
         return CHAT["base"]
     if format is None and read_template(folder) is not None and read_form(folder) is None:
@@ -55,9 +56,9 @@ def chat_warning(folder: Path, format: FormatName | None = None) -> str | None:
 
 
 def read_template(folder: Path) -> str | None:
-    """The chat template of a folder: its text, or None where there is none."""
+    """The chat template of a folder: its text, or None if there is none."""
     for template in _templates(folder):
-        if isinstance(template, list):  # several with names
+        if isinstance(template, list):  # several templates with names
             named = {entry.get("name"): entry for entry in template if isinstance(entry, dict)}
             template = named.get("default", {}).get("template")
         if isinstance(template, str):

@@ -40,9 +40,9 @@ def convert(
     """Write the checkpoint `src` as a new folder `dst`.
 
     to: "meta" for `params.json` and `mp` shards, "hf" for `config.json` and `.safetensors`. Both
-        come with the files of the tokenizer and of generation; see `beside_weights`.
+        include the tokenizer's files and the settings for generation; see `beside_weights`.
     dtype: dtype of all weights; None: each weight keeps its own.
-    force: replace `dst` where it exists.
+    force: replace `dst` if it exists.
     quantize: "int8" or "int4": quantize the matrices, for fast mode. Only with to="meta"; the
         shards are then `.safetensors`.
     Raises CheckpointError, ConfigError or TokenizerError; `dst` is then unchanged.

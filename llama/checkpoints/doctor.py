@@ -69,7 +69,7 @@ def check_memory(setup: Setup, available: float) -> Finding:
 
 
 def _options_that_fit(setup: Setup, available: float) -> Iterator[str]:
-    """Yield options that would fit. Each is the only one that changes."""
+    """Yield changes of one option. Each of them alone would make the model fit."""
     args = setup.opened.args
     tokens = int(available / setup.ranks_per_device - setup.weight_bytes()[0]) // setup.token_bytes
     if (length := tokens // args.max_batch_size) > 0:
@@ -89,7 +89,7 @@ def _options_that_fit(setup: Setup, available: float) -> Iterator[str]:
 
 
 def check_prompts(setup: Setup, available: float) -> Finding:
-    """Check that a full batch of the longest prompts fits. A smaller one may fit if not."""
+    """Check that a full batch of the longest prompts fits. If not, a smaller batch may fit."""
     args, extra = setup.opened.args, setup.prompt_bytes()
     text = (
         f"about {size(extra)} more to read {args.max_batch_size} prompts of "
@@ -103,7 +103,7 @@ def check_prompts(setup: Setup, available: float) -> Finding:
 
 
 def check_tokenizer(args: ModelArgs, tokenizer: Tokenizer) -> Finding:
-    """Check that the tokenizer fits the model. Raises ConfigError where it is another model's."""
+    """Check that the tokenizer fits the model. Raises ConfigError if it is another model's."""
     is_llama_2 = tokenizer.is_llama_2
     words, file = tokenizer.n_words, tokenizer.model_path
     kind = tokenizer.kind
@@ -165,8 +165,8 @@ def check_device(setup: Setup) -> Finding:
 
 
 def _has_fast_bfloat16(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
-    """Whether the CPU (x86, ARM) has instructions that multiply bfloat16. True where the system is
-    not Linux."""
+    """Whether the CPU (x86, ARM) has instructions that multiply bfloat16. True if the system is not
+    Linux."""
     if not cpuinfo.exists():
         return True
     return not {"avx512_bf16", "amx_bf16", "bf16"}.isdisjoint(cpuinfo.read_text().split())
@@ -176,7 +176,7 @@ def _has_fast_bfloat16(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
 
 
 def require(setup: Setup, tokenizer: Tokenizer | None) -> None:
-    """The checks of `Llama.build` before it loads weights. Warnings are logged."""
+    """Make the checks that `Llama.build` needs before it loads weights. Warnings are logged."""
     available = available_memory(setup.device)
     if tokenizer is not None:
         _warn(check_tokenizer(setup.opened.args, tokenizer))
@@ -184,7 +184,7 @@ def require(setup: Setup, tokenizer: Tokenizer | None) -> None:
 
 
 def require_draft(folder: Path, setup: Setup, tokenizer: Tokenizer) -> Setup:
-    """The checks for a draft model. Returns its setup. Warnings are logged."""
+    """Make the checks for a draft model. Returns its setup. Warnings are logged."""
     draft_setup, found = open_draft(folder, setup, tokenizer)
     _warn(found)
     return draft_setup
@@ -192,7 +192,7 @@ def require_draft(folder: Path, setup: Setup, tokenizer: Tokenizer) -> Setup:
 
 def open_draft(folder: Path, setup: Setup, tokenizer: Tokenizer) -> tuple[Setup, Finding]:
     """The setup of a draft model, and whether it fits into memory beside the main model. Raises
-    ConfigError where it cannot run."""
+    ConfigError if the draft model cannot run."""
     args = setup.opened.args
     try:
         opened = open_checkpoint(folder)
@@ -231,7 +231,7 @@ def examine(
 ) -> list[Finding]:
     """All findings about a folder on `mp` ranks of this machine, without starting the ranks.
 
-    Raises a LlamaError where a folder or the device cannot be opened at all.
+    Raises a LlamaError if a folder or the device cannot be opened at all.
     """
     check_proposing(mode, draft is not None, lookup=False)
     target = parallel.local_device(device)

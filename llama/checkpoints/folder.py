@@ -29,7 +29,7 @@ BUNDLED = Path(__file__).parent.parent / "bundled"  # the model in this package
 
 STEP = re.compile(r"step_\d{8}")
 
-# Files of folders that are not opened, and what to do instead.
+# Files that show that a folder cannot be opened, and what the user can do instead.
 FOREIGN = {
     "*.gguf": "a GGUF file is not opened: take the repository of the original model",
     "adapter_config.json": "a LoRA adapter is not opened: merge it into its base model first",
@@ -45,7 +45,7 @@ def run_checkpoints(out_dir: Path) -> list[Path]:
 
 def find_folder(ckpt_dir: str | Path) -> Path:
     """The folder that holds the weights: `ckpt_dir` with Meta's or Hugging Face's files, or the
-    `original/` inside it, where Hugging Face's repositories keep Meta's."""
+    `original/` inside it, where Hugging Face's repositories keep Meta's files."""
     folder = Path(ckpt_dir)
     if not os.path.isdir(folder):  # also False for a name that is no valid file name
         raise CheckpointError(f"no such checkpoint folder: {folder}")
@@ -77,7 +77,7 @@ def find_tokenizer(folder: Path, ckpt_dir: Path) -> Path:
     own = (folder, ckpt_dir, ckpt_dir / "original")
     places = [place / name for name in ("tokenizer.model", "tokenizer.json") for place in own]
     for place in (*places, ckpt_dir.parent / "tokenizer.model"):
-        if os.path.lexists(place):  # opening a bad one gives the reason
+        if os.path.lexists(place):  # opening a bad file later gives the reason
             return place
     raise CheckpointError(
         f"{folder} has no tokenizer.model or tokenizer.json: name one with tokenizer_path"
@@ -113,7 +113,7 @@ def read_quantization(folder: Path) -> Width | None:
 
 
 def open_checkpoint(ckpt_dir: str | Path, rope_factor: float | None = None) -> Checkpoint:
-    """Open a folder of Meta's or Hugging Face's; see `read_params` for rope_factor."""
+    """Open a folder in Meta's or Hugging Face's layout; see `read_params` for rope_factor."""
     folder = find_folder(ckpt_dir)
     args = read_args(folder, rope_factor)
     if quantization := read_quantization(folder):
@@ -158,7 +158,7 @@ def _read_quantized(path: Path) -> dict[str, Tensor]:
 
 
 def _embedding_shard_dim(shard: dict[str, Tensor], args: ModelArgs) -> int:
-    """The dimension along which `tok_embeddings` is split: 1 where a shard has not all features."""
+    """The dimension along which `tok_embeddings` is split: 1 if a shard lacks some features."""
     embedding = shard.get("tok_embeddings.weight")
     return int(embedding is not None and embedding.shape[-1:] != (args.dim,))
 
@@ -173,8 +173,8 @@ def _is_tied(shard: dict[str, Tensor]) -> bool:
 def _is_tied_in_effect(shards: list[dict[str, Tensor]], args: ModelArgs) -> bool:
     """Whether the published model of this shape is tied, and the two matrices are equal here.
 
-    Meta's files of Llama 3.2 hold the matrix twice. A fine-tune may change one of them, so both are
-    read whole and compared."""
+    Meta's files of Llama 3.2 hold the matrix twice. A fine-tune may change one copy, so both copies
+    are read whole and compared."""
     names = ("tok_embeddings.weight", "output.weight")
     return any(config.PRESETS[name].tied for name in args.published()) and all(
         all(name in shard for name in names) and torch.equal(*(shard[name] for name in names))

@@ -1,4 +1,4 @@
-"""How a folder says that its model is to be used: stop tokens and sampling options.
+"""The stop tokens and the sampling options that a folder suggests for its model.
 
 Hugging Face's folders keep both in `generation_config.json`. Older ones keep the stop tokens in
 `config.json`.
@@ -31,7 +31,7 @@ def read_stop_tokens(folder: Path) -> list[int] | None:
 
 
 def read_sampling(folder: Path) -> dict[str, float]:
-    """The `temperature` and `top_p` in `generation_config.json`; empty where it names neither.
+    """The `temperature` and `top_p` in `generation_config.json`; empty if it names neither.
 
     Raises ConfigError for a value out of its range.
     """
@@ -47,6 +47,7 @@ def read_sampling(folder: Path) -> dict[str, float]:
 
 
 def find_beside(folder: Path, name: str) -> Path | None:
-    """The file beside the weights, or beside `original/`, where Meta's weights may lie."""
+    """The file in the folder of the weights. If that folder is `original/`, the folder around it is
+    searched too. None if there is no such file."""
     places = [folder, folder.parent] if folder.name == "original" else [folder]
     return next((place / name for place in places if os.path.lexists(place / name)), None)

@@ -17,7 +17,8 @@ from llama.errors import CheckpointError
 log = logging.getLogger("llama")
 
 ID = re.compile(r"(?P<repository>\w[\w.-]*/\w[\w.-]*)(@(?P<revision>[\w./-]+))?", re.ASCII)
-# `original/` holds the same weights again as Meta's .pth. The tokenizer may be only there.
+# From `original/` only the tokenizer is downloaded, because it may be nowhere else. The .pth files
+# there hold the same weights again.
 WANTED = [
     "*.safetensors",
     "model.safetensors.index.json",
@@ -42,14 +43,14 @@ class _NoProgressBar(tqdm):
 
 
 def local_folder(name: str | Path) -> Path:
-    """The local folder `name`. Where there is none, the folder of the Hub's repository with this id
-    in Hugging Face's cache. Files that the cache lacks are downloaded.
+    """The local folder `name`. If there is none, `name` is the id of a repository on the Hub. Then
+    the files that Hugging Face's cache lacks are downloaded, and the cache's folder is returned.
 
     name: a folder, or owner/name, or owner/name@revision with a commit, tag or branch. Without a
         revision the newest commit is used, and logged.
     Offline, only the cache is used. Several ranks may call this at once: because of the cache's
-    locks one downloads a file while the others wait for it.
-    Raises CheckpointError where the repository cannot be downloaded.
+    locks, one rank downloads a file while the other ranks wait for it.
+    Raises CheckpointError if the repository cannot be downloaded.
     """
     found = ID.fullmatch(str(name))
     if found is None or os.path.lexists(name):

@@ -18,10 +18,11 @@ from llama.config import ModelArgs, RopeScaling
 from llama.errors import CheckpointError, ConfigError
 from llama.files import read_json, why_unreadable
 
-# Weights in one file or in several with an index, in the order in which they are looked for.
+# The names of the weights' file, in the order in which they are looked for. The weights may also be
+# in several files with an index.
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 
-# Meta's module names and Hugging Face's: of modules outside the layers, and within a layer.
+# Hugging Face's name for each of Meta's module names: outside the layers, and within a layer.
 MODEL_MODULES = {"tok_embeddings": "model.embed_tokens", "norm": "model.norm", "output": "lm_head"}
 LAYER_MODULES = {
     "attention.wq": "self_attn.q_proj",
@@ -93,9 +94,9 @@ SCALING_FIELDS = {
 
 
 def read_config(path: Path, rope_factor: float | None = None) -> ModelArgs:
-    """Read a `config.json`; rope_factor, where given, replaces its factor of scaled RoPE.
+    """Read a `config.json`; rope_factor, if given, replaces its factor of scaled RoPE.
 
-    Raises ConfigError for a file that is damaged or not that of a plain Llama text model.
+    Raises ConfigError if the file is damaged or does not describe a plain Llama text model.
     """
     config = read_json(path)
     try:
@@ -131,7 +132,7 @@ def _flag(config: dict[str, Any], name: str) -> bool:
 
 
 def _head_width(config: dict[str, Any]) -> int | None:
-    """`head_dim` where it is not hidden_size / num_attention_heads, as in pruned models."""
+    """`head_dim` if it is not hidden_size / num_attention_heads, as in pruned models; else None."""
     width, dim, n_heads = (
         config.get(k) for k in ("head_dim", "hidden_size", "num_attention_heads")
     )
@@ -166,7 +167,7 @@ def make_config(args: ModelArgs, dtype: torch.dtype) -> dict[str, Any]:
     return config
 
 
-# Llamas that are other models, by `model_type`, and what to take instead.
+# Llamas that this library cannot run, by `model_type`, and what to take instead.
 OTHER_MODELS = {
     "mllama": "Llama 3.2 Vision: its text model is Llama 3.1's of 8B or 70B, take that",
     "llama4": "Llama 4, another architecture: take a Llama of 3.3 or before",
@@ -175,7 +176,7 @@ OTHER_MODELS = {
 
 
 def _check_is_plain_llama(config: dict[str, Any]) -> None:
-    """Raise a ConfigError that names the key where this is not a plain Llama text model."""
+    """Raise a ConfigError that names the key, if this is not a plain Llama text model."""
     if other := OTHER_MODELS.get(str(config.get("model_type"))):
         raise ConfigError(f"this is {other}")
     quantization = config.get("quantization_config")
@@ -220,10 +221,10 @@ def _rope(config: dict[str, Any], rope_factor: float | None) -> tuple[float, Rop
 
 
 def _context(length: Any, scaling: RopeScaling | None) -> Any:
-    """The context in tokens, for the `max_position_embeddings` of a config.json.
+    """The context in tokens, computed from `length`, a config.json's `max_position_embeddings`.
 
-    With dynamic scaling that is the original context. With linear scaling some files say the
-    original context, which is at most Llama 2's 4096, and others the longer one.
+    With dynamic scaling, `length` is the original context. With linear scaling, it is the original
+    context in some files, which is at most Llama 2's 4096, and the scaled context in others.
     """
     if scaling is None or type(length) is not int:
         return length
@@ -276,7 +277,7 @@ def map_tensors(folder: Path) -> dict[str, Tensor]:
 
 
 def weight_files(folder: Path) -> str | None:
-    """The one of WEIGHTS that the folder has, whole or in parts; None: it has neither."""
+    """The name in WEIGHTS whose file the folder has, whole or in parts. None if it has neither."""
     for name in WEIGHTS:
         path = folder / name
         if any(folder.glob(f"{path.stem}*{path.suffix}")):

@@ -29,9 +29,9 @@ class Weight:
 
     name: str  # in the state dict; layers.N.… stands for all layers
     shape: tuple[int, ...]
-    split: int | None  # the dimension that ranks share; None: each has all of it
+    split: int | None  # the dimension that is split over ranks; None: each rank has all
     count: int  # how many of them the model has
-    copies: int = 1  # ranks with the same part, where they are more than the key/value heads
+    copies: int = 1  # ranks that hold the same part, if there are more ranks than key/value heads
 
     @property
     def parameters(self) -> int:
@@ -67,7 +67,8 @@ def weights_of(args: ModelArgs, mp_size: int) -> list[Weight]:
 
 
 def cache_bytes(args: ModelArgs, mp_size: int, dtype: torch.dtype) -> int:
-    """Bytes of the keys and values of one token in all layers, on one rank; int8 with scales."""
+    """Bytes of one token's keys and values in all layers, on one rank. For int8, the scales are
+    included."""
     heads = max(1, args.local_kv_heads(mp_size))
     scale = torch.float32.itemsize if dtype == torch.int8 else 0
     return 2 * args.n_layers * heads * (args.head_dim * dtype.itemsize + scale)
@@ -81,8 +82,8 @@ def bytes_of(name: str, dtype: torch.dtype, quantization: Width | None) -> float
 
 
 def flops_per_token(args: ModelArgs, context: int) -> int:
-    """FLOPs of one token: two for each parameter of the matrices, and those of attention over
-    `context` keys and values."""
+    """FLOPs of one token: two for each parameter of the matrices, and the FLOPs of attention
+    over `context` keys and values."""
     matrices = sum(w.parameters for w in weights_of(args, 1) if len(w.shape) == 2)
     embedding = 0 if args.tied else args.vocab_size * args.dim  # a look-up, not a product
     return 2 * (matrices - embedding) + 4 * args.n_layers * args.dim * context

@@ -10,11 +10,12 @@ from llama.errors import CheckpointError, ConfigError
 from llama.fast.quantize import Width, is_quantized, set_quantized
 from llama.model import Transformer
 
-MAX_NAMES = 10  # of tensors in an error message
+MAX_NAMES = 10  # the most names of tensors in an error message
 
 
 def parse_dtype(dtype: str | torch.dtype) -> torch.dtype:
-    """The dtype, also from its name. Raises ConfigError unless float32, bfloat16 or float16."""
+    """The dtype, which may be given by its name. Raises ConfigError unless it is float32, bfloat16
+    or float16."""
     named = getattr(torch, dtype.removeprefix("torch."), None) if isinstance(dtype, str) else dtype
     if named not in (torch.float32, torch.bfloat16, torch.float16):
         raise ConfigError(f"dtype is {dtype!s}: it must be float32, bfloat16 or float16")
@@ -22,7 +23,7 @@ def parse_dtype(dtype: str | torch.dtype) -> torch.dtype:
 
 
 def default_dtype(device: torch.device) -> torch.dtype | None:
-    """The dtype of weights where none is asked for. None: that of the checkpoint."""
+    """The dtype of the weights if the user asks for none. None: the checkpoint's dtype."""
     if device.type != "cuda":
         return None
     return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
@@ -36,12 +37,12 @@ def load_weights(
     quantize: Width | None = None,
 ) -> None:
     """Load this rank's part of each tensor into `model`, which was built on the meta device. The
-    number of shards need not be that of ranks.
+    number of shards may differ from the number of ranks.
 
     dtype: dtype of all weights; None: the checkpoint's own.
-    quantize: the width of the matrices. They are quantized now, or are saved in this width. Only
+    quantize: the width to which the matrices are quantized, now or already in the checkpoint. Only
         `FastTransformer` can run the model then.
-    Raises CheckpointError that names tensors which are missing, unexpected or of another shape.
+    Raises a CheckpointError that names missing or unexpected tensors, or those of another shape.
     """
     params = model.params
     check_complete(checkpoint)
@@ -57,7 +58,8 @@ def load_weights(
             set_quantized(layer, checkpoint.quantized_part(name, *place, quantize))
             continue
         part = checkpoint.part(name, *place).to(device, dtype)
-        # A matrix-vector product with an unaligned matrix has other last bits.
+        # With an unaligned matrix, the last bits of a matrix-vector product would differ. So an
+        # unaligned part is copied.
         needs_alignment = quantize is None
         state[name] = part.clone() if needs_alignment and part.data_ptr() % ALIGNMENT else part
     if params.tied and quantize is None:
@@ -68,9 +70,9 @@ def load_weights(
 
 
 def check_complete(checkpoint: Checkpoint) -> None:
-    """Raise CheckpointError where the shards' names or shapes are not those of the model."""
+    """Raise CheckpointError if the names or shapes in the shards differ from the model's."""
     args, folder, shards = checkpoint.args, checkpoint.folder, checkpoint.shards
-    if args.n_layers > (held := len(shards[0])):  # too few to list all that are missing
+    if args.n_layers > (held := len(shards[0])):  # so few that the missing ones are not listed
         raise CheckpointError(f"{folder} has {held} tensors, n_layers is {args.n_layers}")
     expected: dict[str, tuple[tuple[int, ...], torch.dtype | None]] = {}
     for name, whole in args.whole_shapes().items():

@@ -24,7 +24,7 @@ KNOWN_KEYS = frozenset(REQUIRED_KEYS) | {
     "rope_scaling",
     "quantization",
 }
-# Beginnings of keys in Meta's files of models that are not plain text models.
+# If a key in Meta's file begins with one of these, the model is not a plain text model.
 OTHER_MODELS = {
     "vision_": "a vision model",
     "quantization_args": "a quantized model",
@@ -35,9 +35,9 @@ OTHER_MODELS = {
 def read_params(path: str | Path, rope_factor: float | None = None) -> ModelArgs:
     """Read a `params.json` as Meta ships it.
 
-    rope_factor: factor of scaled RoPE, which Meta's files do not give. None: that of the file's
-        `rope_scaling`, else the published factor, 32 for the two Llama 3.2 shapes and 8 for all
-        others. Meta's own code always uses 8.
+    rope_factor: factor of scaled RoPE, which Meta's files do not give. None: the factor in the
+        file's `rope_scaling`. If the file has none, it is the published factor: 32 for the two
+        Llama 3.2 shapes, and 8 for all other shapes. Meta's own code always uses 8.
     Raises ConfigError for a file that is missing, is not JSON, has an unknown key, lacks a required
     key, or does not describe a plain Llama text model.
     """
@@ -88,7 +88,7 @@ def says_the_same(path: Path, args: ModelArgs) -> bool:
 def write_params(path: Path, args: ModelArgs, quantization: Width | None = None) -> None:
     """Write a `params.json` that `read_params` reads back as the same model.
 
-    quantization: the width of the files beside it; None: unquantized."""
+    quantization: the width of the weights in the same folder; None: they are unquantized."""
     keys = "dim n_layers n_heads n_kv_heads vocab_size norm_eps rope_theta use_scaled_rope".split()
     params = {key: getattr(args, key) for key in keys} | args.metas_width()
     if args.head_width is not None:

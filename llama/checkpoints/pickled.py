@@ -14,7 +14,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def read_pickled(path: Path) -> dict[str, Tensor]:
-    """The tensors of one file by name, mapped from the file where its format allows.
+    """The tensors of one file by name, memory-mapped if the file's format allows it.
 
     Only tensors are unpickled, so a file cannot run code. Raises CheckpointError for a file that is
     damaged or holds anything else.
@@ -22,7 +22,7 @@ def read_pickled(path: Path) -> dict[str, Tensor]:
     if reason := why_unreadable(path):
         raise CheckpointError(f"cannot read {path}: {reason}")
     try:
-        with path.open("rb") as file:  # the format before PyTorch 1.6 cannot be mapped
+        with path.open("rb") as file:  # the format of PyTorch before 1.6 cannot be mapped
             is_zip = file.read(4) == b"PK\x03\x04"
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
     except pickle.UnpicklingError as error:

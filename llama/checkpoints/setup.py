@@ -38,8 +38,8 @@ class Setup:
         quantize: Width | None = None,
         kv_cache: CacheWidth | None = None,
     ) -> "Setup":
-        """Fill in the defaults. Raises a LlamaError where tensors are missing, or where the ranks,
-        the KV cache or the quantization do not fit the model."""
+        """Fill in the defaults. Raises a LlamaError if tensors are missing, or if the ranks, the KV
+        cache or the quantization do not fit the model."""
         if opened.quantization is not None:
             if quantize not in (None, opened.quantization):
                 raise ConfigError(
@@ -72,17 +72,18 @@ class Setup:
 
     @property
     def cache_bytes(self) -> int:
-        """Bytes of a rank's KV cache. It counts in full, although the system allocates its pages
-        only when they are written to: it kills the process where no page is left."""
+        """Bytes of a rank's KV cache. Its full size is counted, although the system allocates a
+        page only when the page is first written to. If no page is left then, the system kills the
+        process."""
         args = self.opened.args
         return self.token_bytes * args.max_batch_size * args.max_seq_len
 
     def weight_bytes(self) -> tuple[int, int]:
-        """Bytes of a rank's weights in its own memory, and of those that are mapped from the file.
+        """Bytes of a rank's weights that are in its own memory, and of its mapped weights.
         The system can drop mapped pages and read them again."""
         own = mapped = 0
         args = self.opened.args
-        if self.quantize is not None:  # the output matrix is then no longer the embedding
+        if self.quantize is not None:  # quantized, the output matrix is not the embedding
             args = replace(args, tied=False)
         for weight in weights_of(args, self.mp_size):
             numbers = weight.per_rank(self.mp_size) // weight.count

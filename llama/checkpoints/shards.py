@@ -87,21 +87,21 @@ class Checkpoint:
         self, name: str, shape: Sequence[int]
     ) -> dict[str, tuple[tuple[int, ...], torch.dtype | None]]:
         """The tensors of a shard that represent the model's tensor `name`: their names, shapes and
-        required dtypes. None: any dtype."""
+        required dtypes. A dtype of None means that any dtype is allowed."""
         if self.quantization is None or not is_quantized(name):
             return {name: (tuple(shape), None)}
         weight = KINDS[self.quantization].empty(shape, torch.device("meta"))
         return {f"{name}.{f}": (t.shape, t.dtype) for f, t in weight._asdict().items()}
 
     def set_vocab_size(self) -> None:
-        """Take vocab_size from the output matrix, where Llama 2's params.json says -1."""
+        """Take vocab_size from the output matrix if params.json says -1, as Llama 2's does."""
         output = self.shards[0].get("output.weight")
         if self.args.vocab_size == -1 and output is not None and output.dim() == 2:
             self.args.vocab_size = output.shape[0] * len(self.shards)
 
     @property
     def dtype(self) -> torch.dtype:
-        """The default dtype of all weights: that of the output matrix, or of the embedding where
+        """The default dtype of all weights: the dtype of the output matrix, or of the embedding if
         the output matrix is quantized."""
         name = "output.weight" if self.quantization is None else "tok_embeddings.weight"
         return self.shards[0][name].dtype
@@ -124,7 +124,7 @@ class Checkpoint:
     def part(self, name: str, n_parts: int, index: int) -> Tensor:
         """One of `n_parts` equal parts of a tensor, its rows in Meta's order; contiguous.
 
-        It is not copied where it is contiguous in a file. With more parts than key/value heads,
+        It is not copied if it is contiguous in a file. With more parts than key/value heads,
         several consecutive parts hold the same head.
         """
         pieces = self._pieces(name, n_parts, index)
@@ -142,9 +142,9 @@ class Checkpoint:
         """A quantized part of a matrix. If the folder is quantized, it is the saved part. Otherwise
         the part is quantized here.
 
-        An int8 scale is made from the whole row, also if the row is split. So the weights do not
-        depend on n_parts.
-        Raises ConfigError where the matrix cannot be quantized, or cannot be split in this way.
+        An int8 scale is made from the whole row, even if the row is split over several parts. So
+        the quantized weights do not depend on n_parts.
+        Raises ConfigError if the matrix cannot be quantized, or cannot be split in this way.
         """
         dim = parallel.SHARD_DIMS[name.split(".")[-2]]
         try:
@@ -184,9 +184,10 @@ class Checkpoint:
     def _slices(
         self, name: str, size: int, n_parts: int, index: int
     ) -> Iterator[tuple[int, int, int]]:
-        """Yield each shard that holds some of a part, with the first index and the length there.
+        """Yield the index of each shard that holds some of a part, and the start and the length of
+        this piece in the shard.
 
-        size: of each shard along the split dimension.
+        size: the size of each shard along the split dimension.
         """
         n_kv_heads = self.args.local_kv_heads(1)
         if name.endswith(KEYS_AND_VALUES) and n_parts > n_kv_heads:

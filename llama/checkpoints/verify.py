@@ -19,19 +19,19 @@ from llama.errors import CheckpointError, LlamaError
 from llama.files import atomic_file, read_json, read_text, why_unreadable
 
 MANIFEST = "SHA256SUMS"  # what `sha256sum --check` reads too
-CHECKLIST = "checklist.chk"  # Meta's, with MD5
+CHECKLIST = "checklist.chk"  # Meta's file, with MD5 checksums
 # The files that make up a checkpoint.
 SUFFIXES = (".pth", ".safetensors", ".bin", ".json", ".model")
-SPLIT_MATRIX = "layers.0.attention.wq.weight"  # each shard has another part of it
+SPLIT_MATRIX = "layers.0.attention.wq.weight"  # each shard has a different part of it
 CHUNK = 1 << 24  # bytes or elements that are read at a time
 
 
 def verify(folder: str | Path, write_manifest: bool = True) -> tuple[str, list[str]]:
     """A title for the folder, and a line for each problem.
 
-    write_manifest: where there is no SHA256SUMS and nothing is wrong, write it. The next call
-        checks the files against it.
-    Raises a LlamaError where the folder cannot be opened at all.
+    write_manifest: if there is no SHA256SUMS and no problem, write SHA256SUMS. Later calls check
+        the files against it.
+    Raises a LlamaError if the folder cannot be opened at all.
     """
     opened = open_checkpoint(folder)
     opened.set_vocab_size()
@@ -53,7 +53,8 @@ def verify(folder: str | Path, write_manifest: bool = True) -> tuple[str, list[s
 
 
 def _wrong_numbers(opened: Checkpoint) -> Iterator[str]:
-    """A line for each tensor that is not finite, differs from its copies or has another dtype."""
+    """Yield a line for each tensor that is not finite, that differs from its copy in the first
+    shard, or that has another dtype than the checkpoint."""
     dtype = opened.dtype
     reference = "the output matrix" if opened.quantization is None else "the embedding"
     for weight, shape in tqdm(opened.args.parameter_shapes().items(), "Tensors", delay=2):
@@ -73,7 +74,9 @@ def _wrong_numbers(opened: Checkpoint) -> Iterator[str]:
 
 
 def _copied_shards(opened: Checkpoint) -> Iterator[str]:
-    """Shards that hold the same part of the model: no two parts of a trained matrix are equal."""
+    """Yield a line for each shard that is a copy of an earlier shard.
+
+    Only one matrix is compared, because no two parts of a trained matrix are equal."""
     parts = [
         next(tensor for name, tensor in shard.items() if name.startswith(SPLIT_MATRIX))
         for shard in opened.shards
@@ -182,7 +185,7 @@ def kind_of(folder: Path) -> str:
     if place.name == "original":  # inside a repository of Hugging Face
         place = place.parent
     name = place.name.lower()
-    if place.parent.name == "snapshots":  # of models--owner--name in Hugging Face's cache
+    if place.parent.name == "snapshots":  # in models--owner--name in Hugging Face's cache
         name = place.parent.parent.name.lower().rpartition("--")[2]
     if any((place / f"chat_template.{suffix}").exists() for suffix in ("jinja", "json")):
         return "instruct"

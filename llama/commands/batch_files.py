@@ -56,7 +56,7 @@ class BatchFiles:
         if self.output.exists() and self.output.samefile(self.input):
             raise DataError(f"cannot write {self.output}: it is the input")
         job = {"input": f"sha256:{digest}", "lines": n_lines, **options}
-        job = json.loads(json.dumps(job, default=list))  # the values that reading the record gives
+        job = json.loads(json.dumps(job, default=list))  # as the record is read back
         if force:
             for path in self._parts():
                 with _locked(path), _naming_the_file(path):
@@ -234,7 +234,7 @@ def _results(path: Path, n_lines: int) -> Iterator[tuple[int, bytes, dict[str, A
 
 
 def _end_of_last_line(file: IO[bytes]) -> int:
-    """The position after the last complete line. A kill may have left part of a line there."""
+    """The position after the last complete line. A kill may have left part of a line after it."""
     position = file.seek(0, os.SEEK_END)
     while position > 0:
         start = max(0, position - BLOCK)

@@ -21,7 +21,8 @@ from llama.generation import Llama
 from llama.sampling import SamplingParams
 
 # Lines in flight for each row of the cache. Results are written in the order of the input, so a
-# finished line may wait for an earlier one. With 16 lines a row the engine still has work then.
+# finished line may have to wait for an earlier line. With 16 lines a row, the engine has other
+# lines to compute meanwhile.
 IN_FLIGHT_PER_ROW = 16
 
 
@@ -60,8 +61,8 @@ def run_batch(
             result does not depend on other lines, on stops or on the number of ranks.
         force: remove existing results and start again.
 
-    The other arguments are those of `Llama.build`. If there are more ranks than
-    model_parallel_size, each group of that many ranks has a model and a part of the lines.
+    `Llama.build` explains the other arguments. If there are more ranks than model_parallel_size,
+    each group of model_parallel_size ranks has its own model and computes a part of the lines.
 
     Returns the number of lines and the number of failed lines, on every rank.
     Raises a LlamaError for a mistake that concerns all lines. A mistake in one line is written as
@@ -113,10 +114,10 @@ class Task:
         self._llama = llama
         self._head: dict[str, Any] = {"index": index}
         self._is_dialog = False
-        self._beginning = ""  # of the answer, where the final message is continued
+        self._beginning = ""  # of the answer, if the line continues its final message
         self._requests: list[Request] = []
         self._api: Any = None  # the module for lines in the form of OpenAI's Batch API
-        self._call: Any = None  # its BatchCall
+        self._call: Any = None  # the BatchCall of such a line
         self._error: Exception | None = None
         try:
             self._submit(_read(line), options, _seed_of_line(seed, index))
@@ -236,7 +237,8 @@ def _progress_bar(states: bytearray, group: int, n_groups: int) -> "tqdm[Any]":
 
 
 def import_api() -> Any:
-    """The module that runs lines of OpenAI's Batch API. Raises DataError without the extra."""
+    """The module that runs lines of OpenAI's Batch API. Raises DataError if the extra [serve] is
+    not installed."""
     try:
         from llama.server import batch
     except ImportError as error:
@@ -258,7 +260,7 @@ def _read(line: bytes) -> dict[str, Any]:
 
 
 def _seed_of_line(seed: int, index: int) -> int:
-    """A seed of 63 bits that depends on both numbers alone."""
+    """A seed of 63 bits. It depends only on the two numbers."""
     mixed = np.random.SeedSequence([seed, index]).generate_state(1, np.uint64)
     return int(mixed[0] >> np.uint64(1))
 

@@ -32,8 +32,8 @@ BLOCK = '"""'  # begins and ends a message of several lines
 class Chat:
     """A dialog with a model in the terminal.
 
-    Attributes: `system` (the system message; "" for none), `messages` (a user's message and an
-    answer in turn), `answers` (the token ids of each answer, with its header and end token).
+    Attributes: `system` (the system message; "" for none), `messages` (the user's messages and the
+    answers alternate), `answers` (the token ids of each answer, with its header and end token).
     """
 
     def __init__(self, llama: Llama, params: SamplingParams):
@@ -133,8 +133,8 @@ class Chat:
                 f"the dialog has {len(prompt)} tokens, but max_seq_len is {limit}: "
                 "/clear begins a new dialog, /save FILE keeps this one"
             )
-        # The first prompt is sent as messages, not as token ids, because `Llama.stream` warns of a
-        # model that was not trained to chat only if it gets messages.
+        # `Llama.stream` warns if the model was not trained to chat, but only if it gets messages.
+        # So the first prompt is sent as messages, and later prompts as token ids.
         sent = prompt if self.answers else self._with_system(messages)
         tokens: list[int] = []
         text, stop_token, reason = "", None, ""
@@ -167,8 +167,8 @@ class Chat:
     def _encode(self, messages: list[Message]) -> list[int]:
         """The token ids of the prompt for the next answer.
 
-        In Llama 3's format earlier answers keep the ids that were generated. Their text could be
-        encoded to other ids, and the KV cache could not be reused from there on.
+        In Llama 3's format, earlier answers keep the ids that were generated. Encoding an answer's
+        text again could give other ids. The KV cache could not be reused after the first of them.
         """
         formatter = self.llama.formatter
         dialog = self._with_system(messages)

@@ -18,7 +18,7 @@ IS_FLAG = re.compile(r"--?([A-Za-z][\w-]*)(=.*)?", re.DOTALL)
 
 
 def run(command: Command, words: Sequence[str], usage: str) -> None:
-    """Run a command, or print its help where `--help` is among the words.
+    """Run a command, or print its help if `--help` or `-h` is among the words.
 
     usage: what a user types before the words, such as "llama chat".
     Raises LlamaError for an unknown flag, a flag without its value and a missing argument.
@@ -39,9 +39,10 @@ def nearest(name: str, known: Iterable[str], prefix: str = "") -> str:
 
 
 def checked(command: Command, words: Sequence[str], usage: str) -> list[str]:
-    """Check the words, and return them as fire takes them.
+    """Check the words, and return them in the form that fire reads.
 
-    fire reports a wrong word only after it has run the command.
+    This check comes before fire, because fire reports a wrong word only after it has run the
+    command.
     """
     flags = all_flags(command)
     arguments, own = own_flags(command)
@@ -56,8 +57,8 @@ def checked(command: Command, words: Sequence[str], usage: str) -> list[str]:
         if match is None:
             name = arguments[n_plain].name if n_plain < len(arguments) else None
             n_plain += 1
-            # A text such as "-- he said" is given to fire as a flag's value. Alone, fire would
-            # read it as a flag.
+            # fire would read a text such as "-- he said" as a flag. So fire gets the text as the
+            # value of a flag.
             result.append(f"--{name}={word}" if name and word.startswith("-") else word)
             continue
         flag = _find(match[1].replace("-", "_"), flags, usage)

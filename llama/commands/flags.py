@@ -15,7 +15,8 @@ from fire.decorators import SetParseFn
 
 Command = Callable[..., None]
 
-# The values of these flags are always text. For others, fire converts 1.50 to a number.
+# fire leaves the values of these flags as text. It converts the values of other flags: 1.50 becomes
+# a number.
 as_text: Callable[[Command], Command] = SetParseFn(
     str, "prompt", "stop", "ckpt_dir", "tokenizer_path", "device", "dtype", "mode", "quantize",
     "kv_cache", "draft", "format", "model", "host", "api_key", "name", "allow_origin",
@@ -205,7 +206,8 @@ def groups_of(command: Command) -> list[Group]:
 
 
 def own_flags(command: Command) -> tuple[list[Flag], list[Flag]]:
-    """The arguments and the flags of a command without its groups, from signature and docstring."""
+    """The arguments of a command, and the flags that are not in its groups. They are read from its
+    signature and docstring."""
     meanings = _meanings(command)
     arguments, flags = [], []
     for parameter in inspect.signature(command).parameters.values():
@@ -225,7 +227,7 @@ def own_flags(command: Command) -> tuple[list[Flag], list[Flag]]:
 
 
 def all_flags(command: Command) -> dict[str, Flag]:
-    """All flags of a command by name, and its arguments, since these can be given as flags too."""
+    """All flags and arguments of a command, by name. An argument can also be given as a flag."""
     arguments, flags = own_flags(command)
     shared = [flag for group in groups_of(command) for flag in group.flags]
     return {flag.name: flag for flag in (*arguments, *flags, *shared)}

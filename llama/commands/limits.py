@@ -1,4 +1,4 @@
-"""Limits for benchmark figures: what this machine can do at most, and counts that must be right."""
+"""Checks of benchmark figures: rates that this machine can reach, and exact counts of tokens."""
 
 import math
 import time
@@ -9,7 +9,9 @@ import torch
 from llama.engine.request import Event
 from llama.errors import BenchmarkError
 
-TOLERANCE = 1.25  # a limit is measured too low if other processes use the machine at the time
+# A rate may exceed the measured limit by this factor. The limit is measured too low if other
+# processes use the machine at the time.
+TOLERANCE = 1.25
 INT8_GAIN = 4  # int8 products are at most this many times as fast as those of float32 or bfloat16
 ROUNDS = 5
 
@@ -25,15 +27,18 @@ def best_seconds(work: Callable[[], object]) -> float:
 
 
 def read_rate(n_bytes: int, device: torch.device) -> float:
-    """Measure how many bytes a second are read from a buffer of `n_bytes`. A buffer that fits into
-    the processor's caches is read from there."""
+    """Measure how many bytes a second are read from a buffer of `n_bytes`. If the buffer fits into
+    the processor's caches, this is the speed of the caches."""
     buffer = torch.ones(max(1, n_bytes // 4), device=device)
     return buffer.nbytes / best_seconds(lambda: buffer.sum().item())
 
 
 def product_rate(device: torch.device, size: int = 1024) -> float:
-    """The most operations a second of matrix products: the measured rate of a large product, in the
-    faster of float32 and bfloat16, times INT8_GAIN, because weights may be int8."""
+    """An upper limit for the operations a second of matrix products.
+
+    A large product is measured in float32 and in bfloat16. The limit is the higher rate, times
+    INT8_GAIN, because weights may be int8.
+    """
     rates = []
     for dtype in (torch.float32, torch.bfloat16):
         x = torch.ones(size, size, dtype=dtype, device=device)
@@ -52,7 +57,7 @@ def check_rate(name: str, rate: float, limit: float, unit: str) -> None:
 
 def count_tokens(events: Iterable[Event]) -> int:
     """The number of generated tokens among the events. Raises BenchmarkError for a token whose
-    logprob is not finite or above 0, and for a request that failed."""
+    logprob is above 0 or is not finite, and for a request that failed."""
     count = 0
     for event in events:
         if event.request.error is not None:

@@ -25,26 +25,26 @@ from llama.model import Transformer
 from llama.sampling import SamplingParams
 
 BATCH_SIZES = (1, 4, 8)  # rows decoded together
-PROMPT_LENGTH = 16  # tokens of the prompts that are decoded
-READ_BYTES = 1 << 28  # the buffer that measures the read bandwidth
+PROMPT_LENGTH = 16  # tokens of each prompt when decoding is measured
+READ_BYTES = 1 << 28  # size of the buffer that is read to measure the bandwidth
 
 
 def measure(
     ckpt_dir: str | None, prefill: int, decode: int, rounds: int, **build: Any
 ) -> dict[str, Any] | None:
-    """Build the model and measure it. The times are medians of the rounds, without a first round
-    that warms up.
+    """Build the model and measure it. The times are medians of `rounds` rounds. One more round
+    comes first, to warm up, and does not count.
 
     Args:
         ckpt_dir: as in `Llama.build`.
-        prefill: tokens of the prompt that is prefilled. It is shortened to fit into the context.
+        prefill: tokens of the prompt that is prefilled. The prompt is shortened to fit the context.
         decode: tokens to decode for each row.
         rounds: how often everything is measured.
         build: other arguments of `Llama.build`.
 
     Returns the figures, in tokens, seconds and bytes, on the first rank, and None on the others.
-    Raises ConfigError for numbers below 1 or a decode beyond the context, BenchmarkError for work
-    that was not done, and what `Llama.build` raises.
+    Raises ConfigError if a number is below 1 or if `decode` tokens do not fit into the context,
+    BenchmarkError if a figure shows that work was not done, and what `Llama.build` raises.
     """
     for name, number in (("prefill", prefill), ("decode", decode), ("rounds", rounds)):
         if not isinstance(number, int) or number < 1:
@@ -90,7 +90,7 @@ def measure(
                     times[name].append(seconds)
     medians = {name: statistics.median(seconds) for name, seconds in times.items()}
     weights = read_bytes(model)
-    positions = PROMPT_LENGTH + decode // 2  # in the cache of a row, on average
+    positions = PROMPT_LENGTH + decode // 2  # average number of cached positions of a row
     bytes_per_position = sum(
         tensor.nbytes // (tensor.shape[1] * tensor.shape[2]) for tensor in engine.cache.tensors()
     )

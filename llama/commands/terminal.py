@@ -23,8 +23,9 @@ from llama.errors import GenerationError
 from llama.generation import Llama
 from llama.sampling import SamplingParams
 
-# Flags that go to `Llama.build`. The seed is among them and not in SamplingParams. So the same
-# command gives the same texts, but a question that is repeated in one chat gets another answer.
+# Flags that go to `Llama.build`. The seed goes there, and not to the SamplingParams of a request.
+# So the same command gives the same texts, but a question that is asked twice in one chat gets two
+# different answers.
 BUILD_FLAGS = (
     "ckpt_dir", "tokenizer_path", "max_seq_len", "seed", "mode", "quantize", "kv_cache", "device",
     "dtype", "rope_factor", "format", "draft", "lookup",
@@ -57,7 +58,7 @@ def read_flags(
 
 
 def suggested(llama: Llama, params: SamplingParams, flags: Mapping[str, Any]) -> SamplingParams:
-    """The options with the folder's own temperature and top_p, where no flag names them."""
+    """The options. The folder's temperature and top_p are used unless a flag sets them."""
     chosen = {name: v for name, v in llama.suggested_sampling.items() if name not in flags}
     if chosen and parallel.is_main_rank():
         shown = ", ".join(f"{name} {value}" for name, value in chosen.items())
@@ -68,7 +69,7 @@ def suggested(llama: Llama, params: SamplingParams, flags: Mapping[str, Any]) ->
 def complete(llama: Llama, prompt: str | None, params: SamplingParams) -> None:
     """Print the continuations of a prompt while they are generated.
 
-    prompt: None reads it from standard input.
+    prompt: the text; None: it is read from standard input.
     """
     with on_first_rank(llama) as is_first_rank:
         if not is_first_rank:
@@ -196,7 +197,7 @@ def stream(
 
 
 def read_line(llama: Llama, prompt: str) -> str:
-    """Read a line from standard input, without a time limit, and without its newline.
+    """Read a line from standard input. There is no time limit. The newline is removed.
 
     prompt: shown before the line, if input and output are a terminal.
     Raises EOFError at the end of the input. Other ranks are told to wait meanwhile.

@@ -35,7 +35,7 @@ class RunConfig:
     steps: int = 1000
     learning_rate: float = 1e-3  # peak
     warmup_steps: int = 50
-    decay_steps: int | None = None  # of a linear decay at the end; None: cosine decay
+    decay_steps: int | None = None  # steps of a linear decay at the end; None: cosine decay
     final_lr: float = 0.1  # learning rate at the end, as a fraction of the peak
     weight_decay: float = 0.1  # of matrices
     beta1: float = 0.9
@@ -100,7 +100,8 @@ class RunConfig:
 
 
 def _shorten_warmup(given: dict[str, Any], usual: int) -> None:
-    """If fewer steps than the usual warm-up come before the decay, warm up for half of them."""
+    """Shorten the warm-up of a short run. If the steps before the decay are fewer than the usual
+    warm-up, half of these steps are for the warm-up."""
     room = given.get("steps", usual) - (given.get("decay_steps") or 0)
     if 0 < room < usual:
         given["warmup_steps"] = room // 2
@@ -115,7 +116,7 @@ def _convert(name: str, value: Any, kind: str) -> Any:
     if "float" in kind and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
     if ("str" in kind or "Literal" in kind) and isinstance(value, int | float | Path):
-        value = str(value)  # fire has read a folder named 1 as a number
+        value = str(value)  # fire converts the name 1 of a folder to a number
     for word, types in {"bool": bool, "int": int, "float": float}.items():
         if word in kind and "Literal" not in kind:
             if not isinstance(value, types) or isinstance(value, bool) != (types is bool):
@@ -250,7 +251,7 @@ def _run(
             device.type,
             config.train,
         )
-    except ValueError as error:  # AdamW's, for a rate or a beta out of its range
+    except ValueError as error:  # AdamW raises it if a rate or a beta is out of its range
         raise TrainingError(str(error)) from error
     replicas = parallel.dp_size()
     step_tokens = config.batch * config.seq_len * config.accumulation * replicas

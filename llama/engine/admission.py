@@ -15,7 +15,7 @@ from llama.sampling import SamplingParams
 # The shortest prefix that is reused. Reusing a shorter one would save little time, and could
 # overwrite a slot whose longer prefix a later prompt needs.
 MIN_REUSE = 16
-NEAR = 8  # rows; a decode step of eight rows takes little longer than one of fewer
+NEAR = 8  # rows; a decode step of eight rows takes little longer than a step of fewer rows
 
 
 def check_prompt(
@@ -25,7 +25,7 @@ def check_prompt(
     vocab_size: int,
     max_seq_len: int,
 ) -> list[int]:
-    """The prompt's ids as a list. Raises GenerationError where the model cannot take them.
+    """The prompt's ids as a list. Raises GenerationError if the model cannot take them.
 
     row: the prompt's number, for the message.
     """
@@ -52,8 +52,8 @@ def check_prompt(
 def make_generator(
     seed: int | None, engine_seed: int, number: int, device: torch.device
 ) -> torch.Generator:
-    """The random numbers of a request, which depend on no other request. seed None: made of the
-    engine's seed and the request's number."""
+    """Make the generator of a request's random numbers, which do not depend on other requests.
+    seed None: the seed is derived from the engine's seed and the request's number."""
     if seed is None:
         mixed = np.random.SeedSequence([engine_seed % 2**64, number])
         seed = int(mixed.generate_state(1, np.uint64)[0] >> np.uint64(1))
@@ -64,7 +64,7 @@ def choose_slot(request: Request, slots: list[Slot], free: list[Slot]) -> tuple[
     """Returns a free slot, the slot whose prefix the request reuses, and the prefix's length.
 
     Both are the same slot if the slot with the prefix is free. A request reuses nothing if it is
-    exact, private or scored, or generates nothing.
+    exact or private, if its prompt is scored, or if it generates no token.
     """
     least_recent = _least_recent(slots, free)
     is_scored = request.params.prompt_logprobs or request.max_gen_len == 0
@@ -84,7 +84,7 @@ def choose_slot(request: Request, slots: list[Slot], free: list[Slot]) -> tuple[
 
 
 def _least_recent(slots: list[Slot], free: list[Slot]) -> Slot:
-    """The free slot that was used least recently, of those near the slots in use.
+    """Among the free slots near the slots in use, the one that was used least recently.
 
     A decode step covers all rows from the first slot in use to the last. So slots are
     compared first by the number of rows that the step would cover, rounded up to a multiple of

@@ -26,7 +26,7 @@ def make_engine(
     lookup: bool = False,
     invariant: bool = False,
 ) -> Engine:
-    """Make an engine. The options are those of `Llama.build`; max_batch_size None: the model's.
+    """Make an engine. `Llama.build` describes the options. max_batch_size None: the model's value.
 
     In mode fast the models become `FastTransformer`s on a CPU and `GpuTransformer`s on a GPU.
     """

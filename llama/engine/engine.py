@@ -50,7 +50,8 @@ class Engine:
             prefilled in one step, whatever its length.
         cache_dtype: dtype of the keys and values, such as int8; None: the model's default.
         draft: a smaller model with the same vocabulary, which proposes tokens to this one.
-        lookup: propose the tokens that followed the last ones earlier in the text.
+        lookup: if the last tokens occurred earlier in the text, propose the tokens that followed
+            them there.
         static: decode in steps of static shapes and sample on the device; for a GpuTransformer.
 
     Raises GenerationError for a number out of range, ConfigError for a draft that does not fit.
@@ -109,7 +110,7 @@ class Engine:
         self._seed = seed
         self._slots = [Slot(i) for i in range(max_batch_size)]
         self._waiting: deque[Request] = deque()
-        self._prefilling: Slot | None = None  # one at a time: the next prompt may share its prefix
+        self._prefilling: Slot | None = None  # one at a time: the next may reuse its prefix
         self._cancelled: list[Event] = []  # reported by the next step
         self._submitted = self._steps = 0
 
@@ -140,15 +141,17 @@ class Engine:
         Args:
             prompt_tokens: its ids, at least one, at most max_seq_len.
             params: how to continue it; several samples (n) are several requests.
-            row: any number; events carry it.
-            generator: of random numbers; None: the request's own, from its seed.
+            row: any number; the request's events carry it.
+            generator: makes the random numbers; None: a new generator, made from the request's
+                seed.
             is_private: no prefix is reused, neither by this request nor from it.
-            is_exact: Meta's own forwards: the prompt in one piece with all its logits, no prefix
-                reuse, and decode steps without other requests.
+            is_exact: compute the same forwards as Meta's code. The prompt is computed in one
+                forward with all its logits, no prefix is reused, and the decode steps cover no
+                other request.
             is_continued: the generated text continues the prompt's text, so that the two can be
                 joined; see `TextDecoder`.
 
-        Raises GenerationError where the prompt or the params do not fit the model.
+        Raises GenerationError if the prompt or the params do not fit the model.
         """
         prompt = self.check(prompt_tokens, params, row)
         if params.n != 1:
@@ -310,7 +313,8 @@ class Engine:
     def _next_tokens(
         self, slots: list[Slot], logits: Tensor, at: int = 0, rows: Sequence[Slot] = ()
     ) -> list[Event]:
-        """Give each slot's request its next token, from logits (B, V), and free what has ended.
+        """Give each slot's request its next token, from logits (B, V), and free the slots whose
+        requests have ended.
 
         rows: the slots of the decode step. If they are given, the lookahead may launch the next
         step before the tokens of this one are known.

@@ -20,13 +20,13 @@ from llama.tools import Tool, ToolChoice, call_schema
 
 MAX_SCHEMA_LENGTH = 1 << 16  # characters
 KEPT = 64  # states that are kept; more than the samples of a prompt and their proposals need
-# Between tokens of JSON: one blank, or a new line with its indentation. Without a limit a model may
-# never come to an end.
+# What is allowed between tokens of JSON: one blank, or a newline with at most 16 blanks. Without a
+# limit a model may write blanks forever.
 WHITESPACE = r" |\n {0,16}"
 
 
 def json_grammar(tokenizer: Tokenizer) -> "JsonGrammar":
-    """The grammar of a tokenizer, which is made once."""
+    """The `JsonGrammar` of a tokenizer. The first call makes it, and later calls reuse it."""
     if tokenizer not in _grammars:
         _grammars[tokenizer] = JsonGrammar(tokenizer)
     return _grammars[tokenizer]
@@ -38,7 +38,7 @@ def call_processor(
     choice: ToolChoice,
     prompts: Sequence[Sequence[int]],
 ) -> LogitsProcessor | None:
-    """The processor by which answers to these prompts must be calls of a tool; None where the
+    """A logits processor that forces the answers to these prompts to be tool calls. None if the
     tool_choice does not force a call."""
     if choice in ("auto", "none"):
         return None
@@ -48,7 +48,7 @@ def call_processor(
 class JsonGrammar:
     """Makes logits processors for one tokenizer.
 
-    Raises GenerationError where the library is not installed.
+    Raises GenerationError if the library is not installed.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
@@ -67,7 +67,7 @@ class JsonGrammar:
     ) -> LogitsProcessor:
         """A processor for requests with these prompts. schema: a JSON schema; None: any object.
 
-        The text ends at a stop token, which is allowed where the JSON is complete.
+        The text ends at a stop token. A stop token is allowed only if the JSON is complete.
         Raises GenerationError for a schema that is too large or that the library refuses.
         """
         text = json.dumps({"type": "object"} if schema is None else schema)
@@ -93,8 +93,8 @@ _grammars: WeakKeyDictionary[Tokenizer, JsonGrammar] = WeakKeyDictionary()
 class _Processor:
     """The logits of tokens that cannot follow become minus infinity.
 
-    It is a function of the tokens alone, so that several samples and proposals can share it. The
-    states of the last texts are kept.
+    The processor is a function of the tokens alone, so that several samples and proposals can
+    share it. It keeps the matcher's states for the texts that were used last.
     """
 
     def __init__(self, matcher: Any, prompts: Sequence[Sequence[int]]) -> None:
@@ -122,13 +122,13 @@ class _Processor:
             self._states[text] = state
         self._states.move_to_end(text)
         while len(self._states) > KEPT:
-            oldest = next(key for key in self._states if key)  # the beginning stays
+            oldest = next(key for key in self._states if key)  # the state of the empty text stays
             del self._states[oldest]
         return self._states[text]
 
 
 class _Vocabulary:
-    """What llguidance asks of a tokenizer."""
+    """The attributes and methods that llguidance requires of a tokenizer."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._encode = tokenizer.encode

@@ -1,8 +1,9 @@
-"""Launch a GPU's next decode step before the host knows its tokens. This is not speculation.
+"""Launch a GPU's next decode step before the host knows the tokens that this step is fed.
 
-The tokens are drawn on the device, so the next step can start at once. While it runs, the host
-reads the tokens, which takes about as long as a small model's step. If a row ends, the result for
-this row is dropped. If the engine needs another step than the launched one, it runs that one too.
+This is not speculation: the tokens are already drawn, on the device, so the next step can start at
+once. While it runs, the host reads the tokens. Reading takes about as long as a small model's step.
+If a row ends, the launched step's result for this row is dropped. If the engine needs another step
+than the launched one, it runs the needed step too, and drops the result of the launched one.
 """
 
 from collections.abc import Sequence
@@ -21,9 +22,10 @@ class Lookahead:
         self._launched: list[tuple[Slot, object, int]] = []  # slot, its request, position
 
     def launch(self, decoding: Sequence[Slot], rows: Sequence[Slot], ids: Tensor) -> None:
-        """Launch the step that follows the one whose tokens are `ids`, one for each of decoding.
+        """Launch the step after the one that drew `ids`, which holds one token for each slot in
+        `decoding`.
 
-        rows: the slots of the step, to which ids add one token each.
+        rows: all slots that the launched step covers. Slots that are not in `decoding` are padding.
         """
         self._launched = []
         last = self._static.cache.max_seq_len - 1

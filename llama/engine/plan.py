@@ -15,7 +15,7 @@ class Action(IntEnum):
 
     NOTHING = 0
     FORWARD = 1
-    COPY = 2  # the first positions of one cache row to another
+    COPY = 2  # copy the first positions of one cache row to another row
     DONE = 3
     FAILED = 4
 
@@ -24,7 +24,7 @@ class Wanted(IntEnum):
     """The logits that a forward must return."""
 
     NOTHING = 0
-    LAST = 1  # of each row's last token
+    LAST = 1  # the logits of each row's last token
     ALL = 2
 
 
@@ -36,7 +36,7 @@ class Plan:
     source: the cache row that a copy reads.
     n_keys: how many positions of each cache row are used.
     is_exact: compute with Meta's operations; all rows then start at the same position.
-    is_draft: the forward is of the draft model.
+    is_draft: the draft model computes the forward, instead of the main model.
     start_pos: the position of each row's first token. tokens: ids (B, S).
     """
 

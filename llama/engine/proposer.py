@@ -1,9 +1,10 @@
-"""Proposes tokens that the engine's next step checks, as many as make it faster.
+"""Proposes tokens, which the engine's next step checks.
 
-Lookup costs next to nothing, and its acceptance rate is known even if no step checks its tokens.
-The rate of a draft model is known only if the draft model runs. When drafting makes steps
-slower, it pauses for some steps, for twice as many each time. Each step that drafts makes the next
-pause one step shorter.
+The number of proposals is chosen so that generation is as fast as possible. Lookup costs next to
+nothing, and its acceptance rate is known even if no step checks its tokens. The acceptance rate of
+a draft model is known only while the draft model runs. If drafting would make generation slower, it
+pauses for some steps. Each pause makes the next pause twice as long, and each step that drafts
+makes the next pause one step shorter.
 """
 
 import time

@@ -25,8 +25,9 @@ class Request:
         logprobs: the natural logarithm of each token's probability, before any sampling option.
         top_logprobs: for each token, the likeliest ids and their logprobs, if asked for.
         prompt_logprobs: the logprobs of the prompt's tokens, if asked for; 0.0 for the first.
-        prompt_top_logprobs: as top_logprobs, for the prompt's tokens; none for the first.
-        prompt_is_greedy: for each of the prompt_logprobs, whether its token was the likeliest.
+        prompt_top_logprobs: as top_logprobs, for the prompt's tokens; an empty list for the first.
+        prompt_is_greedy: for each token of the prompt, whether it was the likeliest, if asked for;
+            False for the first.
         text: the text of the tokens, up to a stop string.
         finish_reason: None until the request ends; then "stop" (a stop token or string), "length"
             (max_gen_len, or the cache is full), "cancelled", or "error" (see `error`).
@@ -37,13 +38,13 @@ class Request:
 
     prompt_tokens: list[int]
     params: SamplingParams
-    row: int  # the caller's number for it
+    row: int  # a number that the caller chose
     is_private: bool
     is_exact: bool
     generator: torch.Generator
     stop_tokens: frozenset[int]
     max_gen_len: int
-    stream: TextStream | None  # None: without a tokenizer
+    stream: TextStream | None  # None: there is no tokenizer
     tokens: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     top_logprobs: list[list[tuple[int, float]]] = field(default_factory=list)
@@ -59,8 +60,10 @@ class Request:
     error: Exception | None = None
 
     def score_prompt(self, logits: Tensor | None, targets: list[int]) -> None:
-        """Score the prompt's next tokens. logits (1, S, V): those after the tokens before them;
-        None: the prompt has one token, which nothing predicts."""
+        """Score the prompt's next tokens, `targets`.
+
+        logits (1, S, V): those at index i predict targets[i]. None: the prompt has only one token,
+        and no logits predict it."""
         if not self.prompt_logprobs:  # no logits predict the first token
             self.prompt_logprobs, self.prompt_is_greedy = [0.0], [False]
             self.prompt_top_logprobs = [[]] if self.params.logprobs is not None else []
@@ -85,7 +88,9 @@ class Request:
         return text
 
     def advance(self, token: int, logprob: float, logits: Tensor) -> "Event":
-        """Add the next token, which may end the request. logits (V,): it was chosen from these."""
+        """Add the next token, which may end the request.
+
+        logits (V,): the logits from which the token was chosen."""
         if self.error is None and token in self.stop_tokens:
             self.stop_token = token
             return self.end("stop")
@@ -168,7 +173,7 @@ class Request:
 class Event:
     """One step of one request: a token, the end, or both.
 
-    token: None where the step only ended the request. text: whole characters that can be shown now,
+    token: None if the step only ended the request. text: whole characters that can be shown now,
     because they belong to no stop string.
     """
 

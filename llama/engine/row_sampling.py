@@ -1,8 +1,8 @@
 """Sample the next token of many rows at once, on their device, with one synchronisation.
 
-For requests that `RowSampler.takes`, the operations are those of `sampling.choose`, on many rows.
-Each row uses its own request's random numbers. So the tokens are the same, unless probabilities tie
-or, on a GPU, differ in their last bits.
+For requests that `RowSampler.takes` accepts, the operations are the same as in `sampling.choose`,
+but on many rows. Each row uses its own request's random numbers. So the tokens are the same, unless
+probabilities tie or, on a GPU, differ in their last bits.
 """
 
 from collections.abc import Callable, Sequence

@@ -1,7 +1,7 @@
 """Run requests on an engine: to their end, or as a stream of events, from any thread.
 
-Calls from several threads run together in the engine's batch. The callers take turns: each steps
-the engine once for all, until its own requests have ended.
+Calls from several threads run together in the engine's batch. The callers take turns. In its turn
+a caller steps the engine once for all callers. It takes turns until its own requests have ended.
 
 With several ranks the first rank of a model steps the engine, and the others follow its plans.
 """
@@ -27,7 +27,7 @@ class Runner:
 
     Args:
         seed: for the random numbers of requests that run alone and have no seed of their own.
-        is_reference: a request that runs alone is exact; see `Engine.submit`.
+        is_reference: whether a request that runs alone is exact; see `Engine.submit`.
     """
 
     def __init__(self, engine: Engine, seed: int, is_reference: bool) -> None:
@@ -37,11 +37,11 @@ class Runner:
         self._seed = seed
         self._generator = torch.Generator(self._device).manual_seed(seed)
         self._turns = Turns()
-        self._guard = threading.Lock()  # of the two numbers below
-        self._inboxes: dict[Request, deque[Event]] = {}  # of the open streams
-        self._to_cancel: deque[Request] = deque()  # by the next step
-        self._n_leading = 0  # blocks of `leading` that are open
-        self._is_hosting = False  # one of them serves all calls
+        self._guard = threading.Lock()  # guards _n_leading and _is_hosting
+        self._inboxes: dict[Request, deque[Event]] = {}  # of the requests of open streams
+        self._to_cancel: deque[Request] = deque()  # the next step cancels these
+        self._n_leading = 0  # how many blocks of `leading` are open
+        self._is_hosting = False  # whether one of these blocks is a host
 
     def complete(
         self,
@@ -50,10 +50,11 @@ class Runner:
         is_exact: bool | None = None,
         is_continued: bool = False,
     ) -> list[Request]:
-        """Run one request for each sample of each prompt until all end. All ranks return the same.
+        """Run one request for each sample of each prompt, until all requests have ended. All ranks
+        return the same results.
 
         is_exact: see `Engine.submit`. None: True for a request that runs alone in reference mode.
-        is_continued: whether the texts can be appended to the prompts.
+        is_continued: whether the generated texts will be appended to the prompts' texts.
         """
         if is_exact is None:
             is_exact = self._is_exact(prompts, params)
@@ -81,9 +82,9 @@ class Runner:
         is_continued: Sequence[bool] = (),
     ) -> Generator[Event, None, None]:
         """The events of the prompts' requests, on the first rank. Raises GenerationError at once,
-        before the first event, where the engine cannot take a prompt.
+        before the first event, if the engine cannot take a prompt.
 
-        is_continued: for each prompt, whether the texts can be appended to it.
+        is_continued: for each prompt, whether the generated texts will be appended to its text.
         """
         for row, prompt in enumerate(prompts):
             self.engine.check(prompt, params, row)
@@ -96,7 +97,8 @@ class Runner:
         is_private: bool,
         is_continued: Sequence[bool],
     ) -> Generator[Event, None, None]:
-        """Submit when the first event is asked for. At the end, cancel requests that are open."""
+        """Submit the requests when the caller asks for the first event. At the end, cancel the
+        requests that have not ended."""
         self._check_ranks()
         inbox: deque[Event] = deque()
         with self._turns:
@@ -125,9 +127,10 @@ class Runner:
     def leading(self, requests: Sequence[Request] = ()) -> Iterator[bool]:
         """Yields True on the first rank, which steps the engine inside the block.
 
-        The other ranks follow it to the end of its block, and then get False. At the end the first
-        rank cancels those of the requests that have not ended, and dismisses the other ranks.
-        Without requests the block is a host: threads of the first rank may make any calls in it.
+        The other ranks execute the first rank's plans until the first rank's block ends. Only then
+        do they get False. At the end of the block the first rank cancels the given requests that
+        have not ended, and dismisses the other ranks. If no requests are given, the block is a
+        host: while it is open, threads of the first rank may make any calls.
         """
         if parallel.mp_rank() > 0:
             self.engine.follow()
@@ -153,9 +156,9 @@ class Runner:
                 self.engine.dismiss(failed)
 
     def _check_ranks(self) -> bool:
-        """Whether a block of `leading` hosts this call, so that the other ranks do not make it.
+        """Whether a host block is open, so that only the first rank makes this call; see `leading`.
 
-        Raises GenerationError where the other ranks are busy with another call.
+        Raises GenerationError if the other ranks are busy with another call.
         """
         if self._n_leading > 0 and not self._is_hosting and parallel.mp_size() > 1:
             raise GenerationError(
@@ -172,8 +175,8 @@ class Runner:
         is_private: bool = False,
         is_continued: Sequence[bool] = (),
     ) -> list[Request]:
-        """A request for each sample. A request that runs alone uses the generator made from the
-        runner's `seed`."""
+        """Submit a request for each sample. A request that runs alone and has no seed uses the
+        generator made from the runner's `seed`."""
         parallel.check_fork()
         if not prompts:
             raise GenerationError("no prompts: give at least one")
@@ -203,8 +206,9 @@ class Runner:
         return self._is_reference and len(prompts) * params.n == 1
 
     def _cancel(self, requests: Sequence[Request]) -> None:
-        """Cancel the requests that have not ended. While a turn is taken, the next step does it.
-        This thread itself may have the turn, because Python closes a forgotten stream anywhere."""
+        """Cancel the requests that have not ended. If a thread has the turn, the next step cancels
+        them. This thread itself may have the turn, because Python may close a forgotten stream at
+        any point."""
         self._to_cancel.extend(request for request in requests if request.finish_reason is None)
         if self._to_cancel and self._turns.take_if_free():
             try:
@@ -218,7 +222,7 @@ class Runner:
 
     def _step(self) -> None:
         self._cancel_all()
-        on_gpu = self._device.type == "cuda"  # a new thread starts with the first GPU
+        on_gpu = self._device.type == "cuda"  # a new thread would use the first GPU
         with contextlib.ExitStack() as stack:
             if on_gpu:
                 stack.enter_context(torch.cuda.device(self._device))
@@ -236,7 +240,7 @@ class Runner:
 
 @contextlib.contextmanager
 def _interrupt_at_end() -> Iterator[None]:
-    """Let Ctrl-C wait until the end of the block: it must not cost other callers their events."""
+    """Delay Ctrl-C until the end of the block, so that other callers do not lose their events."""
     usual = signal.getsignal(signal.SIGINT)
     is_main = threading.current_thread() is threading.main_thread()
     if not is_main or usual is not signal.default_int_handler:

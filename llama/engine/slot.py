@@ -30,9 +30,10 @@ class Slot:
         return self.request is None or not self.request.is_private
 
     def accept(self, proposal: list[int]) -> bool:
-        """Whether the request is running and its last token is the proposed one. If so, count it.
+        """Whether the request is running and its last token is the proposed token. If so, the
+        proposal is counted as accepted.
 
-        proposal: one token, or none, which is never accepted.
+        proposal: a list of one token, or an empty list, which is never accepted.
         """
         request = self.request
         if request is None or request.tokens[-1:] != proposal:

@@ -1,15 +1,15 @@
 """Speculative decoding: one forward of the model checks several cheaply proposed tokens.
 
 Leviathan et al. 2023, arxiv.org/abs/2211.17192; Chen et al. 2023, arxiv.org/abs/2302.01318. A
-forward of a few tokens costs little more than a forward of one, because both read all weights. It
-gives the logits after each token. A token is drawn from the logits of each position, in order,
-until a drawn token differs from the proposed one. So all tokens come from the model's own
+forward of a few tokens costs little more than a forward of one, because both read all weights. The
+forward gives the logits after each token. A token is drawn from the logits of each position, in
+order, until a drawn token differs from the proposed one. So all tokens come from the model's own
 distribution.
 
 With greedy decoding or lookup, tokens are drawn as in plain decoding, with the same random numbers.
 With a draft model at a temperature above 0, the proposals are random too. The acceptance rule in
-`choose` then accepts more proposals than a comparison with a drawn token would. A seed gives
-another text, from the same distribution.
+`choose` then accepts more proposals than a comparison with a drawn token would. With the same seed
+the text differs from that of plain decoding, but it comes from the same distribution.
 
 This file holds the acceptance rule, lookup, and the estimates of rates and times. `proposer`
 decides what to propose. The engine runs the model.
@@ -60,7 +60,7 @@ class Lookup:
         start = self._index_after.get(tuple(self._text[-NGRAM:]))
         if start is None:
             return []
-        # Where the match reaches the end of the text, the text is assumed to repeat.
+        # At the end of the text the proposals go on from `start`, as if the text repeated itself.
         period = len(self._text) - start
         return [self._text[start + i % period] for i in range(most)]
 
@@ -70,11 +70,11 @@ def draft_token(
 ) -> tuple[int, Tensor | None]:
     """The draft model's next proposal, after the request's tokens and `proposed`.
 
-    logits: the draft model's (V,). At a temperature above 0 the proposal is drawn from the
+    logits: the draft model's logits (V,). At a temperature above 0 the proposal is drawn from the
     distribution q (V,), which is returned too.
     """
     params = request.params
-    if params.logits_processor is not None:  # it expects one call for each token
+    if params.logits_processor is not None:  # the processor expects one call for each token
         params = replace(params, logits_processor=None)
     context = (params, request.prompt_tokens, [*request.tokens, *proposed])
     try:
@@ -90,9 +90,10 @@ class Proposals:
     """The proposals for a request, and their acceptance rate.
 
     Attributes:
-        tokens: the latest proposals. A step may check only the first of them.
-        drawn_from: the distribution (V,) of each, if a draft model drew it. Empty for lookup.
-        rate: estimated probability that a proposal is right if those before it are.
+        tokens: the latest proposals. A step may check only the first few of them.
+        drawn_from: for each proposal of a draft model, the distribution (V,) that it was drawn
+            from, or None if it was not drawn. Empty for lookup.
+        rate: estimated probability that a proposal is right if all proposals before it are right.
     """
 
     def __init__(self) -> None:
@@ -153,9 +154,9 @@ class _Timed:
 class StepTimes:
     """Estimates a step's time from earlier steps, by number of rows and of proposals per row."""
 
-    LAST = 8  # latest times that are kept of each kind of step
+    LAST = 8  # how many of the latest times are kept for each kind of step
     FEW = 3  # with fewer times a kind's median is not trusted, because the first may be slow
-    AGE = 256  # steps in which a kind was not timed, after which its times are ignored
+    AGE = 256  # after this many steps without a new time, a kind's times are ignored
 
     def __init__(self) -> None:
         self._known: dict[int, dict[int, _Timed]] = {}  # [rows][proposals per row]
@@ -173,9 +174,9 @@ class StepTimes:
         timed.median = sorted(timed.latest)[len(timed.latest) // 2]
 
     def seconds(self, n_rows: int, length: int) -> float:
-        """The median of the times. With fewer than FEW times, it is the smaller of the median and
-        an estimate from the nearest number of proposals. It is 0 if steps without proposals have
-        fewer than FEW times."""
+        """The estimated time: the median of the times, if there are FEW or more. With fewer times
+        it is the smaller of their median and an estimate from the nearest number of proposals. It
+        is 0 if steps without proposals have fewer than FEW times."""
         lengths = self._known.get(n_rows, {})
         plain = self._median(lengths, 0)
         if length == 0 or plain == 0:
@@ -207,8 +208,10 @@ def best_length(
 ) -> int:
     """The number of proposals per row that gives the most tokens per second.
 
-    rates, limits: for each row, the probability that a proposal is right, and the most proposals.
-    seconds(n): estimated time of a step with n proposals per row. Rows with fewer are padded.
+    rates: for each row, the probability that a proposal is right.
+    limits: for each row, the largest number of proposals.
+    seconds(n): estimated time of a step with n proposals per row. Rows with fewer proposals are
+        padded.
     Returns 0 if no number reaches a speedup of GAIN, or seconds(0) is 0, which means unknown.
     """
     longest = max(limits, default=0)

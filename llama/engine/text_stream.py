@@ -6,12 +6,13 @@ from llama.tokenizer import TextDecoder, Tokenizer
 
 
 class TextStream:
-    """The text of one request while it grows, in whole characters. An end that may be the start of
-    a stop string is held back.
+    """The text of one request while it grows, in whole characters. If the end of the text may be
+    the start of a stop string, this end is held back.
 
-    The strings from `push` and `finish` join to the decoded text before its first stop string. That
-    is the one that ends first; of several with the same end, the longest. The cost of one id
-    depends on the length of the stop strings, not on the number of earlier ids.
+    Joined, the strings from `push` and `finish` are the decoded text before its first stop string.
+    The first stop string is the one that ends first. If several end at the same place, it is the
+    longest of them. The cost of one id depends on the length of the stop strings, not on the number
+    of earlier ids.
 
     is_continued: the text can be appended to the prompt; see `TextDecoder`.
 
@@ -38,7 +39,9 @@ class TextStream:
         return text[:safe]
 
     def finish(self) -> str:
-        """After the last id, return the text that was held back. After a stop string, it is ""."""
+        """Call this after the last id. Returns the text that was held back.
+
+        After a stop string, that text is ""."""
         if self.stopped:
             return ""
         text, self._held = self._held + self._decoder.flush(), ""

@@ -1,4 +1,4 @@
-"""Decide for each row who chooses its token: `speculative`, `row_sampling` or `sampling`."""
+"""Decide which module chooses a row's token: `speculative`, `row_sampling` or `sampling`."""
 
 from collections.abc import Callable
 
@@ -14,9 +14,9 @@ from llama.engine.speculative import choose
 class TokenChooser:
     """Chooses a token for each slot.
 
-    n_words: ids from here on are chosen by nothing but a request's own logits_processor.
-    sampler: draws for many rows at once on a GPU, where their options allow it; None: each row is
-        drawn by itself.
+    n_words: ids from n_words on can be chosen only for a request with a logits_processor.
+    sampler: draws the tokens of many rows at once on a GPU, for rows whose options allow it. None:
+        the token of each row is drawn separately.
     """
 
     def __init__(self, n_words: int, sampler: RowSampler | None = None) -> None:
@@ -30,11 +30,12 @@ class TokenChooser:
         at: int = 0,
         meanwhile: Callable[[Tensor], None] | None = None,
     ) -> list[tuple[int, float]]:
-        """Logits (B, V) of the slots -> the token and its logprob of each.
+        """Choose a token for each slot, from the slots' logits (B, V). Returns the tokens and their
+        logprobs. If a request's own options fail, its `error` is set and its token has no meaning.
 
-        at: number of the proposal that the token stands in the place of. A request whose own
-        options fail gets its `error`, and any token. meanwhile: called with the tokens (B,) on the
-        device before the host waits for them, where all are drawn there.
+        at: index of the proposal that the token is compared with.
+        meanwhile: if all tokens are drawn on the device, this is called with the tokens (B,) there,
+            before the host waits for them.
         """
         if self._sampler is None:
             return self._one_by_one(slots, logits, at)

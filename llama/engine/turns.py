@@ -32,7 +32,7 @@ class Turns:
                 is_waiting = turn in self._queue
                 if is_waiting:
                     self._queue.remove(turn)
-            if not is_waiting:  # the turn came in the same moment
+            if not is_waiting:  # the turn was given at the same moment
                 self.__exit__()
             raise
 
@@ -49,7 +49,8 @@ class Turns:
         return bool(self._queue)
 
     def take_if_free(self) -> bool:
-        """Take the lock where nobody holds it. Whoever gets True gives it back."""
+        """Take the lock if nobody holds it. Returns whether it was taken. If so, the caller must
+        call `give_back`."""
         with self._guard:
             is_free = not self._is_held
             self._is_held = True

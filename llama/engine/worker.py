@@ -18,8 +18,8 @@ class Worker:
     """Executes plans on this rank's part of the model.
 
     Args:
-        networks: the model with its cache, and the draft model with its own where there is one.
-        static: the step of static shapes, on a GPU.
+        networks: the model with its cache and, if there is one, the draft model with its cache.
+        static: the step of static shapes on a GPU; None: there is none.
     """
 
     def __init__(
@@ -30,8 +30,8 @@ class Worker:
         self._device = networks[0][0].device
 
     def renew_caches(self) -> bool:
-        """Make the caches anew where a model was moved or changed its dtype, as by `model.half()`.
-        Returns whether one was."""
+        """Make a new cache for each model that was moved or whose dtype was changed, for example by
+        `model.half()`. Returns whether any cache was made."""
         renewed = False
         for i, (model, cache) in enumerate(self._networks):
             if not isinstance(model, Transformer) or cache.k_scale is not None:
@@ -45,7 +45,7 @@ class Worker:
 
     @property
     def cache(self) -> KVCache:
-        """The model's."""
+        """The cache of the model, not of the draft model."""
         return self._networks[0][1]
 
     # ---- on the first rank ----------------------------------------------------------------------
@@ -59,7 +59,7 @@ class Worker:
         """End `follow` on the other ranks. If `failed`, it raises ParallelError there."""
         Plan(Action.FAILED if failed else Action.DONE).send(self._device)
 
-    # ---- on the others --------------------------------------------------------------------------
+    # ---- on other ranks --------------------------------------------------------------------------
 
     def follow(self) -> None:
         """Execute the plans of the first rank until it calls `dismiss`."""
@@ -69,7 +69,7 @@ class Worker:
                     raise ParallelError("the first rank failed: its own message says why")
                 self.execute(plan)
 
-    # ---- on all ---------------------------------------------------------------------------------
+    # ---- on all ranks ---------------------------------------------------------------------------
 
     def execute(self, plan: Plan) -> Tensor | None:
         """Execute a plan. Returns the logits that it asks for, if any: (B, S, V), or (B, 1, V) for
@@ -86,7 +86,8 @@ class Worker:
         tokens = torch.tensor(plan.tokens, device=self._device)  # (B, S)
         rows = cache.part(plan.row, len(plan.tokens), plan.n_keys)
         start_pos: int | Tensor = plan.start_pos[0]
-        # With a number a Transformer computes by Meta's operations, and others without a mask.
+        # If start_pos is a number, a Transformer uses Meta's operations, and the other networks use
+        # no mask.
         is_number = plan.is_exact or (len(plan.tokens) == 1 and not isinstance(model, Transformer))
         if not is_number:
             start_pos = torch.tensor(plan.start_pos, device=self._device)  # (B,)
@@ -96,7 +97,8 @@ class Worker:
         return model.logits(features if plan.wanted is Wanted.ALL else features[:, -1:])
 
     def _is_static(self, plan: Plan) -> bool:
-        """Whether the plan is a decode step, with proposals or without, that is captured."""
+        """Whether the static step can execute the plan: a decode step of rows and tokens that it
+        takes, with or without proposals."""
         if self._static is None or plan.is_draft or plan.is_exact or plan.row > 0:
             return False
         n_rows, seqlen = len(plan.tokens), len(plan.tokens[0])

@@ -93,10 +93,10 @@ class LlamaLM(TemplateLM):
     ) -> list[tuple[float, bool]]:
         """Score continuations of contexts.
 
-        A request is (texts, ids of the context, ids of the continuation). Returns for each the sum
-        of the logprobs of the continuation, in nats, and whether greedy decoding would generate it.
-        A context that is too long loses its beginning. Raises GenerationError for a continuation
-        that max_seq_len has no room for.
+        A request is (texts, ids of the context, ids of the continuation). Returns two values for
+        each request: the sum of the logprobs of the continuation, in nats, and whether greedy
+        decoding would generate the continuation. A context that is too long loses its beginning.
+        Raises GenerationError for a continuation that is too long for max_seq_len.
         """
         longest = self.max_length + 1  # the last token is predicted, but never fed to the model
         lengths = [len(continuation) for _, _, continuation in requests]
@@ -244,7 +244,7 @@ def _task_manager(tasks: Sequence[str], include_path: str | Path | None) -> Task
     """
     if include_path is not None:
         of_folder = TaskManager(include_path=include_path, include_defaults=False)
-        # A group or tag may include tasks of the harness. all_subtasks has neither.
+        # A group or tag may include tasks of the harness. all_subtasks has no groups and no tags.
         if set(tasks) <= set(of_folder.all_subtasks):
             return of_folder
     return TaskManager(include_path=include_path)

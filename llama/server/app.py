@@ -1,7 +1,7 @@
 """The routes: OpenAI's API over one `Service`, and the chat page.
 
-Only Starlette's plain ASGI parts are used. A call is checked completely before its first byte is
-sent. A later failure is sent as an event of the stream.
+Only Starlette's plain ASGI parts are used. A call is checked completely before the first byte of
+its answer is sent. If a stream fails later, its last event is the error.
 """
 
 import asyncio
@@ -46,13 +46,13 @@ STREAM_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 
 @dataclass(frozen=True)
 class Settings:
-    """Limits of the server. timeout: seconds of one call."""
+    """Settings of the server. model: its name in the API. timeout: the most seconds of one call."""
 
     model: str
     timeout: float = 600.0
     max_body: int = 4 << 20  # bytes
     read_timeout: float = 30.0  # seconds in which a body must arrive
-    date: str | None = None  # of the chats whose bodies have none; "today": that of the clock
+    date: str | None = None  # for chats whose body has no date; "today": the current date
 
     def today(self) -> str | None:
         return time.strftime("%d %b %Y") if self.date == "today" else self.date
@@ -183,8 +183,8 @@ class Routes:
     async def chat(self, request: Request) -> Response:
         body = parse(ChatBody, await self._read(request))
         self._check_model(body.model)
-        # A schema may take a second to compile.
         date = self.settings.today()
+        # In a thread, because compiling a schema may take a second.
         tokens, params = await asyncio.to_thread(encode_chat, self.llama, body, date)
         call = self.service.submit([tokens], params, [body.continue_final_message])
         answer = Answer(
@@ -244,9 +244,9 @@ class Routes:
                 tasks, timeout=self.settings.timeout, return_when=asyncio.FIRST_COMPLETED
             )
             if tasks[0] in done:
-                tasks[0].result()  # raises what failed
+                tasks[0].result()  # raises the error if the call failed
             elif done:
-                raise ApiError(499, "the client has gone")  # which nobody reads
+                raise ApiError(499, "the client has gone")  # nobody reads this
             else:
                 raise ApiError(504, f"no answer after {self.settings.timeout:g} seconds")
         finally:

@@ -1,4 +1,4 @@
-"""Lines of OpenAI's Batch API, run through the same bodies and answers as the server's calls.
+"""Run lines of OpenAI's Batch API. They use the classes that the server uses for its calls.
 
 A line is {"custom_id": …, "method": "POST", "url": "/v1/chat/completions", "body": {…}}. Its result
 has `custom_id`, `response` with status and body, and `error`.
@@ -23,8 +23,9 @@ CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
 class BatchCall:
     """One line: its requests to the engine, and their result.
 
-    seed: of the random numbers, where the body has none.
-    Raises ApiError for a body that the server would refuse, DataError for a line of another form.
+    seed: seed of the random numbers, if the body has none.
+    Raises ApiError for a body that the server would refuse, and DataError for a line with unknown
+    keys, another method or another url.
     """
 
     def __init__(self, llama: Llama, line: Mapping[str, Any], seed: int) -> None:
@@ -52,7 +53,7 @@ class BatchCall:
         self._params = replace(params, seed=seed) if params.seed is None else params
 
     def submit(self, row: int) -> list[Request]:
-        """Submit the requests to the engine. Raises GenerationError where they do not fit."""
+        """Submit the requests to the engine. Raises GenerationError if they do not fit."""
         return [
             self._llama.engine.submit(tokens, sample, row, is_continued=continued)
             for tokens, continued in zip(self._tokens, self._is_continued, strict=True)

@@ -14,8 +14,9 @@ MAX_DEPTH = 64
 async def read_json(request: Request, max_bytes: int, timeout: float) -> Any:
     """The content of the body.
 
-    Raises ApiError: 415 for another content type, 413 for a body above max_bytes, 408 for one that
-    has not arrived after `timeout` seconds, 400 for what is no JSON.
+    Raises ApiError: 415 for another content type, 413 for a body above max_bytes, 408 for a body
+    that has not arrived after `timeout` seconds, 400 for a body that is not JSON or is nested too
+    deeply.
     """
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != "application/json":
@@ -31,14 +32,14 @@ async def read_json(request: Request, max_bytes: int, timeout: float) -> Any:
                 if len(data) > max_bytes:
                     raise ApiError(413, f"the body has more than {max_bytes} bytes")
     except ClientDisconnect:
-        raise ApiError(499, "the client has gone") from None  # which nobody reads
+        raise ApiError(499, "the client has gone") from None  # nobody reads this
     except TimeoutError:
         raise ApiError(408, f"the body has not arrived in {timeout:g} seconds") from None
     try:
         content = json.loads(data.decode("utf-8"), parse_constant=_refuse)
     except RecursionError:
         raise ApiError(400, "the body is nested too deeply") from None
-    except ValueError as error:  # of UTF-8, of JSON, or of a number with too many digits
+    except ValueError as error:  # wrong UTF-8, wrong JSON, or a number with too many digits
         raise ApiError(400, f"the body is no JSON: {str(error).splitlines()[0]}") from None
     _check(content, MAX_DEPTH)
     return content
@@ -49,7 +50,7 @@ def _refuse(name: str) -> Any:
 
 
 def _check(content: Any, depth: int) -> None:
-    """Raise ApiError where the content is nested deeper than `depth`."""
+    """Raise ApiError if the content is nested deeper than `depth`."""
     if depth == 0:
         raise ApiError(400, f"the body is nested deeper than {MAX_DEPTH} levels")
     if isinstance(content, dict):

@@ -16,7 +16,7 @@ MAX_PATH = 200  # characters of a path
 class CallLog:
     """An ASGI middleware that logs the time, method, path, status and duration of each call.
 
-    The status is null where the client left before the answer began.
+    The status is null if the client left before the answer began.
     """
 
     def __init__(self, app: App) -> None:

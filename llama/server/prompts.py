@@ -1,4 +1,4 @@
-"""The prompts and options that the bodies of requests ask the engine for."""
+"""Convert the body of a request to prompts (token ids) and options for the engine."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -15,8 +15,8 @@ from llama.server.requests import ChatBody, ChatMessage, CompletionBody
 def encode_chat(
     llama: Llama, body: ChatBody, date: str | None = None
 ) -> tuple[list[int], SamplingParams]:
-    """The ids of the dialog, and the options: with a grammar, where the answer must be JSON or a
-    call. date: for the system message, where the body has none."""
+    """The ids of the dialog, and the options. If the answer must be JSON or a call, the options
+    have a grammar. date: the date in the system message, if the body has none."""
     tools = body.offered()
     date = date if body.date is None else body.date
     tokens = llama.encode_dialog(dialog_of(body.messages), body.continue_final_message, tools, date)
@@ -40,7 +40,8 @@ def encode_chat(
 
 
 def encode(llama: Llama, body: CompletionBody) -> tuple[list[list[int]], SamplingParams]:
-    """The ids of each prompt, and the options: those of infilling, where the body has a suffix."""
+    """The ids of each prompt, and the options. If the body has a suffix, the prompts and the stop
+    tokens are for infilling."""
     params = body.to_params(llama.suggested_sampling)
     if body.suffix is None:
         return [llama.encode_prompt(prompt) for prompt in body.prompts()], params

@@ -1,7 +1,7 @@
-"""The bodies of requests, checked with pydantic, and what they ask the engine for.
+"""The bodies of requests. pydantic checks them, and their methods convert them for the engine.
 
-A field that is known and not supported is accepted with its default alone. An unknown field is
-refused. Nothing is ignored in silence, except `user` and `metadata`, which change no result.
+A field of OpenAI's API that is not supported is accepted only with its default. An unknown field is
+refused. Only `user` and `metadata` are ignored, because they change no result.
 """
 
 from collections.abc import Mapping
@@ -17,11 +17,13 @@ from llama.tools import MAX_TOOLS, NAME, Tool, check_choice, check_tools
 MAX_PROMPTS = 128  # of one completion request
 MAX_MESSAGES = 2048
 MAX_BIASES = 1024
-GREEDY_BELOW = 0.001  # a temperature so low draws the likeliest token, but logits may overflow
+# A temperature below this becomes 0. It would also draw the likeliest token, but the divided logits
+# may overflow.
+GREEDY_BELOW = 0.001
 
 
 def _whole(value: Any) -> Any:
-    """JSON knows one kind of number: 8.0 is a whole one."""
+    """Convert a float such as 8.0 to an int, because JSON has only one kind of number."""
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
@@ -56,7 +58,8 @@ class StreamOptions(Body):
 
 
 class Sampling(Body):
-    """The fields that chat and text completions share. Those after `seed` are not OpenAI's."""
+    """The fields that chat and text completions share. OpenAI's API does not have the fields after
+    `metadata`."""
 
     model: str
     stream: bool = False
@@ -82,7 +85,8 @@ class Sampling(Body):
         return self.stream_options is not None and self.stream_options.include_usage
 
     def params(self, defaults: Mapping[str, float], **options: Any) -> SamplingParams:
-        """As options of the engine. defaults: temperature and top_p where the body has none."""
+        """The options for the engine. defaults: the temperature and top_p that are used if the body
+        has none."""
         bias = {}
         for token, value in (self.logit_bias or {}).items():
             if not token.isdecimal():
@@ -124,7 +128,8 @@ class ToolCallBody(Body):
 
 
 class ChatMessage(Body):
-    """A message of a dialog. What an answer's message has beside its text may come back."""
+    """A message of a dialog. It may have every field that the message of an answer has, so that a
+    client can send an answer back."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: str | list[TextPart] | None = None
@@ -161,7 +166,7 @@ class FunctionBody(Body):
 
 
 class ToolBody(Body):
-    """A function, or a built-in tool of Llama 3.1 by its type alone."""
+    """A function, or a built-in tool of Llama 3.1, which has only a type."""
 
     type: Literal["function", "brave_search", "wolfram_alpha", "code_interpreter"]
     function: FunctionBody | None = None
@@ -204,16 +209,16 @@ class ChatBody(Sampling):
     response_format: ResponseFormat | None = None
     tools: Annotated[list[ToolBody], Field(max_length=MAX_TOOLS)] | None = None
     tool_choice: Literal["none", "auto", "required"] | ChosenTool | None = None
-    parallel_tool_calls: bool | None = None  # false: the first call alone is returned
+    parallel_tool_calls: bool | None = None  # false: only the first call is returned
     date: Annotated[str, Field(max_length=64)] | None = None  # not OpenAI's
-    # Known and not supported: the defaults alone.
+    # OpenAI's fields that are not supported. Only their defaults are accepted.
     store: Annotated[bool, Field(json_schema_extra={"enum": [False]}), Never] | None = None
     service_tier: Literal["auto", "default"] | None = None
     modalities: list[Literal["text"]] | None = None
 
     @property
     def choice(self) -> str:
-        """tool_choice as the library has it."""
+        """tool_choice in the library's form: "none", "auto", "required" or the name of a tool."""
         if not isinstance(self.tool_choice, ChosenTool):
             return self.tool_choice or "auto"
         function = self.tool_choice.function
@@ -315,5 +320,6 @@ def parse(kind: type[Parsed], content: Any) -> Parsed:
 
 
 def _is_type(part: Any) -> bool:
-    """Whether a part of an error's place names one of several types, not a field or an index."""
+    """Whether a part of a pydantic error's location is a type of a union. Otherwise it is the name
+    of a field or an index."""
     return isinstance(part, str) and (part in ("str", "int") or "[" in part)

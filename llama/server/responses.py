@@ -20,8 +20,8 @@ Json = dict[str, Any]
 class Answer:
     """The answer to one call: whole, or as chunks.
 
-    kind: "chat.completion" or "text_completion". tools: what a chat's answer may call.
-    only_first: of several calls in an answer, the first alone is returned.
+    kind: "chat.completion" or "text_completion". tools: the tools that a chat's answer may call.
+    only_first: if an answer has several calls, only the first is returned.
     """
 
     def __init__(
@@ -34,7 +34,7 @@ class Answer:
     ) -> None:
         self._tokenizer = tokenizer
         self._tools, self._only_first = tools, only_first
-        self._readers: dict[int, CallReader] = {}  # of the samples
+        self._readers: dict[int, CallReader] = {}  # one for each sample
         prefix = "chatcmpl" if kind == "chat.completion" else "cmpl"
         self.is_chat = kind == "chat.completion"
         self._head = {
@@ -52,7 +52,8 @@ class Answer:
         return {**self._head, "object": kind, "choices": choices, **more}
 
     def opening(self, n: int) -> list[Json]:
-        """The first choice of each of n samples: a chat's names the role."""
+        """The choices that open a stream of n samples. In a chat, each names the role. A text
+        completion has none."""
         delta = {"role": "assistant", "content": ""}
         return [_delta(index, delta) for index in range(n)] if self.is_chat else []
 
@@ -139,7 +140,7 @@ def chat_choice(llama: Llama, body: ChatBody, index: int, finished: Request) -> 
 def text_choice(
     llama: Llama, body: CompletionBody, index: int, finished: Request, prompt: str | Sequence[int]
 ) -> Json:
-    """A whole completion of `prompt`, which stands before it with echo."""
+    """A whole completion of `prompt`. If the body asks for echo, the prompt comes before it."""
     tokenizer = llama.tokenizer
     echoed = ""
     if body.echo:
@@ -154,7 +155,8 @@ def text_choice(
             tokens = [*finished.prompt_tokens, *tokens]
             values = [None, *finished.prompt_logprobs[1:], *values]
             alternatives = [None, *finished.prompt_top_logprobs[1:], *alternatives]
-            # The text of a prompt has no bos.
+            # The first token is bos, but a text prompt does not contain its name. So the token
+            # after bos is at offset 0.
             start = -len(tokenizer.decode(tokens[:1])) if isinstance(prompt, str) else 0
         logprobs = text_logprobs(tokenizer, tokens, values, alternatives, start)
     return {
@@ -168,7 +170,7 @@ def text_choice(
 def chat_logprobs(
     tokenizer: Tokenizer, tokens: Sequence[int], logprobs: Sequence[float], top: Sequence[Any]
 ) -> Json:
-    """The logprobs of a chat answer, for each token with its alternatives."""
+    """The logprobs of a chat answer: each token's own logprob, and those of its alternatives."""
 
     def entry(token: int, logprob: float) -> Json:
         data = tokenizer.token_bytes(token)

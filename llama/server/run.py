@@ -35,7 +35,7 @@ except ImportError as error:
 log = logging.getLogger("llama")
 
 GRACE = 25.0  # seconds that running calls have after a signal
-REQUEST_TIMEOUT = 30.0  # seconds in which the head of a first request must arrive
+REQUEST_TIMEOUT = 30.0  # seconds in which the head of a connection's first request must arrive
 DEATH_EXIT_CODE = 3
 
 
@@ -56,7 +56,7 @@ class _Protocol(H11Protocol):
 
 
 class Server(uvicorn.Server):
-    """A server that lets running calls finish after a first signal, and ends at a second."""
+    """A server that lets running calls finish after the first signal, and ends at the second."""
 
     def __init__(self, config: uvicorn.Config, service: Service) -> None:
         super().__init__(config)
@@ -88,7 +88,7 @@ class Server(uvicorn.Server):
 
 
 def check_access(host: str, api_key: str | None) -> None:
-    """Raise ConfigError for an address that other machines reach, without an API key."""
+    """Raise ConfigError if other machines can reach the address and there is no API key."""
     if not is_loopback(host) and not api_key:
         raise ConfigError(
             f"host {host} can be reached from other machines: give an --api-key, or serve on "
@@ -97,7 +97,7 @@ def check_access(host: str, api_key: str | None) -> None:
 
 
 def is_loopback(host: str) -> bool:
-    """Whether an address is reached from this machine alone."""
+    """Whether only this machine can reach an address."""
     with contextlib.suppress(ValueError):
         return ipaddress.ip_address(host).is_loopback
     return host == "localhost"
@@ -116,7 +116,8 @@ def serve(
     has_log: bool = False,
     date: str | None = None,
 ) -> int:
-    """Serve a model until a signal. The other ranks follow. Returns the exit code.
+    """Serve a model until a signal comes or the engine fails. The first rank serves, and the other
+    ranks follow its engine. Returns the exit code.
 
     name: the model's name in the API. See `llama serve --help` for the other arguments.
     Raises ConfigError for an address that cannot be used.
@@ -184,7 +185,7 @@ def start_line(llama: Llama, name: str, bound: socket.socket) -> str:
 
 @contextlib.contextmanager
 def bound_socket(host: str, port: int) -> Iterator[socket.socket]:
-    """A listening socket. Raises ConfigError where the address cannot be used."""
+    """A listening socket. Raises ConfigError if the address cannot be used."""
     if not 0 <= port < 65536:
         raise ConfigError(f"port is {port}: it must be 0 to 65535")
     try:
@@ -199,7 +200,7 @@ def bound_socket(host: str, port: int) -> Iterator[socket.socket]:
             if os.name == "posix":  # on Windows this option would let two servers share a port
                 bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             bound.bind(address)
-            bound.listen()  # from now on clients wait, and are not refused
+            bound.listen()  # a client that connects from now on waits, and is not refused
         except OSError as error:
             raise ConfigError(f"cannot serve on {host}:{port}: {error.strerror}") from error
         yield bound
@@ -213,7 +214,7 @@ def model_name(ckpt_dir: str | None) -> str:
 
 
 def exit_with(code: int) -> None:
-    """End the process; after the engine's death at once, because its thread may hang."""
+    """End the process. If the engine has failed, do not wait for its thread, which may hang."""
     if code == DEATH_EXIT_CODE:
         sys.stderr.flush()
         os._exit(code)

@@ -1,4 +1,4 @@
-"""Who may call: checks of Host, Origin and API key before any route. Everything else is refused."""
+"""Checks of Host, Origin and API key before any route. A call that fails a check is refused."""
 
 import hmac
 import json
@@ -13,7 +13,7 @@ Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 LOOPBACK = ("localhost", "127.0.0.1", "[::1]")
-OPEN_PATHS = ("/", "/health")  # without an API key
+OPEN_PATHS = ("/", "/health")  # these need no API key
 SECURITY_HEADERS = [(b"x-content-type-options", b"nosniff"), (b"x-frame-options", b"DENY")]
 
 
@@ -22,9 +22,9 @@ class Security:
 
     Args:
         api_key: the key that every path but OPEN_PATHS needs; None: no key.
-        hosts: the names by which the server may be called; None: any. On the loopback device only
-            the names in LOOPBACK are right: another one is a page that had its own name resolved to
-            this machine (DNS rebinding).
+        hosts: the names that the Host header may have; None: any. A server on the loopback device
+            must accept only the names in LOOPBACK. A call with another name comes from a web page
+            that made its own name resolve to this machine (DNS rebinding).
         origins: origins of pages that may call, besides pages of this server.
     """
 

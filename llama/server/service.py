@@ -18,7 +18,8 @@ from llama.server.errors import ApiError
 
 log = logging.getLogger("llama")
 
-# The most seconds between two steps without work, so that the other ranks do not time out.
+# Without work, the engine still steps after this many seconds. Otherwise the other ranks would time
+# out.
 IDLE = parallel.TIMEOUT.total_seconds() / 5
 
 
@@ -59,10 +60,10 @@ class Service:
     """Runs calls on a `Llama` until `stop`.
 
     Args:
-        max_waiting: requests that may wait for a slot; a call beyond gets status 429.
+        max_waiting: requests that may wait for a slot. A call that exceeds this gets status 429.
 
-    Attributes: `is_alive`, `is_stopping` (no new calls are taken), `tokens` (those of ended
-    requests: prompt, cached, generated).
+    Attributes: `is_alive`, `is_stopping` (no new calls are taken), `tokens` (how many prompt,
+    cached and generated tokens the ended requests had).
     """
 
     def __init__(self, llama: Llama, max_waiting: int) -> None:
@@ -71,8 +72,8 @@ class Service:
         self.is_stopping = False
         self._limit = llama.engine.cache.max_batch_size + max_waiting
         self._on_death: Callable[[], None] = lambda: None
-        self._loop: asyncio.AbstractEventLoop | None = None  # the one in which all calls run
-        self._calls: dict[Request, Call] = {}  # of the requests in flight
+        self._loop: asyncio.AbstractEventLoop | None = None  # the loop that all calls run in
+        self._calls: dict[Request, Call] = {}  # the call of each request in flight
         self._n_open = 0  # requests that were submitted and have not ended
         self._commands: list[Callable[[], None]] = []
         self.tokens = Counter(prompt=0, cached=0, generated=0)
@@ -81,7 +82,7 @@ class Service:
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
     def start(self, on_death: Callable[[], None]) -> None:
-        """Start the thread. on_death: called by it if a step fails."""
+        """Start the thread. on_death: the thread calls this if the engine fails."""
         self._on_death = on_death
         self._thread.start()
 
@@ -100,10 +101,11 @@ class Service:
         params: SamplingParams,
         is_continued: Sequence[bool],
     ) -> Call:
-        """Submit `params.n` requests for each prompt. Events carry the request's number as row.
+        """Submit `params.n` requests for each prompt. The `row` of an event is the index of its
+        request in the call.
 
-        Raises GenerationError for a prompt or params that do not fit the model, ApiError where the
-        server is full, is stopping or has no engine.
+        Raises GenerationError for a prompt or params that do not fit the model, and ApiError if the
+        server is full, is stopping or has lost its engine.
         """
         if not self.is_alive:
             raise ApiError(503, "the engine has failed: the server is ending")
@@ -191,7 +193,7 @@ class Service:
         self._send(of_calls)
 
     def _send(self, events: Sequence[tuple[Call, Event | Exception]]) -> None:
-        """Put the events into their calls' queues. The event loop is woken once for all."""
+        """Put the events into their calls' queues. The event loop is woken once for all events."""
 
         def put() -> None:
             for call, event in events:

@@ -1,7 +1,7 @@
 """Meta's two kinds of `tokenizer.model` as Hugging Face's `tokenizer.json`, with the same ids.
 
-`hugging_face.py` reads such files. The format is that of the `tokenizers` library, which is not
-needed to write it: https://huggingface.co/docs/tokenizers
+`hugging_face.py` reads such files. The `tokenizers` library defines the format, but this module
+does not need the library: https://huggingface.co/docs/tokenizers
 """
 
 import struct
@@ -126,8 +126,9 @@ def _byte_fallback(tokenizer: SentencePiece) -> dict[str, Any]:
         for i in range(1, len(piece))
         if piece[:i] in scores and piece[i:] in scores
     ]
-    # SentencePiece merges the pair with the best score first. Pieces of blanks alone have one score
-    # in Llama 2: there the longest halves come first.
+    # SentencePiece merges the pair with the best score first. In Llama 2, all pieces that consist
+    # only of blanks have the same score. Among equal scores, the longest left half comes first, and
+    # then the longest right half.
     pairs.sort(key=lambda pair: (-scores["".join(pair)], -len(pair[0]), -len(pair[1])))
     model = {
         "unk_token": tokenizer.processor.id_to_piece(tokenizer.processor.unk_id()),
@@ -142,8 +143,9 @@ def _byte_fallback(tokenizer: SentencePiece) -> dict[str, Any]:
         tokenizer.special_tokens,
         tokenizer.bos_id,
         model,
-        # It also puts a blank before each part of a text after a special token, as
-        # `Llama2ChatFormat` does by encoding each turn of a dialog on its own.
+        # The normalizer puts a blank before a text, and also before each part of a text that
+        # follows a special token. `Llama2ChatFormat` gives the same blanks, because it encodes each
+        # turn of a dialog on its own.
         normalizer={
             "type": "Sequence",
             "normalizers": [{"type": "Prepend", "prepend": "▁"}, blank],
@@ -155,11 +157,11 @@ def _byte_fallback(tokenizer: SentencePiece) -> dict[str, Any]:
 def _read_pieces(model: bytes, special: dict[str, int]) -> list[tuple[str, float, int]]:
     """The text, score and type of each piece of a SentencePiece model, in the order of their ids.
 
-    special: pieces of any type, because they become special tokens.
+    special: the special tokens. Their pieces may be of any type.
 
     Raises TokenizerError unless the model encodes as Llama 2's does: BPE with byte fallback, all
-    blanks kept, one put in front, and no other change of the text. The numbers of the fields are
-    those of https://github.com/google/sentencepiece/blob/master/src/sentencepiece_model.proto.
+    blanks kept, one blank put before the text, and no other change of it. The field numbers are
+    from https://github.com/google/sentencepiece/blob/master/src/sentencepiece_model.proto.
     """
     pieces = []
     specs: dict[int, dict[int, Any]] = {2: {}, 3: {}}
@@ -194,7 +196,7 @@ def _read_pieces(model: bytes, special: dict[str, int]) -> list[tuple[str, float
 def _fields(message: bytes) -> Iterator[tuple[int, Any]]:
     """The number and content of each field of a protobuf message: a whole number, or bytes.
 
-    The message is whole: the SentencePiece library has written it.
+    The SentencePiece library has written the message, so it is complete and needs no checks.
     Source: https://protobuf.dev/programming-guides/encoding
     """
     at = 0

@@ -1,4 +1,4 @@
-"""Chat templates, as Hugging Face's folders hold them: two that are written, and known forms.
+"""Chat templates of Hugging Face's folders: two for folders that are written, and known forms.
 
 The two templates are the formats of `chat_format.py` for transformers' `apply_chat_template`. Each
 gives the ids that `encode_dialog_prompt` gives. No template is ever run here.
@@ -9,7 +9,8 @@ from dataclasses import dataclass
 
 from llama.chat_forms import FormatName
 
-# One message is one line, a blank line follows the header, and the content has no blanks around it.
+# A blank line follows the header of a message. The content has no blanks around it. There is no
+# newline between messages.
 LLAMA_3_TEMPLATE = r"""{%- if tools %}
     {{- raise_exception('this template knows no tools: describe them in the system message') }}
 {%- endif %}
@@ -79,10 +80,10 @@ LLAMA_2_TEMPLATE = r"""{%- if tools %}
 """
 
 
-# ---- which form a template is of ----------------------------------------------------------------
+# ---- recognizing the form of a template ---------------------------------------------------------
 
-# What a template of each form contains, as `_normalized` writes it. The templates of a form differ
-# in blanks, in quotes and in what they do for tools.
+# The parts that every template of a form contains after `_normalized`. The templates of a form
+# differ in blanks, in quotes and in what they do for tools.
 FORMS: dict[FormatName, tuple[str, ...]] = {
     "llama3": ("'<|start_header_id|>'+message.role+'<|end_header_id|>", "<|eot_id|>"),
     "llama2": ("[INST]", "[/INST]", "<<SYS>>", "<</SYS>>"),
@@ -103,8 +104,8 @@ class ChatForm:
 
 
 def form_of(template: str) -> ChatForm | None:
-    """The form that a template writes, from its text alone: it is compared, and never run. None
-    where it is of no known form, or of several."""
+    """The form of a template. Its text is compared with the known forms, and is never run. Returns
+    None if it matches no known form, or several."""
     text = _normalized(template)
     names = [name for name, parts in FORMS.items() if all(part in text for part in parts)]
     if len(names) != 1:

@@ -31,8 +31,8 @@ class _Content(NamedTuple):
 
 
 class _OtherKind(Exception):
-    """The file is of neither of Llama's two kinds, or only the `tokenizers` library gives the ids
-    that belong to it."""
+    """The file is of neither of Llama's two kinds, or this module's backend would not give the ids
+    that the `tokenizers` library gives."""
 
 
 def open_json(path: Path, data: bytes) -> "Tiktoken | ByteFallback | LibraryTokenizer":
@@ -139,7 +139,7 @@ def _check_ids(tokens: list[tuple[Any, Any]]) -> None:
 
 
 def _steps(file: dict[str, Any], section: str, key: str) -> list[Any]:
-    """The list under `key` in a section of the file, or [] where there is none."""
+    """The list under `key` in a section of the file, or [] if there is none."""
     content = file.get(section)
     found = content.get(key) if isinstance(content, dict) else None
     return found if isinstance(found, list) else []
@@ -158,7 +158,7 @@ def _pair(merge: Any) -> tuple[str, str]:
 
 
 def _bos_or_eos(path: Path, special: dict[str, int], which: str, known: tuple[str, ...]) -> str:
-    """The name of the bos or eos token: a known one, or that of tokenizer_config.json."""
+    """The name of the bos or eos token: a known name, or else the name in tokenizer_config.json."""
     if name := next((name for name in known if name in special), None):
         return name
     try:
@@ -195,7 +195,7 @@ _MAX_TOKEN_LENGTH = 256
 
 
 def _tiktoken(content: _Content) -> Tiktoken:
-    """Convert to tiktoken. Raises _OtherKind where its ids would differ from the file's."""
+    """Convert to tiktoken. Raises _OtherKind if tiktoken's ids could differ from the library's."""
     try:
         ranks = {
             bytes(BYTE_OF_CHARACTER[character] for character in token): i
@@ -262,7 +262,7 @@ _BYTE_PIECE = re.compile(r"<0x([0-9A-F]{2})>")
 
 
 class ByteFallback:
-    """The `tokenizers` library encodes. Decoding is that of SentencePiece, as for a
+    """Encodes with the `tokenizers` library. Decodes by SentencePiece's rules, as for a
     `tokenizer.model`."""
 
     is_llama_2 = True

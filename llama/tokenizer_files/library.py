@@ -1,7 +1,7 @@
 """Any `tokenizer.json`, encoded and decoded by Hugging Face's `tokenizers` library (extra `[hf]`).
 
-Llama's own two kinds have backends of their own in `hugging_face.py`. Those give Meta's ids also
-where the library does not.
+Llama's own two kinds have backends of their own in `hugging_face.py`. These backends give Meta's
+ids even for texts for which the library gives other ids.
 """
 
 import json
@@ -13,7 +13,8 @@ from llama.errors import ConfigError, TokenizerError
 from llama.files import read_json
 from llama.tokenizer_files.meta import encode_around
 
-MAX_PENDING = 8  # ids without a whole character; broken ones are shown after that many
+# An incomplete character waits for more ids. After this many ids, it is shown as it is, as U+FFFD.
+MAX_PENDING = 8
 NO_TOKEN = -1  # the id of a bos or eos token that a vocabulary lacks
 END_TOKENS = ("</s>", "<|endoftext|>", "<|im_end|>", "<|end_of_text|>")
 
@@ -21,7 +22,7 @@ END_TOKENS = ("</s>", "<|endoftext|>", "<|im_end|>", "<|end_of_text|>")
 def open_library_tokenizer(file: dict[str, Any]) -> Any:
     """The library's tokenizer for the content of a `tokenizer.json`.
 
-    Raises TokenizerError where the library is not installed or refuses the file.
+    Raises TokenizerError if the library is not installed or refuses the file.
     """
     try:
         from tokenizers import Tokenizer
@@ -33,24 +34,26 @@ def open_library_tokenizer(file: dict[str, Any]) -> Any:
     try:
         tokenizer = Tokenizer.from_str(json.dumps(file))
     except BaseException as error:
-        # The library raises plain Exceptions. A Rust panic is none.
+        # The library's errors are Exceptions. A panic of its Rust code is only a BaseException.
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
         raise TokenizerError(f"not a whole tokenizer: {str(error).splitlines()[0]}") from error
     # A file may hold these settings from the training in which it was saved.
     tokenizer.no_truncation()
     tokenizer.no_padding()
-    tokenizer.encode_special_tokens = True  # encode their names as plain text
+    tokenizer.encode_special_tokens = True  # encode the names of special tokens as plain text
     return tokenizer
 
 
 class LibraryTokenizer:
     """A vocabulary that is neither Llama 2's nor Llama 3's.
 
-    bos is the token that the file puts before each text, if it does. eos is the eos_token of
-    `tokenizer_config.json`, else the one that the file puts behind each text, else a known name.
+    bos is the token that the file puts before each text. If it puts none there, there is no bos.
+    eos is the eos_token of `tokenizer_config.json`, else a token with a known name, else the token
+    that the file puts after each text.
 
-    Text never becomes a special token, except in a Unigram model, whose pieces include their names.
+    Text never becomes a special token, except in a Unigram model, because its pieces include the
+    names of the special tokens.
     """
 
     is_llama_2 = False
@@ -91,7 +94,8 @@ class LibraryTokenizer:
         return self.decode([token_id]).encode()
 
     def stream(self, is_continued: bool = False) -> "_LibraryStream":
-        # Behind other text the library does not drop a leading blank.
+        # A continued text is decoded after the ids of "a". So the library does not drop its leading
+        # blank.
         return _LibraryStream(self.decode, self._encode("a") if is_continued else [])
 
 

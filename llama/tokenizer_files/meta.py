@@ -1,7 +1,8 @@
 """The two kinds of `tokenizer.model` that Meta ships, as backends of `Tokenizer`.
 
 Llama 2 comes with a SentencePiece model, Llama 3 with a list of byte sequences and their ranks for
-tiktoken. A backend has the attributes of `Tokenizer` and the methods `encode`, `decode` and `stream`.
+tiktoken. A backend has the attributes of `Tokenizer` and the methods `encode`, `decode` and
+`stream`.
 """
 
 import base64
@@ -25,8 +26,8 @@ WORD_PATTERN = (
 )
 
 # The published names of Llama 3.1 in the order of their ids. The first id follows the last rank. In
-# Llama 3.0 the names at the indices 4, 8 and 10 were still reserved tokens. The file of ranks is
-# the same.
+# Llama 3.0 the names at the indices 4, 8 and 10 were still reserved tokens. Both versions have the
+# same file of ranks.
 _SPECIAL_TOKENS = (
     "<|begin_of_text|>",
     "<|end_of_text|>",
@@ -87,9 +88,11 @@ class Tiktoken:
 
     def check_is_metas(self) -> None:
         """Raise TokenizerError if a file of ranks cannot represent this tokenizer. Such a file does
-        not hold the names of special tokens."""
+        not hold the names of special tokens, so they must be Meta's names."""
         if self._always_allowed:
-            raise TokenizerError(f"its added token {min(self._always_allowed)!r:.40} is not special")
+            raise TokenizerError(
+                f"its added token {min(self._always_allowed)!r:.40} is not special"
+            )
         metas = {i: name for name, i in _special_tokens(len(self.ranks)).items()}
         own = {i: name for name, i in self.special_tokens.items()}
         if own.keys() != metas.keys():
@@ -132,7 +135,7 @@ def _pieces(text: str) -> Iterator[str]:
 
 
 def read_tiktoken(path: Path, data: bytes) -> Tiktoken:
-    """Read lines of "base64 rank". Raises TokenizerError where a rank or byte is missing."""
+    """Read lines of "base64 rank". Raises TokenizerError if a rank or byte is missing."""
     ranks: dict[bytes, int] = {}
     for number, line in enumerate(data.splitlines(), start=1):
         if not line.strip():
@@ -215,7 +218,7 @@ def encode_around(
     text: str, allowed: set[str], special: dict[str, int], encode: Callable[[str], list[int]]
 ) -> list[int]:
     """Cut the text around the `allowed` names and `encode` each part between them on its own."""
-    # The libraries refuse lone surrogates. They are replaced in the way of tiktoken.
+    # The libraries refuse lone surrogates. So these are replaced, as tiktoken replaces them.
     text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
     parts = re.split(f"({'|'.join(map(re.escape, allowed))})", text) if allowed else [text]
     ids: list[int] = []
@@ -283,7 +286,7 @@ class _SentencePieceStream(PieceStream):
             # after unk, which every model has, and unk's text is cut off.
             other = self._sp.unk_id()
             return self._sp.decode([other, token_id])[len(self._sp.decode([other])) :]
-        # bos and eos do not start the text: even two of them decode to "". A piece of one blank
-        # starts the text: one may decode to "", but two do not.
+        # The piece is decoded twice in a row. Two bos or two eos decode to "", so they do not start
+        # the text. A piece of one blank starts the text: alone it may decode to "", but two do not.
         self._started = self._sp.decode([token_id, token_id]) != ""
         return self._sp.decode([token_id])

@@ -31,7 +31,7 @@ ROLES = {
 
 @dataclass
 class Example:
-    """The token ids of one document, or of the documents of one row."""
+    """The token ids of one dialog, or of the dialogs that share one row."""
 
     tokens: list[int]
     learned: list[bool]  # for each token: whether predicting it has a loss
@@ -41,7 +41,7 @@ class Example:
 
 
 def encode_dialog(formatter: ChatFormat, dialog: Dialog) -> Example:
-    """Encode the beginning of a prompt and every message.
+    """Encode the tokens that begin a prompt, and then every message.
 
     The content of the assistant's messages and their end token are learned. Headers and the other
     messages are not. Raises DialogError for a dialog without a message of the assistant.
@@ -63,7 +63,7 @@ def cut_dialog(formatter: ChatFormat, dialog: Dialog, limit: int) -> Dialog:
     """The longest prefix of the dialog that has at most `limit` tokens and ends with a message of
     the assistant. It is empty if no such prefix exists."""
     length, end = len(formatter.opening), 0
-    added = len(formatter.completed(dialog)) - len(dialog)  # a default system message
+    added = len(formatter.completed(dialog)) - len(dialog)  # 1 if a default system message is added
     for i, message in enumerate(formatter.completed(dialog), -added):
         length += len(formatter.encode_message(message))
         if length > limit:

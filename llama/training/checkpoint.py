@@ -24,7 +24,8 @@ from llama.files import atomic_file
 from llama.model import Transformer
 from llama.training.token_files import Loader
 
-# Files beside the tokenizer that say which tokens end a text, and how dialogs are written.
+# If these files are beside the tokenizer, they are copied too. They say which tokens end a text,
+# and how dialogs are written.
 OF_TOKENIZER = ("tokenizer_config.json", "chat_template.jinja", "generation_config.json")
 
 
@@ -44,8 +45,8 @@ class Run:
 def save(run: Run) -> Path:
     """Write a checkpoint of the run's current step, then delete all but the newest `keep`.
 
-    Returns its folder. If one rank cannot write, all ranks raise TrainingError and the incomplete
-    checkpoint is removed.
+    Returns the new checkpoint's folder. If one rank cannot write, all ranks raise TrainingError and
+    the incomplete checkpoint is removed.
     """
     final = run.out_dir / f"step_{run.step:08d}"
     partial = run.out_dir / f"partial_{run.step:08d}"
@@ -177,7 +178,7 @@ def _distributed_like(whole: Tensor, weight: Tensor) -> Tensor:
 
 
 def _from_local(rows: Tensor, weight: DTensor) -> DTensor:
-    """This rank's rows as a part of a tensor that is distributed as `weight` is."""
+    """A tensor that is distributed as `weight` is. `rows` are the rows that this rank holds."""
     return DTensor.from_local(
         rows, weight.device_mesh, weight.placements, shape=weight.shape, stride=weight.stride()
     )

@@ -15,7 +15,7 @@ from llama.training.loop import StepReport, Trainer
 
 
 class TrainingLog:
-    """Reports every step of a `Trainer`, which takes it as `on_step`. Only the main rank prints.
+    """Reports every step of a `Trainer` that has it as `on_step`. Only the main rank prints.
 
     Args:
         tokens_per_step: tokens of a step on all ranks together, to compute the speed.

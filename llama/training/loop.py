@@ -2,8 +2,8 @@
 
 The ranks of a model-parallel group share one model through fairscale's tensor parallelism. DDP
 replicates the model across groups. With `shard_model`, FSDP2 splits it across groups instead. Use
-that if weights, gradients and optimizer state do not fit in the memory of one group. Nothing here draws
-random numbers: the initial weights, the loader and the options determine a run.
+`shard_model` if weights, gradients and optimizer state do not fit in the memory of one group.
+Nothing here draws random numbers: the initial weights, the loader and the options determine a run.
 """
 
 import contextlib
@@ -43,7 +43,7 @@ class TrainingOptions:
 
     steps: int = 1000
     warmup_steps: int = 50
-    decay_steps: int | None = None  # of a linear decay at the end; None: cosine decay
+    decay_steps: int | None = None  # steps of a linear decay at the end; None: cosine decay
     final_lr: float = 0.1  # learning rate at the end, as a fraction of the peak
     accumulation: int = 1  # batches of a step, on each rank
     clip: float = 1.0  # largest norm of the gradient

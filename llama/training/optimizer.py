@@ -38,8 +38,9 @@ def check_schedule(steps: int, warmup_steps: int, decay_steps: int | None, final
 def learning_rate_factor(step: int, schedule: Schedule) -> float:
     """The learning rate of a step, as a fraction of the peak. Steps count from 0.
 
-    The rate rises linearly over `warmup_steps`. Then it falls to `final_lr`: along a cosine, or,
-    with `decay_steps`, linearly over the last steps and constant before.
+    The rate rises linearly over `warmup_steps`. Without `decay_steps`, it then falls along a cosine
+    to `final_lr`. With `decay_steps`, it then stays constant, and falls linearly to `final_lr` over
+    the last `decay_steps` steps.
     """
     if step < schedule.warmup_steps:
         return (step + 1) / schedule.warmup_steps
@@ -57,8 +58,8 @@ def clip_grad_norm(model: Transformer, max_norm: float) -> float:
     """Scale all gradients so that their joint L2 norm, over all ranks, is at most `max_norm`.
 
     Returns the norm before scaling. The ranks of a model hold different parts of a split weight, so
-    their squares are added. They all hold the whole gradient of a replicated weight, so its squares
-    count once.
+    the squares of all ranks are added. All ranks hold the whole gradient of a replicated weight, so
+    its squares are added only once.
     """
     split = torch.zeros((), dtype=torch.float32, device=model.device)
     replicated = split.clone()

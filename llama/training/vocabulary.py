@@ -14,7 +14,7 @@ from llama.tokenizer_files.meta import WORD_PATTERN, ranks_file
 
 
 def train_vocabulary(texts: Iterable[str], n_ranks: int, path: str | Path) -> None:
-    """Write a `tokenizer.model` of `n_ranks` byte sequences, the 256 single bytes among them.
+    """Write a `tokenizer.model` of `n_ranks` byte sequences. These include the 256 single bytes.
 
     `Tokenizer` opens the file and adds Llama 3's 256 special tokens after the ranks. Llama 3's
     pattern splits the texts into words, and merges stay inside a word. The same texts always give

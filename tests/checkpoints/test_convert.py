@@ -345,7 +345,9 @@ def test_parts_that_cannot_be_cut(tmp_path: Path) -> None:
     saved = convert(source, tmp_path / "saved", quantize="int4")
     opened = open_checkpoint(saved)
     name = "layers.0.feed_forward.w2.weight"
-    with pytest.raises(ConfigError, match=f"{name}: cannot cut a quantized weight at 80 with 80 columns"):
+    with pytest.raises(
+        ConfigError, match=f"{name}: cannot cut a quantized weight at 80 with 80 columns"
+    ):
         opened.quantized_part(name, 4, 1, "int4")
 
 

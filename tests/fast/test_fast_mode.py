@@ -12,6 +12,7 @@ from make_checkpoint import demo_pieces, make_checkpoint, write_tokenizer
 from llama import Llama, Transformer
 from llama.errors import ConfigError
 from llama.evaluation.perplexity import score
+from llama.fast.cpu.kernels.isa import ISAS, instruction_sets
 from llama.fast.cpu.transformer import FastTransformer
 from llama.fast.mode import check_mode, drawback
 
@@ -44,9 +45,10 @@ def test_logits_are_the_models(dtype: torch.dtype, tolerance: float, pieces: lis
     model = make_model(dtype)
     tokens = torch.randint(0, VOCAB, (2, sum(pieces)))
     got = logits_of(FastTransformer(model), tokens, pieces)
-    # The same weights in float32, because fast mode does not round intermediate results.
+    # The same weights in float32. Fast mode rounds at most activations to bfloat16.
     want = make_model().to(dtype).float()(tokens)
-    assert (got - want).abs().max() < 1e-3
+    is_rounded = dtype == torch.bfloat16 and ISAS[instruction_sets()[0]].has_pairs
+    assert (got - want).abs().max() < (0.1 if is_rounded else 1e-3)
     with torch.no_grad():
         assert (got - model(tokens, 0)).std() / want.std() < tolerance
 

@@ -15,6 +15,7 @@ from llama.cache import KVCache
 from llama.errors import GenerationError
 from llama.fast.cpu.kernels import layer_ops
 from llama.fast.cpu.kernels.exponential import exp
+from llama.fast.cpu.kernels.isa import ISAS, instruction_sets
 from llama.fast.cpu.kernels.task_list import TaskList
 from llama.fast.cpu.transformer import FastTransformer
 from llama.fast.quantize import QUANTIZERS, Width, dequantize, is_quantized
@@ -74,17 +75,24 @@ def test_logits_are_the_models(pieces: list[int], changes: dict[str, Any]) -> No
     torch.testing.assert_close(torch.cat(found, 1), model(tokens, 0), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("isa", instruction_sets())
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("seqlen", [1, 3])
-def test_rows_at_positions_of_their_own(dtype: torch.dtype, seqlen: int) -> None:
+def test_rows_at_positions_of_their_own(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, seqlen: int, isa: str
+) -> None:
+    monkeypatch.setenv("LLAMA_ISA", isa)
+    # Some instruction sets round the activations to bfloat16, and float32 does not.
+    is_rounded = dtype == torch.bfloat16 and ISAS[isa].has_pairs
+    tolerance = dict(rtol=0.0, atol=0.05) if is_rounded else dict(rtol=1e-4, atol=1e-4)
     network = FastTransformer(make_model(dtype))
     tokens, starts = torch.randint(0, VOCAB, (4, seqlen)), torch.tensor([0, 70, 5, 63])
     one, two = filled(network, 4, 80), filled(network, 4, 80)
     got = network.features(tokens, starts, one)
     want = make_model(dtype).float().features(tokens, starts, two)
-    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(got, want, **tolerance)
     for mine, theirs in ((one.k, two.k), (one.v, two.v)):
-        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(mine, theirs, **tolerance)
 
 
 @pytest.mark.parametrize("quantize", ["int8", "int4"])
@@ -98,15 +106,20 @@ def test_quantized_weights(quantize: Width) -> None:
     cache = filled(network, 3, 80)
     want = plain.features(tokens, starts, copy_of(cache))
     got = network.features(tokens, starts, cache)
-    assert (got - want).std() / want.std() < 0.02
+    assert (got - want).std() / want.std() < 0.03
 
 
 @pytest.mark.parametrize("changes", [{}, BIASED], ids=["plain", "biases"])
-@pytest.mark.parametrize("quantize", [None, "int8", "int4"])
+@pytest.mark.parametrize("quantize", ["float32", "bfloat16", "int8", "int4"])
+@pytest.mark.parametrize("isa", instruction_sets())
 def test_a_token_does_not_depend_on_its_company(
-    quantize: Width | None, changes: dict[str, Any]
+    monkeypatch: pytest.MonkeyPatch, isa: str, quantize: Width | str, changes: dict[str, Any]
 ) -> None:
-    network = FastTransformer(make_model(**changes), quantize)
+    monkeypatch.setenv("LLAMA_ISA", isa)
+    if quantize in ("float32", "bfloat16"):
+        network = FastTransformer(make_model(getattr(torch, quantize), **changes))
+    else:
+        network = FastTransformer(make_model(**changes), quantize)
     tokens = torch.randint(0, VOCAB, (8, 3))
     starts = torch.arange(8) * 17
     before = filled(network, 8, 130)

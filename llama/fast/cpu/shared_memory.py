@@ -67,7 +67,7 @@ class SharedMemory:
 
 def _make(n_bytes: int) -> BinaryIO | None:
     """A new file of that size, in memory if the system has /dev/shm. Returns None if there is no
-    room, or if the system cannot reserve it, as Windows and macOS."""
+    room, or if the system cannot reserve space for a file, as on Windows and macOS."""
     if not hasattr(os, "posix_fallocate"):
         return None
     folder = Path("/dev/shm")

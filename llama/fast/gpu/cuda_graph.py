@@ -11,7 +11,7 @@ class Graphs:
     """Captures and replays functions without arguments, on tensors that keep their addresses.
 
     On a GPU, the first run of a function captures it. Later runs launch all of its kernels at once,
-    without Python. A function must give the same results each time, and must not wait for the GPU.
+    without Python. A function must do the same work each time, and must not wait for the GPU.
     If it calls collectives, all ranks must run it at the same time.
     """
 

@@ -1,7 +1,7 @@
 """Weight matrices on a GPU, as they are or in int8, int4 and fp8.
 
-The kernels of a CPU want rows interleaved, a GPU's threads want neighbours. So the same rounded
-numbers lie in another order here, row after row.
+CPU kernels read eight rows at once, so quantized rows are interleaved for them. A GPU's threads
+read neighbours in a row. So here the same rounded numbers are stored row after row.
 """
 
 from typing import Any, NamedTuple
@@ -27,7 +27,7 @@ class Matrix(NamedTuple):
 
     width "wide": values (N, K) in the activations' dtype; the scales are not used.
     "int8": int8 values (N, K) and a float32 scale for each row, (N,).
-    "fp8": the same with the bytes of e4m3 numbers, uint8 (N, K).
+    "fp8": the bytes of e4m3 numbers, as uint8 values (N, K), and a scale for each row as in "int8".
     "int4": uint8 values (N, K / 2) and bfloat16 scales (N, K / 32); see `quantize_int4`. Byte j of
     a group's 16 holds weight j in its low bits and weight j + 16 in its high bits, 0 to 15 for -8
     to 7.
@@ -59,9 +59,10 @@ class Matrix(NamedTuple):
 
 
 def narrowed(weight: Tensor | Quantized, width: str, n: int) -> Matrix:
-    """Round a matrix of n rows to int8, int4 or fp8, or take it as a folder holds it.
+    """Round a matrix of n rows to int8, int4 or fp8. A matrix that a folder holds quantized is only
+    reordered. It may have padding after its n rows.
 
-    A folder may pad the rows. Raises ConfigError where the matrix cannot be rounded.
+    Raises ConfigError if a matrix cannot be rounded.
     """
     k = weight.shape[1]
     if width == "fp8":
@@ -77,7 +78,7 @@ def narrowed(weight: Tensor | Quantized, width: str, n: int) -> Matrix:
         values = eights.transpose(1, 2).reshape(-1, k)
         return Matrix(values[:n].contiguous(), scale[:n].contiguous(), width)
     packed, scales = quantize_int4(weight) if isinstance(weight, Tensor) else weight
-    # Of the 128 bytes of eight rows' group, each row has four times four.
+    # 128 bytes hold a group of eight rows. Each row has four quads of four bytes in them.
     quads = packed.unflatten(2, (-1, LANES, QUAD)).permute(0, 3, 1, 2, 4)  # (N / 8, 8, g, 4, 4)
     by_row = scales.transpose(1, 2).reshape(-1, k // GROUP)[:n]
     return Matrix(quads.reshape(-1, k // 2)[:n].contiguous(), by_row.contiguous(), width)
@@ -90,7 +91,7 @@ def _moved(weight: Tensor | Quantized, device: torch.device) -> Tensor | Quantiz
 
 
 class NarrowLinear(nn.Module):
-    """A linear layer of fairscale's with a narrow weight, and the same collectives."""
+    """A fairscale linear layer whose weight is quantized. It calls the same collectives."""
 
     values: Tensor
     scales: Tensor
@@ -112,8 +113,8 @@ class NarrowLinear(nn.Module):
 
 
 def narrow(model: Transformer, width: str, device: torch.device) -> None:
-    """Round a model's matrices, all but the embedding, one after the other, and move them to the
-    device. Narrow ones stay as they are."""
+    """Round a model's matrices, one after the other, and move them to the device. The embedding and
+    layers that are already narrow do not change."""
     layers: list[tuple[Any, str]] = [(model, "output")]
     for block in model.layers:
         layers += [(block.attention, name) for name in ("wq", "wk", "wv", "wo")]
@@ -126,9 +127,10 @@ def narrow(model: Transformer, width: str, device: torch.device) -> None:
 
 @torch.no_grad()
 def joined(*layers: Any) -> Matrix:
-    """The rows of linear layers that have the same input, one layer after the other.
+    """One matrix with the rows of all layers, one layer after the other. The layers are linear and
+    have the same input.
 
-    The layers keep views of them, so that no weight is held twice.
+    The layers' weights become views of this matrix, so that no weight is held twice.
     """
     if isinstance(layers[0], NarrowLinear):
         values = _join([layer.values for layer in layers])

@@ -1,8 +1,9 @@
 """A step of static shapes, which a GPU runs as one CUDA graph.
 
-Launching a kernel from Python takes longer than most kernels of a decode step run. Captured once,
-the step is launched whole. The kernels read positions on the device, so one graph serves all
-lengths. Rows are filled up to powers of two, so few graphs serve all batches.
+Most kernels of a decode step run for less time than Python takes to launch them. So the step is
+captured once, and then all of its kernels are launched at once. The kernels read
+positions on the device, so one graph serves all lengths. Rows are filled up to powers of two, so
+few graphs serve all batches.
 """
 
 from collections.abc import Sequence
@@ -14,13 +15,13 @@ from llama.cache import KVCache
 from llama.fast.gpu.cuda_graph import Graphs, next_power_of_two
 from llama.fast.gpu.transformer import GpuTransformer
 
-MAX_TOKENS = 64  # of a step with proposals
+MAX_TOKENS = 64  # most tokens of a step with proposals
 
 
 class StaticStep:
     """Decodes for the first rows of a cache: ids and positions in, logits out.
 
-    Made for a network and a cache, both of which stay in their places.
+    It belongs to one network and one cache. Their tensors must keep their addresses.
     """
 
     def __init__(self, model: GpuTransformer, cache: KVCache) -> None:
@@ -28,8 +29,8 @@ class StaticStep:
         self.cache = cache
         device, rows = model.device, cache.max_batch_size
         on_gpu = device.type == "cuda"
-        # The starts of the rows, then the ids. Pinned memory is copied to the GPU without a
-        # synchronisation. There are two, because the copy before may still be under way.
+        # The start positions of the rows, then the ids. Pinned memory is copied to the GPU without
+        # a synchronisation. There are two tensors, because the last copy may still be under way.
         size = rows + max(rows, MAX_TOKENS)
         self._numbers = [
             torch.zeros(size, dtype=torch.long, device="cpu", pin_memory=on_gpu) for _ in range(2)
@@ -41,7 +42,7 @@ class StaticStep:
         self._graphs = Graphs(device)
 
     def n_rows(self, n: int) -> int:
-        """The number of rows of a step for n rows."""
+        """The number of rows that a step computes if n rows are needed."""
         return min(next_power_of_two(n), self.cache.max_batch_size)
 
     def takes(self, n_rows: int, seqlen: int) -> bool:
@@ -49,8 +50,8 @@ class StaticStep:
         return n_rows == self.n_rows(n_rows) and (seqlen == 1 or n_rows * seqlen <= MAX_TOKENS)
 
     def __call__(self, tokens: Sequence[Sequence[int]], start_pos: Sequence[int]) -> Tensor:
-        """Ids (B, S) of the first B rows and the position of each row's first -> logits, float32
-        (B, S, V). `takes` says which B and S there are. The next step overwrites the logits."""
+        """Ids (B, S) of the first B rows, and the position of each row's first id -> logits,
+        float32 (B, S, V). `takes` must be true for B and S. The next step overwrites the logits."""
         n_rows, seqlen = len(tokens), len(tokens[0])
         assert self.takes(n_rows, seqlen), (n_rows, seqlen)
         self._upload([*start_pos, *(token for row in tokens for token in row)])
@@ -60,7 +61,7 @@ class StaticStep:
     def launch(self, ids: Tensor, places: Sequence[int], start_pos: Sequence[int]) -> None:
         """Start the step of one token a row whose ids are still on the device.
 
-        ids: any number of them; places: which of them each row takes.
+        ids: a vector of any length. places: for each row, the index of its id in this vector.
         """
         n_rows = len(start_pos)
         self._upload([*start_pos, *places])
@@ -69,7 +70,7 @@ class StaticStep:
         self._run(n_rows, 1)
 
     def logits(self, n_rows: int) -> Tensor:
-        """Those of the step that was launched, (B, 1, V)."""
+        """The logits (B, 1, V) of the step that was launched last."""
         return self._logits[:n_rows, None]
 
     def _upload(self, numbers: list[int]) -> None:

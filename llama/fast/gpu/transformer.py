@@ -2,7 +2,7 @@
 
 Few tokens, as in a decode step, go through the Triton kernels in `kernels/`, which read the weights
 at the memory's speed. Many tokens, as in a prompt, go through PyTorch's products and its flash
-attention. Where Triton is missing, PyTorch computes everything.
+attention. If Triton is missing, PyTorch computes everything.
 """
 
 import importlib.util
@@ -36,8 +36,9 @@ MAX_INVARIANT = 256
 class Batch:
     """The tokens of a call.
 
-    positions: (B, S). is_decode: each row has a few tokens and its own start position. False: the tokens are part
-        of a prompt.
+    positions: (B, S).
+    is_decode: True: each row has a few tokens and its own start position. False: the tokens are
+        part of a prompt.
     mask: (B, 1, S, T) for attention in PyTorch; None: each token sees the tokens up to its own.
     """
 
@@ -194,7 +195,8 @@ class GpuTransformer:
         x = self.kernels.project(x, matrix) if by_kernels else F.linear(x, matrix.widened(x.dtype))
         if not self.invariant or parallel.mp_size() == 1:
             return h + reduce_from_model_parallel_region(x)
-        # An all-reduce may choose its order of sums by the number of tokens.
+        # The order of an all-reduce's sums may depend on the number of tokens. So the ranks' parts
+        # are gathered here, and added in the order of the ranks.
         parts = [torch.empty_like(x) for _ in range(parallel.mp_size())]
         torch.distributed.all_gather(parts, x.contiguous(), group=get_model_parallel_group())
         for part in parts:
@@ -206,7 +208,7 @@ def attend(xq: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Ten
     """Attention (B, S, H, hd) of queries to keys and values (B, T, K, hd).
 
     mask: (B, 1, S, T) to add. None: the last of S queries stands at the last key, and each sees
-    the keys up to its own. PyTorch's flash kernel then runs, where dtype and head_dim allow it.
+    the keys up to its own. PyTorch's flash kernel then runs, if dtype and head_dim allow it.
     """
     xq, keys, values = (x.transpose(1, 2) for x in (xq, keys, values))  # (B, H or K, S or T, hd)
     seqlen, n_keys = xq.shape[2], keys.shape[2]

@@ -8,7 +8,7 @@ from numba import carray, njit
 
 from llama.fast.cpu.kernels.compile import VERSION, compile_task
 from llama.fast.cpu.kernels.instructions import fetch_add, pointer
-from llama.fast.cpu.kernels.job import K, LENGTH, N, OUT, STEPS, X
+from llama.fast.cpu.kernels.job import LENGTH, OUT, STEPS, K, N, X
 from llama.fast.quantize import GROUP
 
 PART = 2048  # activations that a thread rounds at a time

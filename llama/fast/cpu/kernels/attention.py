@@ -103,7 +103,9 @@ def score_keys(
                 places.append(b.add(keys, b.mul(place, step)))
                 vectors.prefetch(places[-1], ahead)
             with cgutils.for_range(b, group) as loop:
-                query = vectors.load(b.add(queries, b.mul(loop.index, ir.Constant(i64, 4 * names[1]))))
+                query = vectors.load(
+                    b.add(queries, b.mul(loop.index, ir.Constant(i64, 4 * names[1])))
+                )
                 sums = []
                 for place in places:
                     key = vectors.load_cached(place)
@@ -148,7 +150,10 @@ def add_values(
                 b.store(multiply_add(b, weight, value, b.load(total)), total)
 
         whole = b.sub(count, b.srem(count, ir.Constant(i64, parts)))
-        with cgutils.for_range_slice(b, ir.Constant(i64, 0), whole, ir.Constant(i64, parts)) as (i, _):
+        with cgutils.for_range_slice(b, ir.Constant(i64, 0), whole, ir.Constant(i64, parts)) as (
+            i,
+            _,
+        ):
             for number, part in enumerate(sums):
                 add(b.add(i, ir.Constant(i64, number)), part)
         for number, part in enumerate(sums[:-1]):

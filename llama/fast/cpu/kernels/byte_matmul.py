@@ -9,7 +9,7 @@ from llama.fast.cpu.kernels.activations import ROWS, to_int8
 from llama.fast.cpu.kernels.byte_tile import byte_tile, offset
 from llama.fast.cpu.kernels.compile import VERSION, compile_task
 from llama.fast.cpu.kernels.isa import ISAS
-from llama.fast.cpu.kernels.job import FIRST, K, LENGTH, MATRICES, N, OUT, STEPS, TOTAL, X
+from llama.fast.cpu.kernels.job import FIRST, LENGTH, MATRICES, STEPS, TOTAL, K, N, X
 from llama.fast.cpu.kernels.matmul import finish_chunk, next_chunk, part_of_matrix
 from llama.fast.quantize import GROUP, LANES
 

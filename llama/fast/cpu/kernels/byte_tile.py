@@ -56,10 +56,11 @@ class Integers:
     """Exact sums of byte products, in int32 lanes. Each call of `add` adds four neighbouring
     products to each lane.
 
-    Weights are int8 or, after `offset` was added, uint8; activations are -127 to 127. x86 multiplies
-    unsigned by signed bytes. Without the instruction for four products, an int8 weight's sign is
-    moved to its activation. No 16-bit sum overflows then. It has two products of int8, at most
-    2 * 127 * 127 = 32258, or sixteen of int4, two for each call, at most 16 * 15 * 127 = 30480.
+    Weights are int8 or, after `offset` was added, uint8. Activations are -127 to 127. x86
+    multiplies unsigned by signed bytes. If it has no instruction for four products, an int8
+    weight's sign is moved to its activation. No 16-bit sum overflows then. It has two products of
+    int8, at most 2 * 127 * 127 = 32258, or sixteen of int4, two for each call, at most
+    16 * 15 * 127 = 30480.
     """
 
     def __init__(self, b: Builder, isa: str, lanes: int, is_int4: bool) -> None:
@@ -169,7 +170,9 @@ class _Tile:
         b = self.b
         bytes_ = self.integers.bytes
         for place in range(self.group_bytes // EIGHT_QUADS):
-            w = self._load(self.w, group, self.group_bytes, EIGHT_QUADS * place, vector(i8, EIGHT_QUADS))
+            w = self._load(
+                self.w, group, self.group_bytes, EIGHT_QUADS * place, vector(i8, EIGHT_QUADS)
+            )
             if self.is_int4:
                 yield place, b.and_(w, splat(bytes_, 15))
                 yield place + QUADS // 2, b.lshr(w, splat(bytes_, 4))

@@ -3,7 +3,7 @@
 import ctypes
 import functools
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from pathlib import Path
 
 from numba import cfunc, types
@@ -17,7 +17,7 @@ VERSION = hashlib.sha256(b"".join(path.read_bytes() for path in SOURCES)).hexdig
 
 
 def compile_task(
-    function: Callable[..., None], fastmath: frozenset[str] = frozenset()
+    function: Callable[..., None], fastmath: Set[str] = frozenset()
 ) -> Callable[[int], None]:
     """Compile a task to a C function, or read it from numba's cache. The cache is NUMBA_CACHE_DIR,
     else the folder of this file or, if that is read-only, the user's cache folder."""

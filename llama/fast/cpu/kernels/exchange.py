@@ -21,8 +21,8 @@ from llama import parallel
 from llama.errors import ParallelError
 from llama.fast.cpu.kernels import pool
 from llama.fast.cpu.kernels.buffer import float_buffer
-from llama.fast.cpu.kernels.instructions import pointer
 from llama.fast.cpu.kernels.compile import VERSION, compile_task
+from llama.fast.cpu.kernels.instructions import pointer
 from llama.fast.cpu.kernels.task_list import SPINS, Task, atomic_add, atomic_load, call
 from llama.fast.cpu.shared_memory import SharedMemory
 
@@ -38,9 +38,9 @@ POLLS = 100_000  # of a flag, before Python checks whether its rank still runs
 def _exchange_task() -> Task:
     """The task: write x (rows, width) to shared memory, wait for all ranks, and read their x.
 
-    With OUT, all x are written side by side to out. Without it, their sum replaces x. Ranks are
-    added in their order, so that all get the same sum. If a rank is late, the task returns before
-    IS_DONE is set, and is to be called again.
+    If OUT is not 0, all x are written side by side to out. Otherwise their sum replaces x. The x
+    are added in the order of the ranks, so that all ranks get the same sum. If a rank is late, the
+    task returns before IS_DONE is set, and the caller must call it again.
     """
     version = VERSION
 
@@ -88,7 +88,7 @@ class Exchange:
     """All-reduce and all-gather of float32 tensors. All model-parallel ranks make it together and
     call its methods in the same order. Without shared memory, as on several machines, it uses gloo.
 
-    widest: the most numbers in a row that `join` takes.
+    widest: the most numbers that a row of `join`'s argument may have.
     """
 
     def __init__(self, widest: int) -> None:
@@ -146,7 +146,9 @@ class Exchange:
             self._task(ctypes.addressof(job))
             if job[IS_DONE]:
                 return
-            if ended:  # before this call: a rank may set its flag and then end without an error
+            # `ended` was found before this call. A rank may set its flag and then end without an
+            # error, so its flag is polled once more before this error.
+            if ended:
                 raise ParallelError(f"rank {ended[0]} has ended: its own message says why")
             if time.monotonic() > end:
                 raise ParallelError(f"a rank did not respond in {parallel.TIMEOUT.seconds} s")

@@ -10,13 +10,13 @@ from llama.fast.cpu.kernels.activations import to_bfloat16
 from llama.fast.cpu.kernels.compile import VERSION, compile_task
 from llama.fast.cpu.kernels.float_tile import float_tile, x_bytes
 from llama.fast.cpu.kernels.isa import ISAS
-from llama.fast.cpu.kernels.job import FIRST, K, LENGTH, MATRICES, N, OUT, TOTAL, X
+from llama.fast.cpu.kernels.job import FIRST, LENGTH, MATRICES, TOTAL, K, N, X
 from llama.fast.cpu.kernels.matmul import finish_chunk, next_chunk, part_of_matrix
 
 PREFETCH = 1024  # bytes ahead
 FEW_ROWS = 8  # the most rows of x that a decode step has
 BAND = 3  # tiles that are multiplied with some rows of activations before the next rows
-IN_CACHE = 1 << 15  # activations that stay in a core's cache
+IN_CACHE = 1 << 15  # bytes of activations that stay in a core's cache
 SHARE = 48  # rows of weights that a prefill multiplies at a time
 DEPTH = 4096  # bytes of a row of activations that a prefill multiplies at a time
 
@@ -56,9 +56,9 @@ def product(kind: str, isa: str, swiglu: bool) -> Callable[[int], None]:
         high, most = decode if is_decode else prefill
         ahead = PREFETCH if is_decode else 0
         depth = k if is_decode else min(k, DEPTH // x_width)
-        block = max(most, IN_CACHE // depth // most * most)
+        block = max(most, IN_CACHE // (x_width * depth) // most * most)
         # Some rows of activations are multiplied with all tiles of a band before the next ones.
-        band = BAND if depth == k else SHARE
+        band = BAND if is_decode else SHARE
         sums = np.empty(SHARE * block * lanes if depth < k else 0, np.float32)
         while True:
             begin, end = next_chunk(address, job)

@@ -5,6 +5,7 @@ and then the lanes are added. Every size of tile adds in the same order. So each
 bits, whatever the other rows of the tile are.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -55,7 +56,6 @@ class Numbers(NamedTuple):
         if not self.is_pairs:
             return multiply_add(b, w, x, total)
         name = "llvm.x86.avx512bf16.dpbf16ps.512"
-        bfloat16 = vector(i16, 32)
         return call_instruction(b, name, total.type, total, w, x)
 
 
@@ -125,7 +125,7 @@ class _Tile:
                 columns = ir.Constant(i64, self.columns)
                 with cgutils.for_range_slice(b, done, self.k, columns) as (column, _):
                     left = b.sub(self.k, column)
-                    self._add(column, lambda *place: load_first(*place, left))
+                    self._add(column, functools.partial(load_first, count=left))
                 self._store()
             with is_part:
                 for total, place in places:
@@ -155,7 +155,10 @@ class _Tile:
             for place, i in enumerate(inputs):
                 numbers = [ir.Constant(i32, place * rows + row) for row in range(rows)]
                 start = mul_const(b, self.out_step, i)
-                with b.if_else(b.icmp_signed("==", self.row_step, ir.Constant(i64, 1))) as (near, far):
+                with b.if_else(b.icmp_signed("==", self.row_step, ir.Constant(i64, 1))) as (
+                    near,
+                    far,
+                ):
                     with near:
                         some = b.shuffle_vector(sums, sums, ir.Constant(vector(i32, rows), numbers))
                         to = b.bitcast(b.gep(self.out, [start]), some.type.as_pointer())

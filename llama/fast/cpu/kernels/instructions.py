@@ -87,8 +87,8 @@ def widen(b: Builder, halves: Value) -> Value:
 
 
 def sum_each(b: Builder, vectors: list[Value]) -> Value:
-    """A vector whose first lanes are the sums of the lanes of each vector. There are at most as many
-    vectors as lanes.
+    """A vector whose first lanes are the sums of the lanes of each vector. There are at most as
+    many vectors as lanes.
 
     Each sum is added in the same order, whatever the other vectors are: the upper half of the lanes
     to the lower half, until one lane is left.

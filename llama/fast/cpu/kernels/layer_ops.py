@@ -39,7 +39,7 @@ STATS = 2  # after a block's scores: the running maximum, and the running sum of
 LEAST = np.float32(-3e38)  # start of the running maximum
 
 # Fast-math flags. The compiler may reorder sums, the same way in each run. NaN stays NaN.
-SUMS = frozenset({"reassoc", "contract", "nsz"})
+SUMS = {"reassoc", "contract", "nsz"}
 
 Task = Callable[[int], None]
 
@@ -156,14 +156,49 @@ def scale_by(numbers, count, scales, first, step):  # type: ignore[no-untyped-de
         numbers[i] *= factors[i * step]
 
 
+@njit(error_model="numpy")
+def results_of(job, token, head, head_dim):  # type: ignore[no-untyped-def]
+    """For the query heads that share a key/value head: the sums of the values (group, hd), and the
+    scores of a block (group, BLOCK + STATS)."""
+    group = job[GROUP]
+    first = (token * job[KV_HEADS] + head) * group
+    sums = pointer(job[HEADS] + 4 * first * head_dim, np.float32)
+    scores = pointer(job[SCORES] + 4 * first * (BLOCK + STATS), np.float32)
+    return carray(sums, (group, head_dim)), carray(scores, (group, BLOCK + STATS))
+
+
+@njit(error_model="numpy", fastmath=SUMS)
+def weigh(scores, sums, count, score_scale):  # type: ignore[no-untyped-def]
+    """Turn a query's scores of a block into weights. Its sums so far are scaled down if the block
+    has a larger score than all blocks before. Unused places get tiny weights."""
+    for i in range(count, BLOCK):
+        scores[i] = LEAST
+    before = most = scores[BLOCK]
+    for i in range(BLOCK):
+        scores[i] *= score_scale
+        most = max(most, scores[i])
+    total = np.float32(0)
+    for i in range(BLOCK):
+        weight = exp(scores[i] - most)
+        scores[i] = weight
+        total += weight
+    if most > before:
+        shrink = exp(before - most)
+        scores[BLOCK] = most
+        scores[BLOCK + 1] *= shrink
+        for d in range(len(sums)):
+            sums[d] *= shrink
+    scores[BLOCK + 1] += total
+
+
 @functools.cache
 def attend(head_dim: int, lanes: int) -> Task:
     """Attention of each token's heads over its row of the cache up to its own position.
 
-    scores: a buffer (n, H, BLOCK + STATS). heads: the result (n, H, hd). The keys are read in
-    blocks, once for all query heads that share them and for some tokens of a row. The softmax is
-    online: a block with a larger score scales the sums so far down. Milakov & Gimelshein 2018,
-    arxiv.org/abs/1805.02867. lanes: of a vector.
+    scores: a buffer (n, H, BLOCK + STATS). heads: the result (n, H, hd). lanes: of a vector. The
+    keys are read in blocks, for all query heads that share them and for some tokens of a row. The
+    softmax is online: a block with a larger score scales the sums so far down. Milakov & Gimelshein
+    2018, arxiv.org/abs/1805.02867.
     """
     version = VERSION
     score_scale = np.float32(1 / np.sqrt(head_dim))
@@ -171,51 +206,40 @@ def attend(head_dim: int, lanes: int) -> Task:
     def task(address):  # type: ignore[no-untyped-def]
         version  # noqa: B018
         job = carray(address, LENGTH)
-        n, group, kv_heads = job[N], job[GROUP], job[KV_HEADS]
+        group, kv_heads = job[GROUP], job[KV_HEADS]
         cache = carray(pointer(job[CACHE], np.int64), CACHE_LENGTH)
-        is_rounded = cache[KEY_SCALES] != 0
+        seqlen, is_rounded = cache[SEQLEN], cache[KEY_SCALES] != 0
         size = 1 if is_rounded else 4
         step, scale_step = size * cache[TO_POSITION], cache[TO_POSITION] // head_dim
         width, to_row = 4 * head_dim, 4 * (BLOCK + STATS)
-        seqlen = cache[SEQLEN]
         parts = (seqlen + TOKENS - 1) // TOKENS  # of a row
+        all_parts = job[N] // seqlen * parts
         while True:
             chunk = fetch_add(address)
-            if chunk >= n // seqlen * parts * kv_heads:
+            if chunk >= all_parts * kv_heads:
                 break
             # Neighbouring chunks may read the same keys.
-            part, head = chunk % (n // seqlen * parts), chunk // (n // seqlen * parts)
-            first_token = part // parts * seqlen + part % parts * TOKENS
-            tokens = min(TOKENS, seqlen - part % parts * TOKENS)
-            first_position, at = locate(job, first_token)
+            part, head = chunk % all_parts, chunk // all_parts
+            first = part // parts * seqlen + part % parts * TOKENS
+            tokens = range(first, first + min(TOKENS, seqlen - part % parts * TOKENS))
+            position, at = locate(job, first)
             at += head * cache[TO_HEAD]
-            for token in range(first_token, first_token + tokens):
-                first = (token * kv_heads + head) * group
-                out = carray(pointer(job[HEADS] + first * width, np.float32), (group, head_dim))
-                scores = carray(
-                    pointer(job[SCORES] + first * to_row, np.float32), (group, BLOCK + STATS)
-                )
-                for h in range(group):
-                    scores[h, BLOCK], scores[h, BLOCK + 1] = LEAST, np.float32(0)
-                    for d in range(head_dim):
-                        out[h, d] = np.float32(0)
-            for begin in range(0, first_position + tokens, BLOCK):
+            for token in tokens:
+                out, scores = results_of(job, token, head, head_dim)
+                out[:] = np.float32(0)
+                scores[:, BLOCK], scores[:, BLOCK + 1] = LEAST, np.float32(0)
+            for begin in range(0, position + len(tokens), BLOCK):
                 keys = cache[KEYS] + size * at + begin * step
                 values = cache[VALUES] + size * at + begin * step
                 scale_at = at // head_dim + begin * scale_step
-                for token in range(first_token, first_token + tokens):
-                    count = min(BLOCK, first_position + token - first_token + 1 - begin)
+                for token in tokens:
+                    count = min(BLOCK, position + token - first + 1 - begin)
                     if count <= 0:
                         continue
-                    ahead = PREFETCH * step if token == first_token else 0
-                    queries = job[QKV] + width * (
-                        token * (group + 2) * kv_heads + head * group
-                    )
-                    first = (token * kv_heads + head) * group
-                    heads_address = job[HEADS] + first * width
-                    rows = job[SCORES] + first * to_row
-                    out = carray(pointer(heads_address, np.float32), (group, head_dim))
-                    scores = carray(pointer(rows, np.float32), (group, BLOCK + STATS))
+                    ahead = PREFETCH * step if token == first else 0
+                    queries = job[QKV] + width * (token * (group + 2) * kv_heads + head * group)
+                    out, scores = results_of(job, token, head, head_dim)
+                    rows = scores.ctypes.data
                     if is_rounded:
                         score_keys(
                             "int8", head_dim, lanes, group, queries, count, keys, step, ahead, rows,
@@ -227,44 +251,22 @@ def attend(head_dim: int, lanes: int) -> Task:
                             rows, to_row,
                         )  # fmt: skip
                     for h in range(group):
+                        weights, sums = rows + h * to_row, out.ctypes.data + h * width
                         if is_rounded:
                             scale_by(scores[h], count, cache[KEY_SCALES], scale_at, scale_step)
-                        for i in range(count, BLOCK):
-                            scores[h, i] = LEAST
-                        before = scores[h, BLOCK]
-                        most = before
-                        for i in range(BLOCK):
-                            scores[h, i] *= score_scale
-                            most = max(most, scores[h, i])
-                        total = np.float32(0)
-                        for i in range(BLOCK):
-                            weight = exp(scores[h, i] - most)
-                            scores[h, i] = weight
-                            total += weight
-                        if most > before:
-                            shrink = exp(before - most)
-                            scores[h, BLOCK] = most
-                            scores[h, BLOCK + 1] *= shrink
-                            for d in range(head_dim):
-                                out[h, d] *= shrink
-                        scores[h, BLOCK + 1] += total
-                        weights, sums = rows + h * to_row, heads_address + h * width
-                        if is_rounded:
+                            weigh(scores[h], out[h], count, score_scale)
                             scale_by(scores[h], count, cache[VALUE_SCALES], scale_at, scale_step)
                             add_values(
                                 "int8", head_dim, lanes, weights, count, values, step, ahead, sums
                             )
                         else:
+                            weigh(scores[h], out[h], count, score_scale)
                             add_values(
                                 "float32", head_dim, lanes, weights, count, values, step, ahead,
                                 sums,
                             )  # fmt: skip
-            for token in range(first_token, first_token + tokens):
-                first = (token * kv_heads + head) * group
-                out = carray(pointer(job[HEADS] + first * width, np.float32), (group, head_dim))
-                scores = carray(
-                    pointer(job[SCORES] + first * to_row, np.float32), (group, BLOCK + STATS)
-                )
+            for token in tokens:
+                out, scores = results_of(job, token, head, head_dim)
                 for h in range(group):
                     inverse = np.float32(1) / scores[h, BLOCK + 1]
                     for d in range(head_dim):

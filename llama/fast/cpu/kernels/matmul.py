@@ -5,7 +5,7 @@ from numba import carray, njit
 
 from llama.fast.cpu.kernels.exponential import exp
 from llama.fast.cpu.kernels.instructions import fetch_add, pointer
-from llama.fast.cpu.kernels.job import BIASES, FIRST, N, OUT, THREADS, TOTAL
+from llama.fast.cpu.kernels.job import BIASES, FIRST, OUT, THREADS, TOTAL, N
 
 UNIT = 16  # rows of weights; chunks are multiples of it, except the last one
 

@@ -15,7 +15,7 @@ import torch
 @functools.cache
 def _parallel() -> Callable[[int, int, int, int], None] | None:
     try:
-        call = ctypes.CDLL(torch._C.__file__).GOMP_parallel  # found in a dependency
+        call = ctypes.CDLL(torch._C.__file__).GOMP_parallel  # in a library that it needs
     except (AttributeError, OSError):
         return None  # another OpenMP runtime, as on a Mac: kernels then run on one thread
     call.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
@@ -30,7 +30,7 @@ def threads() -> int:
 
 @functools.cache
 def yield_address() -> int:
-    """The address of sched_yield; 0 where there is no pool."""
+    """The address of sched_yield; 0 if there is no pool."""
     if _parallel() is None:
         return 0
     return address(ctypes.CDLL(None).sched_yield)

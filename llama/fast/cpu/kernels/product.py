@@ -1,8 +1,8 @@
 """Products of fast mode on a CPU: a weight matrix, and the job that describes a product with it.
 
-`F.linear` is made for many rows. A decode step has one to eight rows, so at best
-it takes as long as reading every weight once. These kernels reach that speed, on all of PyTorch's threads, with weights
-in float32, bfloat16, int8 or int4. They need the extra `[fast]` and weights on the CPU.
+`F.linear` is made for many rows. A decode step has one to eight rows, so at best it takes as long
+as reading every weight once. These kernels reach that speed, on all of PyTorch's threads, with
+weights in float32, bfloat16, int8 or int4. They need the extra `[fast]` and weights on the CPU.
 """
 
 import functools

@@ -27,7 +27,7 @@ def attend(
     row = tl.program_id(0) // n_kv_heads
     kv_head = tl.program_id(0) % n_kv_heads
     chunk = tl.program_id(1)
-    # The query heads of the first token, then those of the next.
+    # Queries are numbered token by token: all query heads of the first token come first.
     queries = tl.program_id(2) * BLOCK_Q + tl.arange(0, BLOCK_Q)
     is_query = queries < tokens_a_row * N_REP
     token = row * tokens_a_row + queries // N_REP

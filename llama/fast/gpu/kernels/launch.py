@@ -1,6 +1,7 @@
-"""Launch the kernels: the block sizes follow by rule from the shapes, nothing is tuned at run time.
+"""Launch the kernels. Fixed rules compute the block sizes from the shapes, without tuning.
 
-The rules were found by timing configurations on an H200; `benchmarks/gpu_kernels.py` repeats it.
+The rules were found by timing configurations on an H200. `benchmarks/gpu_kernels.py` repeats these
+timings.
 """
 
 import functools
@@ -18,12 +19,13 @@ from llama.fast.gpu.device_weights import Matrix
 from llama.fast.gpu.kernels import attention, product
 
 MIN_DOT = 16  # the least side of a tile of the matrix units
-CHUNK = 128  # positions of a program of `attend`
-COUNTERS = 1 << 14  # tiles that several programs may share
+CHUNK = 128  # cache positions that one program of `attend` takes
+COUNTERS = 1 << 14  # most tiles of a launch in which several programs share each tile
 
 
 class Kernels:
-    """The kernels' calls, with the scratch memory that they share. One stream uses it at a time."""
+    """Calls the kernels, and holds the scratch memory that they share. Only one stream may use it
+    at a time."""
 
     def __init__(self, n_heads: int, device: torch.device) -> None:
         self._n_heads = n_heads
@@ -36,7 +38,7 @@ class Kernels:
         self._pending: dict[Any, Callable[[], Any]] | None = None
 
     def compile(self, work: Callable[[], Any]) -> None:
-        """Compile the kernels that the work launches, side by side, and run none of them."""
+        """Compile all kernels that `work` launches, in parallel. No kernel runs."""
         self._pending = {}
         try:
             work()
@@ -46,7 +48,7 @@ class Kernels:
 
         def compile_one(compile: Callable[[], Any]) -> None:
             with torch.cuda.device(self._device if self._device.type == "cuda" else -1):
-                getattr(compile(), "run", None)  # makes the launcher, by a C compiler
+                getattr(compile(), "run", None)  # reading `run` compiles the launcher, in C
 
         with ThreadPoolExecutor(len(pending)) as pool:
             for _ in pool.map(compile_one, pending):
@@ -103,7 +105,8 @@ class Kernels:
         return out
 
     def swiglu(self, x: Tensor, matrix: Matrix) -> Tensor:
-        """silu of the matrix' first half of rows, times its second half: (…, K) -> (…, N / 2)."""
+        """silu(x @ gate.T) * (x @ up.T): (…, K) -> (…, N / 2). The first half of the matrix's rows
+        is the gate, and the second half is the up projection."""
         n = matrix.n_rows // 2
         out = x.new_empty(*x.shape[:-1], n)
         grid, arguments, options = self._blocks(x, matrix, n)
@@ -135,8 +138,8 @@ class Kernels:
         return self._store(launch, x, positions, cache)
 
     def rotate(self, x: Tensor, freqs_cis: Tensor, positions: Tensor, cache: LayerCache) -> Tensor:
-        """Rotated queries (B, S, H, hd) of products (B, S, (H + 2 K) hd) with the joined matrix of
-        queries, keys and values; keys and values go to the cache."""
+        """Rotated queries (B, S, H, hd). x (B, S, (H + 2 K) hd) is already multiplied by the joined
+        matrix of queries, keys and values; keys and values go to the cache."""
         n_tokens, block_m, pairs = positions.numel(), 8, 128
         grid = triton.cdiv(x.shape[-1], 2 * pairs), triton.cdiv(n_tokens, block_m)
 
@@ -151,8 +154,8 @@ class Kernels:
     def _store(
         self, launch: Callable[..., None], x: Tensor, positions: Tensor, cache: LayerCache
     ) -> Tensor:
-        """Launch a kernel that stores keys and values in the cache, by way of other tensors where
-        the cache is int8. Returns the queries."""
+        """Launch a kernel that stores keys and values in the cache. If the cache is int8, the
+        kernel stores them in other tensors, which are then quantized. Returns the queries."""
         bsz, seqlen = positions.shape
         n_kv_heads, head_dim = cache.k.shape[2:]
         heads = self._n_heads, n_kv_heads, head_dim
@@ -214,8 +217,8 @@ class Kernels:
         k = matrix.n_columns
         n_tokens = x.numel() // k
         block_m = self.block_of_tokens(n_tokens)
-        # Rows of weights in a tile, bytes of a row, tiles in flight, warps. They do not depend on
-        # the number of tokens, so that neither does the order of a token's sums.
+        # Rows of weights in a tile, bytes of a row, tiles in flight, warps. The size of a tile
+        # does not depend on the number of tokens. So the order of a token's sums does not either.
         if matrix.width != "wide":
             block_n, n_bytes, stages, warps = 32, 128, 4, 2
         elif matrix.n_rows >= 64 * self._n_processors:
@@ -223,7 +226,7 @@ class Kernels:
         else:
             block_n, n_bytes, stages, warps = 32, 512, 5, 4
         if block_m > MIN_DOT:
-            stages = 3  # what shared memory has room for
+            stages = 3  # shared memory has no room for more
         block_k = max(MIN_DOT, n_bytes // matrix.values.element_size())
         if matrix.width == "int4":
             block_k *= 2

@@ -7,19 +7,20 @@ token's sums are formed in the same order whatever BLOCK_M is and whatever token
 
 Three kernels differ in what they do with finished sums. `project` may add a residual. `swiglu`
 joins a gate and an up projection. `qkv` rotates queries and keys and stores keys and values in the
-cache. Where a matrix has too few rows to fill the GPU, several programs share the columns of a tile
+cache. If a matrix has too few rows to fill the GPU, several programs share the columns of a tile
 (SPLITS). The program that finishes last adds their sums, always in the order of the columns.
 
-Widths of a weight (N, K): "wide", as the activations; "int8" and "fp8", bytes of int8 or e4m3
-numbers and a scale for each row; "int4", a scale for each 32 of a row (see `device_weights`).
+Widths of a weight (N, K): "wide", the dtype of the activations; "int8" and "fp8", bytes of int8 or
+e4m3 numbers, and a scale for each row; "int4", four bits for each weight, and a scale for each 32
+weights of a row (see `device_weights`).
 """
 
 import triton
 import triton.language as tl
 
 GROUP = tl.constexpr(32)  # int4 weights that share a scale
-HALF = tl.constexpr(16)  # bytes that hold them
-COUNTS = ["n_tokens", "tokens_a_row"]  # one compiled kernel serves all
+HALF = tl.constexpr(16)  # bytes that hold these weights
+COUNTS = ["n_tokens", "tokens_a_row"]  # one compiled kernel serves all values of these
 USE_PTX = tl.constexpr(not triton.knobs.runtime.interpret)  # the interpreter has no PTX
 
 
@@ -31,7 +32,8 @@ def _multiply(
     """Add the products of BLOCK_K columns, from k0 on, to sums (BLOCK_N, BLOCK_M)."""
     is_feature = features < n_features
     if WIDTH == "int4":
-        # A byte holds the weights j and j + 16 of its group: two products of half the length.
+        # A byte holds the weights j and j + 16 of its group. So there are two products of half the
+        # length, one for the low bits and one for the high bits.
         groups = k0 // GROUP + tl.arange(0, BLOCK_K // GROUP)
         is_group = is_feature[:, None] & (groups < K // GROUP)[None, :]
         at = features[:, None] * (K // GROUP) + groups[None, :]
@@ -86,9 +88,13 @@ def _widen_fp8(bytes_, dtype: tl.constexpr):
 
 @triton.jit
 def _widen_int4(pairs, steps, HIGH: tl.constexpr, dtype: tl.constexpr):
-    """(four bits of each byte - 8) * steps: bytes (N, groups, 16), bfloat16 (N, groups, 1)."""
+    """(the low or the HIGH four bits of each byte, minus 8) * steps -> (N, groups, 16).
+
+    pairs: bytes (N, groups, 16). steps: bfloat16 (N, groups, 1).
+    """
     if USE_PTX and dtype == tl.bfloat16:
-        # 0x4300 + n is 128 + n in bfloat16, for n < 128. 136 less is n - 8.
+        # For n < 128, the bits 0x4300 + n are the bfloat16 number 128 + n. Subtracting 136 gives
+        # n - 8.
         tail: tl.constexpr = """
             and.b32 t, t, 0x0F0F0F0F;
             prmt.b32 u, t, 0x43434343, 0x4140;
@@ -126,10 +132,11 @@ def _sums(
     WIDTH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     EVEN: tl.constexpr, STAGES: tl.constexpr, SPLITS: tl.constexpr,
 ):  # fmt: skip
-    """The finished sums (BLOCK_N, BLOCK_M), and whether this program has them.
+    """The sums (BLOCK_N, BLOCK_M), and whether they are finished. If several programs share a
+    tile, only the last of them has finished sums.
 
-    partial: float32 scratch of a tile for each program. counters: int32 zeros, one for each tile of
-    features and tokens; they are zeros again at the end.
+    partial: float32 scratch memory, with one tile for each program. counters: int32 zeros, one for
+    each tile of features and tokens; they are zeros again at the end.
     """
     sums = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     split = tl.program_id(2)
@@ -147,7 +154,7 @@ def _sums(
         at = tl.arange(0, BLOCK_N)[:, None] * BLOCK_M + tl.arange(0, BLOCK_M)[None, :]
         at = partial + tile * SPLITS * size + at
         tl.store(at + split * size, sums)
-        tl.debug_barrier()  # all threads have stored before one says so
+        tl.debug_barrier()  # all threads must have stored before the counter increases
         is_mine = tl.atomic_add(counters + tile, 1, sem="acq_rel") == SPLITS - 1
         if is_mine:
             sums = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
@@ -247,7 +254,7 @@ def rotate(
     q, keys, values, x, rotations, positions, n_tokens, stride_row, stride_position,
     n_heads, n_kv_heads, head_dim, tokens_a_row, BLOCK_M: tl.constexpr, PAIRS: tl.constexpr,
 ):  # fmt: skip
-    """What `qkv` does with its sums, for products x (M, (H + 2 K) hd) that are there already."""
+    """Rotate and store as `qkv` does. x (M, (H + 2 K) hd) holds the products, already computed."""
     n_features = (n_heads + 2 * n_kv_heads) * head_dim
     feature = 2 * (tl.program_id(0) * PAIRS + tl.arange(0, PAIRS))
     tokens = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -266,7 +273,8 @@ def _store_heads(
     q, keys, values, first, second, feature, tokens, rotations, positions, n_tokens,
     stride_row, stride_position, n_heads, n_kv_heads, head_dim, tokens_a_row,
 ):  # fmt: skip
-    """Rotate the pairs of features (feature, feature + 1) of queries and keys; store all.
+    """Rotate the pairs of features (feature, feature + 1) of queries and keys. Store queries, keys
+    and values.
 
     first, second: float32 (PAIRS, BLOCK_M). A pair is rotated by the angle of its position.
     """
@@ -298,7 +306,7 @@ def _store_pairs(at, first, second, mask):
 
 @triton.jit
 def rms_norm(out, x, weight, dim, eps, BLOCK: tl.constexpr):
-    """RMSNorm of a token: x and out (M, dim), in the order of roundings that `RMSNorm` has."""
+    """RMSNorm of a token: x and out (M, dim). It rounds at the same places as `RMSNorm`."""
     token = tl.program_id(0)
     d = tl.arange(0, BLOCK)
     mask = d < dim

@@ -12,7 +12,6 @@ All measurements use the same random weights. They are interleaved, and the medi
 import copy
 import json
 import os
-import platform
 import random
 import statistics
 import time
@@ -22,6 +21,7 @@ from typing import Any
 import fire
 import torch
 from make_checkpoint import DTYPES, SHAPES
+from processor import processor
 from tqdm import tqdm
 
 from llama import ModelArgs, Transformer
@@ -172,7 +172,7 @@ def main(
         print(f"{name:24} {value:9.3f}")
     if out is not None:
         machine = {
-            "machine": f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}",
+            "processor": processor(),
             "cores": os.cpu_count(),
             "torch": torch.__version__,
         }

@@ -91,7 +91,8 @@ def write_gguf(
     """
     args = source.args
     partial = path.with_suffix(".partial")
-    writer = gguf.GGUFWriter(partial, "llama")
+    # Tensors wait in a temporary file, because all of them may not fit into memory.
+    writer = gguf.GGUFWriter(partial, "llama", use_temp_file=True)
     writer.add_file_type(FILE_TYPES[width])
     writer.add_context_length(context)
     writer.add_embedding_length(args.dim)

@@ -9,7 +9,6 @@ second are those of a model in which only the matrix products take time.
 
 import json
 import os
-import platform
 import statistics
 import time
 from collections.abc import Callable
@@ -20,6 +19,7 @@ import fire
 import torch
 import torch.nn.functional as F
 from make_checkpoint import SHAPES
+from processor import processor
 from torch import Tensor
 from tqdm import tqdm
 
@@ -127,7 +127,7 @@ def main(
         print(f"{name:26}{rate:8.1f}{rate / speed:9.0%}{tokens:9.1f}")
     if out is not None:
         content = {
-            "machine": f"{platform.machine()}, {', '.join(instruction_sets())}",
+            "processor": processor(),
             "cores": os.cpu_count(),
             "threads": torch.get_num_threads(),
             "torch": torch.__version__,

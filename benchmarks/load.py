@@ -10,7 +10,6 @@ Linux only. The file's pages are in the system's page cache.
 
 import json
 import os
-import platform
 import socket
 import statistics
 import threading
@@ -26,6 +25,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from make_checkpoint import main as make_checkpoint
+from processor import processor
 
 from llama import parallel
 from llama.checkpoints import shards
@@ -147,7 +147,7 @@ def main(folder: str, shape: str = "1.5b", out: str | None = None, rounds: int =
     limit = read_rate(min(size, 1 << 28), CPU)
     report: dict[str, Any] = {
         "file_bytes": size,
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+        "processor": processor(),
         "torch": torch.__version__,
     }
     for ranks in (1, 2):

@@ -34,6 +34,11 @@ SHAPES: dict[str, dict[str, Any]] = {
         multiple_of=256, ffn_dim_multiplier=1.5, norm_eps=1e-5, rope_theta=500000.0,
         use_scaled_rope=True,
     ),
+    "8b": dict(
+        dim=4096, n_layers=32, n_heads=32, n_kv_heads=8, vocab_size=128256,
+        multiple_of=1024, ffn_dim_multiplier=1.3, norm_eps=1e-5, rope_theta=500000.0,
+        use_scaled_rope=True,
+    ),
 }  # fmt: skip
 
 # The words that the demo model generates. A merge joins two tokens, so a word can be a token of

@@ -23,7 +23,7 @@ from llama import parallel
 from llama.checkpoints.folder import open_checkpoint
 from llama.checkpoints.load import load_weights
 from llama.fast.cpu.transformer import FastTransformer
-from llama.fast.quantize import Width
+from llama.fast.quantizers import QUANTIZERS
 from llama.model import Transformer
 
 PROMPT = 16  # tokens of the prompts that are decoded
@@ -47,13 +47,13 @@ class Ours:
 
     def __init__(self, work: Path, width: str, context: int) -> None:
         self.versions = ["torch", "numba"]
-        opened = open_checkpoint(work / "meta")
+        opened = open_checkpoint(work / (width if width in QUANTIZERS else "meta"))
         opened.args.set_limits(context, ROWS)
         with torch.device("meta"):
             model = Transformer(opened.args)
-        load_weights(model, opened, torch.device("cpu"), None)
-        widths: dict[str, Width | None] = {"bfloat16": None, "int8": "int8", "int4": "int4"}
-        self.network = model if width == "reference" else FastTransformer(model, widths[width])
+        quantize = width if width in QUANTIZERS else None
+        load_weights(model, opened, torch.device("cpu"), None, quantize)
+        self.network = model if width == "reference" else FastTransformer(model)
         self.cache = self.network.make_cache(ROWS, context)
 
     def start(self) -> None:
@@ -135,6 +135,7 @@ class LlamaCpp:
 
         self.versions = ["llama-cpp-python", "gguf"]
         self.c = llama_cpp
+        self.system = llama_cpp.llama_print_system_info().decode()
         llama_cpp.llama_backend_init()
         path = str(work / f"{width}.gguf").encode()
         self.model = llama_cpp.llama_model_load_from_file(
@@ -194,7 +195,8 @@ def measure(network: Network, order: dict[str, Any], vocab_size: int) -> dict[st
         network.start()
         logits = network.forward(token_ids(1, 64, vocab_size), 0)
         np.save(order["out"], logits.float().numpy())
-        return {"versions": {name: version(name) for name in network.versions}}
+        versions = {name: version(name) for name in network.versions}
+        return {"versions": versions, "system": getattr(network, "system", "")}
     rows, n_tokens = order["rows"], order["tokens"]
     network.start()
     if order["measure"] == "prefill":

@@ -2,7 +2,7 @@
 
 All have the same random weights, token ids and number of threads. The measurements are interleaved.
 
-python benchmarks/peers.py --work build/peers --shape 110m --out benchmarks/results/peers_110m.json
+python benchmarks/peers.py --work build/peers --shape 110m --out benchmarks/results
 
 Each peer and width is a process of its own. It is suspended while another one is measured, because
 idle threads may spin. Needs the extras [fast] and [bench]. Installing [bench] needs a C++ compiler
@@ -12,11 +12,12 @@ for llama-cpp-python.
 import json
 import math
 import os
-import platform
 import signal
 import statistics
 import subprocess
 import sys
+import time
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -24,12 +25,14 @@ from typing import Any
 import fire
 import numpy as np
 from make_checkpoint import SHAPES, make_checkpoint
+from processor import file_name, processor
 from tqdm import tqdm
 
 from llama import ModelArgs
 from llama.checkpoints.convert import convert
 from llama.checkpoints.folder import open_checkpoint
 from llama.checkpoints.params import write_params
+from llama.fast.quantizers import QUANTIZERS
 
 CONTEXT = 640
 PREFILL = 512
@@ -39,18 +42,20 @@ ROWS = 8
 LIMITS = {"bfloat16": 0.06, "BF16": 0.06, "int8": 0.12, "Q8_0": 0.12}
 LONG = 20  # seconds; a measurement that takes longer is made in the first round only
 # Name and width of each peer. The logits of the others are compared with those of the first.
+# Rivals stand side by side, because they are measured one after the other.
 LINES = [
     ("llama-reference", "reference"),
-    ("llama-reference", "bfloat16"),
-    ("llama-reference", "int8"),
-    ("llama-reference", "int4"),
     ("llama-models", "bfloat16"),
     ("transformers", "bfloat16"),
+    ("llama-reference", "bfloat16"),
     ("llama.cpp", "BF16"),
+    ("llama-reference", "int8"),
     ("llama.cpp", "Q8_0"),
+    ("llama-reference", "int4"),
     ("llama.cpp", "Q4_0"),
 ]
 WIDTHS = ("BF16", "Q8_0", "Q4_0")
+SHARDS = {"8b": 4}  # of the checkpoint, one of which is held in memory while it is written
 # The widths of llama.cpp that ours are compared with.
 RIVALS = {"bfloat16": "BF16", "int8": "Q8_0", "int4": "Q4_0"}
 PACKAGES = ("llama_models", "transformers", "llama_cpp", "gguf", "matplotlib", "numba")
@@ -90,19 +95,22 @@ class Peer:
         self.process.wait()
 
 
-def prepare(work: Path, shape: str) -> None:
-    """Write the checkpoint in all formats that do not exist yet."""
+def prepare(work: Path, shape: str, lines: Sequence[tuple[str, str]]) -> None:
+    """Write the checkpoint in the formats that the peers read and that do not exist yet."""
     from gguf_file import write_gguf
 
     metas = work / "meta"
     if not (metas / "params.json").exists():
-        make_checkpoint(metas, SHAPES[shape])
+        make_checkpoint(metas, SHAPES[shape], mp_size=SHARDS.get(shape, 1))
         # params.json gets the factor of RoPE, which is a constant in Meta's code.
         write_params(metas / "params.json", ModelArgs(**SHAPES[shape]))
-    if not (work / "hf").exists():
-        convert(metas, work / "hf", "hf")
-    for width in WIDTHS:
-        if not (path := work / f"{width}.gguf").exists():
+    for name, width in lines:
+        path = work / width
+        if name == "transformers" and not (work / "hf").exists():
+            convert(metas, work / "hf", "hf")
+        elif width in QUANTIZERS and not path.exists():
+            convert(metas, path, "meta", quantize=width)
+        elif width in WIDTHS and not (path := work / f"{width}.gguf").exists():
             write_gguf(path, open_checkpoint(metas), width, CONTEXT)
 
 
@@ -164,14 +172,15 @@ def main(
 
     Args:
         work: folder for the weights in all formats; existing files are used again.
-        shape: 110m or 1.5b.
+        shape: 110m, 1.5b or 8b.
         rounds: how often everything is measured, after a short warm-up. A measurement that takes
             longer than 20 seconds is made in the first round only.
         threads: number of threads of every peer.
         decode: tokens decoded for one row; 8 rows decode a quarter of it each.
         widths: fast mode's widths to measure beside llama.cpp's, such as int8,int4, and no other
             peer; by default all.
-        out: a file, to which the figures are written as JSON; a chart is written beside it as PNG.
+        out: a folder for the figures as JSON and a chart as PNG. The processor is part of their
+            names.
     """
     if missing := [name for name in PACKAGES if find_spec(name) is None]:
         raise SystemExit(
@@ -179,12 +188,12 @@ def main(
         )
     folder = Path(work) / str(shape)
     folder.mkdir(parents=True, exist_ok=True)
-    prepare(folder, str(shape))
     lines = LINES
     if widths is not None:
         own = [str(width) for width in (widths.split(",") if isinstance(widths, str) else widths)]
         lines = [line for line in LINES if line[1] in own or line[1] in [RIVALS[w] for w in own]]
         lines = [line for line in lines if line[0] in ("llama-reference", "llama.cpp")]
+    prepare(folder, str(shape), lines)
     orders: dict[str, dict[str, Any]] = {
         "decode": dict(measure="decode", rows=1, tokens=decode),
         "prefill": dict(measure="prefill", rows=1, tokens=PREFILL),
@@ -193,11 +202,14 @@ def main(
     peers: list[Peer] = []
     versions: dict[str, str] = {}
     deviations: dict[str, float] = {}
+    system = ""  # what llama.cpp says of its instruction sets
     try:
         for name, width in lines:  # one after the other, because loading needs memory
             peers.append(Peer(name, width, folder, threads))
             logits = folder / f"{name}_{width}.npy"
-            versions |= peers[-1].ask(measure="logits", out=str(logits))["versions"]
+            answer = peers[-1].ask(measure="logits", out=str(logits))
+            versions |= answer["versions"]
+            system = answer["system"] or system
             first = folder / "{}_{}.npy".format(*lines[0])
             deviations[peers[-1].name] = differs = deviation(first, logits)
             if differs > (limit := LIMITS.get(width, math.inf)):
@@ -210,15 +222,15 @@ def main(
                 peer.ask(**(order | {"tokens": -(-order["tokens"] // 16)}))
         results: list[dict[str, dict[str, float]]] = []
         for i in tqdm(range(rounds), unit="round"):
-            found: dict[str, dict[str, float]] = {}
-            for peer in peers[:: 1 if i % 2 == 0 else -1]:
-                before = results[0][peer.name] if results else {}
-                found[peer.name] = {
-                    name: before[name]
-                    if before and order["rows"] * order["tokens"] / before[name] > LONG
-                    else peer.ask(**order)["tokens_per_second"]
-                    for name, order in orders.items()
-                }
+            found: dict[str, dict[str, float]] = {peer.name: {} for peer in peers}
+            for name, order in orders.items():
+                for peer in peers[:: 1 if i % 2 == 0 else -1]:
+                    before = results[0][peer.name][name] if results else math.inf
+                    found[peer.name][name] = (
+                        before
+                        if order["rows"] * order["tokens"] / before > LONG
+                        else peer.ask(**order)["tokens_per_second"]
+                    )
             results.append(found)
     finally:
         for peer in peers:
@@ -228,7 +240,8 @@ def main(
         for peer in peers
     }
     report = {
-        "shape": shape, "threads": threads, "rounds": rounds, "machine": platform.machine(),
+        "shape": shape, "threads": threads, "rounds": rounds, "processor": processor(),
+        "date": time.strftime("%Y-%m-%d"), "llama.cpp": system,
         "versions": versions, "logits_deviation": deviations, "tokens_per_second": medians,
         "ratios": ratios(results), "measured": results,
     }  # fmt: skip
@@ -238,9 +251,10 @@ def main(
     for name, value in deviations.items():
         print(f"{name:28} logits differ by {value:.4f}")
     if out is not None:
-        Path(out).parent.mkdir(parents=True, exist_ok=True)
-        Path(out).write_text(json.dumps(report, indent=2) + "\n")
-        draw(medians, Path(out).with_suffix(".png"), f"{shape}, {threads} threads")
+        Path(out).mkdir(parents=True, exist_ok=True)
+        path = Path(out) / f"peers_{shape}_{file_name()}.json"
+        path.write_text(json.dumps(report, indent=2) + "\n")
+        draw(medians, path.with_suffix(".png"), f"{shape}, {threads} threads")
 
 
 if __name__ == "__main__":

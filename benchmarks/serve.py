@@ -16,7 +16,6 @@ import asyncio
 import contextlib
 import json
 import os
-import platform
 import random
 import re
 import signal
@@ -36,6 +35,7 @@ import fire
 import httpx
 import torch
 from make_checkpoint import SHAPES, make_checkpoint, write_tokenizer
+from processor import processor
 
 from llama import Llama
 from llama.checkpoints.folder import open_checkpoint
@@ -239,20 +239,6 @@ def prepare(work: Path, shape: str, width: str | None) -> tuple[Path, Path]:
 
         write_gguf(file, open_checkpoint(folder), width, CONTEXT, has_words=True)
     return folder, file
-
-
-def processor() -> str:
-    """The processor's name and its instruction sets that matter here."""
-    info = Path("/proc/cpuinfo")
-    if not info.exists():
-        return platform.processor() or platform.machine()
-    lines = dict(
-        line.split(":", 1) for line in info.read_text().splitlines() if line.count(":") == 1
-    )
-    fields = {name.strip(): value.strip() for name, value in lines.items()}
-    sets = [s for s in ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16")
-            if s in fields.get("flags", "").split()]  # fmt: skip
-    return f"{fields.get('model name', platform.machine())} ({', '.join(sets)})"
 
 
 def counts_of(clients: str | int | tuple[int, ...]) -> list[int]:

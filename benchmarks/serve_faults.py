@@ -17,7 +17,8 @@ from typing import Any
 
 import fire
 import httpx
-from serve import processor, server
+from processor import processor
+from serve import server
 from tqdm import tqdm
 
 from llama.errors import BenchmarkError

@@ -16,7 +16,8 @@ from typing import Any
 
 import fire
 import httpx
-from serve import processor, server
+from processor import processor
+from serve import server
 from serve_faults import MODEL, PATHS, USER, malformed, wait_until_idle
 from tqdm import tqdm
 

@@ -10,7 +10,6 @@ is forced to generate them too. The measurements are interleaved, and medians ar
 import copy
 import json
 import os
-import platform
 import statistics
 import time
 from collections.abc import Sequence
@@ -20,6 +19,7 @@ from typing import Any
 import fire
 import torch
 from make_checkpoint import DTYPES, SHAPES
+from processor import processor
 from torch import Tensor
 from tqdm import tqdm
 
@@ -150,7 +150,7 @@ def main(
         print(name, *(f"{figure} {value:.2f}" for figure, value in figures.items()), sep="  ")
     if out is not None:
         machine = {
-            "machine": f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}",
+            "processor": processor(),
             "cores": os.cpu_count(),
             "torch": torch.__version__,
         }

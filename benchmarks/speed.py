@@ -7,7 +7,6 @@ python benchmarks/speed.py --shape 1.5b --prefill 128 --out benchmarks/results/s
 """
 
 import json
-import platform
 import statistics
 import time
 from collections.abc import Callable
@@ -19,6 +18,7 @@ import torch
 from llama_models.llama3.args import ModelArgs as MetaModelArgs
 from llama_models.llama3.model import Transformer as MetaTransformer
 from make_checkpoint import DTYPES, SHAPES
+from processor import processor
 from tqdm import tqdm
 
 from llama import ModelArgs, Transformer
@@ -105,7 +105,7 @@ def main(
     result: dict[str, Any] = {
         "shape": shape, "parameters": parameters, "dtype": dtype, "prefill": prefill,
         "decode": decode, "rounds": rounds, "threads": torch.get_num_threads(),
-        "torch": torch.__version__, "machine": platform.machine(),
+        "torch": torch.__version__, "processor": processor(),
         "cpu": torch.backends.cpu.get_cpu_capability(),
     }  # fmt: skip
     for phase, by_model in rates.items():

@@ -7,7 +7,6 @@ python benchmarks/train_speed.py --shape 110m --batch 2 --seq_len 1024 --device 
 """
 
 import json
-import platform
 import statistics
 import time
 from collections.abc import Callable
@@ -17,6 +16,7 @@ from typing import Any
 import fire
 import torch
 from make_checkpoint import DTYPES
+from processor import processor
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -173,7 +173,7 @@ def main(
             "shape": shape,
             "batch": batch,
             "seq_len": seq_len,
-            "machine": platform.processor() or platform.machine(),
+            "processor": processor(),
             "threads": torch.get_num_threads(),
             "torch": torch.__version__,
         }

@@ -22,7 +22,8 @@ from llama.checkpoints.load import check_complete, parse_dtype
 from llama.checkpoints.params import write_params
 from llama.checkpoints.shards import Checkpoint
 from llama.errors import CheckpointError, ConfigError
-from llama.fast.quantize import QUANTIZERS, Width, is_quantized
+from llama.fast.quantize import Width, is_quantized
+from llama.fast.quantizers import QUANTIZERS
 from llama.files import sync_file, write_json
 
 HF_FILE_BYTES = 5 * 10**9  # most bytes of weights in one `.safetensors`, as Hugging Face does

@@ -16,7 +16,6 @@ from llama.config import ModelArgs
 from llama.errors import CheckpointError, ConfigError
 from llama.fast.quantize import (
     KINDS,
-    QUANTIZERS,
     Quantized,
     Width,
     is_quantized,
@@ -24,6 +23,7 @@ from llama.fast.quantize import (
     narrow,
     quantize_int8,
 )
+from llama.fast.quantizers import QUANTIZERS
 from llama.files import atomic_file
 from llama.memory import with_huge_pages
 

@@ -6,7 +6,7 @@ zeros to a multiple of eight. Dettmers & Zettlemoyer 2023, arxiv.org/abs/2212.09
 and groups.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Literal, NamedTuple, Self
 
 import torch
@@ -77,7 +77,7 @@ def quantize_int8(w: Tensor, largest: Tensor | None = None) -> Int8Weight:
     largest: (N,) the largest absolute value of each whole row, if w has only some of its columns.
     Raises ConfigError where w is not a matrix of finite numbers or K is not a multiple of 32.
     """
-    _check(w)
+    check_matrix(w)
     values, flat = weight = Int8Weight.empty(w.shape, w.device)
     scale = flat.view(-1, LANES)
     if largest is not None:
@@ -87,7 +87,7 @@ def quantize_int8(w: Tensor, largest: Tensor | None = None) -> Int8Weight:
         scale[block] = most.clamp(min=torch.finfo(torch.float32).tiny) / 127
         steps = (rows / scale[block, :, None]).round_().clamp_(-127, 127)
         values[block] = steps.unflatten(-1, (-1, QUAD)).transpose(1, 2)
-    _check_finite(scale)
+    check_finite(scale)
     return weight
 
 
@@ -97,7 +97,7 @@ def quantize_int4(w: Tensor) -> Int4Weight:
     Of two scales for a group, it takes the one with the smaller squared error.
     Raises ConfigError where w is not a matrix of finite numbers or K is not a multiple of 32.
     """
-    _check(w)
+    check_matrix(w)
     packed, scales = weight = Int4Weight.empty(w.shape, w.device)
     for block, rows in _blocks(w, INT4_BLOCK):  # (n, 8, K)
         split = rows.unflatten(-1, (-1, GROUP))
@@ -107,7 +107,7 @@ def quantize_int4(w: Tensor) -> Int4Weight:
         low, high = bits.unflatten(-1, (2, -1, QUAD)).permute(3, 0, 2, 4, 1, 5)
         packed[block] = (low | high << 4).flatten(2)
         scales[block] = scale.transpose(1, 2)
-    _check_finite(scales)
+    check_finite(scales)
     return weight
 
 
@@ -157,7 +157,8 @@ def _blocks(w: Tensor, weights: int) -> Iterator[tuple[slice, Tensor]]:
         yield slice(start, start + size), rows.unflatten(0, (-1, LANES))
 
 
-def _check(w: Tensor) -> None:
+def check_matrix(w: Tensor) -> None:
+    """Raise ConfigError unless w is a matrix of floats whose rows are whole groups."""
     if w.dim() != 2 or not w.is_floating_point():
         shape = tuple(w.shape)
         raise ConfigError(f"only a matrix of floats can be quantized, not {w.dtype} {shape}")
@@ -168,7 +169,8 @@ def _check(w: Tensor) -> None:
         )
 
 
-def _check_finite(scale: Tensor) -> None:
+def check_finite(scale: Tensor) -> None:
+    """Raise ConfigError for scales that a weight which is not finite has spoiled."""
     if not scale.isfinite().all():
         raise ConfigError("a matrix with weights that are not finite cannot be quantized")
 
@@ -214,11 +216,6 @@ def join(parts: Sequence[Quantized], dim: int) -> Quantized:
 
 
 Width = Literal["int8", "int4", "fp8"]
-# For a CPU and for checkpoint folders. For a GPU see `gpu/device_weights.py`.
-QUANTIZERS: dict[str, Callable[[Tensor], Quantized]] = {
-    "int8": quantize_int8,
-    "int4": quantize_int4,
-}
 KINDS: dict[str, type[Quantized]] = {"int8": Int8Weight, "int4": Int4Weight}
 # Bytes of a weight, with its share of the scales.
 BYTES = {"int8": 1.0, "int4": 0.5 + 2 / GROUP, "fp8": 1.0}

@@ -18,7 +18,8 @@ from llama.fast.cpu.kernels.exponential import exp
 from llama.fast.cpu.kernels.isa import ISAS, instruction_sets
 from llama.fast.cpu.kernels.task_list import TaskList
 from llama.fast.cpu.transformer import FastTransformer
-from llama.fast.quantize import QUANTIZERS, Width, dequantize, is_quantized
+from llama.fast.quantize import Width, dequantize, is_quantized
+from llama.fast.quantizers import QUANTIZERS
 
 VOCAB = 300
 SHAPE: dict[str, Any] = dict(

@@ -9,6 +9,7 @@ from numpy import float32, ndarray
 from llama.fast import quantize
 from llama.fast.cpu.kernels.isa import ISAS, instruction_sets
 from llama.fast.cpu.kernels.product import Product
+from llama.fast.quantizers import QUANTIZERS
 
 ROWS, COLUMNS = 37, 352  # several tiles of every size, and single rows
 FEATURES = llvmlite.binding.get_host_cpu_features()
@@ -109,10 +110,10 @@ def test_bfloat16(isa: str, n: int, columns: int) -> None:
 
 @pytest.mark.parametrize("isa", instruction_sets())
 @pytest.mark.parametrize("n", [1, 8, 15])
-@pytest.mark.parametrize("kind", quantize.QUANTIZERS)
+@pytest.mark.parametrize("kind", QUANTIZERS)
 def test_bytes(isa: str, n: int, kind: str) -> None:
     """The same on every instruction set."""
-    weight, x = quantize.QUANTIZERS[kind](matrix(ROWS, COLUMNS, 0)), matrix(n, COLUMNS, 1)
+    weight, x = QUANTIZERS[kind](matrix(ROWS, COLUMNS, 0)), matrix(n, COLUMNS, 1)
     want = bytes_in_groups(weight, x.numpy())
     assert np.array_equal(Product(weight, isa=isa)(x).numpy(), want)
 

@@ -5,6 +5,7 @@ import torch
 
 from llama import Llama
 from llama.errors import ConfigError
+from llama.fast.cpu.kernels.round_int4 import round_int4
 from llama.fast.quantize import dequantize, quantize_int4, quantize_int8
 
 W = torch.randn(72, 192, generator=torch.Generator().manual_seed(0))
@@ -90,3 +91,23 @@ def test_the_bundled_model_hardly_notices() -> None:
         for weight, whole in zip(weights, kept, strict=True):
             weight.data = dequantize(quantize(whole))
         assert nats() - before <= limit
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("rows", [72, 69])
+def test_the_compiled_loop_rounds_alike(dtype: torch.dtype, rows: int) -> None:
+    w = W[:rows].to(dtype)
+    w[3, 32:64], w[5, 7] = 0, 100
+    compiled, plain = round_int4(w), quantize_int4(w)
+    assert torch.equal(compiled.scales, plain.scales)
+    assert torch.equal(compiled.packed, plain.packed)
+
+
+def test_the_compiled_loop_refuses_alike() -> None:
+    for bad in (float("nan"), float("inf"), -float("inf")):
+        w = W.clone()
+        w[71, 191] = bad
+        with pytest.raises(ConfigError, match="weights that are not finite"):
+            round_int4(w)
+    with pytest.raises(ConfigError, match="a row of 31 weights cannot be quantized"):
+        round_int4(torch.ones(2, 31))

@@ -14,7 +14,8 @@ from llama import parallel
 from llama.cache import KVCache
 from llama.fast.cpu.kernels.buffer import float_buffer
 from llama.fast.cpu.kernels.product import Product, Weight
-from llama.fast.quantize import QUANTIZERS, Width, set_quantized
+from llama.fast.quantize import Width, set_quantized
+from llama.fast.quantizers import QUANTIZERS
 from llama.model import Transformer
 
 MAX_TOKENS = 512  # of one call of the layer list

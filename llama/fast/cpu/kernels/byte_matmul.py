@@ -13,6 +13,8 @@ from llama.fast.cpu.kernels.job import FIRST, LENGTH, MATRICES, STEPS, TOTAL, K,
 from llama.fast.cpu.kernels.matmul import finish_chunk, next_chunk, part_of_matrix
 from llama.fast.quantize import GROUP, LANES
 
+FEW_ROWS = 4  # of activations, whose products wait for memory
+
 
 @functools.cache
 def product(kind: str, isa: str, swiglu: bool) -> Callable[[int], None]:
@@ -26,6 +28,9 @@ def product(kind: str, isa: str, swiglu: bool) -> Callable[[int], None]:
         n, k, out_step = job[N], job[K], 4 * job[TOTAL]
         width = k // 2 if is_int4 else k  # bytes of a row of weights, and of its scales
         scale_width = 2 * k // GROUP if is_int4 else 4
+        # A tile of eight rows of weights is one stream, which memory delivers faster than the two
+        # streams of a tile of sixteen.
+        high = LANES if n <= FEW_ROWS else lanes
         while True:
             begin, end = next_chunk(address, job)
             if begin == end:
@@ -35,7 +40,7 @@ def product(kind: str, isa: str, swiglu: bool) -> Callable[[int], None]:
                 weights, scales = job[FIRST + 3 * matrix + 1], job[FIRST + 3 * matrix + 2]
                 row = start
                 while row < stop:
-                    taken = lanes if row + lanes <= stop else LANES
+                    taken = high if row + high <= stop else LANES
                     for first in range(0, n, ROWS):
                         rows = min(ROWS, n - first)
                         i = 0

@@ -252,7 +252,8 @@ def main(
         print(f"{name:28} logits differ by {value:.4f}")
     if out is not None:
         Path(out).mkdir(parents=True, exist_ok=True)
-        path = Path(out) / f"peers_{shape}_{file_name()}.json"
+        alone = f"{lines[0][1]}_" if len(lines) == 2 else ""  # one width
+        path = Path(out) / f"peers_{shape}_{alone}{file_name()}.json"
         path.write_text(json.dumps(report, indent=2) + "\n")
         draw(medians, path.with_suffix(".png"), f"{shape}, {threads} threads")
 

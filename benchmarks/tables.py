@@ -34,7 +34,7 @@ def peers(figures: dict[str, Any]) -> str:
     ]
     versions = ", ".join(f"{name} {number}" for name, number in figures["versions"].items())
     table = rows(["", *measures, "logits differ by"], speeds + ratios)
-    return f"{table}\n\n{figures['rounds']} rounds; {versions}."
+    return f"{table}\n\n{figures['processor']}, {figures['date']}. {figures['rounds']} rounds; {versions}."
 
 
 def quality(figures: dict[str, Any]) -> str:
@@ -103,8 +103,14 @@ def faults(figures: dict[str, Any]) -> str:
 
 # The name of a table in the page, the file of its figures, and the function that writes it.
 TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
-    "peers 1.5b": ("peers_1.5b", peers),
-    "peers 110m": ("peers_110m", peers),
+    "peers 1.5b avx512bf16": ("peers_1.5b_amd_epyc_avx512bf16", peers),
+    "peers 110m avx512bf16": ("peers_110m_amd_epyc_avx512bf16", peers),
+    "peers 8b int8": ("peers_8b_int8_amd_epyc_avx512bf16", peers),
+    "peers 8b int4": ("peers_8b_int4_amd_epyc_avx512bf16", peers),
+    "peers 1.5b avx2": ("peers_1.5b_amd_epyc_avx2", peers),
+    "peers 110m avx2": ("peers_110m_amd_epyc_avx2", peers),
+    "peers 1.5b zen 3": ("peers_1.5b_zen_3_avx2", peers),
+    "peers 110m zen 3": ("peers_110m_zen_3_avx2", peers),
     "quality": ("quality", quality),
     "startup": ("startup_1.5b", startup),
     "ranks": ("ranks_1.5b", ranks),

@@ -13,8 +13,7 @@ from torch import Tensor
 
 from llama.errors import ConfigError
 from llama.fast import quantize
-from llama.fast.cpu.kernels.byte_tile import Integers
-from llama.fast.cpu.kernels.instructions import i8, i32, vector
+from llama.fast.cpu.kernels import byte_tile, float_tile
 from llama.fast.cpu.kernels.isa import ISAS, instruction_sets
 from llama.fast.cpu.kernels.product import Product, Weight, linear
 
@@ -198,28 +197,48 @@ def test_refusals() -> None:
         linear(matrix(2, 64), w, isa="amx")
 
 
-def assembly_of(isa: str, lanes: int, triple: str, cpu: str, features: str = "") -> str:
-    """The assembly of one multiply-add of bytes, for a processor that may not be this one."""
-    module = ir.Module()
-    bytes_ = vector(i8, 4 * lanes)
-    kind = ir.FunctionType(vector(i32, lanes), [vector(i32, lanes), bytes_, bytes_])
-    builder = ir.IRBuilder(ir.Function(module, kind, "f").append_basic_block())
-    total, w, x = builder.function.args
-    builder.ret(Integers(builder, isa, lanes, is_int4=False).add(total, w, x))
-    llvm.initialize_all_targets()
-    llvm.initialize_all_asmprinters()
-    machine = llvm.Target.from_triple(triple).create_target_machine(cpu=cpu, features=features)
-    return machine.emit_assembly(llvm.parse_assembly(str(module)))
+X86, ARM = "x86_64-unknown-linux-gnu", "aarch64-unknown-linux-gnu"
 
 
 @pytest.mark.parametrize(
-    ("isa", "lanes", "cpu"),
-    [("vnni", 8, "alderlake"), ("vnni", 8, "znver4"), ("avx512", 16, "icelake-server")],
+    ("kind", "isa", "triple", "cpu", "instruction"),
+    [
+        ("int8", "vnni", X86, "alderlake", "vpdpbusd"),
+        ("int4", "vnni", X86, "alderlake", "vpdpbusd"),
+        ("int8", "avx512", X86, "icelake-server", "vpdpbusd"),
+        ("float32", "avx512", X86, "icelake-server", "vfmadd"),
+        ("bfloat16", "avx512bf16", X86, "sapphirerapids", "vdpbf16ps"),
+        ("float32", "plain", ARM, "neoverse-n1", "fmla"),
+        ("bfloat16", "plain", ARM, "apple-m1", "fmla"),
+        ("int8", "plain", ARM, "neoverse-n1", "smull"),
+        ("int8", "dotprod", ARM, "neoverse-n1", "sdot"),
+        ("int4", "dotprod", ARM, "apple-m1", "sdot"),
+    ],
 )
-def test_four_bytes_are_one_instruction(isa: str, lanes: int, cpu: str) -> None:
-    code = assembly_of(isa, lanes, "x86_64-unknown-linux-gnu", cpu)
-    wide = [line for line in code.splitlines() if "ymm" in line or "zmm" in line]
-    assert ["vpdpbusd" in line for line in wide] == [True]
+def test_the_code_for_other_processors(
+    kind: str, isa: str, triple: str, cpu: str, instruction: str
+) -> None:
+    """A tile is compiled for processors that may not be this one. It calls no function."""
+    is_float = kind in ("float32", "bfloat16")
+    tile, count = (float_tile, 10) if is_float else (byte_tile, 8)
+    rows = ISAS[isa].prefill.rows if is_float else ISAS[isa].lanes
+    module = ir.Module()
+    kinds = ir.FunctionType(ir.VoidType(), [ir.IntType(64)] * count)
+    builder = ir.IRBuilder(ir.Function(module, kinds, "f").append_basic_block())
+    tile._Tile(builder, kind, isa, rows, 4, list(builder.function.args)).write()
+    builder.ret_void()
+    llvm.initialize_all_targets()
+    llvm.initialize_all_asmprinters()
+    machine = llvm.Target.from_triple(triple).create_target_machine(cpu=cpu, opt=3)
+    compiled = llvm.parse_assembly(str(module))
+    compiled.triple, compiled.data_layout = triple, str(machine.target_data)
+    options = llvm.create_pipeline_tuning_options(speed_level=3)
+    passes = llvm.create_pass_builder(machine, options).getModulePassManager()
+    passes.run(compiled, llvm.create_pass_builder(machine, options))
+    lines = [line.split() for line in machine.emit_assembly(compiled).splitlines()]
+    names = [line[1 if line[0] == "{vex}" else 0] for line in lines if line]
+    assert sum(name.startswith(instruction) for name in names) >= 32
+    assert not {"call", "callq", "bl"} & set(names)
 
 
 def test_without_numba_a_hint() -> None:

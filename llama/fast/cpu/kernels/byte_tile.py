@@ -30,6 +30,7 @@ from llama.fast.cpu.kernels.instructions import (
     load_at,
     mul_const,
     multiply_add,
+    part,
     prefetch,
     splat,
     vector,
@@ -49,7 +50,7 @@ def offset(kind: str, isa: str) -> int:
     is corrected by the sum of the activations."""
     if kind == "int4":
         return OFFSET
-    return 128 if ISAS[isa].has_dot else 0
+    return 128 if ISAS[isa].dot == "vpdpbusd" else 0
 
 
 class Integers:
@@ -75,10 +76,13 @@ class Integers:
             wide = vector(i16, self.bytes.count)
             products = b.mul((b.zext if self.is_int4 else b.sext)(w, wide), b.sext(x, wide))
             more = self._add_quads(products)
-        elif ISAS[self.isa].has_dot:
+        elif ISAS[self.isa].dot == "vpdpbusd":
             name = f"llvm.x86.avx512.vpdpbusd.{8 * self.bytes.count}"
             total = splat(self.ints, 0) if total is None else total
             return call_instruction(b, name, self.ints, total, w, x)
+        elif ISAS[self.isa].dot == "sdot":
+            total = splat(self.ints, 0) if total is None else total
+            return self._signed_dot(total, w, x)
         elif self.is_int4:
             more = self._call("pmadd.ub.sw", self.pairs, w, x)
         else:
@@ -89,6 +93,20 @@ class Integers:
     def result(self, total: Value) -> Value:
         """The sums as int32."""
         return self._add_pairs(total) if total.type == self.pairs else total
+
+    def _signed_dot(self, total: Value, w: Value, x: Value) -> Value:
+        """ARM's instruction, whose vectors have four lanes."""
+        b, name = self.b, "llvm.aarch64.neon.sdot.v4i32.v16i8"
+        sums = [
+            call_instruction(
+                b,
+                name,
+                vector(i32, 4),
+                *[part(b, v, self.ints.count // 4, i) for v in (total, w, x)],
+            )
+            for i in range(self.ints.count // 4)
+        ]
+        return join(b, sums)
 
     def _call(self, name: str, returns: ir.Type, *operands: Value) -> Value:
         return call_instruction(self.b, f"llvm.x86.avx2.{name}", returns, *operands)

@@ -3,17 +3,24 @@
 import ctypes
 import functools
 import hashlib
-from collections.abc import Callable, Set
+import logging
+import threading
+from collections.abc import Callable, Iterator, Set
+from contextlib import contextmanager
 from pathlib import Path
 
 from numba import cfunc, types
 
+from llama import parallel
 from llama.fast import quantize
+
+log = logging.getLogger("llama")
 
 # Numba recompiles a task when the task's own file has changed. Each task reads VERSION, a hash of
 # all kernel files, so that it is recompiled when any of them has changed.
 SOURCES = [*sorted(Path(__file__).parent.glob("*.py")), Path(quantize.__file__)]
 VERSION = hashlib.sha256(b"".join(path.read_bytes() for path in SOURCES)).hexdigest()
+PATIENCE = 0.5  # seconds of compiling before a log line says so
 
 
 def compile_task(
@@ -28,10 +35,29 @@ def compile_task(
         boundscheck=False,
         fastmath=set(fastmath),
     )
-    try:
-        compiled = compile_cached(cache=True)(function)
-    except RuntimeError:  # no cache folder can be written
-        compiled = compile_cached()(function)
+    with _announced():
+        try:
+            compiled = compile_cached(cache=True)(function)
+        except RuntimeError:  # no cache folder can be written
+            compiled = compile_cached()(function)
     call = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(compiled.address)
     call.compiled = compiled  # type: ignore[attr-defined]  # keeps the code from being freed
     return call
+
+
+@contextmanager
+def _announced() -> Iterator[None]:
+    """Say that kernels are compiled, if that takes long. Reading the cache does not."""
+    timer = threading.Timer(PATIENCE, _announce)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+@functools.cache
+def _announce() -> None:
+    if parallel.is_main_rank():
+        log.info("compiling kernels for this processor, which takes some seconds once")

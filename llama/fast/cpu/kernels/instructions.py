@@ -79,6 +79,13 @@ def join(b: Builder, vectors: list[Value]) -> Value:
     return b.shuffle_vector(*vectors, ir.Constant(vector(i32, lanes), list(range(lanes))))
 
 
+def part(b: Builder, whole: Value, parts: int, number: int) -> Value:
+    """One of several equal parts of a vector."""
+    lanes = whole.type.count // parts
+    numbers = list(range(lanes * number, lanes * (number + 1)))
+    return b.shuffle_vector(whole, whole, ir.Constant(vector(i32, lanes), numbers))
+
+
 def widen(b: Builder, halves: Value) -> Value:
     """A vector of bfloat16 -> float32. A bfloat16 is the upper half of a float32."""
     lanes = halves.type.count

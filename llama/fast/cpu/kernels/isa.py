@@ -3,7 +3,7 @@
 import functools
 import os
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import llvmlite.binding
 
@@ -23,7 +23,7 @@ class InstructionSet:
 
     lanes: numbers of 32 bits in a vector; the rows of weights of a tile of bytes. decode, prefill:
     tiles of floats; all their sums fit the registers. byte_inputs: the most rows of activations of
-    a tile of bytes. has_dot: one instruction multiplies and adds four bytes. has_pairs: one
+    a tile of bytes. dot: the instruction that multiplies and adds four bytes. has_pairs: one
     instruction multiplies and adds two bfloat16. needs: LLVM's names of processor features.
     """
 
@@ -31,22 +31,24 @@ class InstructionSet:
     decode: Tile
     prefill: Tile
     byte_inputs: int
-    has_dot: bool
+    dot: Literal["vpdpbusd", "sdot"] | None
     has_pairs: bool
     needs: tuple[str, ...]
 
 
 AVX2 = ("avx2", "fma")
 AVX512 = (*AVX2, "avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512vnni")
-SIXTEEN_REGISTERS = Tile(3, 4), Tile(3, 4), 4
-THIRTY_TWO_REGISTERS = Tile(3, 8), Tile(4, 4), 8
-# The fastest first. "plain" is LLVM's vectors alone, which every processor runs.
+# Tiles for 32 registers, and for 16 registers or 32 of half the size.
+MANY = Tile(3, 8), Tile(4, 4), 8
+FEW = Tile(3, 4), Tile(3, 4), 4
+# The fastest first. "dotprod" is for ARM. "plain" is LLVM's vectors alone, for every processor.
 ISAS = {
-    "avx512bf16": InstructionSet(16, *THIRTY_TWO_REGISTERS, True, True, (*AVX512, "avx512bf16")),
-    "avx512": InstructionSet(16, *THIRTY_TWO_REGISTERS, True, False, AVX512),
-    "vnni": InstructionSet(8, *SIXTEEN_REGISTERS, True, False, (*AVX2, "avxvnni")),
-    "avx2": InstructionSet(8, *SIXTEEN_REGISTERS, False, False, AVX2),
-    "plain": InstructionSet(8, *SIXTEEN_REGISTERS, False, False, ()),
+    "avx512bf16": InstructionSet(16, *MANY, "vpdpbusd", True, (*AVX512, "avx512bf16")),
+    "avx512": InstructionSet(16, *MANY, "vpdpbusd", False, AVX512),
+    "vnni": InstructionSet(8, *FEW, "vpdpbusd", False, (*AVX2, "avxvnni")),
+    "avx2": InstructionSet(8, *FEW, None, False, AVX2),
+    "dotprod": InstructionSet(8, *FEW, "sdot", False, ("neon", "dotprod")),
+    "plain": InstructionSet(8, *FEW, None, False, ()),
 }
 
 

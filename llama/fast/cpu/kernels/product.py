@@ -33,9 +33,8 @@ def is_installed() -> bool:
 
 
 def has_dot() -> bool:
-    """Whether the processor multiplies and adds four bytes in one instruction, as VNNI does."""
-    kernels = _kernels()
-    return kernels.isa.ISAS[instruction_sets()[0]].has_dot
+    """Whether one instruction of the processor multiplies and adds four bytes, as in VNNI."""
+    return _kernels().isa.ISAS[instruction_sets()[0]].dot is not None
 
 
 def instruction_sets() -> list[str]:

@@ -34,7 +34,8 @@ def peers(figures: dict[str, Any]) -> str:
     ]
     versions = ", ".join(f"{name} {number}" for name, number in figures["versions"].items())
     table = rows(["", *measures, "logits differ by"], speeds + ratios)
-    return f"{table}\n\n{figures['processor']}, {figures['date']}. {figures['rounds']} rounds; {versions}."
+    machine = f"{figures['processor']}, {figures['date']}."
+    return f"{table}\n\n{machine} {figures['rounds']} rounds; {versions}."
 
 
 def quality(figures: dict[str, Any]) -> str:

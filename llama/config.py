@@ -179,8 +179,7 @@ class ModelArgs:
         """Whether this has the preset's shape. A vocab_size of -1 counts as equal.
 
         The norm_eps may be smaller than the preset's, because early files of Llama 2 give 1e-6
-        instead of 1e-5. It may not be larger, so a model with 1e-5 does not match a Llama 1 preset
-        with 1e-6."""
+        instead of 1e-5. It may not be larger, so that 1e-5 does not match a Llama 1 with 1e-6."""
         names = (
             "dim n_layers n_heads n_kv_heads head_dim ffn_dim rope_theta use_scaled_rope".split()
         )
@@ -261,11 +260,8 @@ class ModelArgs:
 
     @property
     def context(self) -> int:
-        """The longest trained context in tokens.
-
-        It is `context_length` if that is given. Otherwise it is the context of the published model
-        with this shape. If there is none, the RoPE settings tell the model family, and it is the
-        context of that family."""
+        """The longest trained context in tokens: `context_length` if given, else the context of the
+        published model with this shape, else the context of the family with these RoPE settings."""
         if self.context_length is not None:
             return self.context_length
         for name in self.published():

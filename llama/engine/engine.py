@@ -50,8 +50,7 @@ class Engine:
             prefilled in one step, whatever its length.
         cache_dtype: dtype of the keys and values, such as int8; None: the model's default.
         draft: a smaller model with the same vocabulary, which proposes tokens to this one.
-        lookup: if the last tokens occurred earlier in the text, propose the tokens that followed
-            them there.
+        lookup: if the last tokens occurred earlier in the text, propose what followed them there.
         static: decode in steps of static shapes and sample on the device; for a GpuTransformer.
 
     Raises GenerationError for a number out of range, ConfigError for a draft that does not fit.
@@ -104,8 +103,8 @@ class Engine:
         if draft is not None or lookup:
             sizes = max_seq_len, prefill_chunk, n_words
             self._proposer = Proposer(self._worker.run, *sizes, has_draft=draft is not None)
-        # The most tokens that an idle row may keep. A decode step for other rows also writes
-        # padding to idle rows, after their kept tokens. So the last positions stay free.
+        # The most tokens that an idle row may keep. The last positions stay free, because a decode
+        # step for other rows writes padding to idle rows too, after their kept tokens.
         self._kept = max_seq_len - 1 - (MAX_PROPOSALS if self._proposer else 0)
         self._seed = seed
         self._slots = [Slot(i) for i in range(max_batch_size)]
@@ -142,8 +141,7 @@ class Engine:
             prompt_tokens: its ids, at least one, at most max_seq_len.
             params: how to continue it; several samples (n) are several requests.
             row: any number; the request's events carry it.
-            generator: makes the random numbers; None: a new generator, made from the request's
-                seed.
+            generator: makes the random numbers; None: a new one, made from the request's seed.
             is_private: no prefix is reused, neither by this request nor from it.
             is_exact: compute the same forwards as Meta's code. The prompt is computed in one
                 forward with all its logits, no prefix is reused, and the decode steps cover no
@@ -313,8 +311,7 @@ class Engine:
     def _next_tokens(
         self, slots: list[Slot], logits: Tensor, at: int = 0, rows: Sequence[Slot] = ()
     ) -> list[Event]:
-        """Give each slot's request its next token, from logits (B, V), and free the slots whose
-        requests have ended.
+        """Give each slot's request its next token, from logits (B, V). Free the ended slots.
 
         rows: the slots of the decode step. If they are given, the lookahead may launch the next
         step before the tokens of this one are known.
@@ -349,6 +346,5 @@ class Engine:
         self._worker.follow()
 
     def dismiss(self, failed: bool = False) -> None:
-        """On the first rank: end `follow` on the other ranks. If `failed`, `follow` raises
-        ParallelError on them."""
+        """On the first rank: end `follow` on the others. If `failed`, it raises ParallelError."""
         self._worker.dismiss(failed)

@@ -15,10 +15,9 @@ from llama.fast.cpu.kernels.matmul import finish_chunk, next_chunk, part_of_matr
 
 PREFETCH = 1024  # bytes ahead
 FEW_ROWS = 8  # the most rows of x that a decode step has
-BAND = 3  # tiles that are multiplied with some rows of activations before the next rows
 IN_CACHE = 1 << 15  # bytes of activations that stay in a core's cache
-SHARE = 48  # rows of weights that a prefill multiplies at a time
-DEPTH = 4096  # bytes of a row of activations that a prefill multiplies at a time
+SHARE = 96  # rows of weights that a prefill multiplies at a time
+DEPTH = 1024  # columns that a prefill multiplies at a time
 
 
 @njit(error_model="numpy")
@@ -55,10 +54,10 @@ def product(kind: str, isa: str, swiglu: bool) -> Callable[[int], None]:
         is_decode = n <= FEW_ROWS
         high, most = decode if is_decode else prefill
         ahead = PREFETCH if is_decode else 0
-        depth = k if is_decode else min(k, DEPTH // x_width)
+        depth = k if is_decode else min(k, DEPTH)
         block = max(most, IN_CACHE // (x_width * depth) // most * most)
-        # Some rows of activations are multiplied with all tiles of a band before the next ones.
-        band = BAND if is_decode else SHARE
+        # All rows of activations are multiplied with a band of tiles before the next band.
+        band = 1 if is_decode else SHARE
         sums = np.empty(SHARE * block * lanes if depth < k else 0, np.float32)
         while True:
             begin, end = next_chunk(address, job)

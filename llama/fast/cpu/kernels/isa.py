@@ -39,7 +39,7 @@ class InstructionSet:
 AVX2 = ("avx2", "fma")
 AVX512 = (*AVX2, "avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512vnni")
 # Tiles for 32 registers, and for 16 registers or 32 of half the size.
-MANY = Tile(3, 8), Tile(4, 4), 8
+MANY = Tile(3, 8), Tile(2, 8), 8
 FEW = Tile(3, 4), Tile(3, 4), 4
 # The fastest first. "dotprod" is for ARM. "plain" is LLVM's vectors alone, for every processor.
 ISAS = {

@@ -169,7 +169,7 @@ def make_config(args: ModelArgs, dtype: torch.dtype) -> dict[str, Any]:
 
 # Llamas that this library cannot run, by `model_type`, and what to take instead.
 OTHER_MODELS = {
-    "mllama": "Llama 3.2 Vision: its text model is Llama 3.1's of 8B or 70B, take that",
+    "mllama": "Llama 3.2 Vision: its text model is Llama 3.1 8B or 70B, take that instead",
     "llama4": "Llama 4, another architecture: take a Llama of 3.3 or before",
     "llama4_text": "Llama 4, another architecture: take a Llama of 3.3 or before",
 }
@@ -183,8 +183,8 @@ def _check_is_plain_llama(config: dict[str, Any]) -> None:
     if quantization is not None:
         method = quantization.get("quant_method") if isinstance(quantization, dict) else None
         raise ConfigError(
-            f"it is quantized ({method or 'by an unknown method'}): take the original model, which "
-            'quantize="int8" or "int4" rounds here'
+            f"it is quantized ({method or 'by an unknown method'}): take the original model. To "
+            'quantize that here, give quantize="int8" or "int4"'
         )
     plain = {
         "model_type": ("llama",),
@@ -223,8 +223,9 @@ def _rope(config: dict[str, Any], rope_factor: float | None) -> tuple[float, Rop
 def _context(length: Any, scaling: RopeScaling | None) -> Any:
     """The context in tokens, computed from `length`, a config.json's `max_position_embeddings`.
 
-    With dynamic scaling, `length` is the original context. With linear scaling, it is the original
-    context in some files, which is at most Llama 2's 4096, and the scaled context in others.
+    With dynamic scaling, `length` is the original context. With linear scaling, some files give the
+    original context and others the scaled one. An original context is at most 4096, as of Llama 2,
+    so a larger `length` is taken as scaled.
     """
     if scaling is None or type(length) is not int:
         return length

@@ -61,7 +61,8 @@ def _wrong_numbers(opened: Checkpoint) -> Iterator[str]:
         dim = parallel.shard_dim(weight, opened.args.embedding_shard_dim)
         for name, (_, fixed) in opened.stored_tensors(weight, shape).items():
             first = opened.shards[0][name]
-            is_copied = dim is None or dim >= first.dim()  # such as the scale of whole rows
+            # A scale with one number a row has no dimension 1 to split.
+            is_copied = dim is None or dim >= first.dim()
             for i, shard in enumerate(opened.shards):
                 where = f"{opened.file_of(i)}: {opened.name_in_file(name)}"
                 tensor = shard[name]

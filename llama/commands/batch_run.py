@@ -58,7 +58,8 @@ def run_batch(
         output: gets a line for each line of the input: index, id, and text or message, or error.
         options: sampling options for lines that do not have them.
         seed: a line without a seed gets one that is computed from this number and its index. So its
-            result does not depend on other lines, on stops or on the number of ranks.
+            result does not depend on other lines, on the number of ranks, or on whether the job was
+            interrupted and started again.
         force: remove existing results and start again.
 
     `Llama.build` explains the other arguments. If there are more ranks than model_parallel_size,

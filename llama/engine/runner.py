@@ -41,7 +41,7 @@ class Runner:
         self._inboxes: dict[Request, deque[Event]] = {}  # of the requests of open streams
         self._to_cancel: deque[Request] = deque()  # the next step cancels these
         self._n_leading = 0  # how many blocks of `leading` are open
-        self._is_hosting = False  # whether one of these blocks is a host
+        self._is_hosting = False  # whether one of these blocks is a host; see `leading`
 
     def complete(
         self,
@@ -206,9 +206,9 @@ class Runner:
         return self._is_reference and len(prompts) * params.n == 1
 
     def _cancel(self, requests: Sequence[Request]) -> None:
-        """Cancel the requests that have not ended. If a thread has the turn, the next step cancels
-        them. This thread itself may have the turn, because Python may close a forgotten stream at
-        any point."""
+        """Cancel the requests that have not ended: now if the turn is free, otherwise in the next
+        step. Waiting for the turn could be a deadlock: Python may close a forgotten stream at any
+        point, also while this thread has the turn."""
         self._to_cancel.extend(request for request in requests if request.finish_reason is None)
         if self._to_cancel and self._turns.take_if_free():
             try:
@@ -222,9 +222,9 @@ class Runner:
 
     def _step(self) -> None:
         self._cancel_all()
-        on_gpu = self._device.type == "cuda"  # a new thread would use the first GPU
+        on_gpu = self._device.type == "cuda"
         with contextlib.ExitStack() as stack:
-            if on_gpu:
+            if on_gpu:  # each thread has its own current GPU, which is the first one at its start
                 stack.enter_context(torch.cuda.device(self._device))
             if self._turns.is_wanted:
                 stack.enter_context(_interrupt_at_end())

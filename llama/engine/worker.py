@@ -86,8 +86,9 @@ class Worker:
         tokens = torch.tensor(plan.tokens, device=self._device)  # (B, S)
         rows = cache.part(plan.row, len(plan.tokens), plan.n_keys)
         start_pos: int | Tensor = plan.start_pos[0]
-        # If start_pos is a number, a Transformer uses Meta's operations, and the other networks use
-        # no mask.
+        # A number as start_pos has two uses. It makes a Transformer compute with Meta's operations,
+        # so a Transformer gets it only for an exact plan. It lets the other networks attend without
+        # a mask, so they get it for each plan of one row too.
         is_number = plan.is_exact or (len(plan.tokens) == 1 and not isinstance(model, Transformer))
         if not is_number:
             start_pos = torch.tensor(plan.start_pos, device=self._device)  # (B,)
@@ -97,8 +98,8 @@ class Worker:
         return model.logits(features if plan.wanted is Wanted.ALL else features[:, -1:])
 
     def _is_static(self, plan: Plan) -> bool:
-        """Whether the static step can execute the plan: a decode step of rows and tokens that it
-        takes, with or without proposals."""
+        """Whether the static step can execute the plan. The plan must be a decode step, with or
+        without proposals, and `takes` must be true for its numbers of rows and tokens."""
         if self._static is None or plan.is_draft or plan.is_exact or plan.row > 0:
             return False
         n_rows, seqlen = len(plan.tokens), len(plan.tokens[0])

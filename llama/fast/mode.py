@@ -61,7 +61,7 @@ def drawback(
     if dtype not in FLOATS:
         return f"fast mode has kernels for float32 and bfloat16: with {dtype} it is slower"
     if quantize is not None and not has_dot():
-        return f"without VNNI instructions fast mode is slower in {quantize}"
+        return f"without VNNI (x86) or dot product (ARM) fast mode is slower in {quantize}"
     return None
 
 

@@ -149,7 +149,7 @@ class Routes:
         if body.model is not None:
             self._check_model(body.model)
         if (body.prompt is None) == (body.messages is None):
-            raise ApiError(400, "the body has either a prompt or messages", "prompt")
+            raise ApiError(400, "the body must have either a prompt or messages", "prompt")
         if body.messages is not None:
             tools = [tool.tool() for tool in body.tools or ()]
             date = body.date or self.settings.today()

@@ -155,8 +155,8 @@ def text_choice(
             tokens = [*finished.prompt_tokens, *tokens]
             values = [None, *finished.prompt_logprobs[1:], *values]
             alternatives = [None, *finished.prompt_top_logprobs[1:], *alternatives]
-            # The first token is bos, but a text prompt does not contain its name. So the token
-            # after bos is at offset 0.
+            # The first token is bos. It may decode to its name, which a text prompt does not
+            # contain. A start before 0, by the length of that name, puts the next token at 0.
             start = -len(tokenizer.decode(tokens[:1])) if isinstance(prompt, str) else 0
         logprobs = text_logprobs(tokenizer, tokens, values, alternatives, start)
     return {

@@ -198,7 +198,7 @@ class SentencePiece:
         self.stop_tokens = [self.eos_id]
 
     def encode(self, text: str, allowed: set[str]) -> list[int]:
-        # The library never encodes text as a special token.
+        # SentencePiece itself never encodes text as a special token.
         return encode_around(text, allowed, self.special_tokens, self.processor.encode)
 
     def decode(self, ids: list[int]) -> str:
@@ -286,7 +286,8 @@ class _SentencePieceStream(PieceStream):
             # after unk, which every model has, and unk's text is cut off.
             other = self._sp.unk_id()
             return self._sp.decode([other, token_id])[len(self._sp.decode([other])) :]
-        # The piece is decoded twice in a row. Two bos or two eos decode to "", so they do not start
-        # the text. A piece of one blank starts the text: alone it may decode to "", but two do not.
+        # Whether this piece starts the text: bos and eos do not, all others do, even one blank. One
+        # blank alone may decode to "", as bos does. Two blanks do not, but two bos do. So the piece
+        # is decoded twice in a row.
         self._started = self._sp.decode([token_id, token_id]) != ""
         return self._sp.decode([token_id])

@@ -152,14 +152,16 @@ class Trainer:
         """Update the weights once. Returns the mean loss in nats a token and the gradient's norm
         before clipping.
 
-        Raises TrainingError if no target has a loss, or if the loss or the norm is not finite. The
-        weights are unchanged then. Raises DataError for a token id outside the vocabulary.
+        Raises TrainingError if all targets are IGNORED, or if the loss or the norm is not finite.
+        The weights are unchanged then. Raises DataError for a token id outside the vocabulary.
         """
         count = self.options.accumulation
         batches = [self._prepare(*self.loader.next_batch()) for _ in range(count)]
         n_targets = self._sum_over_replicas(sum(batch.n_targets for batch in batches))
         if n_targets == 0:
-            raise TrainingError(f"step {self.step + 1}: no target in its batches has a loss")
+            raise TrainingError(
+                f"step {self.step + 1}: no target in its batches counts for the loss"
+            )
         total = 0.0
         for i, batch in enumerate(batches):
             with self._gradient_sync(is_last=i == len(batches) - 1):

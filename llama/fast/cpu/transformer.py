@@ -1,7 +1,8 @@
 """A Transformer that runs in compiled kernels on a CPU, with float or quantized weights.
 
-Activations are float32 for every kind of weights, because a CPU saves no time by rounding them. The
-KV cache is float32 or int8.
+Activations are float32. A product with int8 or int4 weights rounds its input to int8. A product
+with bfloat16 weights rounds it to bfloat16 if the processor multiplies bfloat16. The KV cache is
+float32 or int8.
 """
 
 from typing import Any
@@ -60,7 +61,7 @@ class FastTransformer:
 
     def features(self, tokens: Tensor, start_pos: int | Tensor, cache: KVCache) -> Tensor:
         """Ids (B, S) -> float32 (B, S, D); see `Transformer.features`. To the last bit, a token's
-        features do not depend on which tokens are computed with it; oneDNN is an exception."""
+        features do not depend on which tokens are computed with it."""
         bsz, seqlen = tokens.shape
         if bsz * seqlen <= MAX_TOKENS:
             return self.layer_list(tokens, start_pos, cache)

@@ -50,9 +50,11 @@ class Numbers(NamedTuple):
     is_pairs: bool
 
     def ready(self, b: Builder, w: Value) -> Value:
+        """The loaded weights as they are multiplied."""
         return w if self.is_pairs or self.weight.element == f32 else widen(b, w)
 
     def multiply_add(self, b: Builder, w: Value, x: Value, total: Value) -> Value:
+        """The sums after the products are added. `dpbf16ps` rounds after each of the two."""
         if not self.is_pairs:
             return multiply_add(b, w, x, total)
         name = "llvm.x86.avx512bf16.dpbf16ps.512"
@@ -98,16 +100,31 @@ class _Tile:
 
     def write(self) -> None:
         b = self.b
-        n, lane_bytes = self.n, 4 * self.lanes.count
-        places = [
-            (total, add_const(b, ir.Constant(i64, 0), lane_bytes * (r * n + i)))
-            for r, row in enumerate(self.sums)
-            for i, total in enumerate(row)
-        ]
         with b.if_then(b.icmp_signed("!=", self.begin, ir.Constant(i64, 0))):
-            for total, place in places:
-                b.store(load_at(b, self.lanes, self.partial, place), total)
+            for total, place in self._places():
+                b.store(b.load(place, align=4), total)
+        done = self._add_lines()
+        with b.if_else(b.icmp_signed("==", self.end, self.k)) as (is_all, is_part):
+            with is_all:
+                self._add_rest(done)
+                self._store()
+            with is_part:
+                for total, place in self._places():
+                    b.store(b.load(total), place, align=4)
 
+    def _places(self) -> list[tuple[Value, Value]]:
+        """Each sum and its place at `partial`."""
+        b, size = self.b, 4 * self.lanes.count
+        totals = [total for row in self.sums for total in row]
+        places = [b.gep(self.partial, [ir.Constant(i64, size * i)]) for i in range(len(totals))]
+        return [
+            (total, b.bitcast(place, self.lanes.as_pointer()))
+            for total, place in zip(totals, places, strict=True)
+        ]
+
+    def _add_lines(self) -> Value:
+        """Add the columns of whole cache lines. Returns the first column after them."""
+        b = self.b
         line = max(LINE // self.width, self.columns)
         lines = b.udiv(b.sub(self.end, self.begin), ir.Constant(i64, line))
         with cgutils.for_range(b, lines) as loop:
@@ -118,19 +135,15 @@ class _Tile:
                     prefetch(b, self.w, b.add(place, self.ahead))
             for j in range(0, line, self.columns):
                 self._add(add_const(b, column, j), load_at)
-        done = b.add(self.begin, mul_const(b, lines, line))
+        return b.add(self.begin, mul_const(b, lines, line))
 
-        with b.if_else(b.icmp_signed("==", self.end, self.k)) as (is_all, is_part):
-            with is_all:
-                columns = ir.Constant(i64, self.columns)
-                with cgutils.for_range_slice(b, done, self.k, columns) as (column, _):
-                    left = b.sub(self.k, column)
-                    self._add(column, functools.partial(load_first, count=left))
-                self._store()
-            with is_part:
-                for total, place in places:
-                    to = b.bitcast(b.gep(self.partial, [place]), self.lanes.as_pointer())
-                    b.store(b.load(total), to, align=4)
+    def _add_rest(self, done: Value) -> None:
+        """Add the columns from `done` to the row's end. Vectors are filled up with zeros."""
+        b = self.b
+        columns = ir.Constant(i64, self.columns)
+        with cgutils.for_range_slice(b, done, self.k, columns) as (column, _):
+            left = b.sub(self.k, column)
+            self._add(column, functools.partial(load_first, count=left))
 
     def _add(self, column: Value, load: Callable[..., Value]) -> None:
         """Add the products of some columns, from `column` on, to all sums."""

@@ -119,7 +119,8 @@ class Product:
         """x (n, K) -> (n, sum of all N), or (n, N) with swiglu, in the dtype of x.
 
         x is float32 or bfloat16. Sums are in float32. For int8 and int4 weights, x is rounded to
-        int8 in groups of 32. To the last bit, row r of the result depends only on row r of x.
+        int8 in groups of 32; for bfloat16 weights to bfloat16, if the instruction set has pairs. To
+        the last bit, row r of the result depends only on row r of x.
         """
         if x.dim() != 2 or x.shape[1] != self.features or x.dtype not in FLOATS or x.device != CPU:
             raise ConfigError(

@@ -12,7 +12,7 @@ import sys
 import time
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import fire
 import numpy as np
@@ -23,6 +23,7 @@ from llama import parallel
 from llama.checkpoints.folder import open_checkpoint
 from llama.checkpoints.load import load_weights
 from llama.fast.cpu.transformer import FastTransformer
+from llama.fast.quantize import Width
 from llama.fast.quantizers import QUANTIZERS
 from llama.model import Transformer
 
@@ -51,7 +52,7 @@ class Ours:
         opened.args.set_limits(context, ROWS)
         with torch.device("meta"):
             model = Transformer(opened.args)
-        quantize = width if width in QUANTIZERS else None
+        quantize = cast(Width, width) if width in QUANTIZERS else None
         load_weights(model, opened, torch.device("cpu"), None, quantize)
         self.network = model if width == "reference" else FastTransformer(model)
         self.cache = self.network.make_cache(ROWS, context)

@@ -53,6 +53,13 @@ def startup(figures: dict[str, Any]) -> str:
     return rows(["", *(key.replace("_", " ") for key in keys)], body)
 
 
+def rounding(figures: dict[str, Any]) -> str:
+    body = [[name, *(f"{number:.2f}" for number in row.values())]
+            for name, row in figures["medians"].items()]  # fmt: skip
+    table = rows(["", "seconds", "own memory, GB", "written, GB"], body)
+    return f"{table}\n\n{figures['processor']}, {figures['date']}. {figures['rounds']} rounds."
+
+
 def ranks(figures: dict[str, Any]) -> str:
     table = figures["tokens_per_s"] | {"ratio": figures["ratio"]}
     body = [[name, *(f"{number:.2f}" for number in row.values())] for name, row in table.items()]
@@ -112,6 +119,8 @@ TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "peers 110m avx2": ("peers_110m_amd_epyc_avx2", peers),
     "peers 1.5b zen 3": ("peers_1.5b_zen_3_avx2", peers),
     "peers 110m zen 3": ("peers_110m_zen_3_avx2", peers),
+    "rounding 1.5b": ("rounding_1.5b_amd_epyc_avx512bf16", rounding),
+    "rounding 8b": ("rounding_8b_amd_epyc_avx512bf16", rounding),
     "quality": ("quality", quality),
     "startup": ("startup_1.5b", startup),
     "ranks": ("ranks_1.5b", ranks),

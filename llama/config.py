@@ -179,7 +179,7 @@ class ModelArgs:
         """Whether this has the preset's shape. A vocab_size of -1 counts as equal.
 
         The norm_eps may be smaller than the preset's, because early files of Llama 2 give 1e-6
-        instead of 1e-5. It may not be larger, so that 1e-5 does not match a Llama 1 with 1e-6."""
+        instead of 1e-5. It may not be larger: a model with 1e-5 is not a Llama 1 with 1e-6."""
         names = (
             "dim n_layers n_heads n_kv_heads head_dim ffn_dim rope_theta use_scaled_rope".split()
         )

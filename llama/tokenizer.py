@@ -180,8 +180,8 @@ class Tokenizer:
             return make_format(self.form.name, self, self.form.default_system)
         if isinstance(self._backend, LibraryTokenizer):
             raise DialogError(
-                f"{self.model_path}: no chat form is known for this vocabulary: complete texts, or "
-                "name one with format"
+                f"{self.model_path}: no chat form is known for this vocabulary: name one with the "
+                "option format, or use text completion instead of chat"
             )
         return Llama2ChatFormat(self) if self.is_llama_2 else ChatFormat(self)
 

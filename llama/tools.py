@@ -144,7 +144,7 @@ def _called(call: ToolCall) -> tuple[str, dict[str, Any]]:
     """The name and the arguments of one call. Raises DialogError if it is not a `ToolCall`."""
     function = call.get("function") if isinstance(call, Mapping) else None
     if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
-        raise DialogError("a message has a tool call without a function that has a name")
+        raise DialogError("a message has a tool call that does not name its function")
     name = function["name"]
     arguments: Any = function.get("arguments")
     try:

@@ -498,7 +498,7 @@ def test_wrong_choice(choice: str, tools: Any, message: str) -> None:
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ([3], "without a function that has a name"),
+        ([3], "does not name its function"),
         ([{"function": {"name": "add", "arguments": "no"}}], "no JSON object"),
         ([{"function": {"name": "add", "arguments": "[" * 10**5}}], "no JSON object"),
         ([{"function": {"name": "add", "arguments": [1]}}], "no JSON object"),

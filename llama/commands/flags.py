@@ -77,7 +77,7 @@ SPECULATION = group(
         "lookup",
         "yes or no",
         "no",
-        "propose the tokens that followed the last ones earlier in the text; mode fast",
+        "find the last tokens earlier in the text, propose what followed them there; mode fast",
     ),
 )
 SAMPLING = group(

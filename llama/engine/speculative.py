@@ -170,13 +170,13 @@ class StepTimes:
             timed = lengths[length] = _Timed(deque(maxlen=self.LAST), self._count)
         timed.latest.append(seconds)
         timed.at = self._count
-        # Not the minimum: a step that accepts no proposal is the fastest.
+        # The minimum would be too low: it is the time of a step that accepted no proposal.
         timed.median = sorted(timed.latest)[len(timed.latest) // 2]
 
     def seconds(self, n_rows: int, length: int) -> float:
-        """The estimated time: the median of the times, if there are FEW or more. With fewer times
-        it is the smaller of their median and an estimate from the nearest number of proposals. It
-        is 0 if steps without proposals have fewer than FEW times."""
+        """The estimated time of such a step: the median, if FEW or more were timed. If fewer were
+        timed, it is extrapolated from steps with no or other proposals, but at most their median.
+        0 means unknown: fewer than FEW steps without proposals were timed."""
         lengths = self._known.get(n_rows, {})
         plain = self._median(lengths, 0)
         if length == 0 or plain == 0:

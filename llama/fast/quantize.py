@@ -170,7 +170,7 @@ def check_matrix(w: Tensor) -> None:
 
 
 def check_finite(scale: Tensor) -> None:
-    """Raise ConfigError for scales that a weight which is not finite has spoiled."""
+    """Raise ConfigError if a scale is not finite, because a weight of the matrix is not finite."""
     if not scale.isfinite().all():
         raise ConfigError("a matrix with weights that are not finite cannot be quantized")
 

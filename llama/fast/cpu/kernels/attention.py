@@ -83,9 +83,9 @@ def score_keys(
 
     All but kind ("float32" or "int8"), head_dim and lanes are int64. step: bytes from key to key;
     ahead: from a key to the one that is prefetched, or 0; scores_step: from one query's scores to
-    the next's. As many keys as lanes are multiplied at
-    once, so that their lanes can be added together. Scores beyond `count`, up to the next multiple
-    of the lanes, are overwritten.
+    the next's. Keys are taken in blocks of as many as a vector has lanes, so that the scores of a
+    block form one vector. Scores beyond `count`, up to the next multiple of the lanes, are
+    overwritten.
     """
     signature = types.void(kind, head_dim, lanes, *[types.int64] * 8)
     names = kind.literal_value, head_dim.literal_value, lanes.literal_value
@@ -128,8 +128,8 @@ def add_values(
 ) -> tuple[Any, Callable[..., Value]]:  # fmt: skip
     """out += the sum of weights[i] * value i, over the `count` values; see `score_keys`.
 
-    If a head has few vectors, the values at every second, fourth or eighth position have sums of
-    their own, which are added in the end.
+    If a head has few vectors, two, four or eight separate sums take the values in turn, so that
+    their additions overlap. These sums are added in the end.
     """
     signature = types.void(kind, head_dim, lanes, *[types.int64] * 6)
     names = kind.literal_value, head_dim.literal_value, lanes.literal_value

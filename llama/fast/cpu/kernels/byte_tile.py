@@ -58,10 +58,10 @@ class Integers:
     products to each lane.
 
     Weights are int8 or, after `offset` was added, uint8. Activations are -127 to 127. x86
-    multiplies unsigned by signed bytes. If it has no instruction for four products, an int8
-    weight's sign is moved to its activation. No 16-bit sum overflows then. It has two products of
-    int8, at most 2 * 127 * 127 = 32258, or sixteen of int4, two for each call, at most
-    16 * 15 * 127 = 30480.
+    multiplies unsigned by signed bytes. Without an instruction for four products, AVX2 moves an
+    int8 weight's sign to its activation and adds products in int16. These sums do not overflow:
+    with int8 weights, one has two products, at most 2 * 127 * 127 = 32258; with int4, two products
+    for each of the eight calls, at most 16 * 15 * 127 = 30480.
     """
 
     def __init__(self, b: Builder, isa: str, lanes: int, is_int4: bool) -> None:

@@ -151,6 +151,8 @@ class Exchange:
             if ended:
                 raise ParallelError(f"rank {ended[0]} has ended: its own message says why")
             if time.monotonic() > end:
-                raise ParallelError(f"a rank did not respond in {parallel.TIMEOUT.seconds} s")
+                raise ParallelError(
+                    f"a rank did not respond in {parallel.TIMEOUT.total_seconds()} s"
+                )
             others = [rank for rank in range(self._ranks) if rank != job[RANK]]
             ended = [rank for rank in others if memory.has_ended(rank)]

@@ -41,8 +41,9 @@ LINE = 64  # bytes of a cache line
 class Numbers(NamedTuple):
     """How a vector of weights is multiplied with a vector of activations.
 
-    weight, activation: what is loaded. is_pairs: both are bfloat16, and each lane of the sum gets
-    the products of two neighbours, the second one first. A bfloat16 weight is widened otherwise.
+    weight, activation: what is loaded. is_pairs: both are bfloat16, and one instruction adds the
+    products of columns 2 i + 1 and 2 i, in this order, to lane i of the sum. Without is_pairs, a
+    bfloat16 weight is widened to float32.
     """
 
     weight: ir.VectorType
@@ -191,11 +192,10 @@ def float_tile(
     """out[i, r] = row r of the weights times row i of x.
 
     kind: "float32" or "bfloat16". isa: see `ISAS`. All others are int64. x, w, out and partial are
-    addresses. rows and n: of a tile of the instruction set, or rows 1, or n 1, 2 or 4. k: a row's
-    length. row_step: the
-    distance between two rows of weights of the tile, in rows. ahead: bytes from a weight to the one
-    that is prefetched, or 0. out_step: bytes from one row of
-    results to the next.
+    addresses. rows: as `decode` or `prefill` of the instruction set, or 1. n: 1, 2, 4 or 8, at most
+    the tile's `inputs`. k: a row's length. row_step: the distance between two rows of weights of
+    the tile, in rows. ahead: bytes from a weight to the one that is prefetched, or 0. out_step:
+    bytes from one row of results to the next.
 
     The tile adds columns `begin` to `end - 1`. Unless end equals k, end - begin is a multiple of
     32. The sums of the columns so far are stored at `partial`.

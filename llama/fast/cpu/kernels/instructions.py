@@ -13,7 +13,7 @@ from llvmlite.ir import Value
 from numba.core import types
 from numba.extending import intrinsic
 
-i1, i8, i16, i32, i64 = (ir.IntType(bits) for bits in (1, 8, 16, 32, 64))
+i8, i16, i32, i64 = (ir.IntType(bits) for bits in (8, 16, 32, 64))
 f32 = ir.FloatType()
 LETTERS = {f32: "f32", i16: "i16"}  # of types in the names of LLVM's instructions
 
@@ -101,12 +101,14 @@ def sum_each(b: Builder, vectors: list[Value]) -> Value:
     to the lower half, until one lane is left.
     """
     lanes = width = vectors[0].type.count
-    power_of_two = 1 << (len(vectors) - 1).bit_length()
-    vectors = vectors + vectors[-1:] * (power_of_two - len(vectors))
+    if len(vectors) > 1:  # fill up to a power of two
+        vectors = vectors + vectors[-1:] * ((1 << (len(vectors) - 1).bit_length()) - len(vectors))
     while width > 1:
-        # Each vector has parts of `width` lanes, which belong to one sum.
-        half, pairs = width // 2, list(zip(vectors[::2], vectors[1::2] or vectors, strict=True))
-        lower = [part + i for part in range(0, len(pairs[0]) * lanes, width) for i in range(half)]
+        # A vector has parts of `width` lanes, each of which belongs to one sum. The halves of the
+        # parts of two vectors are added. A single vector is added to itself.
+        half = width // 2
+        pairs = list(zip(vectors[::2], vectors[1::2] or vectors, strict=True))
+        lower = [part + i for part in range(0, 2 * lanes, width) for i in range(half)]
         sides = [ir.Constant(vector(i32, lanes), [i + by for i in lower]) for by in (0, half)]
         vectors = [b.fadd(*[b.shuffle_vector(*pair, side) for side in sides]) for pair in pairs]
         width = half

@@ -11,7 +11,7 @@ from llama.errors import ConfigError
 
 
 class Tile(NamedTuple):
-    """The most rows of weights and of activations whose sums one tile of floats holds."""
+    """The size of a tile of floats: its most rows of weights, and its most rows of activations."""
 
     rows: int
     inputs: int
@@ -21,10 +21,10 @@ class Tile(NamedTuple):
 class InstructionSet:
     """What the tiles of an instruction set are.
 
-    lanes: numbers of 32 bits in a vector; the rows of weights of a tile of bytes. decode, prefill:
-    tiles of floats; all their sums fit the registers. byte_inputs: the most rows of activations of
-    a tile of bytes. dot: the instruction that multiplies and adds four bytes. has_pairs: one
-    instruction multiplies and adds two bfloat16. needs: LLVM's names of processor features.
+    lanes: how many numbers of 32 bits a vector has; a tile of bytes has as many rows of weights.
+    decode, prefill: tiles of floats; all their sums fit the registers. byte_inputs: the most rows
+    of activations of a tile of bytes. dot: the instruction that multiplies and adds four bytes.
+    has_pairs: one instruction multiplies and adds two bfloat16. needs: LLVM's names of features.
     """
 
     lanes: int
@@ -38,7 +38,8 @@ class InstructionSet:
 
 AVX2 = ("avx2", "fma")
 AVX512 = (*AVX2, "avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512vnni")
-# Tiles for 32 registers, and for 16 registers or 32 of half the size.
+# decode, prefill and byte_inputs. MANY: for 32 registers that hold a whole vector each. FEW: for 16
+# such registers, or for 32 that hold half a vector each.
 MANY = Tile(3, 8), Tile(2, 8), 8
 FEW = Tile(3, 4), Tile(3, 4), 4
 # The fastest first. "dotprod" is for ARM. "plain" is LLVM's vectors alone, for every processor.

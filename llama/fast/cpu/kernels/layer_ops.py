@@ -16,8 +16,8 @@ from llama.fast.cpu.kernels.attention import add_values, score_keys
 from llama.fast.cpu.kernels.compile import VERSION, compile_task
 from llama.fast.cpu.kernels.exponential import exp
 from llama.fast.cpu.kernels.instructions import fetch_add, pointer
+from llama.fast.cpu.kernels.job import N
 
-CURSOR, N = 0, 1
 # Fields of the job of add_and_norm.
 DIM, H, DELTA, WEIGHT, EPS, OUT, BIAS = range(2, 9)
 # Fields of the job of store and of attend.
@@ -32,7 +32,7 @@ LENGTH = 11
 ) = range(10)  # fmt: skip
 CACHE_LENGTH = 10
 
-TOKENS = 8  # of a row, whose attention reads a block of keys one after the other
+TOKENS = 8  # neighbours in a row; a thread reads a block of keys for all of them, then the next
 BLOCK = 64  # keys of one pass of the online softmax
 PREFETCH = 16  # positions ahead; the processor itself does not prefetch from page to page
 STATS = 2  # after a block's scores: the running maximum, and the running sum of the weights

@@ -15,9 +15,9 @@ def next_chunk(address, job):  # type: ignore[no-untyped-def]
     """The first row of weights of a chunk and the one after its last. They are equal if no chunk is
     left.
 
-    Each thread takes a share of half of the rows that
-    are left. So the first chunks are long, which
-    memory delivers fastest, and the last ones are short, so that all threads end together.
+    Half of the rows that are left are divided evenly among the threads, then half of the rest, and
+    so on. The first chunks are long, because memory delivers long chunks fastest. The last ones are
+    short, so that all threads end together.
     """
     number, threads, begin = fetch_add(address), job[THREADS], np.int64(0)
     while True:

@@ -15,7 +15,7 @@ import torch
 @functools.cache
 def _parallel() -> Callable[[int, int, int, int], None] | None:
     try:
-        call = ctypes.CDLL(torch._C.__file__).GOMP_parallel  # in a library that it needs
+        call = ctypes.CDLL(torch._C.__file__).GOMP_parallel  # found in a library that it links to
     except (AttributeError, OSError):
         return None  # another OpenMP runtime, as on a Mac: kernels then run on one thread
     call.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]

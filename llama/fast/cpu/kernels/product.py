@@ -94,9 +94,10 @@ class Product:
         self.job[job.K], self.job[job.TOTAL] = self.features, self.rows
         self.job[job.MATRICES] = len(weights)
         for i, weight in enumerate(weights):
-            data, scales = weight if isinstance(weight, tuple) else (weight, weight)
+            tensors = weight if isinstance(weight, tuple) else (weight,)
+            addresses = [tensor.data_ptr() for tensor in tensors]  # of the weights, and the scales
             place = job.FIRST + 3 * i
-            self.job[place : place + 3] = [rows[i], data.data_ptr(), scales.data_ptr()]
+            self.job[place : place + 1 + len(addresses)] = [rows[i], *addresses]
         self.biases = biases
         if biases is not None:  # the rows of quantized weights may be padded
             padded = [F.pad(b.float(), (0, n - len(b))) for b, n in zip(biases, rows, strict=True)]

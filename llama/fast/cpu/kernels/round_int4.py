@@ -22,19 +22,26 @@ SUMS = {"reassoc", "contract"}  # the compiler may reorder sums
 HALF = GROUP // 2
 
 
+@njit(error_model="numpy")
+def step_of(weight, scale):  # type: ignore[no-untyped-def]
+    """The weight as a multiple of the scale, -8 to 7. With a scale of 0 it is nearly 0."""
+    divisor = np.float32(1) if scale == np.float32(0) else scale
+    return min(max(np.rint(weight / divisor), np.float32(-8)), np.float32(7))
+
+
 @njit(error_model="numpy", fastmath=SUMS)
 def loss_of(x, scale):  # type: ignore[no-untyped-def]
     """The squared error of a group that is rounded with a scale."""
     total = np.float32(0)
     for i in range(GROUP):
-        error = min(max(np.rint(x[i] / scale), np.float32(-8)), np.float32(7)) * scale - x[i]
+        error = step_of(x[i], scale) * scale - x[i]
         total += error * error
     return total
 
 
 @njit(error_model="numpy")
 def scale_bits(largest, steps):  # type: ignore[no-untyped-def]
-    """The bits of the bfloat16 scale that makes a weight so many steps."""
+    """The bits of the scale largest / steps, rounded to bfloat16."""
     scale = np.float32(largest / np.float32(steps))
     return bfloat16_of(np.float32(scale).view(np.uint32))
 
@@ -48,8 +55,8 @@ def widened(bits):  # type: ignore[no-untyped-def]
 
 @njit(error_model="numpy")
 def best_scale(x, bits):  # type: ignore[no-untyped-def]
-    """The bits of the better of two scales of a group; see `quantize.quantize_int4`. bits: those of
-    x. They are NaN's if a weight is not finite."""
+    """The bits of the better of two scales of a group x, or of NaN if a weight is not finite; see
+    `quantize.quantize_int4`. bits: the bits of x."""
     least = most = np.float32(0)
     magnitude = np.uint32(0)
     for i in range(GROUP):
@@ -59,8 +66,6 @@ def best_scale(x, bits):  # type: ignore[no-untyped-def]
         return np.uint16(0x7FC0)
     largest = least if -least > most else most
     clipped, whole = scale_bits(largest, -8), scale_bits(largest, -7)
-    if widened(whole) == np.float32(0) or widened(clipped) == np.float32(0):
-        return clipped
     return whole if loss_of(x, widened(whole)) < loss_of(x, widened(clipped)) else clipped
 
 
@@ -96,11 +101,8 @@ def _task(is_bfloat16: bool) -> Callable[[int], None]:
                             bits[i] = wide[group * GROUP + i]
                     scales[r] = best_scale(x, bits)
                     scale = widened(scales[r])
-                    if scale == np.float32(0):
-                        scale = np.float32(1)
                     for i in range(GROUP):
-                        step = min(max(np.rint(x[i] / scale), np.float32(-8)), np.float32(7))
-                        steps[i] = np.uint8(np.int32(step) + OFFSET)
+                        steps[i] = np.uint8(np.int32(step_of(x[i], scale)) + OFFSET)
                     for i in range(HALF):
                         both = steps[i] | np.uint8(steps[i + HALF] << np.uint8(4))
                         packed[LANES * QUAD * (i // QUAD) + QUAD * r + i % QUAD] = both

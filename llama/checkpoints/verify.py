@@ -71,7 +71,7 @@ def _wrong_numbers(opened: Checkpoint) -> Iterator[str]:
                 if fixed is None and tensor.dtype != dtype:
                     yield f"{where} is {tensor.dtype}, but {reference} is {dtype}"
                 if is_copied and i > 0 and not torch.equal(tensor, first):
-                    yield f"{where} should be equal in all shards, but is not that of the first"
+                    yield f"{where} should be equal in all shards, but differs from the first"
 
 
 def _copied_shards(opened: Checkpoint) -> Iterator[str]:

@@ -63,8 +63,8 @@ def batch(
         dtype: float32, bfloat16 or float16; by default as in Llama.build.
         draft: folder of a smaller model that proposes tokens; sampled texts then differ from those
             without it; mode fast.
-        lookup: propose tokens that followed the last ones earlier in the text; on a CPU the results
-            stay the same; mode fast.
+        lookup: find the last tokens earlier in the text, propose what followed them there; on a CPU
+            the results stay the same; mode fast.
         format: chat format: llama3, llama2, chatml or zephyr; by default the folder's, else the
             vocabulary's.
         force: delete the results in OUTPUT and start again.

@@ -346,5 +346,5 @@ class Engine:
         self._worker.follow()
 
     def dismiss(self, failed: bool = False) -> None:
-        """On the first rank: end `follow` on the others. If `failed`, it raises ParallelError."""
+        """On the first rank: end `follow` on the others, with a ParallelError there if `failed`."""
         self._worker.dismiss(failed)

@@ -219,8 +219,8 @@ def _check_merges(vocab: dict[str, int], merges: list[tuple[str, str]]) -> None:
 
     tiktoken merges any two neighbours that form a token, lowest id first. So the merges must be in
     the order of the ids, and include every pair that tiktoken can meet. Converted vocabularies list
-    all pairs. Trained ones list one pair per token. That is enough if each token's listed pair is
-    what remains of its characters after all merges to lower ids.
+    all pairs. Trained ones list one pair per token. That is enough if, for each token, merging its
+    characters into all possible tokens of lower ids leaves exactly the listed pair.
     """
     previous = 0
     for left, right in merges:

@@ -286,8 +286,8 @@ class _SentencePieceStream(PieceStream):
             # after unk, which every model has, and unk's text is cut off.
             other = self._sp.unk_id()
             return self._sp.decode([other, token_id])[len(self._sp.decode([other])) :]
-        # Whether this piece starts the text: bos and eos do not, all others do, even one blank. One
-        # blank alone may decode to "", as bos does. Two blanks do not, but two bos do. So the piece
-        # is decoded twice in a row.
+        # All pieces but bos and eos start the text, even a blank. A single blank may decode to "",
+        # as a bos does. So the piece is decoded twice in a row: two blanks give text, but two
+        # bos still give "".
         self._started = self._sp.decode([token_id, token_id]) != ""
         return self._sp.decode([token_id])

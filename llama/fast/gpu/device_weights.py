@@ -59,8 +59,8 @@ class Matrix(NamedTuple):
 
 
 def narrowed(weight: Tensor | Quantized, width: str, n: int) -> Matrix:
-    """Round a matrix of n rows to int8, int4 or fp8. A matrix that a folder holds quantized is only
-    reordered. It may have padding after its n rows.
+    """Round a matrix of n rows to int8, int4 or fp8. If it was quantized in its folder already, it
+    is only reordered. It may then have padding after its n rows.
 
     Raises ConfigError if a matrix cannot be rounded.
     """

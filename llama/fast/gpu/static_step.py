@@ -59,7 +59,7 @@ class StaticStep:
         return self._logits[: n_rows * seqlen].view(n_rows, seqlen, -1)
 
     def launch(self, ids: Tensor, places: Sequence[int], start_pos: Sequence[int]) -> None:
-        """Start the step of one token a row whose ids are still on the device.
+        """Start a step with one token for each row. The tokens' ids are still on the device.
 
         ids: a vector of any length. places: for each row, the index of its id in this vector.
         """

@@ -128,8 +128,8 @@ def add_values(
 ) -> tuple[Any, Callable[..., Value]]:  # fmt: skip
     """out += the sum of weights[i] * value i, over the `count` values; see `score_keys`.
 
-    If a head has few vectors, two, four or eight separate sums take the values in turn, so that
-    their additions overlap. These sums are added in the end.
+    If a head has few vectors, the values go in turn to several separate sums (two, four or eight),
+    so that their additions overlap. These sums are added in the end.
     """
     signature = types.void(kind, head_dim, lanes, *[types.int64] * 6)
     names = kind.literal_value, head_dim.literal_value, lanes.literal_value

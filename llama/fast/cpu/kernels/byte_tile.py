@@ -184,7 +184,7 @@ class _Tile:
         return [self.integers.result(total) for total in sums]
 
     def _weights(self, group: Value) -> Iterator[tuple[int, Value]]:
-        """The quads of a group with their numbers: for each row four neighbouring weights."""
+        """The index of each quad of a group, and its vector: four weights of each row."""
         b = self.b
         bytes_ = self.integers.bytes
         for place in range(self.group_bytes // EIGHT_QUADS):

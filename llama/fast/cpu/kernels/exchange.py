@@ -146,8 +146,8 @@ class Exchange:
             self._task(ctypes.addressof(job))
             if job[IS_DONE]:
                 return
-            # `ended` was found before this call. A rank may set its flag and then end without an
-            # error, so its flag is polled once more before this error.
+            # `ended` was found before the call above. A rank may set its flag and then end without
+            # an error, so that call polled its flag once more.
             if ended:
                 raise ParallelError(f"rank {ended[0]} has ended: its own message says why")
             if time.monotonic() > end:

@@ -24,8 +24,8 @@ DEPTH = 1024  # columns that a prefill multiplies at a time
 def tile_place(number, tiles, high, step):  # type: ignore[no-untyped-def]
     """The number of rows in a tile, the number in all tiles before it, and its first row.
 
-    The first `tiles` tiles have `high` rows, which lie `step` rows apart: 1 or `tiles`. Each row
-    after them is a tile of its own.
+    The first `tiles` tiles have `high` rows each. The rows of a tile lie `step` rows apart; step is
+    1 or `tiles`. Each row after these tiles is a tile of its own.
     """
     if number >= tiles:
         done = number + tiles * (high - 1)

@@ -51,11 +51,11 @@ class Numbers(NamedTuple):
     is_pairs: bool
 
     def ready(self, b: Builder, w: Value) -> Value:
-        """The loaded weights as they are multiplied."""
+        """The loaded weights in the type in which they are multiplied."""
         return w if self.is_pairs or self.weight.element == f32 else widen(b, w)
 
     def multiply_add(self, b: Builder, w: Value, x: Value, total: Value) -> Value:
-        """The sums after the products are added. `dpbf16ps` rounds after each of the two."""
+        """The total plus the products. `dpbf16ps` adds two to a lane and rounds after each."""
         if not self.is_pairs:
             return multiply_add(b, w, x, total)
         name = "llvm.x86.avx512bf16.dpbf16ps.512"

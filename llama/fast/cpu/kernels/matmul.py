@@ -32,8 +32,8 @@ def next_chunk(address, job):  # type: ignore[no-untyped-def]
 
 @njit(error_model="numpy")
 def part_of_matrix(job, matrix, begin, end, swiglu):  # type: ignore[no-untyped-def]
-    """The rows of a matrix that a chunk has, the first and the one after the last, and the address
-    of the matrix' results.
+    """A chunk's first row of one matrix, the row after its last one, and the address of the matrix'
+    results.
 
     swiglu: both matrices have the rows of the chunk, and the results of the second one lie after
     all results of the first. Otherwise the matrices' rows follow one another.

@@ -639,7 +639,7 @@ def test_no_tools_where_none_may_be_called(llama: Llama) -> None:
 
 def test_what_cannot_go_together(llama: Llama) -> None:
     begun: Any = [user("Hi"), {"role": "assistant", "content": "So"}]
-    with pytest.raises(DialogError, match="an answer that is continued calls no tools"):
+    with pytest.raises(DialogError, match="continue_final_message cannot be combined with tools"):
         llama.chat_completion([begun], tools=AUTO, continue_final_message=True)
     with pytest.raises(GenerationError, match="tools needs a dialog"):
         list(llama.stream("Once", tools=AUTO))

@@ -193,8 +193,10 @@ def main(
     lines = LINES
     if widths is not None:
         own = [str(width) for width in (widths.split(",") if isinstance(widths, str) else widths)]
-        lines = [line for line in LINES if line[1] in own or line[1] in [RIVALS[w] for w in own]]
-        lines = [line for line in lines if line[0] in ("llama-reference", "llama.cpp")]
+        if unknown := [width for width in own if width not in RIVALS]:
+            raise SystemExit(f"error: no width {', '.join(unknown)}, only {', '.join(RIVALS)}")
+        wanted = {("llama-reference", w) for w in own} | {("llama.cpp", RIVALS[w]) for w in own}
+        lines = [line for line in LINES if line in wanted]
     prepare(folder, str(shape), lines)
     orders: dict[str, dict[str, Any]] = {
         "decode": dict(measure="decode", rows=1, tokens=decode),

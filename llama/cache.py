@@ -12,9 +12,8 @@ class LayerCache:
     """Keys and values of one layer, each (rows, positions, local kv heads, head_dim).
 
     The layout is Meta's: with the strides of Meta's code, PyTorch's matrix products give the same
-    bits as in Meta's code, which reference mode needs. An int8 cache also has
-    float32 scales (rows, positions, local kv heads), one for each head and position: the key vector
-    is k * k_scale.
+    bits as in Meta's code, which reference mode needs. An int8 cache also has float32 scales (rows,
+    positions, local kv heads), one for each head and position: the key vector is k * k_scale.
     """
 
     k: Tensor
@@ -58,8 +57,8 @@ class LayerCache:
         return self.widened(bsz, end, k.dtype)
 
     def widened(self, n_rows: int, n_positions: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Keys and values of the first rows and positions, (B, T, K, hd). If the cache
-        is int8, they are converted to `dtype`. Otherwise they keep the cache's dtype."""
+        """Keys and values of the first rows and positions, (B, T, K, hd). If the cache is int8,
+        they are converted to `dtype`. Otherwise they keep the cache's dtype."""
 
         def part(cached: Tensor, scales: Tensor | None) -> Tensor:
             cached = cached[:n_rows, :n_positions]

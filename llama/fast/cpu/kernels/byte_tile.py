@@ -18,10 +18,12 @@ from numba.core import cgutils, types
 from numba.extending import intrinsic
 
 from llama.fast.cpu.kernels.instructions import (
+    LINE,
     add_const,
     broadcast,
     call_instruction,
     f32,
+    for_size,
     i8,
     i16,
     i32,
@@ -40,7 +42,6 @@ from llama.fast.cpu.kernels.isa import ISAS
 from llama.fast.quantize import GROUP, LANES, OFFSET, QUAD
 
 PREFETCH = 4096  # bytes ahead
-LINE = 64  # bytes of a cache line
 QUADS = GROUP // QUAD
 EIGHT_QUADS = LANES * QUAD  # bytes: one quad of each of eight rows
 
@@ -217,8 +218,8 @@ def byte_tile(
 
     kind: "int8" or "int4". isa: see `ISAS`. All others are int64. x, steps, w, scales and out are
     addresses. rows: 8 or the instruction set's lanes. n: 1, 2, 4 or 8. k: a row's length.
-    group_rows: rows of x that lie together; see `activations.py`. out_step: bytes
-    from one row of results to the next.
+    group_rows: rows of x that lie together; see `activations.py`. out_step: bytes from one row of
+    results to the next.
     """
     numbers = (rows, n, k, x, steps, group_rows, w, scales, out, out_step)
     signature = types.void(kind, isa, *[types.int64] * len(numbers))
@@ -228,12 +229,12 @@ def byte_tile(
         rows, n, *others = operands[2:]
         made_for = ISAS[names[1]]
         counts = [count for count in (1, 2, 4, 8) if count <= made_for.byte_inputs]
-        sizes = product(sorted({LANES, made_for.lanes}), counts)
-        for high, count in sizes:
-            is_high = b.icmp_signed("==", rows, ir.Constant(i64, high))
-            is_count = b.icmp_signed("==", n, ir.Constant(i64, count))
-            with b.if_then(b.and_(is_high, is_count)):
-                _Tile(b, *names, high, count, others).write()
+        sizes = set(product((LANES, made_for.lanes), counts))
+
+        def write(rows: int, n: int) -> None:
+            _Tile(b, *names, rows, n, others).write()
+
+        for_size(b, rows, n, sizes, write)
         return context.get_dummy_value()
 
     return signature, generate

@@ -16,9 +16,11 @@ from numba.core import cgutils, types
 from numba.extending import intrinsic
 
 from llama.fast.cpu.kernels.instructions import (
+    LINE,
     add_const,
     call_instruction,
     f32,
+    for_size,
     i8,
     i16,
     i32,
@@ -34,8 +36,6 @@ from llama.fast.cpu.kernels.instructions import (
     widen,
 )
 from llama.fast.cpu.kernels.isa import ISAS
-
-LINE = 64  # bytes of a cache line
 
 
 class Numbers(NamedTuple):
@@ -214,11 +214,11 @@ def float_tile(
             for count in (1, 2, 4, 8)
             if count <= tile.inputs
         }
-        for high, count in sorted(sizes):
-            is_high = b.icmp_signed("==", rows, ir.Constant(i64, high))
-            is_count = b.icmp_signed("==", n, ir.Constant(i64, count))
-            with b.if_then(b.and_(is_high, is_count)):
-                _Tile(b, *names, high, count, others).write()
+
+        def write(rows: int, n: int) -> None:
+            _Tile(b, *names, rows, n, others).write()
+
+        for_size(b, rows, n, sizes, write)
         return context.get_dummy_value()
 
     return signature, generate

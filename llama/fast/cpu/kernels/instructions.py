@@ -15,6 +15,7 @@ from numba.extending import intrinsic
 
 i8, i16, i32, i64 = (ir.IntType(bits) for bits in (8, 16, 32, 64))
 f32 = ir.FloatType()
+LINE = 64  # bytes of a cache line
 LETTERS = {f32: "f32", i16: "i16"}  # of types in the names of LLVM's instructions
 
 
@@ -119,6 +120,23 @@ def multiply_add(b: Builder, x: Value, y: Value, total: Value) -> Value:
     """x * y + total, rounded once if the processor has FMA."""
     name = f"llvm.fmuladd.v{x.type.count}f32"
     return call_instruction(b, name, x.type, x, y, total)
+
+
+def for_size(
+    b: Builder,
+    rows: Value,
+    n: Value,
+    sizes: set[tuple[int, int]],
+    write: Callable[[int, int], None],
+) -> None:
+    """Call write(rows, n) for each size, and run the code that it writes for the actual one."""
+    for size in sorted(sizes):
+        is_rows, is_n = (
+            b.icmp_signed("==", actual, ir.Constant(i64, number))
+            for actual, number in zip((rows, n), size, strict=True)
+        )
+        with b.if_then(b.and_(is_rows, is_n)):
+            write(*size)
 
 
 @intrinsic

@@ -23,7 +23,7 @@ HALF = GROUP // 2
 
 
 @njit(error_model="numpy")
-def step_of(weight, scale):  # type: ignore[no-untyped-def]
+def steps_of(weight, scale):  # type: ignore[no-untyped-def]
     """The weight as a multiple of the scale, -8 to 7. With a scale of 0 it is nearly 0."""
     divisor = np.float32(1) if scale == np.float32(0) else scale
     return min(max(np.rint(weight / divisor), np.float32(-8)), np.float32(7))
@@ -34,7 +34,7 @@ def loss_of(x, scale):  # type: ignore[no-untyped-def]
     """The squared error of a group that is rounded with a scale."""
     total = np.float32(0)
     for i in range(GROUP):
-        error = step_of(x[i], scale) * scale - x[i]
+        error = steps_of(x[i], scale) * scale - x[i]
         total += error * error
     return total
 
@@ -102,7 +102,7 @@ def _task(is_bfloat16: bool) -> Callable[[int], None]:
                     scales[r] = best_scale(x, bits)
                     scale = widened(scales[r])
                     for i in range(GROUP):
-                        steps[i] = np.uint8(np.int32(step_of(x[i], scale)) + OFFSET)
+                        steps[i] = np.uint8(np.int32(steps_of(x[i], scale)) + OFFSET)
                     for i in range(HALF):
                         both = steps[i] | np.uint8(steps[i + HALF] << np.uint8(4))
                         packed[LANES * QUAD * (i // QUAD) + QUAD * r + i % QUAD] = both

@@ -81,6 +81,7 @@ class Llama:
         lookup: bool = False,
         invariant: bool = False,
         format: FormatName | None = None,
+        adapter: str | Path | None = None,
     ) -> "Llama":
         """Load a checkpoint on any number of ranks that its shape can be split over.
 
@@ -118,6 +119,8 @@ class Llama:
                 it. Mode fast only. On a CPU that always holds; on a GPU prompts take longer.
             format: chat format, "llama3", "llama2", "chatml" or "zephyr". None: the format of the
                 folder's chat template, else the one that models with this kind of tokenizer use.
+            adapter: folder or id of a LoRA adapter in PEFT's format, which was trained on this
+                model. It is merged into the weights while they are loaded.
 
         Raises a LlamaError (a ValueError) that names what does not fit.
         """
@@ -126,7 +129,7 @@ class Llama:
         start = time.perf_counter()
         opened = open_model(
             ckpt_dir, tokenizer_path, max_seq_len, max_batch_size, model_parallel_size,
-            mode, quantize, kv_cache, device, dtype, rope_factor, draft, format,
+            mode, quantize, kv_cache, device, dtype, rope_factor, draft, format, adapter,
         )  # fmt: skip
         setup, tokenizer, draft_setup = opened
         assert tokenizer is not None

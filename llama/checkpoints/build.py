@@ -10,7 +10,7 @@ from llama.chat_forms import FormatName
 from llama.checkpoints import hub
 from llama.checkpoints.chat_form import read_form
 from llama.checkpoints.doctor import require, require_draft
-from llama.checkpoints.folder import BUNDLED, find_tokenizer, open_checkpoint
+from llama.checkpoints.folder import BUNDLED, find_tokenizer, merge_adapter, open_checkpoint
 from llama.checkpoints.generation_config import read_stop_tokens
 from llama.checkpoints.load import load_weights
 from llama.checkpoints.setup import Setup
@@ -35,6 +35,7 @@ def open_model(
     rope_factor: float | None = None,
     draft: str | Path | None = None,
     format: FormatName | None = None,
+    adapter: str | Path | None = None,
     *,
     needs_tokenizer: bool = True,
 ) -> tuple[Setup, Tokenizer | None, Setup | None]:
@@ -55,6 +56,8 @@ def open_model(
     # All ranks measure free memory before any of them allocates.
     with parallel.failing_together(target):
         opened = open_checkpoint(folder, rope_factor)
+        if adapter is not None:
+            merge_adapter(opened, adapter)
         tokenizer = None
         if needs_tokenizer or tokenizer_path is not None:
             tokenizer = open_tokenizer(tokenizer_path, opened.folder, folder, format)

@@ -152,7 +152,7 @@ def _write_hugging_face(source: Checkpoint, folder: Path, dtype: torch.dtype | N
         tensors = {}
         for name in group:
             weight = source.part(name, 1, 0)
-            if name.endswith(shards.ROTATED):
+            if name.endswith(hugging_face.ROTATED):
                 weight = hugging_face.to_hugging_face_rows(weight, source.args.head_dim)
             tensors[hugging_face.hugging_face_name(name)] = _cast(weight, dtype)
             progress.update()

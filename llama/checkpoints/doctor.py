@@ -15,10 +15,16 @@ import torch
 from llama import parallel
 from llama.checkpoints import hub
 from llama.checkpoints.chat_form import CHAT, chat_warning, read_form
-from llama.checkpoints.folder import find_tokenizer, open_checkpoint
+from llama.checkpoints.folder import (
+    adapter_warning,
+    find_tokenizer,
+    merge_adapter,
+    open_checkpoint,
+)
 from llama.checkpoints.generation_config import GENERATION_CONFIG, read_sampling, read_stop_tokens
 from llama.checkpoints.inspect import size
 from llama.checkpoints.setup import Setup
+from llama.checkpoints.shards import Checkpoint
 from llama.checkpoints.verify import kind_of, title_of
 from llama.config import PRESETS, ModelArgs
 from llama.errors import ConfigError, LlamaError
@@ -141,6 +147,17 @@ def check_chat(folder: Path) -> Finding:
     return Finding("chat", warning or text, WARNING if is_unknown_form else OK)
 
 
+def check_adapter(opened: Checkpoint) -> Finding:
+    """What a LoRA adapter changes, and whether it was trained on a model of this name."""
+    adapter = opened.adapter
+    if adapter is None:
+        return Finding("adapter", "none")
+    if (warning := adapter_warning(opened)) is not None:
+        return Finding("adapter", warning, WARNING)
+    weights = f", and replaces {len(adapter.weights)} weights" if adapter.weights else ""
+    return Finding("adapter", f"changes {len(adapter.changes)} matrices{weights}")
+
+
 def check_device(setup: Setup) -> Finding:
     """The device, the dtype, and the number of ranks with their communication backend."""
     kind = setup.device.type
@@ -180,6 +197,7 @@ def require(setup: Setup, tokenizer: Tokenizer | None) -> None:
     available = available_memory(setup.device)
     if tokenizer is not None:
         _warn(check_tokenizer(setup.opened.args, tokenizer))
+    _warn(check_adapter(setup.opened))
     _warn(check_memory(setup, available))
 
 
@@ -228,6 +246,7 @@ def examine(
     quantize: Width | None = None,
     kv_cache: CacheWidth | None = None,
     draft: str | Path | None = None,
+    adapter: str | Path | None = None,
 ) -> list[Finding]:
     """All findings about a folder on `mp` ranks of this machine, without starting the ranks.
 
@@ -240,6 +259,9 @@ def examine(
     opened = open_checkpoint(folder)
     opened.set_vocab_size()
     findings = [Finding("model", title_of(opened)), check_chat(opened.folder)]
+    if adapter is not None:
+        merge_adapter(opened, adapter)
+        findings.append(check_adapter(opened))
     tokenizer = None
     try:
         path = tokenizer_path or find_tokenizer(opened.folder, folder)

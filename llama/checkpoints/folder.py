@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from llama import config, parallel
-from llama.checkpoints import hugging_face
+from llama.checkpoints import hub, hugging_face
+from llama.checkpoints.adapter_config import CONFIG
 from llama.checkpoints.params import read_params
 from llama.checkpoints.pickled import check_kind
 from llama.checkpoints.shards import Checkpoint, find_shards, read_shard
@@ -32,7 +33,7 @@ STEP = re.compile(r"step_\d{8}")
 # Files that show that a folder cannot be opened, and what the user can do instead.
 FOREIGN = {
     "*.gguf": "a GGUF file is not opened: take the repository of the original model",
-    "adapter_config.json": "a LoRA adapter is not opened: merge it into its base model first",
+    CONFIG: "this is a LoRA adapter: open its base model, and name this folder as the adapter",
 }
 
 
@@ -146,6 +147,35 @@ def open_checkpoint(ckpt_dir: str | Path, rope_factor: float | None = None) -> C
                 "in the files"
             )
     return Checkpoint(folder, args, [tensors], is_hugging_face=True)
+
+
+def merge_adapter(checkpoint: Checkpoint, name: str | Path) -> None:
+    """Merge a LoRA adapter into the weights of a checkpoint; see `Checkpoint.merge`.
+
+    name: its folder, a training run with such folders, or its id on the Hugging Face Hub.
+    """
+    folder = hub.local_folder(name)
+    steps = run_checkpoints(folder)
+    checkpoint.merge(steps[-1] if steps and not os.path.lexists(folder / CONFIG) else folder)
+
+
+def adapter_warning(checkpoint: Checkpoint) -> str | None:
+    """A warning if the checkpoint's adapter was trained on a model of another name."""
+    adapter = checkpoint.adapter
+    if adapter is None or adapter.base is None:
+        return None
+    if model_name(Path(adapter.base)) == model_name(checkpoint.folder.resolve()):
+        return None
+    return f"{adapter.folder} was trained on {adapter.base}, and is used on {checkpoint.folder}"
+
+
+def model_name(place: Path) -> str:
+    """The model's name in the path of its folder, in lower case."""
+    if place.name == "original":  # inside a repository of Hugging Face
+        place = place.parent
+    if place.parent.name == "snapshots":  # in models--owner--name in Hugging Face's cache
+        return place.parent.parent.name.lower().rpartition("--")[2]
+    return place.name.lower()
 
 
 def _read_quantized(path: Path) -> dict[str, Tensor]:

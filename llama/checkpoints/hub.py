@@ -23,6 +23,7 @@ WANTED = [
     "*.safetensors",
     "model.safetensors.index.json",
     "config.json",
+    "adapter_config.json",
     "generation_config.json",
     "tokenizer.model",
     "tokenizer.json",

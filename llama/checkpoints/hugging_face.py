@@ -62,6 +62,8 @@ def meta_name(name: str) -> str:
 # RoPE rotates pairs of features of a head. Meta pairs neighbours, (0, 1), (2, 3), …; Hugging Face
 # pairs feature i with i + head_dim / 2. So the rows of Q and K have another order in each head.
 
+ROTATED = ("wq.weight", "wk.weight", "wq.bias", "wk.bias")  # the ends of their names
+
 
 def to_meta_rows(weight: Tensor, head_dim: int) -> Tensor:
     """Rows from Hugging Face's order into Meta's: (heads * head_dim, …), a copy."""

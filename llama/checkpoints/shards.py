@@ -11,6 +11,7 @@ from torch.linalg import vector_norm
 
 from llama import parallel
 from llama.checkpoints import hugging_face
+from llama.checkpoints.adapter import Adapter, open_adapter
 from llama.checkpoints.pickled import read_pickled
 from llama.config import ModelArgs
 from llama.errors import CheckpointError, ConfigError
@@ -27,9 +28,10 @@ from llama.fast.quantizers import QUANTIZERS
 from llama.files import atomic_file
 from llama.memory import with_huge_pages
 
-# The projections that RoPE rotates, and the projections of keys and values.
-ROTATED = ("wq.weight", "wk.weight", "wq.bias", "wk.bias")
+# The projections of keys and values.
 KEYS_AND_VALUES = ("wk.weight", "wv.weight", "wk.bias", "wv.bias")
+# The two weights that are one matrix in a tied model.
+TIED = ("tok_embeddings.weight", "output.weight")
 # Bytes. A float tensor with a smaller alignment is copied from the mapped file. safetensors
 # guarantees only 8.
 ALIGNMENT = 64
@@ -66,6 +68,7 @@ class Checkpoint:
     quantization: the width of the quantized matrices (see `is_quantized`) in a folder that
         `convert` wrote. For each such matrix a shard has one tensor for each field of `Int8Weight`
         or `Int4Weight`.
+    adapter: a LoRA adapter that is merged into the parts. None: there is none.
     """
 
     folder: Path
@@ -73,6 +76,7 @@ class Checkpoint:
     shards: list[dict[str, Tensor]]
     is_hugging_face: bool = False  # Q and K have their rows in Hugging Face's order
     quantization: Width | None = None
+    adapter: Adapter | None = None
 
     def name_in_file(self, name: str) -> str:
         """The name of a tensor in the folder's files."""
@@ -99,6 +103,19 @@ class Checkpoint:
         if self.args.vocab_size == -1 and output is not None and output.dim() == 2:
             self.args.vocab_size = output.shape[0] * len(self.shards)
 
+    def merge(self, adapter: Path) -> None:
+        """Merge the LoRA adapter in this folder into the parts that are read from now on. See
+        `open_adapter` for the errors."""
+        if self.quantization is not None:
+            raise CheckpointError(
+                f"{self.folder} is quantized to {self.quantization}: {adapter} can only be merged "
+                "into the original"
+            )
+        self.set_vocab_size()
+        self.adapter = open_adapter(adapter, self.args)
+        # PEFT changes one of embedding and output, and leaves the other as it is.
+        self.args.tied &= not any(self.adapter.touches(name) for name in TIED)
+
     @property
     def dtype(self) -> torch.dtype:
         """The default dtype of all weights: the dtype of the output matrix, or of the embedding if
@@ -108,11 +125,13 @@ class Checkpoint:
 
     def is_mapped(self, name: str, n_parts: int, dtype: torch.dtype) -> bool:
         """Whether the part of a tensor that a CPU rank loads is mapped from the file."""
+        if self.adapter is not None and self.adapter.touches(name):
+            return False
         if self.quantization is not None and is_quantized(name):
             parts = self._quantized_pieces(name, n_parts, 0)
             return len(parts) == 1 and all(tensor.is_contiguous() for tensor in parts[0])
         pieces = self._pieces(name, n_parts, 0)
-        is_reordered = self.is_hugging_face and name.endswith(ROTATED)
+        is_reordered = self.is_hugging_face and name.endswith(hugging_face.ROTATED)
         return (
             len(pieces) == 1
             and pieces[0].is_contiguous()
@@ -125,10 +144,18 @@ class Checkpoint:
         """One of `n_parts` equal parts of a tensor, its rows in Meta's order; contiguous.
 
         It is not copied if it is contiguous in a file. With more parts than key/value heads,
-        several consecutive parts hold the same head.
+        several consecutive parts hold the same head. A part that an adapter changes is float32.
         """
+        part = self._part_of_base(name, n_parts, index)
+        if self.adapter is None:
+            return part
+        dim = parallel.shard_dim(name, self.args.embedding_shard_dim)
+        return self.adapter.merged(part, name, dim, self._distinct(name, n_parts, index)[1])
+
+    def _part_of_base(self, name: str, n_parts: int, index: int) -> Tensor:
+        """A part without the adapter."""
         pieces = self._pieces(name, n_parts, index)
-        if self.is_hugging_face and name.endswith(ROTATED):
+        if self.is_hugging_face and name.endswith(hugging_face.ROTATED):
             return hugging_face.to_meta_rows(pieces[0], self.args.head_dim)
         if len(pieces) == 1 and pieces[0].is_contiguous():
             return pieces[0]
@@ -152,8 +179,11 @@ class Checkpoint:
                 return join(self._quantized_pieces(name, n_parts, index), dim)
             part = self.part(name, n_parts, index)
             if width == "int8" and dim == 1 and n_parts > 1:
-                of_shards = [vector_norm(shard[name], math.inf, 1) for shard in self.shards]
-                return quantize_int8(part, torch.stack(of_shards).amax(0))
+                all_columns = [shard[name] for shard in self.shards]
+                if self.adapter is not None:
+                    all_columns = [self.part(name, 1, 0)]
+                largest = [vector_norm(columns, math.inf, 1) for columns in all_columns]
+                return quantize_int8(part, torch.stack(largest).amax(0))
             return QUANTIZERS[width](part)
         except ConfigError as error:
             raise ConfigError(f"{self.folder}: {name}: {error}") from error
@@ -189,15 +219,21 @@ class Checkpoint:
 
         size: the size of each shard along the split dimension.
         """
-        n_kv_heads = self.args.local_kv_heads(1)
-        if name.endswith(KEYS_AND_VALUES) and n_parts > n_kv_heads:
-            n_parts, index = n_kv_heads, index * n_kv_heads // n_parts
+        n_parts, index = self._distinct(name, n_parts, index)
         length = size * len(self.shards) // n_parts
         start, end = length * index, length * (index + 1)
         for i in range(len(self.shards)):
             low, high = max(start - i * size, 0), min(end - i * size, size)
             if low < high:
                 yield i, low, high - low
+
+    def _distinct(self, name: str, n_parts: int, index: int) -> tuple[int, int]:
+        """The number of different parts, and the index among them: with more parts than key/value
+        heads, several consecutive parts are equal."""
+        n_kv_heads = self.args.local_kv_heads(1)
+        if name.endswith(KEYS_AND_VALUES) and n_parts > n_kv_heads:
+            return n_kv_heads, index * n_kv_heads // n_parts
+        return n_parts, index
 
 
 def write_shard(path: Path, state: dict[str, Tensor]) -> None:

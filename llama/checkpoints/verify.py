@@ -11,7 +11,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from llama import parallel
-from llama.checkpoints.folder import open_checkpoint
+from llama.checkpoints.folder import model_name, open_checkpoint
 from llama.checkpoints.inspect import weights_of
 from llama.checkpoints.load import check_complete
 from llama.checkpoints.shards import Checkpoint
@@ -185,9 +185,7 @@ def kind_of(folder: Path) -> str:
     place = folder.resolve()
     if place.name == "original":  # inside a repository of Hugging Face
         place = place.parent
-    name = place.name.lower()
-    if place.parent.name == "snapshots":  # in models--owner--name in Hugging Face's cache
-        name = place.parent.parent.name.lower().rpartition("--")[2]
+    name = model_name(place)
     if any((place / f"chat_template.{suffix}").exists() for suffix in ("jinja", "json")):
         return "instruct"
     try:

@@ -24,6 +24,7 @@ def batch(
     draft: str | None = None,
     lookup: bool = False,
     format: str | None = None,
+    adapter: str | None = None,
     force: bool = False,
     **sampling: Any,
 ) -> None:
@@ -67,6 +68,7 @@ def batch(
             the results stay the same; mode fast.
         format: chat format: llama3, llama2, chatml or zephyr; by default the folder's, else the
             vocabulary's.
+        adapter: folder of a LoRA adapter of this model in PEFT's format, or its id on the Hub.
         force: delete the results in OUTPUT and start again.
     """
     from llama.commands.batch_run import run_batch
@@ -77,7 +79,7 @@ def batch(
         tokenizer_path=tokenizer_path and str(tokenizer_path), max_seq_len=max_seq_len,
         max_batch_size=max_batch_size, model_parallel_size=model_parallel_size, mode=mode,  # type: ignore[arg-type]
         quantize=quantize, kv_cache=kv_cache, draft=draft, lookup=lookup,  # type: ignore[arg-type]
-        device=device, dtype=dtype, format=format, force=force,  # type: ignore[arg-type]
+        device=device, dtype=dtype, format=format, adapter=adapter and str(adapter), force=force,  # type: ignore[arg-type]
     )  # fmt: skip
     if is_main_rank():
         print(f"{n_lines:,} lines in {output}, {n_failed:,} of them failed")

@@ -45,6 +45,7 @@ def run_batch(
     draft: str | None = None,
     lookup: bool = False,
     format: FormatName | None = None,
+    adapter: str | None = None,
     force: bool = False,
 ) -> tuple[int, int]:
     """Continue every prompt and answer every dialog of a JSONL file. Lines that an earlier run has
@@ -80,6 +81,7 @@ def run_batch(
             model = dict(ckpt_dir=ckpt_dir, tokenizer_path=tokenizer_path, dtype=dtype)
             model |= dict(mode=mode, quantize=quantize, kv_cache=kv_cache)
             model |= dict(format=format) if format is not None else {}
+            model |= dict(adapter=adapter) if adapter is not None else {}
             files.prepare(model | {"max_seq_len": max_seq_len, "seed": seed, **options}, force)
     with parallel.failing_together(target):
         part = files.open_part(group, n_groups) if parallel.mp_rank() == 0 else None
@@ -89,7 +91,7 @@ def run_batch(
         llama = Llama.build(
             ckpt_dir, tokenizer_path, max_seq_len, max_batch_size, model_parallel_size, seed,
             mode=mode, quantize=quantize, kv_cache=kv_cache, device=device, dtype=dtype,
-            draft=draft, lookup=lookup, format=format,
+            draft=draft, lookup=lookup, format=format, adapter=adapter,
         )  # fmt: skip
         lines = files.pending(states, group, n_groups)
         tasks = (Task(llama, index, line, options, seed) for index, line in lines)

@@ -15,6 +15,7 @@ def bench(
     mode: str = "fast",
     quantize: str | None = None,
     kv_cache: str | None = None,
+    adapter: str | None = None,
     device: str | None = None,
     dtype: str | None = None,
     out: str | None = None,
@@ -40,6 +41,7 @@ def bench(
         quantize: round the weights to int8 or int4, on a newer GPU also fp8; mode fast; by default
             as the folder is saved.
         kv_cache: int8, to round keys and values; mode fast; by default not rounded.
+        adapter: folder of a LoRA adapter of this model in PEFT's format, or its id on the Hub.
         device: cuda, mps or cpu; by default the first of these that is available.
         dtype: float32, bfloat16 or float16; by default as in Llama.build.
         out: a file, to which the figures are written as JSON.
@@ -50,6 +52,7 @@ def bench(
     figures = measure(
         ckpt_dir and str(ckpt_dir), prefill, decode, rounds, tokenizer_path=tokenizer_path,
         mode=mode, quantize=quantize, kv_cache=kv_cache, device=device, dtype=dtype,
+        adapter=adapter,
     )  # fmt: skip
     if figures is None:
         return

@@ -94,6 +94,7 @@ def doctor(
     quantize: str | None = None,
     kv_cache: str | None = None,
     draft: str | None = None,
+    adapter: str | None = None,
     device: str | None = None,
     dtype: str | None = None,
 ) -> None:
@@ -115,6 +116,7 @@ def doctor(
             as the folder is saved.
         kv_cache: int8, to round keys and values; mode fast; by default not rounded.
         draft: folder of a smaller model that proposes tokens; mode fast.
+        adapter: folder of a LoRA adapter of this model in PEFT's format, or its id on the Hub.
         device: cuda, mps or cpu; by default the first of these that is available.
         dtype: float32, bfloat16 or float16; by default as in Llama.build.
     """
@@ -127,7 +129,7 @@ def doctor(
 
     findings = examine(
         str(folder or BUNDLED), tokenizer_path, max_seq_len, max_batch_size, mp, device, dtype,
-        mode, quantize, kv_cache, draft,  # type: ignore[arg-type]
+        mode, quantize, kv_cache, draft, adapter,  # type: ignore[arg-type]
     )  # fmt: skip
     if is_main_rank():
         print(report(findings))

@@ -14,6 +14,7 @@ def perplexity(
     mode: str = "reference",
     quantize: str | None = None,
     kv_cache: str | None = None,
+    adapter: str | None = None,
     device: str | None = None,
     dtype: str | None = None,
 ) -> None:
@@ -29,6 +30,7 @@ def perplexity(
         quantize: round the weights to int8 or int4, on a newer GPU also fp8; mode fast; by default
             as the folder is saved.
         kv_cache: int8, to round keys and values; mode fast; by default not rounded.
+        adapter: folder of a LoRA adapter of this model in PEFT's format, or its id on the Hub.
         device: cuda, mps or cpu; by default the first of these that is available.
         dtype: float32, bfloat16 or float16; by default as in Llama.build.
     """
@@ -42,7 +44,7 @@ def perplexity(
     llama = Llama.build(
         ckpt_dir, tokenizer_path, max_seq_len, max_batch_size=1,
         mode=mode, quantize=quantize, kv_cache=kv_cache,  # type: ignore[arg-type]
-        device=device, dtype=dtype,
+        device=device, dtype=dtype, adapter=adapter,
     )  # fmt: skip
     result = score(llama, [text], window)
     if is_main_rank():
@@ -57,6 +59,7 @@ def evaluate(
     tasks: str | Sequence[str],
     ckpt_dir: str | None = None,
     tokenizer_path: str | None = None,
+    adapter: str | None = None,
     include_path: str | None = None,
     limit: float | None = None,
     num_fewshot: int | None = None,
@@ -77,6 +80,7 @@ def evaluate(
         tasks: names of tasks, groups or tags, separated by commas.
         ckpt_dir: a checkpoint folder, or an id on the Hub; by default the bundled model.
         tokenizer_path: tokenizer.model or tokenizer.json; by default the one in ckpt_dir.
+        adapter: folder of a LoRA adapter of this model in PEFT's format, or its id on the Hub.
         include_path: a folder with your own tasks, as YAML files; they may run Python code.
         limit: most documents of a task; below 1, the fraction of its documents.
         num_fewshot: examples in front of each question; by default the task's own number.
@@ -92,7 +96,7 @@ def evaluate(
     table = run(
         names, include_path, limit, num_fewshot, out and str(out), ckpt_dir=ckpt_dir,
         batch_size=batch_size, tokenizer_path=tokenizer_path, max_seq_len=max_seq_len,
-        device=device, dtype=dtype,
+        device=device, dtype=dtype, adapter=adapter,
     )  # fmt: skip
     if table:
         print(table)

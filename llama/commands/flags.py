@@ -19,7 +19,7 @@ Command = Callable[..., None]
 # a number.
 as_text: Callable[[Command], Command] = SetParseFn(
     str, "prompt", "stop", "ckpt_dir", "tokenizer_path", "device", "dtype", "mode", "quantize",
-    "kv_cache", "draft", "format", "model", "host", "api_key", "name", "allow_origin",
+    "kv_cache", "draft", "format", "adapter", "model", "host", "api_key", "name", "allow_origin",
 )  # fmt: skip
 
 
@@ -69,6 +69,8 @@ MODEL = group(
     ("rope_factor", "number", "as published", "factor of scaled RoPE; Meta's code always uses 8"),
     ("format", "text", "the folder's, else the vocabulary's",
      "chat format: llama3, llama2, chatml or zephyr"),
+    ("adapter", "text", "none",
+     "folder of a LoRA adapter of this model in PEFT's format, or its id on the Hub"),
 )  # fmt: skip
 SPECULATION = group(
     "Speculation: tokens are proposed, and one forward checks several",

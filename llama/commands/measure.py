@@ -62,7 +62,8 @@ def measure(
     setup, _, _ = open_model(
         ckpt_dir, build.get("tokenizer_path"), max(prefill + 1, longest), max(BATCH_SIZES), None,
         build.get("mode", "fast"), build.get("quantize"), build.get("kv_cache"),
-        build.get("device"), build.get("dtype"), needs_tokenizer=False,
+        build.get("device"), build.get("dtype"), adapter=build.get("adapter"),
+        needs_tokenizer=False,
     )  # fmt: skip
     with parallel.failing_together(setup.device):
         model = load_model(setup)

@@ -28,7 +28,7 @@ from llama.sampling import SamplingParams
 # different answers.
 BUILD_FLAGS = (
     "ckpt_dir", "tokenizer_path", "max_seq_len", "seed", "mode", "quantize", "kv_cache", "device",
-    "dtype", "rope_factor", "format", "draft", "lookup",
+    "dtype", "rope_factor", "format", "adapter", "draft", "lookup",
 )  # fmt: skip
 # The interval of the messages that the first rank sends to the others while it waits for a typed
 # line. The others raise an error if no message comes within parallel.TIMEOUT.

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.adapters import write_adapter
 from helpers.folders import TOKENS, make_model, write_meta
 from helpers.ranks import run_ranks
 
@@ -99,6 +100,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return convert(source, root / "hf", "hf")
 
 
+@pytest.fixture(scope="module")
+def adapter(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    adapter = tmp_path_factory.mktemp("adapter")
+    write_adapter(folder, adapter, target_modules=["q_proj"])
+    return adapter
+
+
 @pytest.fixture
 def server(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
     """A server with a model. Its tokenizer is in `original/`, as in meta-llama's repositories."""
@@ -173,6 +181,19 @@ def test_without_a_network_the_cache_has_to_do(server: Hub, tmp_path: Path) -> N
         assert torch.equal(logits, newest[0])
         assert torch.equal(logits, pinned[0])
         assert "no such folder: tiny/other; as an id" in other
+
+
+def logits_with(adapter: str, base: Path) -> torch.Tensor:
+    with torch.inference_mode():
+        return Llama.build(base, max_seq_len=64, adapter=adapter).model(TOKENS, 0).clone()
+
+
+def test_an_adapter_by_its_id(server: Hub, folder: Path, adapter: Path, tmp_path: Path) -> None:
+    files = {path.name: path.read_bytes() for path in adapter.iterdir()}
+    server.repositories["tiny/adapter"] = files | {"adapter_model.bin": b"must not be fetched"}
+    (logits,) = run_ranks(1, tmp_path, logits_with, "tiny/adapter", folder)
+    assert torch.equal(logits, logits_with(str(adapter), folder))
+    assert set(server.asked) == {"adapter_config.json", "adapter_model.safetensors"}
 
 
 def test_names_that_are_folders_or_no_ids(

@@ -266,7 +266,7 @@ def test_a_missing_output_matrix(
     ("name", "message"),
     [
         ("model-Q4_K_M.gguf", "a GGUF file is not opened: take the repository of the original"),
-        ("adapter_config.json", "a LoRA adapter is not opened: merge it"),
+        ("adapter_config.json", "this is a LoRA adapter: open its base model, and name"),
     ],
 )
 def test_folders_of_other_kinds(name: str, message: str, tmp_path: Path) -> None:

@@ -1,0 +1,151 @@
+"""LoRA adapters in PEFT's format: open them, check them against the base model, and merge them.
+
+An adapter adds scale * B A to a matrix (N, K), with A (r, K) and B (N, r); Hu et al. 2021,
+arxiv.org/abs/2106.09685. It may also store some weights of the model whole.
+"""
+
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from llama.checkpoints import hugging_face
+from llama.checkpoints.adapter_config import CONFIG, read_lora_config
+from llama.checkpoints.pickled import check_kind
+from llama.config import ModelArgs
+from llama.errors import CheckpointError
+
+WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
+PREFIX = "base_model.model."  # of the names in the file; it may be missing
+# A name without the prefix: the module's name, then the kind, then perhaps the adapter's own name.
+LORA = re.compile(r"(.+)\.(lora_A|lora_B)(\.\w+)?\.weight")
+LORA_EMBEDDING = re.compile(r"(.+)\.(lora_embedding_A|lora_embedding_B)(\.\w+)?")
+WHOLE = re.compile(r"(.+?)(\.base_layer|\.modules_to_save(\.\w+)?)?\.(weight|bias)")
+
+
+class Change(NamedTuple):
+    """scale * B A, which is added to a matrix (N, K)."""
+
+    a: Tensor  # (r, K)
+    b: Tensor  # (N, r), its rows in Meta's order
+    scale: float
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """An opened adapter: its changes and whole weights, by Meta's names of the model's weights."""
+
+    folder: Path
+    base: str | None  # name or folder of the model that it was trained on
+    changes: dict[str, Change]
+    weights: dict[str, Tensor]  # take the place of the base model's
+
+    def touches(self, name: str) -> bool:
+        """Whether the weight of this name differs from the base model's."""
+        return name in self.changes or name in self.weights
+
+    def merged(self, part: Tensor, name: str, dim: int | None, index: int) -> Tensor:
+        """The adapter's weight in the place of the base model's `part`; float32 if it has a change.
+
+        dim: `part` is one of several equal parts along this dimension, the one with this index.
+            None: it is the whole weight.
+        """
+
+        def cut(tensor: Tensor, along: int) -> Tensor:
+            if along != dim:
+                return tensor
+            length = part.shape[along]
+            return tensor.narrow(along, index * length, length)
+
+        if name in self.weights:
+            whole = self.weights[name]
+            part = whole if dim is None else cut(whole, dim).contiguous()
+        if name not in self.changes:
+            return part
+        a, b, scale = self.changes[name]
+        total = part.to(torch.float32, copy=True)
+        return total.addmm_(cut(b, 0).float(), cut(a, 1).float(), alpha=scale)
+
+
+def open_adapter(folder: Path, args: ModelArgs) -> Adapter:
+    """Open the adapter folder of a base model with this shape.
+
+    Raises ConfigError or CheckpointError for an adapter that is damaged, is not plain LoRA, or does
+    not fit the shape.
+    """
+    if not os.path.isdir(folder):
+        raise CheckpointError(f"no such adapter folder: {folder}")
+    shapes = args.whole_shapes()
+    matrices = {
+        hugging_face.hugging_face_name(name).removesuffix(".weight"): name
+        for name, shape in shapes.items()
+        if len(shape) == 2
+    }
+    config = read_lora_config(folder / CONFIG, list(matrices))
+    file = next((folder / name for name in WEIGHTS if os.path.lexists(folder / name)), None)
+    if file is None:
+        raise CheckpointError(f"{folder} has no {' or '.join(WEIGHTS)}")
+    stored = _read(file)
+    changes: dict[str, Change] = {}
+    for module, r in config.ranks.items():
+        name = matrices[module]
+        n, k = shapes[name]
+        a = _take(stored, file, f"{module}.lora_A", (r, k))
+        b = _take(stored, file, f"{module}.lora_B", (n, r))
+        if not (a.isfinite().all() and b.isfinite().all()):
+            raise CheckpointError(f"{file}: the change of {module} has numbers that are not finite")
+        changes[name] = Change(a, _to_meta_rows(name, b, args), config.scales[module])
+    weights: dict[str, Tensor] = {}
+    for key in list(stored):
+        if (shape := shapes.get(name := hugging_face.meta_name(key))) is not None:
+            weights[name] = _to_meta_rows(name, _take(stored, file, key, shape), args)
+    if stored:
+        raise CheckpointError(f"{file}: {next(iter(stored))} does not belong to {CONFIG} and model")
+    for replaced in config.replaced:
+        if not any(f".{replaced}." in f".{hugging_face.hugging_face_name(n)}" for n in weights):
+            raise CheckpointError(f"{file} lacks {replaced}, which is in modules_to_save")
+    return Adapter(folder, config.base, changes, weights)
+
+
+def _read(file: Path) -> dict[str, Tensor]:
+    """The tensors of the file, by module and kind: model.layers.0.self_attn.q_proj.lora_A or
+    .weight. Names lose the prefix and the adapter's own name. An embedding's change, which is
+    stored for the transposed matrix, becomes lora_A and lora_B of the matrix itself."""
+    stored: dict[str, Tensor] = {}
+    for name, tensor in hugging_face.map_file(file).items():
+        check_kind(file, name, tensor)
+        key = name.removeprefix(PREFIX)
+        if found := LORA.fullmatch(key):
+            key = f"{found[1]}.{found[2]}"
+        elif found := LORA_EMBEDDING.fullmatch(key):
+            key = f"{found[1]}.lora_{'B' if found[2].endswith('A') else 'A'}"
+            tensor = tensor.mT if tensor.dim() == 2 else tensor
+        elif found := WHOLE.fullmatch(key):
+            key = f"{found[1]}.{found[4]}"
+        if key in stored:
+            raise CheckpointError(f"{file} has {key} twice, under two names")
+        stored[key] = tensor
+    return stored
+
+
+def _take(stored: dict[str, Tensor], file: Path, key: str, shape: tuple[int, ...]) -> Tensor:
+    """Remove a tensor from `stored` and return it. Raises CheckpointError if it is missing or has
+    another shape."""
+    tensor = stored.pop(key, None)
+    if tensor is None:
+        raise CheckpointError(f"{file} lacks {key}")
+    if tensor.shape != shape:
+        raise CheckpointError(
+            f"{file}: {key} is {tuple(tensor.shape)}, but the base model and {CONFIG} need {shape}"
+        )
+    return tensor
+
+
+def _to_meta_rows(name: str, tensor: Tensor, args: ModelArgs) -> Tensor:
+    if not name.endswith(hugging_face.ROTATED):
+        return tensor
+    return hugging_face.to_meta_rows(tensor, args.head_dim)

@@ -18,7 +18,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "doctor": ("checkpoints", "check whether a checkpoint runs here: memory, tokenizer, device"),
     "bench": ("bench", "measure how fast a model runs here"),
     "inspect": ("checkpoints", "describe a model: sizes, split, KV cache, FLOPs"),
-    "convert": ("checkpoints", "write a checkpoint in another layout, split or width"),
+    "convert": (
+        "checkpoints",
+        "write a checkpoint in another layout, split or width, or with an adapter",
+    ),
     "verify": ("checkpoints", "check that a checkpoint is complete: tensors, numbers, checksums"),
     "vocab": ("data", "train a vocabulary"),
     "tokenize": ("data", "write token files for training"),

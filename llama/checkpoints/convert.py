@@ -4,6 +4,7 @@ The new folder is written under a temporary name beside its destination, and ren
 is on disk. So a kill or a full disk leaves no partial folder at the destination.
 """
 
+import logging
 import os
 import shutil
 import tempfile
@@ -17,7 +18,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from llama.checkpoints import beside_weights, hugging_face, shards
-from llama.checkpoints.folder import open_checkpoint
+from llama.checkpoints.folder import adapter_warning, merge_adapter, open_checkpoint
 from llama.checkpoints.load import check_complete, parse_dtype
 from llama.checkpoints.params import write_params
 from llama.checkpoints.shards import Checkpoint
@@ -25,6 +26,8 @@ from llama.errors import CheckpointError, ConfigError
 from llama.fast.quantize import Width, is_quantized
 from llama.fast.quantizers import QUANTIZERS
 from llama.files import sync_file, write_json
+
+log = logging.getLogger("llama")
 
 HF_FILE_BYTES = 5 * 10**9  # most bytes of weights in one `.safetensors`, as Hugging Face does
 
@@ -37,6 +40,7 @@ def convert(
     dtype: str | None = None,
     force: bool = False,
     quantize: Width | None = None,
+    adapter: str | Path | None = None,
 ) -> Path:
     """Write the checkpoint `src` as a new folder `dst`.
 
@@ -46,6 +50,7 @@ def convert(
     force: replace `dst` if it exists.
     quantize: "int8" or "int4": quantize the matrices, for fast mode. Only with to="meta"; the
         shards are then `.safetensors`.
+    adapter: folder or id of a LoRA adapter, which is merged into the weights.
     Raises CheckpointError, ConfigError or TokenizerError; `dst` is then unchanged.
     """
     if to not in ("meta", "hf"):
@@ -64,6 +69,10 @@ def convert(
     if source.quantization is not None:
         raise CheckpointError(f"{src} is quantized to {source.quantization}: convert the original")
     source.set_vocab_size()
+    if adapter is not None:
+        merge_adapter(source, adapter)
+        if (warning := adapter_warning(source)) is not None:
+            log.warning(warning)
     # All that can fail because of the source comes before anything is written.
     check_complete(source)
     tokenizer = beside_weights.source_tokenizer(source, Path(src))
@@ -106,10 +115,10 @@ def convert(
     return destination
 
 
-def _cast(weight: Tensor, dtype: torch.dtype | None) -> Tensor:
+def _cast(source: Checkpoint, name: str, weight: Tensor, dtype: torch.dtype | None) -> Tensor:
     """The weight in `dtype`, contiguous and in a storage of its own. A view would be saved with its
-    whole storage."""
-    cast = weight if dtype is None else weight.to(dtype)
+    whole storage. dtype None: that of the weight in the source, also after an adapter is merged."""
+    cast = weight.to(dtype or source.shards[0][name].dtype)
     is_view = cast.untyped_storage().nbytes() != cast.nbytes or not cast.is_contiguous()
     return cast.clone(memory_format=torch.contiguous_format) if is_view else cast
 
@@ -128,7 +137,7 @@ def _write_meta(
                 weight = source.quantized_part(name, mp, i, quantize)
                 shard |= {f"{name}.{field}": t for field, t in weight._asdict().items()}
             else:
-                shard[name] = _cast(source.part(name, mp, i), dtype)
+                shard[name] = _cast(source, name, source.part(name, mp, i), dtype)
             progress.update()
         path = folder / shards.shard_name(i, quantize)
         if quantize is not None:
@@ -154,7 +163,7 @@ def _write_hugging_face(source: Checkpoint, folder: Path, dtype: torch.dtype | N
             weight = source.part(name, 1, 0)
             if name.endswith(hugging_face.ROTATED):
                 weight = hugging_face.to_hugging_face_rows(weight, source.args.head_dim)
-            tensors[hugging_face.hugging_face_name(name)] = _cast(weight, dtype)
+            tensors[hugging_face.hugging_face_name(name)] = _cast(source, name, weight, dtype)
             progress.update()
         save_file(tensors, folder / file, metadata={"format": "pt"})
         sync_file(folder / file)

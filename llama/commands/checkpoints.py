@@ -39,8 +39,9 @@ def convert(
     dtype: str | None = None,
     force: bool = False,
     quantize: str | None = None,
+    adapter: str | None = None,
 ) -> None:
-    """Write a checkpoint in Meta's or Hugging Face's layout, in other shards, or quantized.
+    """Write a checkpoint in another layout, in other shards, quantized, or with a LoRA adapter.
 
     Example: llama convert Llama-2-70b Llama-2-70b-hf --to hf
 
@@ -54,10 +55,12 @@ def convert(
         force: replace dst if it exists.
         quantize: round the matrices to int8 or int4, for mode fast on a CPU; the layout must be
             meta, and the shards are written as consolidated.NN.safetensors.
+        adapter: folder of a LoRA adapter of this model in PEFT's format, or its id on the Hub, to
+            merge into the weights.
     """
     from llama.checkpoints.convert import convert as run
 
-    written = run(str(src), str(dst), to, mp, dtype, force, quantize)  # type: ignore[arg-type]
+    written = run(str(src), str(dst), to, mp, dtype, force, quantize, adapter)  # type: ignore[arg-type]
     print(f"Written to {written}")
 
 

@@ -204,6 +204,49 @@ def test_rounded_weights_do_not_depend_on_the_number_of_ranks(
     assert torch.equal(torch.cat(parts, 1), whole)
 
 
+# ---- a merged checkpoint ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("to", ["meta", "hf"])
+def test_a_merged_checkpoint(
+    to: str, adapters: list[tuple[Path, Path, torch.Tensor]], tmp_path: Path
+) -> None:
+    """Its logits are those of the adapter merged at load, to the bit. transformers agrees."""
+    from transformers import LlamaForCausalLM
+
+    for base, folder, expected in adapters:
+        merged = convert(base, tmp_path / folder.name, to, adapter=folder)
+        assert torch.equal(logits_of(merged, None), logits_of(base, folder))
+        if to == "hf":
+            with torch.inference_mode():
+                close(LlamaForCausalLM.from_pretrained(merged)(TOKENS).logits, expected)
+
+
+def test_a_merged_checkpoint_keeps_the_dtypes_of_its_base(
+    adapters: list[tuple[Path, Path, torch.Tensor]], tmp_path: Path
+) -> None:
+    base, folder, _ = next(a for a in adapters if a[1].name == "whole-weights-tied")
+    half = convert(base, tmp_path / "half", dtype="bfloat16")
+    merged = open_checkpoint(convert(half, tmp_path / "merged", mp=2, adapter=folder))
+    assert {tensor.dtype for shard in merged.shards for tensor in shard.values()} == {
+        torch.bfloat16
+    }
+    assert not merged.args.tied
+
+
+@pytest.mark.parametrize("width", ["int8", "int4"])
+def test_a_merged_checkpoint_is_rounded_from_float32(
+    width: Any, adapters: list[tuple[Path, Path, torch.Tensor]], tmp_path: Path
+) -> None:
+    base, folder, _ = next(a for a in adapters if a[1].name == "all-linear-untied")
+    at_once = convert(base, tmp_path / "at-once", quantize=width, adapter=folder)
+    merged = convert(base, tmp_path / "merged", adapter=folder)
+    later = convert(merged, tmp_path / "later", quantize=width)
+    shard = "consolidated.00.safetensors"
+    first, second = load_file(at_once / shard), load_file(later / shard)
+    assert all(torch.equal(first[name], second[name]) for name in first | second)
+
+
 # ---- folders, names and memory ------------------------------------------------------------------
 
 

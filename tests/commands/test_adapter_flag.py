@@ -34,7 +34,7 @@ def run(
 
     def run(*arguments: object) -> str:
         options = ["--adapter", folders[1]]
-        if arguments[0] != "doctor":
+        if arguments[0] not in ("doctor", "convert"):
             options += ["--ckpt_dir", folders[0]]
         monkeypatch.setattr(sys, "argv", ["llama", *map(str, [*arguments, *options])])
         main()
@@ -71,6 +71,12 @@ def test_perplexity(folders: tuple[Path, Path], run: Callable[..., str], tmp_pat
 
 def test_bench(run: Callable[..., str], tmp_path: Path) -> None:
     assert "decode" in run("bench", "--prefill=16", "--decode=4", "--rounds=1", "--dtype=float32")
+
+
+def test_convert(folders: tuple[Path, Path], run: Callable[..., str], tmp_path: Path) -> None:
+    run("convert", folders[0], tmp_path / "merged")
+    merged, at_load = Llama.build(tmp_path / "merged"), Llama.build(folders[0], adapter=folders[1])
+    assert merged.score([TEXT]) == at_load.score([TEXT])
 
 
 def test_doctor(folders: tuple[Path, Path], run: Callable[..., str]) -> None:

@@ -40,8 +40,10 @@ def shard_dim(name: str, embedding_shard_dim: int) -> int | None:
     """The dimension along which ranks split the tensor with this name; None: replicated."""
     module, kind = name.split(".")[-2:]
     dim = embedding_shard_dim if module == "tok_embeddings" else SHARD_DIMS.get(module)
-    # The bias of a row-parallel layer is added once, after the ranks' results are summed.
-    return None if kind == "bias" and dim == 1 else dim
+    # The bias of a row-parallel layer is added once, after the ranks' results are summed. A LoRA
+    # change B A of a matrix is split like it: B by rows, or A by columns.
+    is_replicated = (kind, dim) in (("bias", 1), ("lora_A", 0), ("lora_B", 1))
+    return None if is_replicated else dim
 
 
 def initialize(model_parallel_size: int | None = None, device: torch.device | None = None) -> None:

@@ -1,4 +1,5 @@
-"""LoRA adapters in PEFT's format: open them, check them against the base model, and merge them.
+"""LoRA adapters in PEFT's format: open them, check them against the base model, merge them, and
+write them.
 
 An adapter adds scale * B A to a matrix (N, K), with A (r, K) and B (N, r); Hu et al. 2021,
 arxiv.org/abs/2106.09685. It may also store some weights of the model whole.
@@ -11,13 +12,15 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from safetensors.torch import save
 from torch import Tensor
 
 from llama.checkpoints import hugging_face
-from llama.checkpoints.adapter_config import CONFIG, read_lora_config
+from llama.checkpoints.adapter_config import CONFIG, lora_settings, read_lora_config
 from llama.checkpoints.pickled import check_kind
 from llama.config import ModelArgs
 from llama.errors import CheckpointError
+from llama.files import atomic_file, write_json
 
 WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 PREFIX = "base_model.model."  # of the names in the file; it may be missing
@@ -109,6 +112,35 @@ def open_adapter(folder: Path, args: ModelArgs) -> Adapter:
         if not any(f".{replaced}." in f".{hugging_face.hugging_face_name(n)}" for n in weights):
             raise CheckpointError(f"{file} lacks {replaced}, which is in modules_to_save")
     return Adapter(folder, config.base, changes, weights)
+
+
+def write_adapter(
+    folder: Path,
+    matrices: dict[str, tuple[Tensor, Tensor]],
+    args: ModelArgs,
+    r: int,
+    alpha: float,
+    dropout: float,
+    base: str | None,
+) -> None:
+    """Write an adapter in PEFT's format, which PEFT and `open_adapter` open.
+
+    matrices: A and B of each changed matrix, by the matrix' name and in Meta's order of rows. Each
+    kind of matrix is changed in all layers.
+    base: name or folder of the base model.
+    """
+    tensors: dict[str, Tensor] = {}
+    targets: dict[str, None] = {}
+    for name, (a, b) in matrices.items():
+        module = hugging_face.hugging_face_name(name).removesuffix(".weight")
+        targets[module.rpartition(".")[2]] = None
+        if name.endswith(hugging_face.ROTATED):
+            b = hugging_face.to_hugging_face_rows(b, args.head_dim)
+        for letter, tensor in (("A", a), ("B", b)):
+            tensors[f"{PREFIX}{module}.lora_{letter}.weight"] = tensor.detach().cpu().contiguous()
+    with atomic_file(folder / WEIGHTS[0]) as out:
+        out.write(save(tensors, metadata={"format": "pt"}))
+    write_json(folder / CONFIG, lora_settings(r, alpha, dropout, list(targets), base))
 
 
 def _read(file: Path) -> dict[str, Tensor]:

@@ -88,6 +88,25 @@ def read_lora_config(path: Path, modules: Sequence[str]) -> LoraConfig:
         raise ConfigError(f"{path}: {error}") from error
 
 
+def lora_settings(
+    r: int, alpha: float, dropout: float, targets: Sequence[str], base: str | None
+) -> dict[str, Any]:
+    """The content of an `adapter_config.json`. targets: the ends of the changed modules' names."""
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base,
+        "r": r,
+        "lora_alpha": alpha,
+        "lora_dropout": dropout,
+        "target_modules": list(targets),
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+        "modules_to_save": None,
+    }
+
+
 def _check_is_plain_lora(content: dict[str, Any]) -> None:
     """Raise a ConfigError that names the method or the key, if this is not plain LoRA."""
     kind = content.get("peft_type")

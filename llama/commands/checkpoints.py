@@ -5,16 +5,27 @@ import sys
 from llama.commands.flags import as_text
 
 
+@as_text
 def inspect(
     model: str | None = None,
     mp: int = 1,
     max_seq_len: int | None = None,
     max_batch_size: int = 4,
     dtype: str = "bfloat16",
+    train: bool = False,
+    batch: int = 1,
+    seq_len: int = 2048,
+    lora_r: int | None = None,
+    lora_targets: str | None = None,
+    quantize: str | None = None,
+    checkpoint_activations: bool = False,
 ) -> None:
     """Describe a model: modules, sizes, split over ranks, KV cache, FLOPs. No weight is read.
 
+    With --train it tells the memory of a training step instead, without autocast and FSDP.
+
     Example: llama inspect llama-3.1-70b --mp 8
+    Example: llama inspect llama-3.1-8b --train --lora_r 16 --quantize int4
 
     Args:
         model: a published model (llama-2-7b, llama-3-8b, llama-3.1-405b, llama-3.2-1b, …) or a
@@ -22,12 +33,30 @@ def inspect(
         mp: ranks that share the model.
         max_seq_len: most tokens in a row of the KV cache; by default the model's context.
         max_batch_size: rows of the KV cache.
-        dtype: dtype for the sizes in bytes: float32, bfloat16 or float16.
+        dtype: dtype for the sizes in bytes: float32, bfloat16 or float16; weights that are trained
+            are float32.
+        train: tell the memory of a training step.
+        batch: rows of the step.
+        seq_len: tokens of a row.
+        lora_r: rank of the changes that LoRA trains; by default all weights are trained.
+        lora_targets: matrices that get a change; by default all seven of a layer.
+        quantize: int8 or int4, for the frozen weights with LoRA; by default as the folder is saved.
+        checkpoint_activations: keep only the input of each layer.
     """
     from llama.checkpoints.folder import BUNDLED
-    from llama.checkpoints.inspect import describe
 
-    print(describe(str(model or BUNDLED), mp, max_seq_len, max_batch_size, dtype))
+    name = str(model or BUNDLED)
+    if not train:
+        from llama.checkpoints.inspect import describe
+
+        print(describe(name, mp, max_seq_len, max_batch_size, dtype))
+        return
+    from llama.training.lora import LoraOptions
+    from llama.training.memory import describe_training
+
+    lora = None if lora_r is None else LoraOptions.read(lora_r, None, 0.0, lora_targets)
+    options = batch, seq_len, lora, dtype, quantize, checkpoint_activations, mp
+    print(describe_training(name, *options))  # type: ignore[arg-type]
 
 
 @as_text

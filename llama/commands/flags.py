@@ -19,7 +19,8 @@ Command = Callable[..., None]
 # a number.
 as_text: Callable[[Command], Command] = SetParseFn(
     str, "prompt", "stop", "ckpt_dir", "tokenizer_path", "device", "dtype", "mode", "quantize",
-    "kv_cache", "draft", "format", "adapter", "model", "host", "api_key", "name", "allow_origin",
+    "kv_cache", "draft", "format", "adapter", "lora_targets", "model", "host", "api_key", "name",
+    "allow_origin",
 )  # fmt: skip
 
 
@@ -129,6 +130,8 @@ RUN = group(
     ("train", "text", "all", "weights to train: all, norms or all_but_embeddings"),
     ("separate_documents", "yes or no", "yes", "no attention between the documents of a row"),
     ("autocast", "yes or no", "only on a GPU", "compute matrix products in bfloat16"),
+    ("checkpoint_activations", "yes or no", "no",
+     "keep only the input of each layer, and compute the rest again in the backward pass"),
     ("eval_every", "whole number", "100", "steps between evaluations"),
     ("eval_batches", "whole number", "20", "batches of an evaluation"),
     ("checkpoint_every", "whole number", "200", "steps between checkpoints"),
@@ -165,7 +168,18 @@ FINETUNING = group(
     ("ckpt_dir", "text", "the bundled model", "checkpoint folder to start from"),
     ("tokenizer", "text", "the one in ckpt_dir", "tokenizer.model"),
     ("eval_data", "text", "none", "JSONL file of dialogs to evaluate on"),
-)
+    ("adapter", "text", "none",
+     "folder of a LoRA adapter that is merged into the model before the training"),
+)  # fmt: skip
+LORA = group(
+    "LoRA: low-rank changes are trained, and the model stays as it is",
+    ("lora_r", "whole number", "none", "train changes of this rank, and write them as an adapter"),
+    ("lora_alpha", "number", "twice lora_r", "a change is multiplied by lora_alpha / lora_r"),
+    ("lora_dropout", "number", "0.0", "fraction of a change's inputs that become 0 in training"),
+    ("lora_targets", "text", "wq,wk,wv,wo,w1,w2,w3", "matrices that get a change"),
+    ("quantize", "text", "as the folder is saved",
+     "round the model to int8 or int4; a CPU needs the extra [fast]"),
+)  # fmt: skip
 
 
 def with_defaults(group: Group, **defaults: str) -> Group:

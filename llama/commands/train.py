@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from llama.commands.flags import FINETUNING, PRETRAINING, RUN, takes, with_defaults
+from llama.commands.flags import FINETUNING, LORA, PRETRAINING, RUN, as_text, takes, with_defaults
 
 FINETUNING_RUN = with_defaults(
     RUN, steps="100", learning_rate="0.0001", warmup_steps="10", weight_decay="0.0"
@@ -25,7 +25,8 @@ def train(config: str | None = None, **flags: Any) -> None:
     print(f"Saved in {pretrain(PretrainConfig.read(config, flags))}")
 
 
-@takes(FINETUNING, FINETUNING_RUN)
+@as_text
+@takes(FINETUNING, LORA, FINETUNING_RUN)
 def finetune(config: str | None = None, **flags: Any) -> None:
     """Fine-tune a checkpoint on dialogs. Only the assistant's messages are learned.
 
@@ -34,6 +35,9 @@ def finetune(config: str | None = None, **flags: Any) -> None:
     A line of DATA is a dialog: {"messages": [{"role": "user", "content": "…"}, {"role":
     "assistant", "content": "…"}]}. A dialog longer than --seq_len is cut after an answer. After a
     stop the same command continues the run.
+
+    With --lora_r the checkpoints in OUT_DIR are LoRA adapters in PEFT's format. --adapter OUT_DIR
+    uses the newest one in other commands. `llama convert` merges it.
 
     Args:
         config: TOML file with the flags' names as keys; by default none.

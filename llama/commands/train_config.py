@@ -10,15 +10,24 @@ from typing import Any, Literal, Self
 import torch
 
 from llama import parallel
+from llama.checkpoints.build import load_model, open_model
 from llama.checkpoints.folder import run_checkpoints
 from llama.config import PRESETS, ModelArgs
 from llama.errors import ConfigError, TrainingError
-from llama.generation import Llama
+from llama.fast.gpu.device_weights import narrow
 from llama.model import Transformer
 from llama.tokenizer import Tokenizer
+from llama.training.adapter_folder import AdapterFolder
 from llama.training.chat_data import DialogLoader, load_dialogs
 from llama.training.log import TrainingLog
-from llama.training.loop import Loader, Trainer, TrainingOptions, shard_model
+from llama.training.loop import (
+    Loader,
+    Trainer,
+    TrainingOptions,
+    checkpoint_activations,
+    shard_model,
+)
+from llama.training.lora import TARGETS, LoraOptions, add_lora, check_base, lora_optimizer
 from llama.training.token_files import DistributedShardedDataLoader
 
 log = logging.getLogger("llama")
@@ -44,6 +53,7 @@ class RunConfig:
     train: Literal["all", "norms", "all_but_embeddings"] = "all"
     separate_documents: bool = True  # no attention between the documents of a row
     autocast: bool | None = None  # matrix products in bfloat16; None: only on a GPU
+    checkpoint_activations: bool = False  # keep each layer's input only, compute the rest again
     eval_every: int = 100  # steps
     eval_batches: int = 20  # batches of an evaluation, on each rank
     checkpoint_every: int = 200  # steps
@@ -158,6 +168,30 @@ class FinetuneConfig(RunConfig):
     weight_decay: float = 0.0
     steps: int = 100
     warmup_steps: int = 10
+    adapter: str | None = None  # folder of a LoRA adapter, merged into the base before training
+    lora_r: int | None = None  # train changes of this rank; None: train the weights
+    lora_alpha: float | None = None  # a change is multiplied by lora_alpha / lora_r; None: by 2
+    lora_dropout: float = 0.0
+    lora_targets: str = ",".join(TARGETS)  # the matrices that get a change
+    quantize: Literal["int8", "int4"] | None = None  # round the frozen matrices
+
+    @property
+    def lora(self) -> LoraOptions | None:
+        """The options for LoRA; None: the weights are trained.
+
+        Raises a LlamaError for options that do not fit together."""
+        if self.lora_r is None:
+            for name in ("lora_alpha", "quantize"):
+                if getattr(self, name) is not None:
+                    raise ConfigError(f"{name} is for LoRA: give lora_r too")
+            return None
+        if self.train != "all" or self.adapter is not None:
+            raise ConfigError(
+                "lora_r trains changes of the model in ckpt_dir: leave out train and adapter"
+            )
+        if self.quantize not in (None, "int8", "int4"):
+            raise ConfigError(f"quantize is {self.quantize!r}: int8 or int4")
+        return LoraOptions.read(self.lora_r, self.lora_alpha, self.lora_dropout, self.lora_targets)
 
 
 def pretrain(config: PretrainConfig) -> Path:
@@ -198,20 +232,29 @@ def finetune(config: FinetuneConfig) -> Path:
 
     Raises a LlamaError for wrong options or data, and for a loss that is not finite.
     """
-    device = _start(config)
-    llama = Llama.build(
-        config.ckpt_dir,
-        config.tokenizer,
-        max_seq_len=config.seq_len,
-        max_batch_size=1,
-        model_parallel_size=config.model_parallel_size,
-        device=device,
-        dtype="float32",  # bfloat16 would round small updates of the weights away
-    )
-    pad = max(llama.tokenizer.eos_id, 0)  # any id will do: padding has no loss
+    device, lora = _start(config), config.lora
+    setup, tokenizer, _ = open_model(
+        config.ckpt_dir, config.tokenizer, config.seq_len, 1, config.model_parallel_size,
+        "reference" if config.quantize is None else "fast", config.quantize, None, device,
+        # bfloat16 would round small updates of trained weights away.
+        "float32" if lora is None else None,
+        adapter=config.adapter,
+    )  # fmt: skip
+    assert tokenizer is not None
+    if lora is not None:
+        check_base(setup.opened.args, config.quantize)
+    with parallel.failing_together(device):
+        model = load_model(setup)
+    stored = None
+    if lora is not None:
+        if config.quantize is not None:
+            narrow(model, config.quantize, device)
+        add_lora(model, lora, config.seed)
+        stored = AdapterFolder(lora, config.ckpt_dir)
+    pad = max(tokenizer.eos_id, 0)  # any id will do: padding has no loss
 
     def load(path: str) -> DialogLoader:
-        data = load_dialogs(path, llama.formatter, config.seq_len + 1)
+        data = load_dialogs(path, tokenizer.chat_format(), config.seq_len + 1)
         if parallel.is_main_rank() and data.cut + data.dropped:
             print(
                 f"{path}: {data.cut} dialogs cut after an answer and {data.dropped} dropped, to "
@@ -222,7 +265,7 @@ def finetune(config: FinetuneConfig) -> Path:
         return DialogLoader(data.examples, pad, *sizes, seed=config.seed)
 
     eval_loader = None if config.eval_data is None else load(config.eval_data)
-    return _run(config, llama.model, llama.tokenizer, load(config.data), eval_loader)
+    return _run(config, model, tokenizer, load(config.data), eval_loader, stored)
 
 
 def _start(config: RunConfig) -> torch.device:
@@ -238,19 +281,20 @@ def _run(
     tokenizer: Tokenizer,
     loader: Loader,
     eval_loader: Loader | None,
+    stored: AdapterFolder | None = None,
 ) -> Path:
     """Continue the run in `out_dir`, or start it. Returns the folder of the last checkpoint."""
     device = model.device
+    if config.checkpoint_activations:
+        checkpoint_activations(model)
     if _needs_fsdp(config, model, device):
         shard_model(model)
+    rates = config.learning_rate, config.weight_decay, (config.beta1, config.beta2), device.type
     try:
-        optimizer = model.configure_optimizers(
-            config.learning_rate,
-            config.weight_decay,
-            (config.beta1, config.beta2),
-            device.type,
-            config.train,
-        )
+        if stored is not None:
+            optimizer = lora_optimizer(model, *rates)
+        else:
+            optimizer = model.configure_optimizers(*rates, config.train)
     except ValueError as error:  # AdamW raises it if a rate or a beta is out of its range
         raise TrainingError(str(error)) from error
     replicas = parallel.dp_size()
@@ -268,6 +312,7 @@ def _run(
         tokenizer.model_path,
         eval_loader,
         report,
+        stored,
     )
     if trainer.resume() and parallel.is_main_rank():
         print(f"Continuing after step {trainer.step} of {config.out_dir}")
@@ -289,5 +334,6 @@ def _needs_fsdp(config: RunConfig, model: Transformer, device: torch.device) -> 
         return False
     if config.fsdp is not None or device.type != "cuda":
         return bool(config.fsdp)
-    needed = 4 * sum(weight.nbytes for weight in model.parameters())
+    weights = list(model.parameters())
+    needed = sum(weight.nbytes * (4 if weight.requires_grad else 1) for weight in weights)
     return needed > 0.8 * torch.cuda.get_device_properties(device).total_memory

@@ -1,4 +1,4 @@
-"""Checkpoints of a training run: folders `step_00000200` in Meta's format, and how to resume.
+"""Checkpoints of a training run: folders `step_00000200`, and how to resume.
 
 A checkpoint is written to a folder `partial_…`, which becomes `step_…` when all its files are
 written. So every folder `step_…` is complete. A kill or a full disk does not harm older ones.
@@ -7,7 +7,7 @@ written. So every folder `step_…` is complete. A kill or a full disk does not 
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -29,6 +29,53 @@ from llama.training.token_files import Loader
 OF_TOKENIZER = ("tokenizer_config.json", "chat_template.jinja", "generation_config.json")
 
 
+class Stored(Protocol):
+    """What a checkpoint stores of the model, and in which files."""
+
+    def weights(self, model: Transformer) -> dict[str, Tensor]:
+        """This rank's parts of the weights that are stored, by name."""
+
+    def gathered(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+        """What `write` gets of the weights. All ranks of a model call it together, because they may
+        exchange their parts."""
+
+    def write(self, folder: Path, model: Transformer, weights: dict[str, Tensor]) -> None:
+        """Write this rank's files."""
+
+    def read(self, folder: Path, model: Transformer) -> dict[str, Tensor]:
+        """The stored parts of this rank, by name."""
+
+
+class WholeModel:
+    """A folder in Meta's format, with the tokenizer if its path is given."""
+
+    def __init__(self, tokenizer_path: str | Path | None) -> None:
+        self.tokenizer_path = None if tokenizer_path is None else Path(tokenizer_path)
+
+    def weights(self, model: Transformer) -> dict[str, Tensor]:
+        return model.state_dict()
+
+    def gathered(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+        return weights
+
+    def write(self, folder: Path, model: Transformer, weights: dict[str, Tensor]) -> None:
+        if parallel.dp_rank() == 0:
+            shards.write_shard(folder / shards.shard_name(parallel.mp_rank()), weights)
+        if not parallel.is_main_rank():
+            return
+        write_params(folder / "params.json", model.params)
+        if self.tokenizer_path is not None:
+            is_json = self.tokenizer_path.suffix == ".json"
+            name = "tokenizer.json" if is_json else "tokenizer.model"
+            shutil.copyfile(self.tokenizer_path, folder / name)
+            for path in (self.tokenizer_path.with_name(name) for name in OF_TOKENIZER):
+                if path.is_file():
+                    shutil.copyfile(path, folder / path.name)
+
+    def read(self, folder: Path, model: Transformer) -> dict[str, Tensor]:
+        return shards.read_shard(folder / shards.shard_name(parallel.mp_rank()))
+
+
 @dataclass
 class Run:
     """The state of a training run, and the folder and the options of its checkpoints."""
@@ -37,7 +84,7 @@ class Run:
     model: Transformer
     optimizers: list[torch.optim.Optimizer]
     loader: Loader
-    tokenizer_path: str | Path | None  # copied into each checkpoint
+    stored: Stored
     keep: int  # how many checkpoints stay; older ones are deleted
     step: int = 0  # finished steps
 
@@ -50,7 +97,8 @@ def save(run: Run) -> Path:
     """
     final = run.out_dir / f"step_{run.step:08d}"
     partial = run.out_dir / f"partial_{run.step:08d}"
-    weights = {name: _full_tensor(weight) for name, weight in run.model.state_dict().items()}
+    parts = run.stored.weights(run.model)
+    weights = run.stored.gathered({name: _full_tensor(part) for name, part in parts.items()})
     error: Exception | None = None
     try:
         partial.mkdir(parents=True, exist_ok=True)
@@ -74,20 +122,9 @@ def save(run: Run) -> Path:
 
 
 def _write(run: Run, folder: Path, weights: dict[str, Tensor]) -> None:
-    """Write this rank's files of a checkpoint. The main rank also writes the common files."""
-    is_first_replica = parallel.dp_rank() == 0
-    if is_first_replica:
-        shards.write_shard(folder / shards.shard_name(parallel.mp_rank()), weights)
-    if parallel.is_main_rank():
-        write_params(folder / "params.json", run.model.params)
-        if run.tokenizer_path is not None:
-            is_json = Path(run.tokenizer_path).suffix == ".json"
-            name = "tokenizer.json" if is_json else "tokenizer.model"
-            shutil.copyfile(run.tokenizer_path, folder / name)
-            for path in (Path(run.tokenizer_path).with_name(name) for name in OF_TOKENIZER):
-                if path.is_file():
-                    shutil.copyfile(path, folder / path.name)
-    if is_first_replica or isinstance(run.model, FSDPModule):
+    """Write this rank's files of a checkpoint."""
+    run.stored.write(folder, run.model, weights)
+    if parallel.dp_rank() == 0 or isinstance(run.model, FSDPModule):
         state = {
             "step": run.step,
             "ranks": _ranks(),
@@ -119,9 +156,9 @@ def load_newest(run: Run) -> bool:
             f"{folder} was written by {state['ranks'][0]} rank(s), {state['ranks'][1]} per model; "
             f"this run has {_ranks()[0]} rank(s), {_ranks()[1]} per model"
         )
-    weights = shards.read_shard(folder / shards.shard_name(parallel.mp_rank()))
+    weights = run.stored.read(folder, run.model)
     with torch.no_grad():
-        for name, weight in run.model.state_dict().items():
+        for name, weight in run.stored.weights(run.model).items():
             shape = tuple(weights[name].shape) if name in weights else None
             if shape != tuple(weight.shape):
                 raise TrainingError(

@@ -3,16 +3,20 @@
 The ranks of a model-parallel group share one model through fairscale's tensor parallelism. DDP
 replicates the model across groups. With `shard_model`, FSDP2 splits it across groups instead. Use
 `shard_model` if weights, gradients and optimizer state do not fit in the memory of one group.
-Nothing here draws random numbers: the initial weights, the loader and the options determine a run.
+The initial weights, the loader and the options determine a run. Only dropout draws random numbers,
+from a seed of the step.
 """
 
 import contextlib
+import functools
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from fairscale.nn.model_parallel import initialize as fs_init
@@ -20,6 +24,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint as recomputed
 
 from llama import parallel
 from llama.errors import DataError, TrainingError
@@ -29,6 +34,7 @@ from llama.training.objective import (
     document_mask,
     document_numbers,
     document_positions,
+    loss_in_chunks,
     next_token_loss,
 )
 from llama.training.optimizer import check_schedule, clip_grad_norm, learning_rate_factor
@@ -47,6 +53,7 @@ class TrainingOptions:
     final_lr: float = 0.1  # learning rate at the end, as a fraction of the peak
     accumulation: int = 1  # batches of a step, on each rank
     clip: float = 1.0  # largest norm of the gradient
+    seed: int = 1  # of dropout
     separate_documents: bool = True  # no attention between the documents of a row
     autocast: torch.dtype | None = None  # of matrix products; None: the dtype of the weights
     eval_every: int = 100  # steps
@@ -62,6 +69,13 @@ class TrainingOptions:
         if not self.clip > 0:
             raise TrainingError(f"clip is {self.clip}: it must be above 0")
         check_schedule(self.steps, self.warmup_steps, self.decay_steps, self.final_lr)
+
+
+def checkpoint_activations(model: Transformer) -> None:
+    """Keep only the input of each layer for the backward pass, and compute the rest again there;
+    Chen et al. 2016, arxiv.org/abs/1604.06174. Call this before `shard_model`."""
+    for block in model.layers:
+        block.forward = functools.partial(recomputed, block.forward, use_reentrant=False)
 
 
 def shard_model(model: Transformer) -> Transformer:
@@ -92,6 +106,7 @@ class Trainer:
         tokenizer_path: tokenizer file that is copied into each checkpoint.
         eval_loader: held-out batches. Every evaluation starts at the position that the
             loader has when the Trainer is made.
+        stored: what a checkpoint stores of the model. None: all of it, as a folder of Meta's.
         on_step: called after every step, on every rank, as on_step(trainer, StepReport).
     """
 
@@ -106,21 +121,26 @@ class Trainer:
         tokenizer_path: str | Path | None = None,
         eval_loader: Loader | None = None,
         on_step: "Callable[[Trainer, StepReport], None] | None" = None,
+        stored: checkpoint.Stored | None = None,
     ) -> None:
         self.model, self.optimizers, self.loader = model, list(optimizers), loader
         self.options, self.bos_id = options, bos_id
-        self.out_dir, self.tokenizer_path = Path(out_dir), tokenizer_path
+        self.out_dir, self.stored = Path(out_dir), stored or checkpoint.WholeModel(tokenizer_path)
         self.eval_loader, self.on_step = eval_loader, on_step
         self.eval_start = eval_loader.state_dict() if eval_loader is not None else {}
         self.device = model.device
         self.step = 0  # finished steps
         self.peak_rates = [[g["lr"] for g in o.param_groups] for o in self.optimizers]
         self.dp_size = parallel.dp_size()
-        self.replica: nn.Module = model  # the model, or the model inside DDP
+        self.loss: nn.Module = _Loss(model)  # perhaps inside DDP
         if self.dp_size > 1 and not isinstance(model, FSDPModule):
-            self.replica = DistributedDataParallel(
-                model, process_group=fs_init.get_data_parallel_group()
-            )
+            # DDP begins with a broadcast of all weights. It would write to frozen ones, which are
+            # mapped from a file, and are equal on all ranks like the changes that are trained.
+            is_whole = all(weight.requires_grad for weight in model.parameters())
+            self.loss = DistributedDataParallel(
+                self.loss, process_group=fs_init.get_data_parallel_group(), init_sync=is_whole,
+                broadcast_buffers=False,
+            )  # fmt: skip
 
     def run(self) -> list[float]:
         """Train to the last step. Returns the loss of each step of this call, in nats a token.
@@ -164,7 +184,8 @@ class Trainer:
             )
         total = 0.0
         for i, batch in enumerate(batches):
-            with self._gradient_sync(is_last=i == len(batches) - 1):
+            is_last = i == len(batches) - 1
+            with self._gradient_sync(is_last), self._dropout(i):
                 loss = self._loss(batch)
                 # DDP and FSDP divide the sum of the replicas' gradients by dp_size. The factor
                 # undoes that, and divides by the number of targets of the step.
@@ -218,7 +239,7 @@ class Trainer:
 
     def _run(self) -> checkpoint.Run:
         return checkpoint.Run(
-            self.out_dir, self.model, self.optimizers, self.loader, self.tokenizer_path,
+            self.out_dir, self.model, self.optimizers, self.loader, self.stored,
             self.options.keep, self.step,
         )  # fmt: skip
 
@@ -246,17 +267,27 @@ class Trainer:
         """The sum of the losses of all targets, in nats."""
         dtype = self.options.autocast
         with torch.autocast(self.device.type, dtype, enabled=dtype is not None):
-            logits = self.replica(batch.inputs, positions=batch.positions, mask=batch.mask)
-        return next_token_loss(logits, batch.targets, IGNORED, "sum")
+            loss: Tensor = self.loss(batch)
+        return loss
 
     def _gradient_sync(self, is_last: bool) -> contextlib.AbstractContextManager[None]:
         """Synchronize the gradients of the replicas only in the last batch of a step. The batches
         before it accumulate gradients on their own rank."""
-        if isinstance(self.replica, DistributedDataParallel) and not is_last:
-            return self.replica.no_sync()
-        if isinstance(self.replica, FSDPModule):
-            self.replica.set_requires_gradient_sync(is_last)
+        if isinstance(self.loss, DistributedDataParallel) and not is_last:
+            return self.loss.no_sync()
+        if isinstance(self.model, FSDPModule):
+            self.model.set_requires_gradient_sync(is_last)
         return contextlib.nullcontext()
+
+    @contextlib.contextmanager
+    def _dropout(self, batch: int) -> Iterator[None]:
+        """A block whose random numbers depend only on the seed, the step, the batch of the step and
+        the replica. So a resumed run has the same dropout."""
+        source = [self.options.seed, self.step, batch, parallel.dp_rank()]
+        devices = [self.device] if self.device.type == "cuda" else []
+        with torch.random.fork_rng(devices):
+            torch.manual_seed(int(np.random.SeedSequence(source).generate_state(1)[0]))
+            yield
 
     def _sum_over_replicas(self, value: float) -> float:
         if self.dp_size == 1:
@@ -264,6 +295,22 @@ class Trainer:
         total = torch.tensor(value, dtype=torch.float64, device=self.device)
         dist.all_reduce(total, group=fs_init.get_data_parallel_group())
         return total.item()
+
+
+class _Loss(nn.Module):
+    """The model with the loss: the sum over the targets of a batch, in nats."""
+
+    def __init__(self, model: Transformer) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, batch: "_Batch") -> Tensor:
+        model = self.model
+        where: dict[str, Any] = dict(positions=batch.positions, mask=batch.mask)
+        trains_output = any(weight.requires_grad for weight in model.output.parameters())
+        if trains_output or isinstance(model, FSDPModule):
+            return next_token_loss(model(batch.inputs, **where), batch.targets, reduction="sum")
+        return loss_in_chunks(model.features(batch.inputs, **where), batch.targets, model.logits)
 
 
 @dataclass

@@ -1,10 +1,15 @@
 """The training objective: next-token cross-entropy, and the mask that separates documents."""
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from llama.training.token_files import IGNORED
+
+CHUNK = 256  # positions whose logits `loss_in_chunks` holds at a time
 
 
 def next_token_loss(
@@ -17,6 +22,45 @@ def next_token_loss(
     return F.cross_entropy(
         logits.flatten(0, 1), targets.flatten(), ignore_index=ignore_index, reduction=reduction
     )
+
+
+def loss_in_chunks(
+    features: Tensor, targets: Tensor, logits_of: Callable[[Tensor], Tensor]
+) -> Tensor:
+    """The sum of `next_token_loss` over all targets, with the logits of CHUNK positions at a time.
+
+    features (B, S, D), targets (B, S). logits_of: features -> logits; it must have no weights to
+    train, because gradients flow to the features only.
+    """
+    if torch.is_grad_enabled() and features.requires_grad:
+        return _LossInChunks.apply(features, targets, logits_of)
+    chunks = zip(features.split(CHUNK, 1), targets.split(CHUNK, 1), strict=True)
+    losses = [next_token_loss(logits_of(part), wanted, reduction="sum") for part, wanted in chunks]
+    return torch.stack(losses).sum()
+
+
+class _LossInChunks(torch.autograd.Function):
+    """`loss_in_chunks` with gradients. The gradient of a chunk's features is computed together with
+    its loss, so that its logits need not be kept."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, features: Tensor, targets: Tensor, logits_of: Callable[[Tensor], Tensor]
+    ) -> Tensor:
+        losses, gradients = [], []
+        for part, wanted in zip(features.split(CHUNK, 1), targets.split(CHUNK, 1), strict=True):
+            with torch.enable_grad():
+                part = part.detach().requires_grad_()
+                loss = next_token_loss(logits_of(part), wanted, reduction="sum")
+                gradients += torch.autograd.grad(loss, part)
+            losses.append(loss.detach())
+        ctx.save_for_backward(torch.cat(gradients, 1))
+        return torch.stack(losses).sum()
+
+    @staticmethod
+    def backward(ctx: Any, factor: Tensor) -> tuple[Tensor, None, None]:
+        (gradient,) = ctx.saved_tensors
+        return gradient * factor, None, None
 
 
 def document_numbers(inputs: Tensor, targets: Tensor, bos_id: int) -> tuple[Tensor | None, Tensor]:

@@ -4,19 +4,30 @@ CPU kernels read eight rows at once, so quantized rows are interleaved for them.
 read neighbours in a row. So here the same rounded numbers are stored row after row.
 """
 
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from fairscale.nn.model_parallel.layers import RowParallelLinear
 from fairscale.nn.model_parallel.mappings import (
+    copy_to_model_parallel_region,
     gather_from_model_parallel_region,
     reduce_from_model_parallel_region,
 )
 from torch import Tensor, nn
 
 from llama.errors import ConfigError
-from llama.fast.quantize import GROUP, LANES, OFFSET, QUAD, Quantized, quantize_int4, quantize_int8
+from llama.fast.quantize import (
+    GPU_BLOCK,
+    GROUP,
+    LANES,
+    OFFSET,
+    QUAD,
+    Quantized,
+    quantize_int4,
+    quantize_int8,
+)
 from llama.model import Transformer
 
 LARGEST_FP8 = torch.finfo(torch.float8_e4m3fn).max
@@ -44,6 +55,13 @@ class Matrix(NamedTuple):
     @property
     def n_columns(self) -> int:
         return self.values.shape[1] * (2 if self.width == "int4" else 1)
+
+    def blocks(self) -> "Iterator[Matrix]":
+        """The matrix in blocks of rows, each of at most about GPU_BLOCK weights."""
+        size = max(1, GPU_BLOCK // self.n_columns)
+        for start in range(0, self.n_rows, size):
+            part = slice(start, start + size)
+            yield Matrix(self.values[part], self.scales[part], self.width)
 
     def widened(self, dtype: torch.dtype) -> Tensor:
         """The dequantized matrix (N, K), rounded once."""
@@ -90,6 +108,27 @@ def _moved(weight: Tensor | Quantized, device: torch.device) -> Tensor | Quantiz
     return type(weight)(*(tensor.to(device) for tensor in weight))
 
 
+class _WidenedProduct(torch.autograd.Function):
+    """x W^T with a quantized W (N, K), of which a block of rows is dequantized at a time.
+
+    Gradients flow to x only. For them W is dequantized again.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, matrix: Matrix) -> Tensor:
+        ctx.matrix, ctx.dtype = matrix, x.dtype
+        return torch.cat([F.linear(x, rows.widened(x.dtype)) for rows in matrix.blocks()], -1)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        blocks = list(ctx.matrix.blocks())
+        parts = gradient.split([block.n_rows for block in blocks], -1)
+        total = gradient.new_zeros(*gradient.shape[:-1], ctx.matrix.n_columns, dtype=torch.float32)
+        for part, block in zip(parts, blocks, strict=True):
+            total += part @ block.widened(part.dtype)
+        return total.to(ctx.dtype), None
+
+
 class NarrowLinear(nn.Module):
     """A fairscale linear layer whose weight is quantized. It calls the same collectives."""
 
@@ -106,7 +145,9 @@ class NarrowLinear(nn.Module):
         self.gathers = not self.adds_up and layer.gather_output
 
     def forward(self, x: Tensor) -> Tensor:
-        out = F.linear(x, Matrix(self.values, self.scales, self.width).widened(x.dtype))
+        if not self.adds_up:
+            x = copy_to_model_parallel_region(x)
+        out = _WidenedProduct.apply(x, Matrix(self.values, self.scales, self.width))
         if self.adds_up:
             return reduce_from_model_parallel_region(out)
         return gather_from_model_parallel_region(out) if self.gathers else out

@@ -38,6 +38,7 @@ SCRIPTS: dict[str, list[str]] = {
     "speculative": ["--rounds=1"],
     "speed": ["--shape=demo", "--prefill=32", "--decode=4", "--rounds=1"],
     "startup": ["--folder={model}", "--work={work}/startup", "--rounds=1"],
+    "train_memory": ["--work={work}", "--shape=demo", "--seq_len=32", "--steps=2"],
     "train_speed": ["--shape=bundled", "--batch=1", "--seq_len=32", "--rounds=1"],
 }
 NOT_TIMED = {"make_checkpoint", "gguf_file", "peer", "peers", "processor", "rounding", "tables"}

@@ -5,7 +5,7 @@ The file is longer than others because it holds every public call, with its sign
 
 import logging
 import time
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, overload
@@ -13,13 +13,14 @@ from typing import Any, Literal, overload
 import torch
 
 from llama import parallel
+from llama.adapters import RowAdapters
 
 from llama.chat_format import (  # isort: skip
     B_INST, B_SYS, E_INST, E_SYS, SPECIAL_TAGS, UNSAFE_ERROR,
     Dialog, Message, Role,
 )  # fmt: skip
 from llama.chat_forms import AnyFormat, FormatName
-from llama.checkpoints.build import load_model, open_model
+from llama.checkpoints.build import load_adapters, load_model, open_model
 from llama.checkpoints.chat_form import chat_warning
 from llama.checkpoints.folder import BUNDLED
 from llama.checkpoints.generation_config import read_sampling
@@ -82,6 +83,7 @@ class Llama:
         invariant: bool = False,
         format: FormatName | None = None,
         adapter: str | Path | None = None,
+        adapters: Mapping[str, str | Path] | None = None,
     ) -> "Llama":
         """Load a checkpoint on any number of ranks that its shape can be split over.
 
@@ -121,6 +123,9 @@ class Llama:
                 folder's chat template, else the one that models with this kind of tokenizer use.
             adapter: folder or id of a LoRA adapter in PEFT's format, which was trained on this
                 model. It is merged into the weights while they are loaded.
+            adapters: folders or ids of LoRA adapters, by names of your choice. They stay beside the
+                weights: a call may name one by its option `adapter`, and runs in one batch with
+                other calls. On a GPU in mode reference only.
 
         Raises a LlamaError (a ValueError) that names what does not fit.
         """
@@ -134,10 +139,11 @@ class Llama:
         setup, tokenizer, draft_setup = opened
         assert tokenizer is not None
         with parallel.failing_together(setup.device):
+            beside = load_adapters(setup, adapters)
             llama = Llama(
                 load_model(setup), tokenizer, seed, mode, quantize=setup.quantize,
                 kv_cache=kv_cache, draft=load_model(draft_setup) if draft_setup else None,
-                lookup=lookup, invariant=invariant,
+                lookup=lookup, invariant=invariant, adapters=beside,
             )  # fmt: skip
         llama.suggested_sampling = read_sampling(setup.opened.folder)
         llama._chat_warning = chat_warning(setup.opened.folder, format)
@@ -160,6 +166,7 @@ class Llama:
         draft: Transformer | None = None,
         lookup: bool = False,
         invariant: bool = False,
+        adapters: RowAdapters | None = None,
     ) -> None:
         self.model = model
         self.tokenizer = tokenizer
@@ -168,7 +175,7 @@ class Llama:
         self._chat_warning: str | None = None  # logged with the first dialog
         self.engine = make_engine(
             model, tokenizer, seed, mode, max_batch_size, quantize, kv_cache, draft, lookup,
-            invariant,
+            invariant, adapters,
         )  # fmt: skip
         self.runner = Runner(self.engine, seed, is_reference=mode == "reference")
 

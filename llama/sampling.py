@@ -50,6 +50,7 @@ class SamplingParams:
         n: number of samples per prompt.
         logits_processor: a function of the tokens so far and the logits (V,) that returns new
             logits (V,).
+        adapter: name of one of the LoRA adapters in `adapters` of `Llama.build`; None: none.
 
     Raises GenerationError if a value is out of its range.
     """
@@ -71,6 +72,7 @@ class SamplingParams:
     prompt_logprobs: bool = False
     n: int = 1
     logits_processor: LogitsProcessor | None = None
+    adapter: str | None = None
 
     def __post_init__(self) -> None:
         def require(name: str, valid: bool, limit: str) -> None:
@@ -117,6 +119,7 @@ class SamplingParams:
         require("n", _integer(self.n, 1, MAX_SAMPLES), f"1 to {MAX_SAMPLES}")
         processor = self.logits_processor
         require("logits_processor", processor is None or callable(processor), "a function")
+        require("adapter", self.adapter is None or isinstance(self.adapter, str), "a name")
 
     @classmethod
     def of(cls, options: Mapping[str, Any]) -> "SamplingParams":

@@ -21,7 +21,7 @@ FLOORS: list[set[str]] = [
         "tools",
         "tool_calls",
     },
-    {"model", "tokenizer_files", "tokenizer"},
+    {"model", "adapters", "tokenizer_files", "tokenizer"},
     {"fast"},
     {"engine"},
     {"checkpoints"},

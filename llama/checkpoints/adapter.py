@@ -37,6 +37,17 @@ class Change(NamedTuple):
     b: Tensor  # (N, r), its rows in Meta's order
     scale: float
 
+    def part(self, dim: int | None, n_parts: int, index: int) -> "Change":
+        """The change of one of n equal parts of the matrix along `dim`; None: of all of it."""
+        a = _cut(self.a, 1, n_parts, index) if dim == 1 else self.a
+        b = _cut(self.b, 0, n_parts, index) if dim == 0 else self.b
+        return Change(a, b, self.scale)
+
+
+def _cut(tensor: Tensor, dim: int, n_parts: int, index: int) -> Tensor:
+    length = tensor.shape[dim] // n_parts
+    return tensor.narrow(dim, index * length, length)
+
 
 @dataclass(frozen=True)
 class Adapter:
@@ -51,27 +62,18 @@ class Adapter:
         """Whether the weight of this name differs from the base model's."""
         return name in self.changes or name in self.weights
 
-    def merged(self, part: Tensor, name: str, dim: int | None, index: int) -> Tensor:
+    def merged(self, part: Tensor, name: str, dim: int | None, n_parts: int, index: int) -> Tensor:
         """The adapter's weight in the place of the base model's `part`; float32 if it has a change.
 
-        dim: `part` is one of several equal parts along this dimension, the one with this index.
-            None: it is the whole weight.
+        `part` is one of n equal parts along `dim`, the one with this index; None: all of it.
         """
-
-        def cut(tensor: Tensor, along: int) -> Tensor:
-            if along != dim:
-                return tensor
-            length = part.shape[along]
-            return tensor.narrow(along, index * length, length)
-
         if name in self.weights:
             whole = self.weights[name]
-            part = whole if dim is None else cut(whole, dim).contiguous()
+            part = whole if dim is None else _cut(whole, dim, n_parts, index).contiguous()
         if name not in self.changes:
             return part
-        a, b, scale = self.changes[name]
-        total = part.to(torch.float32, copy=True)
-        return total.addmm_(cut(b, 0).float(), cut(a, 1).float(), alpha=scale)
+        a, b, scale = self.changes[name].part(dim, n_parts, index)
+        return part.to(torch.float32, copy=True).addmm_(b.float(), a.float(), alpha=scale)
 
 
 def open_adapter(folder: Path, args: ModelArgs) -> Adapter:

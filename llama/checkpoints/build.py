@@ -1,24 +1,37 @@
 """The whole way from a checkpoint to a tokenizer and this rank's model: open, check, plan, load."""
 
+import logging
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from llama import parallel
+from llama.adapters import Change, RowAdapters
 from llama.chat_forms import FormatName
 from llama.checkpoints import hub
+from llama.checkpoints.adapter import open_adapter
 from llama.checkpoints.chat_form import read_form
 from llama.checkpoints.doctor import require, require_draft
-from llama.checkpoints.folder import BUNDLED, find_tokenizer, merge_adapter, open_checkpoint
+from llama.checkpoints.folder import (
+    BUNDLED,
+    adapter_warning,
+    find_adapter,
+    find_tokenizer,
+    open_checkpoint,
+)
 from llama.checkpoints.generation_config import read_stop_tokens
 from llama.checkpoints.load import load_weights
 from llama.checkpoints.setup import Setup
+from llama.errors import ConfigError
 from llama.fast.gpu.device_weights import narrow
 from llama.fast.mode import CacheWidth, Mode
 from llama.fast.quantize import Width
 from llama.model import Transformer
 from llama.tokenizer import Tokenizer
+
+log = logging.getLogger("llama")
 
 
 def open_model(
@@ -57,7 +70,7 @@ def open_model(
     with parallel.failing_together(target):
         opened = open_checkpoint(folder, rope_factor)
         if adapter is not None:
-            merge_adapter(opened, adapter)
+            opened.merge(find_adapter(adapter))
         tokenizer = None
         if needs_tokenizer or tokenizer_path is not None:
             tokenizer = open_tokenizer(tokenizer_path, opened.folder, folder, format)
@@ -71,6 +84,39 @@ def open_model(
             assert tokenizer is not None
             draft_setup = require_draft(draft_folder, setup, tokenizer)
     return setup, tokenizer, draft_setup
+
+
+def load_adapters(setup: Setup, names: Mapping[str, str | Path] | None) -> RowAdapters | None:
+    """This rank's part of the LoRA adapters that stay beside the weights. None: there are none.
+
+    names: for each name the adapter's folder or id; see `find_adapter`.
+    Raises a LlamaError for an adapter that does not fit the model or changes more than the layers.
+    """
+    if not names:
+        return None
+    opened = setup.opened
+    if opened.adapter is not None:
+        raise ConfigError("adapter is merged into the weights that adapters need: give one of them")
+    dtype = torch.float32 if setup.is_fast else setup.dtype
+    adapters: dict[str, dict[str, Change]] = {}
+    for name, place in names.items():
+        adapter = open_adapter(find_adapter(place), opened.args)
+        others = [weight for weight in adapter.changes if not weight.startswith("layers.")]
+        if adapter.weights or others:
+            what = next(iter([*adapter.weights, *others]))
+            raise ConfigError(
+                f"{adapter.folder} changes {what}: only changes of the layers' matrices can stay "
+                "beside the weights; merge it, as adapter"
+            )
+        if (warning := adapter_warning(adapter, opened.folder)) and parallel.is_main_rank():
+            log.warning(warning)
+        adapters[name] = {}
+        for weight, change in adapter.changes.items():
+            place_of_rank = opened.distinct(weight, setup.mp_size, parallel.mp_rank())
+            a, b, scale = change.part(parallel.shard_dim(weight, 0), *place_of_rank)
+            pair = a.to(setup.device, dtype), (scale * b.float()).to(setup.device, dtype)
+            adapters[name][weight.removesuffix(".weight")] = pair
+    return RowAdapters(adapters)
 
 
 def open_tokenizer(

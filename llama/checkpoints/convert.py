@@ -18,7 +18,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from llama.checkpoints import beside_weights, hugging_face, shards
-from llama.checkpoints.folder import adapter_warning, merge_adapter, open_checkpoint
+from llama.checkpoints.folder import adapter_warning, find_adapter, open_checkpoint
 from llama.checkpoints.load import check_complete, parse_dtype
 from llama.checkpoints.params import write_params
 from llama.checkpoints.shards import Checkpoint
@@ -70,8 +70,8 @@ def convert(
         raise CheckpointError(f"{src} is quantized to {source.quantization}: convert the original")
     source.set_vocab_size()
     if adapter is not None:
-        merge_adapter(source, adapter)
-        if (warning := adapter_warning(source)) is not None:
+        opened = source.merge(find_adapter(adapter))
+        if (warning := adapter_warning(opened, source.folder)) is not None:
             log.warning(warning)
     # All that can fail because of the source comes before anything is written.
     check_complete(source)

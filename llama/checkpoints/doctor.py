@@ -17,8 +17,8 @@ from llama.checkpoints import hub
 from llama.checkpoints.chat_form import CHAT, chat_warning, read_form
 from llama.checkpoints.folder import (
     adapter_warning,
+    find_adapter,
     find_tokenizer,
-    merge_adapter,
     open_checkpoint,
 )
 from llama.checkpoints.generation_config import GENERATION_CONFIG, read_sampling, read_stop_tokens
@@ -152,7 +152,7 @@ def check_adapter(opened: Checkpoint) -> Finding:
     adapter = opened.adapter
     if adapter is None:
         return Finding("adapter", "none")
-    if (warning := adapter_warning(opened)) is not None:
+    if (warning := adapter_warning(adapter, opened.folder)) is not None:
         return Finding("adapter", warning, WARNING)
     weights = f", and replaces {len(adapter.weights)} weights" if adapter.weights else ""
     return Finding("adapter", f"changes {len(adapter.changes)} matrices{weights}")
@@ -260,7 +260,7 @@ def examine(
     opened.set_vocab_size()
     findings = [Finding("model", title_of(opened)), check_chat(opened.folder)]
     if adapter is not None:
-        merge_adapter(opened, adapter)
+        opened.merge(find_adapter(adapter))
         findings.append(check_adapter(opened))
     tokenizer = None
     try:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from llama import config, parallel
 from llama.checkpoints import hub, hugging_face
+from llama.checkpoints.adapter import Adapter
 from llama.checkpoints.adapter_config import CONFIG
 from llama.checkpoints.params import read_params
 from llama.checkpoints.pickled import check_kind
@@ -149,24 +150,22 @@ def open_checkpoint(ckpt_dir: str | Path, rope_factor: float | None = None) -> C
     return Checkpoint(folder, args, [tensors], is_hugging_face=True)
 
 
-def merge_adapter(checkpoint: Checkpoint, name: str | Path) -> None:
-    """Merge a LoRA adapter into the weights of a checkpoint; see `Checkpoint.merge`.
+def find_adapter(name: str | Path) -> Path:
+    """The folder of a LoRA adapter.
 
-    name: its folder, a training run with such folders, or its id on the Hugging Face Hub.
+    name: this folder, a training run with such folders, or the adapter's id on the Hugging Face
+        Hub.
     """
     folder = hub.local_folder(name)
     steps = run_checkpoints(folder)
-    checkpoint.merge(steps[-1] if steps and not os.path.lexists(folder / CONFIG) else folder)
+    return steps[-1] if steps and not os.path.lexists(folder / CONFIG) else folder
 
 
-def adapter_warning(checkpoint: Checkpoint) -> str | None:
-    """A warning if the checkpoint's adapter was trained on a model of another name."""
-    adapter = checkpoint.adapter
-    if adapter is None or adapter.base is None:
+def adapter_warning(adapter: Adapter, folder: Path) -> str | None:
+    """A warning if the adapter was trained on a model of another name than that in `folder`."""
+    if adapter.base is None or model_name(Path(adapter.base)) == model_name(folder.resolve()):
         return None
-    if model_name(Path(adapter.base)) == model_name(checkpoint.folder.resolve()):
-        return None
-    return f"{adapter.folder} was trained on {adapter.base}, and is used on {checkpoint.folder}"
+    return f"{adapter.folder} was trained on {adapter.base}, and is used on {folder}"
 
 
 def model_name(place: Path) -> str:

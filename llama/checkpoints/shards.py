@@ -103,9 +103,9 @@ class Checkpoint:
         if self.args.vocab_size == -1 and output is not None and output.dim() == 2:
             self.args.vocab_size = output.shape[0] * len(self.shards)
 
-    def merge(self, adapter: Path) -> None:
-        """Merge the LoRA adapter in this folder into the parts that are read from now on. See
-        `open_adapter` for the errors."""
+    def merge(self, adapter: Path) -> Adapter:
+        """Merge the LoRA adapter in this folder into the parts that are read from now on, and
+        return it. See `open_adapter` for the errors."""
         if self.quantization is not None:
             raise CheckpointError(
                 f"{self.folder} is quantized to {self.quantization}: {adapter} can only be merged "
@@ -115,6 +115,7 @@ class Checkpoint:
         self.adapter = open_adapter(adapter, self.args)
         # PEFT changes one of embedding and output, and leaves the other as it is.
         self.args.tied &= not any(self.adapter.touches(name) for name in TIED)
+        return self.adapter
 
     @property
     def dtype(self) -> torch.dtype:
@@ -150,7 +151,7 @@ class Checkpoint:
         if self.adapter is None:
             return part
         dim = parallel.shard_dim(name, self.args.embedding_shard_dim)
-        return self.adapter.merged(part, name, dim, self._distinct(name, n_parts, index)[1])
+        return self.adapter.merged(part, name, dim, *self.distinct(name, n_parts, index))
 
     def _part_of_base(self, name: str, n_parts: int, index: int) -> Tensor:
         """A part without the adapter."""
@@ -219,7 +220,7 @@ class Checkpoint:
 
         size: the size of each shard along the split dimension.
         """
-        n_parts, index = self._distinct(name, n_parts, index)
+        n_parts, index = self.distinct(name, n_parts, index)
         length = size * len(self.shards) // n_parts
         start, end = length * index, length * (index + 1)
         for i in range(len(self.shards)):
@@ -227,7 +228,7 @@ class Checkpoint:
             if low < high:
                 yield i, low, high - low
 
-    def _distinct(self, name: str, n_parts: int, index: int) -> tuple[int, int]:
+    def distinct(self, name: str, n_parts: int, index: int) -> tuple[int, int]:
         """The number of different parts, and the index among them: with more parts than key/value
         heads, several consecutive parts are equal."""
         n_kv_heads = self.args.local_kv_heads(1)

@@ -25,6 +25,7 @@ def batch(
     lookup: bool = False,
     format: str | None = None,
     adapter: str | None = None,
+    adapters: str | None = None,
     force: bool = False,
     **sampling: Any,
 ) -> None:
@@ -69,9 +70,11 @@ def batch(
         format: chat format: llama3, llama2, chatml or zephyr; by default the folder's, else the
             vocabulary's.
         adapter: folder of a LoRA adapter of this model in PEFT's format, or its id on the Hub.
+        adapters: NAME=FOLDER,NAME=FOLDER, such adapters for lines that have "adapter": "NAME".
         force: delete the results in OUTPUT and start again.
     """
     from llama.commands.batch_run import run_batch
+    from llama.commands.terminal import read_adapters
     from llama.parallel import is_main_rank
 
     n_lines, n_failed = run_batch(
@@ -79,7 +82,8 @@ def batch(
         tokenizer_path=tokenizer_path and str(tokenizer_path), max_seq_len=max_seq_len,
         max_batch_size=max_batch_size, model_parallel_size=model_parallel_size, mode=mode,  # type: ignore[arg-type]
         quantize=quantize, kv_cache=kv_cache, draft=draft, lookup=lookup,  # type: ignore[arg-type]
-        device=device, dtype=dtype, format=format, adapter=adapter and str(adapter), force=force,  # type: ignore[arg-type]
+        device=device, dtype=dtype, format=format, adapter=adapter and str(adapter),  # type: ignore[arg-type]
+        adapters=read_adapters(adapters), force=force,
     )  # fmt: skip
     if is_main_rank():
         print(f"{n_lines:,} lines in {output}, {n_failed:,} of them failed")

@@ -46,6 +46,7 @@ def run_batch(
     lookup: bool = False,
     format: FormatName | None = None,
     adapter: str | None = None,
+    adapters: Mapping[str, str] | None = None,
     force: bool = False,
 ) -> tuple[int, int]:
     """Continue every prompt and answer every dialog of a JSONL file. Lines that an earlier run has
@@ -78,10 +79,13 @@ def run_batch(
     files = BatchFiles(input, output)
     with parallel.failing_together(target):
         if parallel.is_main_rank():
-            model = dict(ckpt_dir=ckpt_dir, tokenizer_path=tokenizer_path, dtype=dtype)
+            model: dict[str, Any] = dict(
+                ckpt_dir=ckpt_dir, tokenizer_path=tokenizer_path, dtype=dtype
+            )
             model |= dict(mode=mode, quantize=quantize, kv_cache=kv_cache)
             model |= dict(format=format) if format is not None else {}
             model |= dict(adapter=adapter) if adapter is not None else {}
+            model |= dict(adapters=adapters) if adapters else {}
             files.prepare(model | {"max_seq_len": max_seq_len, "seed": seed, **options}, force)
     with parallel.failing_together(target):
         part = files.open_part(group, n_groups) if parallel.mp_rank() == 0 else None
@@ -92,6 +96,7 @@ def run_batch(
             ckpt_dir, tokenizer_path, max_seq_len, max_batch_size, model_parallel_size, seed,
             mode=mode, quantize=quantize, kv_cache=kv_cache, device=device, dtype=dtype,
             draft=draft, lookup=lookup, format=format, adapter=adapter,
+            adapters=adapters,
         )  # fmt: skip
         lines = files.pending(states, group, n_groups)
         tasks = (Task(llama, index, line, options, seed) for index, line in lines)

@@ -15,6 +15,7 @@ def serve(
     port: int = 8000,
     api_key: str | None = None,
     name: str | None = None,
+    adapters: str | None = None,
     max_batch_size: int = 8,
     max_waiting: int = 64,
     timeout: float = 600.0,
@@ -39,6 +40,8 @@ def serve(
         api_key: key that callers must send as "Authorization: Bearer KEY"; by default the
             environment variable LLAMA_API_KEY, or none.
         name: the model's name in the API; by default that of its folder.
+        adapters: NAME=FOLDER,NAME=FOLDER, LoRA adapters of the model; a call may name one as its
+            model.
         max_batch_size: calls that are computed at the same time.
         max_waiting: calls that may wait; one more gets status 429.
         timeout: most seconds of a call.
@@ -65,9 +68,11 @@ def serve(
     check_access(host, api_key)
     build, _ = terminal.read_flags(words, flags)
     origins = tuple(origin.strip() for origin in allow_origin.split(",") if origin.strip())
-    llama = Llama.build(**build, max_batch_size=max_batch_size)
+    served, beside = name or model_name(build.get("ckpt_dir")), terminal.read_adapters(adapters)
+    if served in beside:
+        raise GenerationError(f"the model and an adapter have the name {served}: give another one")
+    llama = Llama.build(**build, adapters=beside, max_batch_size=max_batch_size)
     code = run(
-        llama, name or model_name(build.get("ckpt_dir")), host, port, api_key, max_waiting,
-        timeout, origins, metrics, log_calls, date,
+        llama, served, host, port, api_key, max_waiting, timeout, origins, metrics, log_calls, date,
     )  # fmt: skip
     exit_with(code)

@@ -19,13 +19,13 @@ import torch
 from llama import parallel
 from llama.chat_format import Dialog
 from llama.engine.request import Event, Request
-from llama.errors import GenerationError
+from llama.errors import ConfigError, GenerationError
 from llama.generation import Llama
 from llama.sampling import SamplingParams
 
 # Flags that go to `Llama.build`. The seed goes there, and not to the SamplingParams of a request.
 # So the same command gives the same texts, but a question that is asked twice in one chat gets two
-# different answers.
+# different answers. So does the adapter, which SamplingParams names only where a model has several.
 BUILD_FLAGS = (
     "ckpt_dir", "tokenizer_path", "max_seq_len", "seed", "mode", "quantize", "kv_cache", "device",
     "dtype", "rope_factor", "format", "adapter", "draft", "lookup",
@@ -48,13 +48,22 @@ def read_flags(
     """
     if words:
         raise GenerationError(f"unexpected {next(iter(words))!r}: put a text in quotes")
-    sampling = {field.name for field in fields(SamplingParams)} - {"seed"}
+    sampling = {field.name for field in fields(SamplingParams)} - {"seed", "adapter"}
     options = {name: value for name, value in flags.items() if name in sampling}
     if "stop" in options:
         options["stop"] = [options["stop"]]
     SamplingParams(seed=flags.get("seed"))  # raises for a wrong seed
     build = {name: value for name, value in flags.items() if name in BUILD_FLAGS}
     return {"mode": "fast", **build}, SamplingParams(**options)
+
+
+def read_adapters(text: str | None) -> dict[str, str]:
+    """The adapters in a text such as "pirate=tuned,poet=owner/name": folders or ids, by name."""
+    pairs = [pair.partition("=") for pair in text.split(",")] if text else []
+    for name, _, place in pairs:
+        if not name or not place:
+            raise ConfigError(f"adapters is {text!r}: it must be NAME=FOLDER,NAME=FOLDER")
+    return {name.strip(): place.strip() for name, _, place in pairs}
 
 
 def suggested(llama: Llama, params: SamplingParams, flags: Mapping[str, Any]) -> SamplingParams:

@@ -11,6 +11,7 @@ from llama.engine.slot import Slot
 from llama.engine.speculative import common_prefix_length
 from llama.errors import GenerationError
 from llama.sampling import SamplingParams
+from llama.tokenizer import Tokenizer
 
 # The shortest prefix that is reused. Reusing a shorter one would save little time, and could
 # overwrite a slot whose longer prefix a later prompt needs.
@@ -60,6 +61,15 @@ def make_generator(
     return torch.Generator(device).manual_seed(seed)
 
 
+def stop_tokens_of(params: SamplingParams, tokenizer: Tokenizer | None) -> frozenset[int]:
+    """The ids that end a request: the params' own, else the tokenizer's."""
+    if params.ignore_eos:
+        return frozenset()
+    if params.stop_tokens is not None:
+        return frozenset(params.stop_tokens)
+    return frozenset(tokenizer.stop_tokens if tokenizer else ())
+
+
 def choose_slot(request: Request, slots: list[Slot], free: list[Slot]) -> tuple[Slot, Slot, int]:
     """Returns a free slot, the slot whose prefix the request reuses, and the prefix's length.
 
@@ -73,7 +83,9 @@ def choose_slot(request: Request, slots: list[Slot], free: list[Slot]) -> tuple[
     # The last token of the prompt is always computed, because its logits are needed.
     prompt = request.prompt_tokens[:-1]
     shared = {
-        slot: common_prefix_length(slot.tokens, prompt) for slot in slots if slot.may_be_shared
+        slot: common_prefix_length(slot.tokens, prompt)
+        for slot in slots
+        if slot.may_be_shared and slot.adapter == request.adapter
     }
     # A free slot wins a tie, because its tokens need no copy.
     best = max(shared, key=lambda slot: (shared[slot], slot.request is None), default=least_recent)

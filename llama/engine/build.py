@@ -1,5 +1,6 @@
 """Make an engine: choose its network and the dtype of its KV cache from the mode."""
 
+from llama.adapters import RowAdapters
 from llama.engine.engine import PREFILL_CHUNK, Engine
 from llama.engine.worker import Network
 from llama.errors import ConfigError
@@ -25,6 +26,7 @@ def make_engine(
     draft: Transformer | None = None,
     lookup: bool = False,
     invariant: bool = False,
+    adapters: RowAdapters | None = None,
 ) -> Engine:
     """Make an engine. `Llama.build` describes the options. max_batch_size None: the model's value.
 
@@ -32,22 +34,30 @@ def make_engine(
     """
     rows = model.params.max_batch_size if max_batch_size is None else max_batch_size
 
-    def network(model: Transformer) -> Network:
+    def network(model: Transformer, adapters: RowAdapters | None = None) -> Network:
         weight, has_biases = model.norm.weight, model.params.has_biases
         if check_mode(mode, quantize, weight.device, weight.dtype, has_biases):
-            return FastTransformer(model, quantize)
+            return FastTransformer(model, quantize, adapters)
         if mode == "fast" and weight.device.type == "cuda" and not has_biases:
             if quantize is not None:
                 device_weights.narrow(model, quantize, weight.device)
+            if adapters is not None:
+                raise ConfigError(
+                    "adapters beside the weights run in mode reference on a GPU; in mode fast "
+                    "merge one of them, as adapter"
+                )
             return GpuTransformer(model, invariant)
+        if adapters is not None:
+            adapters.attach(model)
         if invariant:
             raise ConfigError("invariant needs the kernels of a CPU or a CUDA GPU for this model")
         return model
 
-    main = network(model)
+    main = network(model, adapters)
     is_fast_on_gpu = isinstance(main, GpuTransformer)
     return Engine(
         main, rows, model.params.max_seq_len, tokenizer, seed,
         cache_dtype=cache_dtype(mode, kv_cache), draft=draft and network(draft), lookup=lookup,
         prefill_chunk=GPU_PREFILL_CHUNK if is_fast_on_gpu else PREFILL_CHUNK, static=is_fast_on_gpu,
+        adapters=adapters,
     )  # fmt: skip

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from llama import parallel
+from llama.adapters import RowAdapters
 from llama.cache import KVCache
-from llama.engine.admission import check_prompt, choose_slot, make_generator
+from llama.engine.admission import check_prompt, choose_slot, make_generator, stop_tokens_of
 from llama.engine.lookahead import Lookahead
 from llama.engine.plan import Action, Plan, Wanted, padded
 from llama.engine.proposer import Proposer
@@ -52,6 +53,7 @@ class Engine:
         draft: a smaller model with the same vocabulary, which proposes tokens to this one.
         lookup: if the last tokens occurred earlier in the text, propose what followed them there.
         static: decode in steps of static shapes and sample on the device; for a GpuTransformer.
+        adapters: LoRA changes of the model, which requests may name.
 
     Raises GenerationError for a number out of range, ConfigError for a draft that does not fit.
     """
@@ -68,6 +70,7 @@ class Engine:
         draft: Network | None = None,
         lookup: bool = False,
         static: bool = False,
+        adapters: RowAdapters | None = None,
     ) -> None:
         if prefill_chunk < 1:
             raise GenerationError(f"prefill_chunk is {prefill_chunk}: it must be 1 or above")
@@ -97,7 +100,8 @@ class Engine:
                 # The lookahead feeds tokens that are still on the GPU. Other ranks lack them.
                 if not lookup and parallel.mp_size() == 1:
                     self._lookahead = Lookahead(self._static)
-        self._worker = Worker(networks, self._static)
+        self._worker = Worker(networks, self._static, adapters)
+        self.adapters = adapters or RowAdapters({})
         self._choose = TokenChooser(n_words, sampler)
         self._proposer: Proposer | None = None
         if draft is not None or lookup:
@@ -156,23 +160,16 @@ class Engine:
             raise GenerationError(f"n is {params.n}: the engine takes one request for each sample")
         room = max(0, self.max_seq_len - len(prompt))
         wanted = room if params.max_gen_len is None else params.max_gen_len
-        stop_tokens = params.stop_tokens
-        if stop_tokens is None:
-            stop_tokens = self.tokenizer.stop_tokens if self.tokenizer else ()
+        if generator is None:
+            device = self.model.device
+            generator = make_generator(params.seed, self._seed, self._submitted, device)
+        words, stream = self.tokenizer, None
+        if words is not None:
+            stream = TextStream(words, params.stop, is_continued)
         request = Request(
-            prompt,
-            params,
-            row,
-            is_private,
-            is_exact,
-            generator
-            or make_generator(params.seed, self._seed, self._submitted, self.model.device),
-            frozenset(() if params.ignore_eos else stop_tokens),
-            min(wanted, room),
-            None
-            if self.tokenizer is None
-            else TextStream(self.tokenizer, params.stop, is_continued),
-        )
+            prompt, params, row, is_private, is_exact, generator, stop_tokens_of(params, words),
+            min(wanted, room), stream, self.adapters.number(params.adapter),
+        )  # fmt: skip
         if not self.has_work and self._worker.renew_caches():
             for slot in self._slots:
                 slot.cut(0)
@@ -197,6 +194,7 @@ class Engine:
         """Check the prompt and params as `submit` does. Returns the prompt's ids."""
         if params.stop and self.tokenizer is None:
             raise GenerationError("stop strings need a tokenizer: give the engine one")
+        self.adapters.number(params.adapter)  # raises for an unknown name
         vocab_size = self.model.vocab_size
         return check_prompt(prompt_tokens, params, row, vocab_size, self.max_seq_len)
 
@@ -255,7 +253,7 @@ class Engine:
         if end > start:
             plan = Plan(
                 Action.FORWARD, slot.index, n_keys=end, wanted=wanted, is_exact=request.is_exact,
-                start_pos=[start], tokens=[prompt[start:end]],
+                start_pos=[start], tokens=[prompt[start:end]], adapters=[request.adapter],
             )  # fmt: skip
             logits = self._worker.run(plan)
             slot.tokens = prompt[:end]
@@ -291,7 +289,9 @@ class Engine:
             start_pos = [len(slot.tokens) for slot in rows]
             tokens = [padded(fed.get(slot, []), seqlen) for slot in rows]
             is_exact = decoding[0].running.is_exact
-            logits = self._worker.run(Plan.decode(first, start_pos, tokens, is_exact))
+            adapters = [slot.running.adapter if slot in fed else 0 for slot in rows]
+            plan = Plan.decode(first, start_pos, tokens, is_exact, adapters)
+            logits = self._worker.run(plan)
         assert logits is not None
         events: list[Event] = []
         for at in range(seqlen):

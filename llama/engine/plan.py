@@ -38,6 +38,7 @@ class Plan:
     is_exact: compute with Meta's operations; all rows then start at the same position.
     is_draft: the draft model computes the forward, instead of the main model.
     start_pos: the position of each row's first token. tokens: ids (B, S).
+    adapters: the number of each row's adapter; 0 for none.
     """
 
     action: Action
@@ -49,17 +50,23 @@ class Plan:
     is_draft: bool = False
     start_pos: Sequence[int] = ()
     tokens: Sequence[Sequence[int]] = ()
+    adapters: Sequence[int] = ()
 
     @classmethod
     def decode(
-        cls, row: int, start_pos: list[int], tokens: list[list[int]], is_exact: bool
+        cls,
+        row: int,
+        start_pos: list[int],
+        tokens: list[list[int]],
+        is_exact: bool,
+        adapters: Sequence[int],
     ) -> Self:
         """A forward of new tokens (B, S) of the cache rows from `row` on, with all their logits."""
         seqlen = len(tokens[0])
         wanted = Wanted.LAST if seqlen == 1 else Wanted.ALL
         return cls(
             Action.FORWARD, row, n_keys=max(start_pos) + seqlen, wanted=wanted, is_exact=is_exact,
-            start_pos=start_pos, tokens=tokens,
+            start_pos=start_pos, tokens=tokens, adapters=adapters,
         )  # fmt: skip
 
     def send(self, device: torch.device) -> None:
@@ -69,19 +76,21 @@ class Plan:
         flags = [self.is_exact, self.is_draft]
         head = [self.action, self.row, self.source, self.n_keys, self.wanted, *flags]
         ids = [token for row in self.tokens for token in row]
-        numbers = [*head, len(self.start_pos), *self.start_pos, *ids]
+        sizes = [len(self.start_pos), len(self.adapters)]
+        numbers = [*head, *sizes, *self.start_pos, *self.adapters, *ids]
         parallel.broadcast_numbers(numbers, torch.int64, device)
 
     @classmethod
     def receive(cls, device: torch.device) -> Self:
         numbers = parallel.broadcast_numbers(None, torch.int64, device)
-        action, row, source, n_keys, wanted, is_exact, is_draft, n_rows, *rest = numbers
-        start_pos, ids = rest[:n_rows], rest[n_rows:]
+        action, row, source, n_keys, wanted, is_exact, is_draft, n_rows, n_adapters, *rest = numbers
+        start_pos, rest = rest[:n_rows], rest[n_rows:]
+        adapters, ids = rest[:n_adapters], rest[n_adapters:]
         seqlen = len(ids) // n_rows if n_rows else 0
         tokens = [ids[i * seqlen : (i + 1) * seqlen] for i in range(n_rows)]
         return cls(
             Action(action), row, source, n_keys, Wanted(wanted), bool(is_exact), bool(is_draft),
-            start_pos, tokens,
+            start_pos, tokens, adapters,
         )  # fmt: skip
 
 

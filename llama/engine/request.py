@@ -45,6 +45,7 @@ class Request:
     stop_tokens: frozenset[int]
     max_gen_len: int
     stream: TextStream | None  # None: there is no tokenizer
+    adapter: int = 0  # its number; 0: none
     tokens: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     top_logprobs: list[list[tuple[int, float]]] = field(default_factory=list)

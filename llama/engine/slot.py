@@ -13,6 +13,7 @@ class Slot:
     index: int
     tokens: list[int] = field(default_factory=list)
     request: Request | None = None
+    adapter: int = 0  # the number of the adapter that the keys and values belong to; 0: none
     last_used: int = 0
     n_in_draft_cache: int = 0  # how many of the tokens the draft model's cache holds too
     lookup: Lookup | None = None  # made with the request's first proposals
@@ -44,6 +45,7 @@ class Slot:
     def admit(self, request: Request, reused: int, n_in_draft_cache: int) -> None:
         """Take a request. The row holds the first `reused` tokens of its prompt already."""
         self.request, self.tokens = request, request.prompt_tokens[:reused]
+        self.adapter = request.adapter
         request.n_reused = reused
         self.n_in_draft_cache, self.lookup, self.proposals = n_in_draft_cache, None, Proposals()
 

@@ -1,8 +1,11 @@
 """A rank's networks and KV caches, and the plans that it executes on them."""
 
+import contextlib
+
 import torch
 from torch import Tensor
 
+from llama.adapters import RowAdapters
 from llama.cache import KVCache
 from llama.engine.plan import Action, Plan, Wanted
 from llama.errors import ParallelError
@@ -20,13 +23,18 @@ class Worker:
     Args:
         networks: the model with its cache and, if there is one, the draft model with its cache.
         static: the step of static shapes on a GPU; None: there is none.
+        adapters: LoRA changes of the model; None: there are none.
     """
 
     def __init__(
-        self, networks: list[tuple[Network, KVCache]], static: StaticStep | None = None
+        self,
+        networks: list[tuple[Network, KVCache]],
+        static: StaticStep | None = None,
+        adapters: RowAdapters | None = None,
     ) -> None:
         self._networks = networks
         self._static = static
+        self._adapters = adapters
         self._device = networks[0][0].device
 
     def renew_caches(self) -> bool:
@@ -92,10 +100,17 @@ class Worker:
         is_number = plan.is_exact or (len(plan.tokens) == 1 and not isinstance(model, Transformer))
         if not is_number:
             start_pos = torch.tensor(plan.start_pos, device=self._device)  # (B,)
-        features = model.features(tokens, start_pos, rows)  # (B, S, D)
+        with self._choosing(plan):
+            features = model.features(tokens, start_pos, rows)  # (B, S, D)
         if plan.wanted is Wanted.NOTHING:
             return None
         return model.logits(features if plan.wanted is Wanted.ALL else features[:, -1:])
+
+    def _choosing(self, plan: Plan) -> contextlib.AbstractContextManager[None]:
+        """The block in which the rows have their adapters. A draft model has none."""
+        if self._adapters is None or plan.is_draft:
+            return contextlib.nullcontext()
+        return self._adapters.chosen(plan.adapters)
 
     def _is_static(self, plan: Plan) -> bool:
         """Whether the static step can execute the plan. The plan must be a decode step, with or

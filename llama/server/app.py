@@ -117,18 +117,24 @@ class Routes:
         return JSONResponse({"status": "ok", "open_requests": self.service.n_open})
 
     async def openapi(self, request: Request) -> Response:
-        return JSONResponse(describe(self.settings.model))
+        return JSONResponse(describe(self.names))
 
     async def models(self, request: Request) -> Response:
-        return JSONResponse({"object": "list", "data": [self._model()]})
+        return JSONResponse({"object": "list", "data": [self._model(n) for n in self.names]})
 
     async def one_model(self, request: Request) -> Response:
-        self._check_model(request.path_params["id"])
-        return JSONResponse(self._model())
+        name = request.path_params["id"]
+        self._check_model(name)
+        return JSONResponse(self._model(name))
 
-    def _model(self) -> Json:
+    @property
+    def names(self) -> list[str]:
+        """What `model` may be: the model's name, and those of its adapters."""
+        return [self.settings.model, *self.llama.engine.adapters.names]
+
+    def _model(self, name: str) -> Json:
         return {
-            "id": self.settings.model,
+            "id": name,
             "object": "model",
             "created": self._created,
             "owned_by": "llama-reference",
@@ -136,11 +142,10 @@ class Routes:
         }
 
     def _check_model(self, name: str) -> None:
-        if name != self.settings.model:
-            raise ApiError(
-                404, f"the model {name!r} is not served: {self.settings.model!r} is", "model",
-                "model_not_found",
-            )  # fmt: skip
+        if name not in self.names:
+            served = " or ".join(map(repr, self.names))
+            message = f"the model {name!r} is not served: {served} is"
+            raise ApiError(404, message, "model", "model_not_found")
 
     # ---- tokens -------------------------------------------------------------------------------
 
@@ -188,7 +193,7 @@ class Routes:
         tokens, params = await asyncio.to_thread(encode_chat, self.llama, body, date)
         call = self.service.submit([tokens], params, [body.continue_final_message])
         answer = Answer(
-            "chat.completion", self.settings.model, self.tokenizer, body.offered(),
+            "chat.completion", body.model, self.tokenizer, body.offered(),
             only_first=body.parallel_tool_calls is False,
         )  # fmt: skip
         if body.stream:
@@ -210,7 +215,7 @@ class Routes:
             raise ApiError(400, "a stream has no echo: ask for one of them", "echo")
         tokens, params = encode(self.llama, body)
         call = self.service.submit(tokens, params, [prompt != "" for prompt in prompts])
-        answer = Answer("text_completion", self.settings.model, self.tokenizer)
+        answer = Answer("text_completion", body.model, self.tokenizer)
         if body.stream:
             return self._stream(
                 answer, call, params, body.includes_usage, body.logprobs is not None

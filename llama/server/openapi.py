@@ -53,8 +53,8 @@ READS = {
 }
 
 
-def describe(model: str) -> Json:
-    """The description of all routes but the chat page. model: the only name that is served."""
+def describe(models: list[str]) -> Json:
+    """The description of all routes but the chat page. models: the names that are served."""
     schemas: Json = {"Error": ERROR}
     paths: Json = {
         path: {"get": {"summary": text, "responses": _responses(["application/json"])}}
@@ -63,7 +63,7 @@ def describe(model: str) -> Json:
     for path, (body, text, kinds) in CALLS.items():
         schema = body.model_json_schema(ref_template="#/components/schemas/{model}")
         if schema["properties"].get("model", {}).get("type") == "string":
-            schema["properties"]["model"] = {"enum": [model]}
+            schema["properties"]["model"] = {"enum": models}
         schemas |= schema.pop("$defs", {}) | {body.__name__: schema}
         content = {"schema": {"$ref": f"#/components/schemas/{body.__name__}"}}
         paths[path] = {

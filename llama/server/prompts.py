@@ -36,13 +36,15 @@ def encode_chat(
                            "response_format")  # fmt: skip
         wanted_schema = None if wanted.json_schema is None else wanted.json_schema.schema_
         processor = json_grammar(llama.tokenizer).processor(wanted_schema, [tokens])
-    return tokens, body.to_params(llama.suggested_sampling, processor)
+    params = body.to_params(llama.suggested_sampling, processor)
+    return tokens, replace(params, adapter=_adapter(llama, body.model))
 
 
 def encode(llama: Llama, body: CompletionBody) -> tuple[list[list[int]], SamplingParams]:
     """The ids of each prompt, and the options. If the body has a suffix, the prompts and the stop
     tokens are for infilling."""
     params = body.to_params(llama.suggested_sampling)
+    params = replace(params, adapter=_adapter(llama, body.model))
     if body.suffix is None:
         return [llama.encode_prompt(prompt) for prompt in body.prompts()], params
     infilling = InfillingFormat(llama.tokenizer)
@@ -52,6 +54,11 @@ def encode(llama: Llama, body: CompletionBody) -> tuple[list[list[int]], Samplin
             raise ApiError(400, "a suffix needs prompts that are texts", "suffix")
         tokens.append(infilling.encode_prompt(prompt, body.suffix))
     return tokens, replace(params, stop_tokens=infilling.stop_tokens)
+
+
+def _adapter(llama: Llama, model: str) -> str | None:
+    """The adapter that a body names as its model."""
+    return model if model in llama.engine.adapters.names else None
 
 
 def dialog_of(messages: Sequence[ChatMessage]) -> list[Message]:

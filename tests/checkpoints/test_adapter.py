@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from llama import Llama
 from llama.checkpoints import patterns
 from llama.checkpoints.convert import convert
-from llama.checkpoints.folder import adapter_warning, merge_adapter, open_checkpoint
+from llama.checkpoints.folder import adapter_warning, find_adapter, open_checkpoint
 from llama.errors import LlamaError
 
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
@@ -61,7 +61,7 @@ def close(found: torch.Tensor, expected: torch.Tensor, tolerance: float = 1e-4) 
 
 def merged_part(base: Path, adapter: Path, name: str, n_parts: int, index: int) -> torch.Tensor:
     checkpoint = open_checkpoint(base)
-    merge_adapter(checkpoint, adapter)
+    checkpoint.merge(adapter)
     return checkpoint.part(name, n_parts, index)
 
 
@@ -256,7 +256,7 @@ def test_only_the_changed_weights_are_copied(bases: dict[str, Path], tmp_path: P
     write_adapter(bases["untied"], tmp_path / "adapter", target_modules=["gate_proj"])
     plain = make_setup(base).weight_bytes()
     changed = open_checkpoint(base)
-    merge_adapter(changed, tmp_path / "adapter")
+    changed.merge(tmp_path / "adapter")
     own, mapped = replace(make_setup(base), opened=changed).weight_bytes()
     gates = 2 * 256 * 128 * 4
     assert (own, mapped) == (plain[0] + gates, plain[1] - gates)
@@ -451,8 +451,7 @@ def test_mutated_folders_are_opened_or_refused_in_one_line(
         (folder / "adapter_model.safetensors").write_bytes(data)
         checkpoint = open_checkpoint(bases["untied"])
         try:
-            merge_adapter(checkpoint, folder)
-            adapter_warning(checkpoint)
+            adapter_warning(checkpoint.merge(find_adapter(folder)), checkpoint.folder)
         except LlamaError as error:
             refused.append(str(error))
     assert len(refused) > 150

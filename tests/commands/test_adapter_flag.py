@@ -61,6 +61,37 @@ def test_complete_and_batch(
     assert job["adapter"] == str(adapter)
 
 
+def test_lines_of_a_batch_name_their_adapters(
+    folders: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    base, adapter = folders
+    lines = [{"prompt": TEXT}, {"prompt": TEXT, "adapter": "a"}, {"prompt": TEXT, "adapter": "b"}]
+    (tmp_path / "in.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    words = ["llama", "batch", tmp_path / "in.jsonl", tmp_path / "out.jsonl", "--ckpt_dir", base,
+             "--adapters", f"a={adapter}", "--temperature=0", "--max_gen_len=6"]  # fmt: skip
+    monkeypatch.setattr(sys, "argv", [str(word) for word in words])
+    with pytest.raises(SystemExit):  # because one line failed
+        main()
+    plain, with_adapter, failed = map(json.loads, (tmp_path / "out.jsonl").read_text().splitlines())
+    for result, chosen in ((plain, None), (with_adapter, adapter)):
+        llama = Llama.build(base, adapter=chosen, mode="fast")
+        options = dict(temperature=0, max_gen_len=6)
+        expected = "".join(event.text for event in llama.stream(TEXT, **options))
+        assert result["text"] == expected
+    assert failed["error"] == "adapter is 'b': it must be one of a"
+
+
+@pytest.mark.parametrize("adapters", ["a", "=b", "a=", "a=b,c"])
+def test_malformed_adapters(
+    adapters: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["llama", "serve", "--adapters", adapters])
+    with pytest.raises(SystemExit):
+        main()
+    error = f"adapters is '{adapters}': it must be NAME=FOLDER,NAME=FOLDER"
+    assert error in capsys.readouterr().err
+
+
 def test_perplexity(folders: tuple[Path, Path], run: Callable[..., str], tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text(TEXT)
     shown = run("perplexity", tmp_path / "a.txt")

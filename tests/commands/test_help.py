@@ -76,6 +76,7 @@ def test_flags_of_sampling_are_the_parameters() -> None:
     listed = {f.name: f for group in (flags.SAMPLING, flags.REPORTING) for f in group.flags}
     defaults = fields_of(SamplingParams)
     del defaults["logits_processor"]  # a function
+    del defaults["adapter"]  # the flag of this name is an argument of `Llama.build`
     del defaults["seed"]  # `batch` has its own, and the others give it to `Llama.build`
     defaults["logit_bias"] = "{}"
     agree(listed, defaults)

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from fairscale.nn.model_parallel.layers import VocabParallelEmbedding
 from torch import Tensor
 
+from llama.adapters import RowAdapters, tokens_by_number
 from llama.cache import KVCache
 from llama.errors import GenerationError
 from llama.fast.cpu.kernels import job, layer_ops, pool
@@ -18,6 +19,7 @@ from llama.fast.cpu.kernels.exchange import Exchange
 from llama.fast.cpu.kernels.isa import ISAS, instruction_sets
 from llama.fast.cpu.kernels.product import Product
 from llama.fast.cpu.kernels.task_list import Task, TaskList
+from llama.fast.cpu.row_changes import ProductChanges
 from llama.fast.quantize import GROUP
 from llama.model import RMSNorm, Transformer, TransformerBlock
 
@@ -30,6 +32,7 @@ class LayerList:
 
     layers: the four products of each layer: wq, wk and wv; wo; w1 and w3 with SwiGLU; w2.
     exchange: sums the partial results of the ranks.
+    adapters: LoRA changes that some rows of a call may have. None: there are none.
     """
 
     def __init__(
@@ -38,11 +41,13 @@ class LayerList:
         layers: Sequence[Sequence[Product]],
         exchange: Exchange,
         max_tokens: int,
+        adapters: RowAdapters | None = None,
     ) -> None:
         blocks = [cast(TransformerBlock, block) for block in model.layers]
         attention = blocks[0].attention
         self.model = model
         self.max_tokens = max_tokens
+        self._adapters = adapters
         self._exchange = exchange
         self._kv_heads, self._head_dim = attention.n_local_kv_heads, attention.head_dim
         heads, dim = attention.n_local_heads, model.params.dim
@@ -68,23 +73,30 @@ class LayerList:
         self._tasks: list[Task] = []
         self._jobs: list[list[int]] = []
         self._products: list[int] = []  # indices of the tasks that are products
+        # The changes of each product by the index of the task after it, with the product's inputs
+        # and results.
+        self._changes: dict[int, tuple[ProductChanges, Tensor, Tensor]] = {}
         all_reduces = []  # indices of the tasks that an all-reduce precedes
         bias = None  # of the row-parallel layer before the norm; added once, after the all-reduce
         for number, (block, layer) in enumerate(zip(blocks, layers, strict=True)):
             qkv, wo, gate_and_up, down = layer
             self._add_norm(block.attention_norm, bias, is_first=number == 0)
             self._add_product(qkv, self._normed, self._qkv)
+            self._add_changes(number, qkv, self._normed, self._qkv, ("wq", "wk", "wv"))
             self._add_attention(number)
             self._add_product(wo, self._heads, self._delta)
+            self._add_changes(number, wo, self._heads, self._delta, ("wo",))
             all_reduces.append(len(self._tasks))
             self._add_norm(block.ffn_norm, block.attention.wo.bias)
             self._add_product(gate_and_up, self._normed, self._hidden)
+            self._add_changes(number, gate_and_up, self._normed, self._hidden, ("w1", "w3"))
             self._add_product(down, self._hidden, self._delta)
+            self._add_changes(number, down, self._hidden, self._delta, ("w2",))
             all_reduces.append(len(self._tasks))
             bias = block.feed_forward.w2.bias
         self._add_norm(model.norm, bias)
         self._list = TaskList(self._tasks, self._jobs)
-        self._all_reduces = [] if exchange.is_alone else all_reduces
+        self._all_reduces = set() if exchange.is_alone else set(all_reduces)
         self._lock = threading.Lock()  # the buffers serve one call at a time
 
     def _add(self, task: Task, fields: dict[int, int]) -> None:
@@ -118,6 +130,16 @@ class LayerList:
         self._products.append(len(self._tasks))
         self._add(product.task, fields)
 
+    def _add_changes(
+        self, layer: int, product: Product, x: Tensor, out: Tensor, names: Sequence[str]
+    ) -> None:
+        """Remember the changes of the product that was added last."""
+        if self._adapters is not None:
+            part = "feed_forward" if names[0] in ("w1", "w2") else "attention"
+            found = [self._adapters.of_module(f"layers.{layer}.{part}.{name}") for name in names]
+            if any(found):
+                self._changes[len(self._tasks)] = ProductChanges(product, found), x, out
+
     def _add_attention(self, layer: int) -> None:
         fields = {
             layer_ops.LAYER: layer,
@@ -133,10 +155,17 @@ class LayerList:
         self._add(layer_ops.store(), fields)
         self._add(layer_ops.attend(self._head_dim, ISAS[instruction_sets()[0]].lanes), fields)
 
-    def __call__(self, tokens: Tensor, start_pos: int | Tensor, cache: KVCache) -> Tensor:
+    def __call__(
+        self,
+        tokens: Tensor,
+        start_pos: int | Tensor,
+        cache: KVCache,
+        numbers: Sequence[int] = (),
+    ) -> Tensor:
         """Ids (B, S), at most `max_tokens` -> float32 (B, S, D); see `Transformer.features`.
 
-        Row r of the tokens uses row r of the cache. Raises GenerationError for an id outside the
+        Row r of the tokens uses row r of the cache, and has the adapter numbers[r], or none if that
+        is 0. Raises GenerationError for an id outside the
         vocabulary and for tokens that do not fit the cache.
         """
         n, (bsz, seqlen) = tokens.numel(), tokens.shape
@@ -151,10 +180,14 @@ class LayerList:
             jobs[:, layer_ops.N] = n
             jobs[-1, layer_ops.OUT] = out.data_ptr()
             jobs[self._products, job.THREADS] = pool.threads()
+            chosen = tokens_by_number(numbers, seqlen)
             first = 0
-            for last in [*self._all_reduces, len(jobs)]:
+            for last in sorted({*self._all_reduces, *(self._changes if chosen else ()), len(jobs)}):
                 self._list.run(first, last)
-                if last < len(jobs):
+                if chosen and last in self._changes:
+                    changes, x, results = self._changes[last]
+                    changes.add(x, results, n, chosen)
+                if last in self._all_reduces:
                     self._exchange.sum(self._delta[:n])
                 first = last
         return out

@@ -12,6 +12,7 @@ from fairscale.nn.model_parallel.layers import RowParallelLinear
 from torch import Tensor
 
 from llama import parallel
+from llama.adapters import RowAdapters
 from llama.cache import KVCache
 from llama.fast.cpu.kernels.buffer import float_buffer
 from llama.fast.cpu.kernels.product import Product, Weight
@@ -27,10 +28,16 @@ class FastTransformer:
     engine calls.
 
     quantize: "int8" or "int4", for the matrices that are not quantized yet.
+    adapters: LoRA changes; `adapters.numbers` says which rows of a forward have them.
     Raises ConfigError where the kernels cannot take the weights, or numba is not installed.
     """
 
-    def __init__(self, model: Transformer, quantize: Width | None = None) -> None:
+    def __init__(
+        self,
+        model: Transformer,
+        quantize: Width | None = None,
+        adapters: RowAdapters | None = None,
+    ) -> None:
         from llama.fast.cpu.kernels.exchange import Exchange
         from llama.fast.cpu.layer_list import LayerList
 
@@ -41,7 +48,8 @@ class FastTransformer:
         self.output = _product([model.output], quantize)
         self.products = [_products(block, quantize) for block in model.layers]
         self.exchange = Exchange(widest=self.output.rows)
-        self.layer_list = LayerList(model, self.products, self.exchange, MAX_TOKENS)
+        self.adapters = adapters
+        self.layer_list = LayerList(model, self.products, self.exchange, MAX_TOKENS, adapters)
 
     def make_cache(
         self, max_batch_size: int, max_seq_len: int, dtype: torch.dtype | None = None
@@ -63,8 +71,9 @@ class FastTransformer:
         """Ids (B, S) -> float32 (B, S, D); see `Transformer.features`. To the last bit, a token's
         features do not depend on which tokens are computed with it."""
         bsz, seqlen = tokens.shape
+        numbers = () if self.adapters is None else self.adapters.numbers
         if bsz * seqlen <= MAX_TOKENS:
-            return self.layer_list(tokens, start_pos, cache)
+            return self.layer_list(tokens, start_pos, cache, numbers)
         out = float_buffer(bsz, seqlen, self.params.dim)
         starts = torch.as_tensor(start_pos, device="cpu").expand(bsz)
         for row in range(0, bsz, MAX_TOKENS):
@@ -74,7 +83,7 @@ class FastTransformer:
             for column in range(0, seqlen, width):
                 columns = slice(column, column + width)
                 out[rows, columns] = self.layer_list(
-                    tokens[rows, columns], starts[rows] + column, part
+                    tokens[rows, columns], starts[rows] + column, part, numbers[rows]
                 )
         return out
 

@@ -109,6 +109,31 @@ def faults(figures: dict[str, Any]) -> str:
     return f"{rows(['', ''], body)}\n\n{figures['processor']}."
 
 
+def train_memory(figures: dict[str, Any]) -> str:
+    ways, published = figures["ways"], figures["published"]
+    first = ways["all weights"]
+    body = []
+    for way, row in ways.items():
+        measured, formula = row["peak"], row["formula"]["peak"]
+        body.append(
+            [
+                way,
+                f"{measured / 1e6:,.0f}",
+                f"{formula / 1e6:,.0f}",
+                f"{measured / first['peak']:.0%}",
+                f"{row['cpu_seconds'] / first['cpu_seconds']:.0%}",
+                *(f"{peaks[way] / 1e9:,.1f}" for peaks in published.values()),
+            ]
+        )
+    head = ["", "110M, MB", "by formula", "of all weights", "its time"]
+    head += [f"{name.rpartition('-')[2].upper()}, GB by formula" for name in published]
+    about = (
+        f"{figures['processor']}, {figures['date']}. Rank {figures['rank']}, one row of "
+        f"{figures['seq_len']:,} tokens, {figures['threads']} thread; torch {figures['torch']}."
+    )
+    return f"{rows(head, body)}\n\n{about}"
+
+
 # The name of a table in the page, the file of its figures, and the function that writes it.
 TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "peers 1.5b avx512bf16": ("peers_1.5b_amd_epyc_avx512bf16", peers),
@@ -129,6 +154,7 @@ TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "serve 110m": ("serve_110m_bfloat16", serve),
     "serve 110m int8": ("serve_110m_int8", serve),
     "serve faults": ("serve_faults", faults),
+    "train memory": ("train_memory_110m", train_memory),
 }
 
 

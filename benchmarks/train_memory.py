@@ -1,6 +1,6 @@
 """Measure the memory and the time of a training step: of all weights, and of LoRA.
 
-python benchmarks/train_memory.py --work build/train --shape 110m --out benchmarks/results
+python benchmarks/train_memory.py --work build/train --shape 110m --out build/train.json
 
 Each way is a process of its own. Memory is the growth of the process' peak size, from its start
 until after some steps. So that it counts what the tensors need, glibc returns freed blocks to the
@@ -21,17 +21,19 @@ from typing import Any
 import fire
 import torch
 from make_checkpoint import SHAPES, make_checkpoint
-from processor import file_name, processor
+from processor import processor
 from tqdm import tqdm
 
 from llama import parallel
 from llama.checkpoints.build import load_model, open_model
+from llama.config import PRESETS
 from llama.fast.gpu.device_weights import narrow
 from llama.memory import used_memory
 from llama.training.loop import Trainer, TrainingOptions, checkpoint_activations
 from llama.training.lora import LoraOptions, add_lora, lora_optimizer
 from llama.training.memory import training_memory
 
+PUBLISHED = ("llama-3.2-1b", "llama-3.1-8b", "llama-3.1-70b")
 CPU = torch.device("cpu")
 LORA = LoraOptions(r=16, alpha=32)
 # For each way: whether LoRA trains, the width of the frozen base, and whether layers keep only
@@ -114,6 +116,20 @@ def child(*arguments: object, **environment: str) -> dict[str, float]:
     return figures
 
 
+def published(seq_len: int) -> dict[str, dict[str, int]]:
+    """The peak in bytes by formula, for published models whose frozen weights are bfloat16."""
+    return {
+        name: {
+            way: training_memory(
+                PRESETS[name], 1, seq_len, LORA if is_lora else None, torch.bfloat16, width,
+                is_checkpointed,
+            ).peak
+            for way, (is_lora, width, is_checkpointed) in WAYS.items()
+        }
+        for name in PUBLISHED
+    }  # fmt: skip
+
+
 def main(
     work: str = "",
     shape: str = "110m",
@@ -131,7 +147,7 @@ def main(
         seq_len: tokens of the row of a step.
         steps: steps of a process; the first one is not timed.
         threads: number of threads.
-        out: a folder for the figures as JSON. The processor is part of the name.
+        out: a file, to which the figures are written as JSON.
         one: for the processes that this one starts.
     """
     if one is not None:
@@ -167,10 +183,9 @@ def main(
         report = {
             "shape": shape, "seq_len": seq_len, "rank": LORA.r, "processor": processor(),
             "date": time.strftime("%Y-%m-%d"), "threads": threads, "torch": torch.__version__,
-            "ways": results,
+            "ways": results, "published": published(seq_len),
         }  # fmt: skip
-        path = Path(out) / f"train_memory_{shape}_{file_name()}.json"
-        path.write_text(json.dumps(report, indent=2) + "\n")
+        Path(out).write_text(json.dumps(report, indent=2) + "\n")
 
 
 if __name__ == "__main__":

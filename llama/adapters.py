@@ -8,7 +8,6 @@ import contextlib
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
-import torch
 import torch.nn.functional as F
 from fairscale.nn.model_parallel.mappings import reduce_from_model_parallel_region
 from torch import Tensor, nn
@@ -16,20 +15,9 @@ from torch import Tensor, nn
 from llama import parallel
 from llama.errors import GenerationError
 
-# The modules that may have a change.
-TARGETS = ("wq", "wk", "wv", "wo", "w1", "w2", "w3")
+TARGETS = ("wq", "wk", "wv", "wo", "w1", "w2", "w3")  # the modules that may have a change
 # On this rank A is (r, K) and B (N, r), with alpha / r in it.
 Change = tuple[Tensor, Tensor]
-
-
-def tokens_by_number(numbers: Sequence[int], seqlen: int) -> dict[int, Tensor]:
-    """The indices of the tokens with an adapter in a batch of rows of `seqlen` tokens, by the
-    number of the adapter. numbers: of the rows' adapters; 0 for a row without one."""
-    found: dict[int, list[int]] = {}
-    for row, number in enumerate(numbers):
-        if number:
-            found.setdefault(number, []).extend(range(row * seqlen, (row + 1) * seqlen))
-    return {number: torch.tensor(places) for number, places in found.items()}
 
 
 class RowAdapters:
@@ -90,12 +78,11 @@ class RowAdapters:
     ) -> Tensor:
         """x (B, S, K) -> (B, S, N)."""
         out = forward(x)
-        inputs, results = x.flatten(0, -2), out.flatten(0, -2)
-        for number, places in tokens_by_number(self.numbers, x.shape[1]).items():
-            if number in changes:
-                a, b = (matrix.to(x) for matrix in changes[number])
-                low = F.linear(inputs[places], a)  # (tokens, r)
-                if is_row_parallel:
-                    low = reduce_from_model_parallel_region(low)
-                results[places] += F.linear(low, b)
+        for number in sorted(changes.keys() & set(self.numbers)):
+            rows = [row for row, chosen in enumerate(self.numbers) if chosen == number]
+            a, b = (matrix.to(x) for matrix in changes[number])
+            low = F.linear(x[rows], a)  # (rows, S, r)
+            if is_row_parallel:
+                low = reduce_from_model_parallel_region(low)
+            out[rows] += F.linear(low, b)
         return out

@@ -45,6 +45,8 @@ def matching(patterns: Sequence[str], names: Sequence[str]) -> list[list[str]]:
     except subprocess.TimeoutExpired:
         shown = ", ".join(patterns)
         raise ConfigError(f"matching takes more than {SECONDS} seconds: {shown}") from None
+    except OSError as error:
+        raise ConfigError(f"cannot match regular expressions: {error.strerror}") from error
     if child.returncode != 0:
         lines = child.stderr.strip().splitlines() or ["the regular expressions cannot be matched"]
         raise ConfigError(lines[-1])

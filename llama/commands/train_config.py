@@ -10,6 +10,7 @@ from typing import Any, Literal, Self
 import torch
 
 from llama import parallel
+from llama.adapters import TARGETS
 from llama.checkpoints.build import load_model, open_model
 from llama.checkpoints.folder import run_checkpoints
 from llama.config import PRESETS, ModelArgs
@@ -27,7 +28,7 @@ from llama.training.loop import (
     checkpoint_activations,
     shard_model,
 )
-from llama.training.lora import TARGETS, LoraOptions, add_lora, check_base, lora_optimizer
+from llama.training.lora import LoraOptions, add_lora, check_base, lora_optimizer
 from llama.training.token_files import DistributedShardedDataLoader
 
 log = logging.getLogger("llama")
@@ -235,20 +236,20 @@ def finetune(config: FinetuneConfig) -> Path:
     device, lora = _start(config), config.lora
     setup, tokenizer, _ = open_model(
         config.ckpt_dir, config.tokenizer, config.seq_len, 1, config.model_parallel_size,
-        "reference" if config.quantize is None else "fast", config.quantize, None, device,
+        "reference" if lora is None else "fast", config.quantize, None, device,  # may be quantized
         # bfloat16 would round small updates of trained weights away.
         "float32" if lora is None else None,
         adapter=config.adapter,
     )  # fmt: skip
     assert tokenizer is not None
     if lora is not None:
-        check_base(setup.opened.args, config.quantize)
+        check_base(setup.opened.args, setup.quantize)
     with parallel.failing_together(device):
         model = load_model(setup)
     stored = None
     if lora is not None:
-        if config.quantize is not None:
-            narrow(model, config.quantize, device)
+        if setup.quantize is not None:
+            narrow(model, setup.quantize, device)
         add_lora(model, lora, config.seed)
         stored = AdapterFolder(lora, config.ckpt_dir)
     pad = max(tokenizer.eos_id, 0)  # any id will do: padding has no loss

@@ -31,7 +31,7 @@ class AdapterFolder:
         for name, part in weights.items():
             dim = parallel.shard_dim(name, 0)
             if dim == 0:
-                part = gather_from_model_parallel_region(part.T).T
+                part = gather_from_model_parallel_region(part.T.contiguous()).T
             elif dim == 1:
                 part = gather_from_model_parallel_region(part)
             whole[name] = part

@@ -106,8 +106,8 @@ class Trainer:
         tokenizer_path: tokenizer file that is copied into each checkpoint.
         eval_loader: held-out batches. Every evaluation starts at the position that the
             loader has when the Trainer is made.
-        stored: what a checkpoint stores of the model. None: all of it, as a folder of Meta's.
         on_step: called after every step, on every rank, as on_step(trainer, StepReport).
+        stored: what a checkpoint stores of the model. None: all of it, as a folder of Meta's.
     """
 
     def __init__(

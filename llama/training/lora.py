@@ -16,11 +16,10 @@ from fairscale.nn.model_parallel.mappings import (
 from torch import Tensor, nn
 
 from llama import parallel
+from llama.adapters import TARGETS
 from llama.config import ModelArgs
 from llama.errors import TrainingError
 from llama.model import Transformer
-
-TARGETS = ("wq", "wk", "wv", "wo", "w1", "w2", "w3")
 
 
 @dataclass(frozen=True)

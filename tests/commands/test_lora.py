@@ -102,6 +102,17 @@ def test_a_run_goes_on_after_a_kill(
         assert found == expected
 
 
+def test_a_base_that_is_saved_quantized(
+    dialogs: Path, run: Callable[..., str], tmp_path: Path
+) -> None:
+    saved = convert(BUNDLED, tmp_path / "int8", quantize="int8")
+    common = ["finetune", "--data", dialogs, "--lora_r=4", "--steps=4", *FLAGS]
+    first = losses(run(*common, "--out_dir", tmp_path / "first", "--ckpt_dir", saved))
+    # The embedding is bfloat16 here, and float32 in the bundled model on a CPU.
+    second = losses(run(*common, "--out_dir", tmp_path / "second", "--quantize=int8"))
+    assert first == pytest.approx(second, abs=0.02)
+
+
 def test_ranks_that_share_a_model(dialogs: Path, run: Callable[..., str], tmp_path: Path) -> None:
     common = ["finetune", "--data", dialogs, "--lora_r=4", "--steps=4", *FLAGS]
     alone = losses(run(*common, "--out_dir", tmp_path / "alone"))

@@ -149,6 +149,14 @@ def test_checkpointed_activations_give_the_same_steps(tmp_path: Path) -> None:
         assert torch.equal(weight, trained(plain.model)[name]), name
 
 
+@pytest.mark.parametrize("width", [None, "int8"])
+def test_bfloat16_autocast(width: str | None, tmp_path: Path) -> None:
+    plain = make_trainer(tmp_path / "plain", width=width).run()
+    trainer = make_trainer(tmp_path / "cast", width=width, autocast=torch.bfloat16)
+    assert trainer.run() == pytest.approx(plain, abs=0.05)
+    assert {weight.dtype for weight in trained(trainer.model).values()} == {torch.float32}
+
+
 def test_dropout_is_for_training_only(tmp_path: Path) -> None:
     dropped = make_trainer(tmp_path / "dropped", LoraOptions(4, 12, dropout=0.5))
     plain = make_trainer(tmp_path / "plain")

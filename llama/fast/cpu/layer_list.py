@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from fairscale.nn.model_parallel.layers import VocabParallelEmbedding
 from torch import Tensor
 
-from llama.adapters import RowAdapters, tokens_by_number
+from llama.adapters import RowAdapters
 from llama.cache import KVCache
 from llama.errors import GenerationError
 from llama.fast.cpu.kernels import job, layer_ops, pool
@@ -19,7 +19,7 @@ from llama.fast.cpu.kernels.exchange import Exchange
 from llama.fast.cpu.kernels.isa import ISAS, instruction_sets
 from llama.fast.cpu.kernels.product import Product
 from llama.fast.cpu.kernels.task_list import Task, TaskList
-from llama.fast.cpu.row_changes import ProductChanges
+from llama.fast.cpu.row_changes import ProductChanges, tokens_by_number
 from llama.fast.quantize import GROUP
 from llama.model import RMSNorm, Transformer, TransformerBlock
 

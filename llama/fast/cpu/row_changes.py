@@ -13,6 +13,16 @@ from llama.adapters import Change
 from llama.fast.cpu.kernels.product import Product
 
 
+def tokens_by_number(numbers: Sequence[int], seqlen: int) -> dict[int, Tensor]:
+    """The indices of the tokens with an adapter in a batch of rows of `seqlen` tokens, by the
+    adapter's number. numbers: those of the rows' adapters; 0 for a row without one."""
+    found: dict[int, list[int]] = {}
+    for row, number in enumerate(numbers):
+        if number:
+            found.setdefault(number, []).extend(range(row * seqlen, (row + 1) * seqlen))
+    return {number: torch.tensor(places) for number, places in found.items()}
+
+
 class ProductChanges:
     """The changes of the matrices that one `Product` multiplies, by several adapters.
 

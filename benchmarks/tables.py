@@ -134,6 +134,21 @@ def train_memory(figures: dict[str, Any]) -> str:
     return f"{rows(head, body)}\n\n{about}"
 
 
+def train_bytes(figures: dict[str, Any]) -> str:
+    """Measured bytes for each parameter of the model. The last column is the rest of the peak."""
+    ways = figures["ways"]
+    count = ways["all weights"]["trained"] / 4  # float32
+    body = []
+    for way, row in ways.items():
+        parts = [row["frozen"], row["trained"], row["optimizer"]]
+        cells = [*parts, row["peak"] - sum(parts)]
+        body.append([way, *(f"{part / count:.2f}" for part in cells)])
+    return rows(
+        ["bytes a parameter", "frozen", "trained", "AdamW's moments", "activations and the rest"],
+        body,
+    )
+
+
 # The name of a table in the page, the file of its figures, and the function that writes it.
 TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "peers 1.5b avx512bf16": ("peers_1.5b_amd_epyc_avx512bf16", peers),
@@ -154,6 +169,7 @@ TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "serve 110m": ("serve_110m_bfloat16", serve),
     "serve 110m int8": ("serve_110m_int8", serve),
     "serve faults": ("serve_faults", faults),
+    "train bytes": ("train_memory_110m", train_bytes),
     "train memory": ("train_memory_110m", train_memory),
 }
 

@@ -40,16 +40,14 @@ class SamplingParams:
         frequency_penalty: subtracted from a token's logit once for each time it was generated.
         logit_bias: added to the logits of these ids; -inf forbids a token.
         seed: seed of the random numbers of this request.
-        max_gen_len: the largest number of tokens to generate; None: generate until a stop token or
-            until the cache is full.
+        max_gen_len: most tokens to generate; None: until a stop token or until the cache is full.
         stop: strings that end the text and are not part of it.
         stop_tokens: ids that end the text; None: the tokenizer's stop tokens.
         ignore_eos: do not stop at stop tokens.
         logprobs: for each generated token, report the logprobs of this many likeliest tokens.
         prompt_logprobs: report the logprobs of the prompt too.
         n: number of samples per prompt.
-        logits_processor: a function of the tokens so far and the logits (V,) that returns new
-            logits (V,).
+        logits_processor: a function of the tokens so far and the logits (V,); returns logits (V,).
         adapter: name of one of the LoRA adapters in `adapters` of `Llama.build`; None: none.
 
     Raises GenerationError if a value is out of its range.
@@ -119,7 +117,6 @@ class SamplingParams:
         require("n", _integer(self.n, 1, MAX_SAMPLES), f"1 to {MAX_SAMPLES}")
         processor = self.logits_processor
         require("logits_processor", processor is None or callable(processor), "a function")
-        require("adapter", self.adapter is None or isinstance(self.adapter, str), "a name")
 
     @classmethod
     def of(cls, options: Mapping[str, Any]) -> "SamplingParams":

@@ -190,7 +190,7 @@ def test_names_that_are_unknown(root: Path) -> None:
         build(root).generate([[1, 2]], 4, adapter="third")
     with pytest.raises(LlamaError, match="adapter is 'first', but the model was built without"):
         build(root, beside=False).generate([[1, 2]], 4, adapter="first")
-    with pytest.raises(LlamaError, match="adapter is 5: it must be a name"):
+    with pytest.raises(LlamaError, match="adapter is 5: it must be one of first"):
         build(root).generate([[1, 2]], 4, adapter=5)
 
 

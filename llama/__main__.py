@@ -17,6 +17,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "serve": ("serve", "serve OpenAI's API and a chat page"),
     "doctor": ("checkpoints", "check whether a checkpoint runs here: memory, tokenizer, device"),
     "bench": ("bench", "measure how fast a model runs here"),
+    "explain": ("explain", "write a page that shows every tensor of a prompt"),
     "inspect": ("checkpoints", "describe a model: sizes, split, KV cache, FLOPs"),
     "convert": ("checkpoints", "write a checkpoint in another layout, split or width"),
     "verify": ("checkpoints", "check that a checkpoint is complete: tensors, numbers, checksums"),

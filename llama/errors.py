@@ -77,3 +77,7 @@ class BenchmarkError(LlamaError):
 
 class TrainingError(LlamaError):
     """Training options that do not fit together, or a run that cannot go on."""
+
+
+class ExplainError(LlamaError):
+    """A tensor name, an edit or a prompt that `llama.explain` cannot serve."""

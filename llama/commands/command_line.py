@@ -63,7 +63,8 @@ def checked(command: Command, words: Sequence[str], usage: str) -> list[str]:
             continue
         flag = _find(match[1].replace("-", "_"), flags, usage)
         given.add(flag.name)
-        result.append(word)
+        is_letter = len(match[1]) == 1
+        result.append(f"--{flag.name}{match[2] or ''}" if is_letter else word)
         if match[2] is not None:
             continue
         if index < len(words) and not IS_FLAG.fullmatch(words[index]):
@@ -81,7 +82,7 @@ def checked(command: Command, words: Sequence[str], usage: str) -> list[str]:
 
 
 def _find(name: str, flags: dict[str, Flag], usage: str) -> Flag:
-    """The flag of that name. fire also accepts --noforce for --force, and -f for --force if no
+    """The flag of that name. Also accepted are --noforce for --force, and -f for --force if no
     other flag begins with f. Raises LlamaError for an unknown name."""
     if name in flags:
         return flags[name]

@@ -20,6 +20,7 @@ Command = Callable[..., None]
 as_text: Callable[[Command], Command] = SetParseFn(
     str, "prompt", "stop", "ckpt_dir", "tokenizer_path", "device", "dtype", "mode", "quantize",
     "kv_cache", "draft", "format", "model", "host", "api_key", "name", "allow_origin",
+    "out",
 )  # fmt: skip
 
 

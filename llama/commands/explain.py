@@ -1,0 +1,33 @@
+"""llama explain: write a page that shows every tensor of a prompt."""
+
+from typing import Any
+
+from llama.commands.flags import MODEL, as_text, takes
+
+
+@as_text
+@takes(MODEL, without=("max_seq_len", "seed", "mode", "quantize", "kv_cache"))
+def explain(
+    prompt: str, *, out: str = "explain.html", mp: int = 1, chat: bool = False, **flags: Any
+) -> None:
+    """Write a page that follows a prompt through every tensor of the model.
+
+    Example: llama explain "Once upon a time there was a fox" --mp 2 -o fox.html
+
+    The page is one HTML file, which a browser opens from the disk. It shows the tokens, each tensor
+    of each layer with its formula and its line of code, attention, predictions, sampling, and what
+    the KV cache saves for the next token. The model runs as in mode reference, on one rank.
+
+    Args:
+        prompt: the text, in quotes.
+        out: the file to write; a file of this name is replaced.
+        mp: ranks for which the page shows who holds which part of each tensor.
+        chat: the text is a user's message, in the model's chat format.
+    """
+    from llama.explain.page import write_page
+    from llama.generation import Llama
+
+    llama = Llama.build(**flags, max_batch_size=1)
+    followed: Any = [{"role": "user", "content": prompt}] if chat else prompt
+    size = write_page(llama, followed, out, mp)
+    print(f"Written to {out} ({size / 1e6:.1f} MB)")

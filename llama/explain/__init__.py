@@ -1,0 +1,7 @@
+"""Look at every tensor of a model: `trace`, the explain page, parity with other implementations."""
+
+from llama.explain.edits import knock_out, replace, scale
+from llama.explain.trace import Step, Trace, logit_lens
+from llama.explain.tracing import trace
+
+__all__ = ["Step", "Trace", "knock_out", "logit_lens", "replace", "scale", "trace"]

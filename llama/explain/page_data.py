@@ -1,0 +1,182 @@
+"""The numbers of the explain page: tensors, tokens, predictions and costs, as JSON."""
+
+import base64
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llama.checkpoints.inspect import cache_bytes, flops_per_token
+from llama.config import ModelArgs
+from llama.errors import ExplainError
+from llama.explain import tensors
+from llama.explain.trace import Step, Trace, logit_lens
+from llama.generation import Llama
+
+# Numbers of all tensors together that the page holds, at two bytes each. Where a trace has more,
+# the page has every n-th feature.
+MOST_NUMBERS = 1_300_000
+MOST_ATTENTION = 1_000_000  # weights of all heads together; all of them are on the page
+MOST_TOKENS = 256
+N_BINS = 24  # of a histogram
+N_PREDICTIONS = 10  # likeliest tokens that are shown after each token
+N_CANDIDATES = 64  # likeliest tokens that are shown where a token is sampled
+
+
+def page_data(llama: Llama, prompt: Any, trace: Trace, mp_size: int) -> dict[str, Any]:
+    """All that the page shows. trace: of the prompt, with at least one decode step.
+
+    mp_size: ranks whose parts are drawn; the model can be split over them.
+    """
+    args = trace.params
+    stride = _stride(trace)
+    lens_ids, lens_probs = logit_lens(llama.model, trace, k=3)
+    logits = trace["output"][0]  # (S, V)
+    predictions = logits.softmax(-1).topk(N_PREDICTIONS)
+    candidates = logits[-1].topk(min(N_CANDIDATES, args.vocab_size)).indices
+    shown = [*trace.tokens, *trace.generated, *candidates.tolist()]
+    shown += [*lens_ids.flatten().tolist(), *predictions.indices.flatten().tolist()]
+    return {
+        "prompt": prompt if isinstance(prompt, str) else "",
+        "model": _model(args, llama.model.norm.weight.dtype),
+        "mp": mp_size,
+        "stride": stride,
+        "tokens": trace.tokens,
+        "generated": trace.generated,
+        "vocabulary": {i: _token(llama, i) for i in dict.fromkeys(shown)},
+        "kinds": {kind.name: _kind(kind, args, mp_size) for kind in tensors.KINDS},
+        "steps": [_step(step, stride) for step in trace.steps[:2]],
+        "lens": {"ids": lens_ids.tolist(), "probs": _rounded(lens_probs)},
+        "predictions": {
+            "ids": predictions.indices.tolist(),
+            "probs": _rounded(predictions.values),
+        },
+        "candidates": candidates.tolist(),
+        "logits": _base64(logits[-1].float().cpu()),
+        "residual": _residual(trace),
+        "frequencies": llama.model.freqs_cis[1].angle().tolist(),  # radians per position
+        "costs": _costs(args, len(trace.tokens), llama.model.norm.weight.dtype),
+    }
+
+
+def check_length(args: ModelArgs, n_tokens: int) -> None:
+    """Raise ExplainError if a prompt has too many tokens for the page."""
+    heads = args.n_layers * args.n_heads
+    most = min(MOST_TOKENS, int((MOST_ATTENTION / heads) ** 0.5), args.max_seq_len - 1)
+    if n_tokens > most:
+        raise ExplainError(
+            f"the prompt has {n_tokens} tokens: the page has room for {most} with this model's "
+            f"{heads:,} attention heads"
+        )
+
+
+def _stride(trace: Trace) -> int:
+    """Every how many features of each token are on the page."""
+    is_attention = ("scores", "weights")
+    n_numbers = sum(
+        tensor.numel()
+        for step in trace.steps[:2]
+        for name, tensor in step.tensors.items()
+        if not name.endswith(is_attention)
+    )
+    return -(-n_numbers // MOST_NUMBERS)
+
+
+def _model(args: ModelArgs, dtype: torch.dtype) -> dict[str, Any]:
+    scaling = args.rope_scaling
+    return {
+        "name": next(iter(args.published()), "Llama"),
+        "dim": args.dim, "n_layers": args.n_layers, "n_heads": args.n_heads,
+        "n_kv_heads": args.local_kv_heads(1), "head_dim": args.head_dim, "ffn_dim": args.ffn_dim,
+        "vocab_size": args.vocab_size, "rope_theta": args.rope_theta, "norm_eps": args.norm_eps,
+        "rope_factor": scaling.factor if scaling else None, "tied": args.tied,
+        "dtype": str(dtype).removeprefix("torch."),
+        "parameters": sum(torch.Size(s).numel() for s in args.parameter_shapes().values()),
+    }  # fmt: skip
+
+
+def _token(llama: Llama, token_id: int) -> dict[str, Any]:
+    """A token's text and bytes. An id that the tokenizer does not know has neither."""
+    tokenizer = llama.tokenizer
+    if token_id >= tokenizer.n_words:
+        return {"text": "", "bytes": "", "special": True}
+    for name, special_id in tokenizer.special_tokens.items():
+        if token_id == special_id:
+            return {"text": name, "bytes": "", "special": True}
+    data = tokenizer.token_bytes(token_id)
+    return {"text": data.decode(errors="replace"), "bytes": data.hex(" "), "special": False}
+
+
+def _kind(kind: tensors.Kind, args: ModelArgs, mp_size: int) -> dict[str, Any]:
+    exchange = kind.exchange
+    if kind.name == "tok_embeddings" and args.embedding_shard_dim == 1:
+        exchange = "all-gather"
+    return {
+        "shape": kind.shape, "formula": kind.formula, "meaning": kind.meaning,
+        "place": kind.place, "split": kind.split, "exchange": exchange,
+        "owners": tensors.owners(kind, args, mp_size),
+    }  # fmt: skip
+
+
+def _step(step: Step, stride: int) -> dict[str, Any]:
+    found = {name: _tensor(name, tensor, stride) for name, tensor in step.tensors.items()}
+    return {"start_pos": step.start_pos, "tokens": list(step.tokens), "tensors": found}
+
+
+def _tensor(name: str, tensor: Tensor, stride: int) -> dict[str, Any]:
+    """Shape, dtype, statistics and values of a tensor.
+
+    The values are float16, relative to a power of two near the largest one, so that each has three
+    right digits. They are (rows, columns): tokens and every stride-th feature, or, for the weights
+    and scores of attention, heads and tokens together as rows, and visible tokens as columns.
+    """
+    whole = tensor.float().cpu()
+    seen = whole[whole.isfinite()]  # the scores of later tokens are minus infinity
+    low, high = seen.min(), seen.max()
+    if name.endswith((".scores", ".weights")):
+        rows = whole.flatten(0, 2)
+    else:
+        rows = whole.flatten(0, 1) if name != "freqs_cis" else whole
+        rows = rows.flatten(1)[:, ::stride]
+    largest = float(seen.abs().max())
+    scale = 2.0 ** (torch.tensor(largest).log2().floor().item() - 14) if largest > 0 else 1.0
+    return {
+        "shape": list(tensor.shape),
+        "dtype": str(tensor.dtype).removeprefix("torch."),
+        "min": low.item(), "max": high.item(), "mean": seen.mean().item(),
+        "rms": seen.square().mean().sqrt().item(),
+        "histogram": torch.histc(seen, N_BINS, low.item(), high.item()).int().tolist(),
+        "columns": rows.shape[1], "scale": scale, "values": _base64((rows / scale).half()),
+    }  # fmt: skip
+
+
+def _residual(trace: Trace) -> dict[str, Any]:
+    """The root mean square of the residual stream, for each token after each part of each layer."""
+    layers = range(trace.params.n_layers)
+    names = ["tok_embeddings"]
+    names += [name for i in layers for name in (f"layers.{i}.after_attention", f"layers.{i}")]
+    sizes = [trace[name][0].float().square().mean(-1).sqrt() for name in names]
+    return {"names": names, "rms": _rounded(torch.stack(sizes))}
+
+
+def _costs(args: ModelArgs, n_prompt: int, dtype: torch.dtype) -> dict[str, Any]:
+    """What the decode step after the prompt costs, with the KV cache and without it."""
+    n_tokens = n_prompt + 1
+    per_token = cache_bytes(args, 1, dtype)
+    return {
+        "flops_with_cache": flops_per_token(args, n_tokens),
+        "flops_without_cache": sum(flops_per_token(args, n) for n in range(1, n_tokens + 1)),
+        "cache_bytes_per_token": per_token,
+        "cache_bytes": per_token * n_tokens,
+    }
+
+
+def _rounded(values: Tensor) -> Any:
+    """A nested list of the numbers, rounded to six digits, so that the page is smaller."""
+    if values.dim() > 1:
+        return [_rounded(row) for row in values]
+    return [float(f"{number:.6g}") for number in values.tolist()]
+
+
+def _base64(values: Tensor) -> str:
+    return base64.b64encode(values.contiguous().numpy().tobytes()).decode()

@@ -16,7 +16,7 @@ from llama.generation import Llama
 # Numbers of all tensors together that the page holds, at two bytes each. Where a trace has more,
 # the page has every n-th feature.
 MOST_NUMBERS = 1_300_000
-MOST_ATTENTION = 1_000_000  # weights of all heads together; all of them are on the page
+MOST_ATTENTION = 1_050_000  # weights of all heads together: 32 tokens of Llama 3 8B
 MOST_TOKENS = 256
 N_BINS = 24  # of a histogram
 N_PREDICTIONS = 10  # likeliest tokens that are shown after each token

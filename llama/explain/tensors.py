@@ -185,8 +185,8 @@ def names(n_layers: int) -> list[str]:
 
 
 def owners(kind: Kind, args: ModelArgs, mp_size: int) -> list[tuple[int, int]] | None:
-    """The part of each rank: first and last index + 1 along `kind.split`, for each rank. None: every
-    rank has the whole tensor.
+    """The part of each rank along `kind.split`: its first index, and its last index plus 1. None:
+    every rank has the whole tensor.
 
     With more ranks than key/value heads, several ranks own the same head.
     """

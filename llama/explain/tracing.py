@@ -52,7 +52,8 @@ def trace(
     where the prompt does not fit; and what `Llama.encode_prompt` raises.
     """
     model = llama.model
-    if not isinstance(model.layers[0].attention.wq.weight, Tensor):
+    wq: Any = model.get_submodule("layers.0.attention.wq")
+    if not isinstance(wq.weight, Tensor):
         raise ExplainError("the weights are quantized: trace needs a model built without quantize")
     ids = llama.encode_prompt(prompt)
     _check(model, ids, max_gen_len)
@@ -179,6 +180,7 @@ class _Recorder(TorchFunctionMode):
         with ExitStack() as stack:
             for name in ("tok_embeddings", "norm", "output"):
                 stack.enter_context(self._output(name, model.get_submodule(name)))
+            block: Any  # nn.Module does not say which attributes it has
             for i, block in enumerate(model.layers):
                 name = f"layers.{i}"
                 stack.enter_context(self._output(name, block))

@@ -64,12 +64,11 @@ def test_every_tensor_is_what_its_formula_says(llama: Llama, traced: Trace) -> N
     assert torch.equal(t["tok_embeddings"], model.tok_embeddings(torch.tensor([t.tokens])))
     x = t["tok_embeddings"]
     for i, block in enumerate(model.layers):
-        inside = {name: t[f"layers.{i}.{name}"] for name in [
-            "attention_norm", "after_attention", "ffn_norm", *(f"attention.{n}" for n in (
-                "wq", "wk", "wv", "queries", "keys", "cache_k", "cache_v", "scores", "weights",
-                "heads", "wo")), *(f"feed_forward.{n}" for n in ("w1", "w3", "gated", "w2"))]}  # fmt: skip
-        a = {name.removeprefix("attention."): tensor for name, tensor in inside.items()}
-        f = {name.removeprefix("feed_forward."): tensor for name, tensor in inside.items()}
+        prefix = f"layers.{i}."
+        inside = {name: tensor for name, tensor in t.items() if name.startswith(prefix)}
+        a = {name.removeprefix(f"{prefix}attention."): x for name, x in inside.items()}
+        f = {name.removeprefix(f"{prefix}feed_forward."): x for name, x in inside.items()}
+        a |= {name.removeprefix(prefix): x for name, x in inside.items()}
         assert torch.equal(a["attention_norm"], block.attention_norm(x))
         for name in ("wq", "wk", "wv"):
             want = getattr(block.attention, name)(a["attention_norm"])
@@ -92,7 +91,7 @@ def test_every_tensor_is_what_its_formula_says(llama: Llama, traced: Trace) -> N
         assert torch.equal(a["heads"], (a["weights"] @ values).transpose(1, 2))
         assert torch.equal(a["wo"], block.attention.wo(a["heads"].flatten(2)))
         assert torch.equal(a["after_attention"], x + a["wo"])
-        assert torch.equal(f["ffn_norm"], block.ffn_norm(a["after_attention"]))
+        assert torch.equal(a["ffn_norm"], block.ffn_norm(a["after_attention"]))
         assert torch.equal(f["gated"], torch.nn.functional.silu(f["w1"]) * f["w3"])
         assert torch.equal(f["w2"], block.feed_forward.w2(f["gated"]))
         x = t[f"layers.{i}"]
@@ -117,8 +116,9 @@ def test_the_shapes_are_as_described(llama: Llama, traced: Trace) -> None:
     kv = args.local_kv_heads(1)
     n = len(traced.tokens)
     sizes = {"B": 1, "S": n, "T": n, "D": args.dim, "H": args.n_heads, "K": kv,
-             "hd": args.head_dim, "H·hd": args.n_heads * args.head_dim, "K·hd": kv * args.head_dim,
-             "F": args.ffn_dim, "V": args.vocab_size, "hd/2": args.head_dim // 2, "2": 2}  # fmt: skip
+             "hd": args.head_dim, "hd/2": args.head_dim // 2, "2": 2,
+             "H·hd": args.n_heads * args.head_dim, "K·hd": kv * args.head_dim,
+             "F": args.ffn_dim, "V": args.vocab_size}  # fmt: skip
     for name, tensor in traced.items():
         assert list(tensor.shape) == [sizes[s] for s in kind_of(name).shape.split(" ")], name
 

@@ -97,7 +97,7 @@ def test_two_hundred_values_under_the_pointer(page: Any, traced: Trace) -> None:
             canvas.scroll_into_view_if_needed()
             box = canvas.bounding_box()
             x, y = (rng.uniform(0.02, 0.98) * box[side] for side in ("width", "height"))
-            canvas.hover(position={"x": x, "y": y})
+            page.mouse.move(box["x"] + x, box["y"] + y)
             output = card.query_selector("output")
             name, row, column = (
                 output.get_attribute(f"data-{k}") for k in ("name", "row", "column")

@@ -66,9 +66,10 @@ def kv_cache(llama: Llama) -> Figure:
         per_position = 2 * args.n_layers * args.local_kv_heads(1) * args.head_dim * 2
         gib = [n * per_position / 2**30 for n in positions]
         ax.plot(positions, gib, color=color, marker="o", markersize=4, label=name)
-        ax.annotate(f"{gib[-1]:.3g} GiB", (args.context, gib[-1]), xytext=(-4, 5), color=color,
-                    textcoords="offset points", ha="right")  # fmt: skip
+        ax.annotate(f"{gib[-1]:.3g} GiB", (args.context, gib[-1]), xytext=(7, -3), color=color,
+                    textcoords="offset points", backgroundcolor="white")  # fmt: skip
     ax.set(xscale="log", yscale="log", xlabel="positions of one row", ylabel="GiB")
+    ax.set_xlim(200, 400_000)
     for axis in (ax.xaxis, ax.yaxis):
         axis.set_major_formatter("{x:,g}")
     ax.legend(loc="lower right")

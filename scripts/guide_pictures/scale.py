@@ -165,7 +165,7 @@ def roofline(llama: Llama) -> Figure:
     tokens = torch.logspace(0, 4, 200)
     reading, computing = 2 * n_weights / bandwidth, 2 * n_weights * tokens / flops
     figure, (ax,) = charts(height=2.9)
-    ax.plot(tokens, tokens / reading, color=LINE, linestyle="--", label="limit of reading")
+    ax.plot(tokens, tokens / reading, color=GRAY, linestyle=":", label="limit of reading")
     ax.plot(tokens, tokens / computing, color=GRAY, linestyle="--", label="limit of arithmetic")
     ax.plot(tokens, tokens / computing.clamp(min=reading), color=BLUE, label="the lower of both")
     ax.plot(1, 1 / reading, "o", color=ORANGE)

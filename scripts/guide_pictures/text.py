@@ -48,7 +48,7 @@ def whole_way(llama: Llama) -> Figure:
         arrow(ax, (middle, y), (middle, below + height))
     arrow(ax, (middle, 5.56), (middle, 5.1 + height))
     ax.text(middle + 0.1, 5.5, "text", va="center", color=GRAY)
-    frame(ax, left - 0.3, 1.86, width + 2.35, 2.36, "")
+    frame(ax, left - 0.3, 1.79, width + 2.35, 2.43, "")
     ax.text(left - 0.4, 3.0, "TransformerBlock,\nonce for each layer", ha="right", color=GRAY)
     ax.plot([left, 0.6, 0.6, left - 0.02], [0.47, 0.47, 4.67, 4.67], color=GREEN, linewidth=1.2)
     arrow(ax, (left - 0.1, 4.67), (left, 4.67), GREEN)
@@ -98,20 +98,20 @@ def special_tokens(llama: Llama) -> Figure:
     tokenizer = llama.tokenizer
     names = tokenizer.special_tokens
     first = min(names.values())
-    figure, ax = drawing(1.65)
+    figure, ax = drawing(1.5)
     parts = [
         (0.2, 1.5, "256 single bytes", 0, 255, GRAY),
         (1.8, 3.3, "longer pieces,\nfrequent ones first", 256, first - 1, BLUE),
         (5.2, 2.2, f"{len(names)} special tokens", first, tokenizer.n_words - 1, PURPLE),
     ]
     for x, width, text, low, high, color in parts:
-        box(ax, x, 0.95, width, 0.5, text, color)
-        ax.text(x, 0.87, f"{low:,}", va="top", color=GRAY)
-        ax.text(x + width, 0.87, f"{high:,}", va="top", ha="right", color=GRAY)
-    ax.text(0.2, 1.55, "ids, not to scale", color=GRAY)
+        box(ax, x, 0.75, width, 0.5, text, color)
+        ax.text(x, 0.67, f"{low:,}", va="top", color=GRAY)
+        ax.text(x + width, 0.67, f"{high:,}", va="top", ha="right", color=GRAY)
+    ax.text(0.2, 1.32, "ids, not to scale", color=GRAY)
     shown_names = ["<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|eot_id|>"]
     text = "   ".join(f"{name} {names[name]}" for name in shown_names)
-    ax.text(7.4, 0.4, text, family=MONO, fontsize=8, ha="right", color=PURPLE)
+    ax.text(7.4, 0.2, text, family=MONO, fontsize=8, ha="right", color=PURPLE)
     return figure
 
 

@@ -1,0 +1,288 @@
+"""Compare this library with another implementation on the same weights, module by module.
+
+Both get the same prompt, and forward hooks record the output of every module. Then both decode the
+likeliest tokens one after the other, each with its own KV cache.
+"""
+
+import contextlib
+import gc
+import hashlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from llama import parallel
+from llama.checkpoints.build import load_model, open_model
+from llama.checkpoints.inspect import size
+from llama.checkpoints.setup import Setup
+from llama.errors import ConfigError, GenerationError
+from llama.explain.difference import Difference, difference, over_ranks
+from llama.explain.oracles import OURS, Oracle, find_oracle
+from llama.generation import Llama
+from llama.memory import available_memory
+from llama.sampling import logprob_of
+from llama.tokenizer import Tokenizer
+
+PROMPT = "Once upon a time there was a king who had three daughters, and"
+MAX_GEN_LEN = 32
+LOGITS = "output"  # the module whose output is the logits
+# The modules of a layer in the order in which they are computed. "" is the layer itself.
+LAYER = (
+    "attention_norm", "attention.wq", "attention.wk", "attention.wv", "attention.wo",
+    "ffn_norm", "feed_forward.w1", "feed_forward.w3", "feed_forward.w2", "",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What `compare` found.
+
+    oracle_weights: where the other implementation had its weights from.
+    rope_factor: of scaled RoPE; None: not scaled.
+    limit: the largest difference of the logits in ulps that is expected. 0: every tensor must be
+        bit-equal.
+    modules: by Meta's names, in the order of computation. "layers.N" is the output of a layer,
+        "output" the logits of the prompt.
+    decoded: of the logits of the decoded tokens, up to the first token that differs, because both
+        implementations have the same input so far.
+    logprob_difference: the largest one of these tokens, in nats.
+    logits_sha256, oracle_logits_sha256: of the prompt's logits.
+    """
+
+    against: str
+    oracle_weights: str
+    dtype: str
+    rope_factor: float | None
+    ranks: int
+    prompt_tokens: list[int]
+    max_gen_len: int
+    limit: float
+    modules: dict[str, Difference]
+    decoded: Difference
+    tokens: list[int]
+    oracle_tokens: list[int]
+    logprob_difference: float
+    logits_sha256: str
+    oracle_logits_sha256: str
+
+    @property
+    def first_difference(self) -> str | None:
+        """The first module whose outputs are not bit-equal."""
+        return next((name for name, found in self.modules.items() if found.differing), None)
+
+    @property
+    def is_bit_equal(self) -> bool:
+        are_tokens_equal = self.tokens == self.oracle_tokens
+        return self.first_difference is None and not self.decoded.differing and are_tokens_equal
+
+    @property
+    def holds(self) -> bool:
+        """Whether the two implementations are as close as expected."""
+        if self.limit == 0:
+            return self.is_bit_equal
+        return max(self.modules[LOGITS].ulps, self.decoded.ulps) <= self.limit
+
+
+def compare(
+    ckpt_dir: str | Path | None = None,
+    tokenizer_path: str | Path | None = None,
+    against: str = "llama-models",
+    prompt: str | Sequence[int] = PROMPT,
+    max_gen_len: int = MAX_GEN_LEN,
+    device: str | torch.device | None = None,
+    dtype: str | torch.dtype | None = None,
+) -> Comparison:
+    """Run this library in reference mode, then another implementation, and compare all tensors.
+
+    Args:
+        ckpt_dir, tokenizer_path, device, dtype: as in `Llama.build`.
+        against: "llama-models" or "transformers".
+        prompt: a text or token ids.
+        max_gen_len: how many tokens both decode, at least 1. Stop tokens do not end the text.
+
+    All ranks return the same comparison.
+    Raises ConfigError if the other implementation is unknown, not installed or cannot run the
+    model, GenerationError if prompt and tokens do not fit the model, and what `Llama.build` raises.
+    """
+    oracle = find_oracle(against)
+    setup, tokenizer, _ = open_model(
+        ckpt_dir, tokenizer_path, None, 1, None, "reference", None, None, device, dtype,
+        oracle.rope_factor,
+    )  # fmt: skip
+    assert tokenizer is not None
+    prompt_tokens = _encode(prompt, tokenizer)
+    args = setup.opened.args
+    _check_lengths(len(prompt_tokens), max_gen_len, args.max_seq_len)
+    oracle.check(setup)
+    with parallel.failing_together(setup.device):
+        _check_memory(setup)
+    source = oracle.weights_from(setup)
+    with tqdm(
+        total=2 * (1 + max_gen_len), desc="Comparing", unit="forward", delay=2,
+        disable=not parallel.is_main_rank(),
+    ) as bar:  # fmt: skip
+        ours, weights = _run_ours(setup, tokenizer, prompt_tokens, max_gen_len, source == OURS, bar)
+        gc.collect()  # our model is part of a cycle; a GPU may have no room for two
+        with parallel.failing_together(setup.device):
+            other = oracle(setup, weights)
+        theirs = record(
+            {name: other.module(name) for name in module_names(args.n_layers)},
+            lambda: other.forward(torch.tensor([prompt_tokens], device=setup.device)),
+            lambda: other.decode(prompt_tokens, max_gen_len),
+            bar,
+        )
+    found = [
+        difference(ours.outputs[name], other.in_metas_order(name, theirs.outputs[name]))
+        for name in ours.outputs
+    ]
+    n_rows = min(n_equal(ours.tokens, theirs.tokens) + 1, max_gen_len)  # with the same input
+    rows, their_rows = ours.decoded[:n_rows], theirs.decoded[:n_rows]
+    ids = torch.tensor(ours.tokens[:n_rows])
+    logprobs, their_logprobs = (logprob_of(r.float(), ids) for r in (rows, their_rows))
+    *found, decoded = over_ranks([*found, difference(rows, their_rows)], setup.device)
+    return Comparison(
+        against=against,
+        oracle_weights=source,
+        dtype=str(setup.dtype).removeprefix("torch."),
+        rope_factor=args.rope_scaling and args.rope_scaling.factor,
+        ranks=setup.mp_size,
+        prompt_tokens=prompt_tokens,
+        max_gen_len=max_gen_len,
+        limit=oracle.limit[setup.dtype],
+        modules=dict(zip(ours.outputs, found, strict=True)),
+        decoded=decoded,
+        tokens=ours.tokens,
+        oracle_tokens=theirs.tokens,
+        logprob_difference=(logprobs - their_logprobs).abs().max().item(),
+        logits_sha256=_sha256(ours.outputs[LOGITS]),
+        oracle_logits_sha256=_sha256(theirs.outputs[LOGITS]),
+    )
+
+
+def n_equal(tokens: Sequence[int], others: Sequence[int]) -> int:
+    """How many tokens are equal before the first that differs."""
+    pairs = enumerate(zip(tokens, others, strict=True))
+    return next((i for i, (token, other) in pairs if token != other), len(tokens))
+
+
+def module_names(n_layers: int) -> list[str]:
+    """Meta's names of the modules whose outputs are compared, in the order of computation."""
+    layers = [f"layers.{i}.{part}".rstrip(".") for i in range(n_layers) for part in LAYER]
+    return ["tok_embeddings", *layers, "norm", LOGITS]
+
+
+# ---- recording ----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Run:
+    """What one implementation computed, on the CPU.
+
+    outputs: of each module for the prompt, (S, features). tokens: the decoded ones. decoded: the
+    logits that chose them, (len(tokens), V).
+    """
+
+    outputs: dict[str, Tensor]
+    tokens: list[int]
+    decoded: Tensor
+
+
+def record(
+    modules: Mapping[str, nn.Module],
+    forward: Callable[[], object],
+    decode: Callable[[], list[int]],
+    bar: Any,
+) -> Run:
+    """Call forward and decode, and record the outputs of the modules. bar: progress, one step for
+    each forward of the model."""
+    with torch.inference_mode():
+        with recording(modules, bar) as outputs:
+            forward()
+        with recording({LOGITS: modules[LOGITS]}, bar) as steps:
+            tokens = decode()
+    decoded = torch.stack([logits[-1] for logits in steps[LOGITS]])
+    return Run({name: output for name, (output,) in outputs.items()}, tokens, decoded)
+
+
+@contextlib.contextmanager
+def recording(modules: Mapping[str, nn.Module], bar: Any) -> Iterator[dict[str, list[Tensor]]]:
+    """Record the output of each module, in each of its calls inside the block, on the CPU."""
+    outputs: dict[str, list[Tensor]] = {name: [] for name in modules}
+
+    def keep(name: str) -> Callable[[nn.Module, Any, Tensor], None]:
+        def hook(module: nn.Module, inputs: Any, output: Tensor) -> None:
+            outputs[name].append(output.flatten(0, -2).to("cpu", copy=True))
+            if name == LOGITS:
+                bar.update()
+
+        return hook
+
+    handles = [module.register_forward_hook(keep(name)) for name, module in modules.items()]
+    try:
+        yield outputs
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _run_ours(
+    setup: Setup,
+    tokenizer: Tokenizer,
+    prompt_tokens: list[int],
+    max_gen_len: int,
+    keeps_weights: bool,
+    bar: Any,
+) -> tuple[Run, dict[str, Tensor]]:
+    """Our run in reference mode, and our weights by name if they are kept."""
+    with parallel.failing_together(setup.device):
+        model = load_model(setup)
+    llama = Llama(model, tokenizer)
+    options: dict[str, Any] = dict(temperature=0, ignore_eos=True)
+    run = record(
+        {name: model.get_submodule(name) for name in module_names(model.n_layers)},
+        lambda: model(torch.tensor([prompt_tokens], device=setup.device), 0),
+        lambda: llama.generate([prompt_tokens], max_gen_len, **options)[0][0],
+        bar,
+    )
+    return run, dict(model.state_dict()) if keeps_weights else {}
+
+
+# ---- checks -------------------------------------------------------------------------------------
+
+
+def _encode(prompt: str | Sequence[int], tokenizer: Tokenizer) -> list[int]:
+    if isinstance(prompt, str):
+        return tokenizer.encode(prompt, bos=True, eos=False)
+    return list(prompt)
+
+
+def _check_lengths(n_prompt: int, max_gen_len: Any, max_seq_len: int) -> None:
+    if isinstance(max_gen_len, bool) or not isinstance(max_gen_len, int) or max_gen_len < 1:
+        raise GenerationError(f"max_gen_len is {max_gen_len!r}: it must be 1 or above")
+    if n_prompt < 1:
+        raise GenerationError("the prompt has no tokens")
+    if n_prompt + max_gen_len > max_seq_len:
+        raise GenerationError(
+            f"the prompt has {n_prompt} tokens and max_gen_len is {max_gen_len}, but together "
+            f"they may be at most {max_seq_len}"
+        )
+
+
+def _check_memory(setup: Setup) -> None:
+    """Our weights may be mapped from the file. The other implementation needs memory for them."""
+    needed = (sum(setup.weight_bytes()) + setup.cache_bytes) * setup.ranks_per_device
+    free = available_memory(setup.device)
+    if needed > free:
+        raise ConfigError(
+            f"not enough memory: the other implementation needs {size(needed)} on {setup.device}, "
+            f"but {size(free)} are free"
+        )
+
+
+def _sha256(logits: Tensor) -> str:
+    return hashlib.sha256(logits.float().contiguous().numpy().tobytes()).hexdigest()

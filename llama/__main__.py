@@ -19,6 +19,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "bench": ("bench", "measure how fast a model runs here"),
     "inspect": ("checkpoints", "describe a model: sizes, split, KV cache, FLOPs"),
     "convert": ("checkpoints", "write a checkpoint in another layout, split or width"),
+    "parity": ("parity", "compare with another implementation, layer by layer"),
     "verify": ("checkpoints", "check that a checkpoint is complete: tensors, numbers, checksums"),
     "vocab": ("data", "train a vocabulary"),
     "tokenize": ("data", "write token files for training"),

@@ -8,12 +8,11 @@ import importlib.metadata
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from fairscale.nn.model_parallel.layers import ParallelEmbedding
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from llama import parallel
 from llama.checkpoints.hugging_face import (
@@ -41,9 +40,9 @@ class Oracle(ABC):
     means bit-equal), `rope_factor` (the only factor of scaled RoPE that it computes; None: any).
     """
 
-    package: str
-    limit: Mapping[torch.dtype, float]
-    rope_factor: float | None = None
+    package: ClassVar[str]
+    limit: ClassVar[Mapping[torch.dtype, float]]
+    rope_factor: ClassVar[float | None] = None
 
     @staticmethod
     @abstractmethod
@@ -204,7 +203,7 @@ class Transformers(Oracle):
     """
 
     package = "transformers"
-    limit = {torch.float32: 64.0, torch.bfloat16: 16.0, torch.float16: 16.0}
+    limit: ClassVar = {torch.float32: 128.0, torch.bfloat16: 16.0, torch.float16: 16.0}
 
     @staticmethod
     def check(setup: Setup) -> None:

@@ -20,12 +20,14 @@ from llama import parallel
 from llama.checkpoints.build import load_model, open_model
 from llama.checkpoints.inspect import size
 from llama.checkpoints.setup import Setup
+from llama.config import ModelArgs
+from llama.engine.admission import check_prompt
 from llama.errors import ConfigError, GenerationError
 from llama.explain.difference import Difference, difference, over_ranks
-from llama.explain.oracles import OURS, Oracle, find_oracle
+from llama.explain.oracles import OURS, find_oracle
 from llama.generation import Llama
 from llama.memory import available_memory
-from llama.sampling import logprob_of
+from llama.sampling import SamplingParams, logprob_of
 from llama.tokenizer import Tokenizer
 
 PROMPT = "Once upon a time there was a king who had three daughters, and"
@@ -58,6 +60,7 @@ class Comparison:
     oracle_weights: str
     dtype: str
     rope_factor: float | None
+    device: str
     ranks: int
     prompt_tokens: list[int]
     max_gen_len: int
@@ -71,21 +74,63 @@ class Comparison:
     oracle_logits_sha256: str
 
     @property
-    def first_difference(self) -> str | None:
-        """The first module whose outputs are not bit-equal."""
-        return next((name for name, found in self.modules.items() if found.differing), None)
+    def settings(self) -> dict[str, Any]:
+        """The arguments with which `compare` does the same on another machine."""
+        return dict(
+            against=self.against, prompt=self.prompt_tokens, max_gen_len=self.max_gen_len,
+            dtype=self.dtype,
+        )  # fmt: skip
+
+    @property
+    def differing_modules(self) -> list[str]:
+        """The modules whose outputs are not bit-equal, in the order of computation."""
+        return [name for name, found in self.modules.items() if found.differing]
 
     @property
     def is_bit_equal(self) -> bool:
         are_tokens_equal = self.tokens == self.oracle_tokens
-        return self.first_difference is None and not self.decoded.differing and are_tokens_equal
+        return not self.differing_modules and not self.decoded.differing and are_tokens_equal
+
+    @property
+    def n_equal_tokens(self) -> int:
+        """How many decoded tokens are equal before the first that differs."""
+        return n_equal(self.tokens, self.oracle_tokens)
 
     @property
     def holds(self) -> bool:
         """Whether the two implementations are as close as expected."""
         if self.limit == 0:
             return self.is_bit_equal
-        return max(self.modules[LOGITS].ulps, self.decoded.ulps) <= self.limit
+        return self.logit_ulps <= self.limit
+
+    @property
+    def logit_ulps(self) -> float:
+        """The largest difference of all logits."""
+        return max(self.modules[LOGITS].ulps, self.decoded.ulps)
+
+    @property
+    def verdict(self) -> str:
+        """The result in one sentence."""
+        if self.limit > 0:
+            kind = "within" if self.holds else "NOT within"
+            return (
+                f"{kind} the limit of {self.against} in {self.dtype}, {self.limit:g} ulps: the "
+                f"logits differ by at most {self.logit_ulps:.3g}"
+            )
+        if self.holds:
+            return (
+                f"bit-equal to {self.against}: {len(self.modules)} modules, the logits of "
+                f"{len(self.prompt_tokens)} prompt tokens, {len(self.tokens)} decoded tokens and "
+                "their logits"
+            )
+        if not self.differing_modules:
+            return f"NOT bit-equal to {self.against}: the decoded tokens or their logits differ"
+        first = self.differing_modules[0]
+        found = self.modules[first]
+        return (
+            f"NOT bit-equal to {self.against}: {first} is the first module that differs, in "
+            f"{found.differing:,} of {found.elements:,} numbers, by at most {found.ulps:.3g} ulps"
+        )
 
 
 def compare(
@@ -115,9 +160,8 @@ def compare(
         oracle.rope_factor,
     )  # fmt: skip
     assert tokenizer is not None
-    prompt_tokens = _encode(prompt, tokenizer)
     args = setup.opened.args
-    _check_lengths(len(prompt_tokens), max_gen_len, args.max_seq_len)
+    prompt_tokens = _encode(prompt, max_gen_len, tokenizer, args)
     oracle.check(setup)
     with parallel.failing_together(setup.device):
         _check_memory(setup)
@@ -149,7 +193,8 @@ def compare(
         against=against,
         oracle_weights=source,
         dtype=str(setup.dtype).removeprefix("torch."),
-        rope_factor=args.rope_scaling and args.rope_scaling.factor,
+        rope_factor=None if args.rope_scaling is None else args.rope_scaling.factor,
+        device=setup.device.type,
         ranks=setup.mp_size,
         prompt_tokens=prompt_tokens,
         max_gen_len=max_gen_len,
@@ -166,8 +211,9 @@ def compare(
 
 def n_equal(tokens: Sequence[int], others: Sequence[int]) -> int:
     """How many tokens are equal before the first that differs."""
-    pairs = enumerate(zip(tokens, others, strict=True))
-    return next((i for i, (token, other) in pairs if token != other), len(tokens))
+    pairs = enumerate(zip(tokens, others, strict=False))
+    length = min(len(tokens), len(others))
+    return next((i for i, (token, other) in pairs if token != other), length)
 
 
 def module_names(n_layers: int) -> list[str]:
@@ -255,22 +301,22 @@ def _run_ours(
 # ---- checks -------------------------------------------------------------------------------------
 
 
-def _encode(prompt: str | Sequence[int], tokenizer: Tokenizer) -> list[int]:
+def _encode(
+    prompt: str | Sequence[int], max_gen_len: int, tokenizer: Tokenizer, args: ModelArgs
+) -> list[int]:
+    """The prompt's token ids, checked."""
     if isinstance(prompt, str):
-        return tokenizer.encode(prompt, bos=True, eos=False)
-    return list(prompt)
-
-
-def _check_lengths(n_prompt: int, max_gen_len: Any, max_seq_len: int) -> None:
-    if isinstance(max_gen_len, bool) or not isinstance(max_gen_len, int) or max_gen_len < 1:
-        raise GenerationError(f"max_gen_len is {max_gen_len!r}: it must be 1 or above")
-    if n_prompt < 1:
-        raise GenerationError("the prompt has no tokens")
-    if n_prompt + max_gen_len > max_seq_len:
+        prompt = tokenizer.encode(prompt, bos=True, eos=False)
+    params = SamplingParams(max_gen_len=max_gen_len)
+    if not max_gen_len:
+        raise GenerationError(f"max_gen_len is {max_gen_len}: it must be 1 or above")
+    tokens = check_prompt(prompt, params, 0, args.vocab_size, args.max_seq_len)
+    if len(tokens) + max_gen_len > args.max_seq_len:
         raise GenerationError(
-            f"the prompt has {n_prompt} tokens and max_gen_len is {max_gen_len}, but together "
-            f"they may be at most {max_seq_len}"
+            f"the prompt has {len(tokens)} tokens and max_gen_len is {max_gen_len}, but together "
+            f"they may be at most {args.max_seq_len}"
         )
+    return tokens
 
 
 def _check_memory(setup: Setup) -> None:

@@ -94,7 +94,7 @@ def _aligned(rows: Iterable[tuple[str, ...]], align: Callable[[str, int], str]) 
 
 
 def _machine(certificate: Certificate) -> str:
-    return f"{certificate.device} ({certificate.processor}, {certificate.threads} threads)"
+    return f"{certificate.device} ({certificate.processor}), {certificate.threads} thread(s)"
 
 
 def _versions(certificate: Certificate) -> str:

@@ -32,7 +32,7 @@ CONFIGURATIONS = ("params.json", "config.json")
 class Certificate:
     """A comparison with its model and its machine.
 
-    model: the folder's name. files: the SHA-256 of each file that the result depends on. versions:
+    model: the folder's name, or its id on the Hub. files: the SHA-256 of each file that the result depends on. versions:
     of the packages and Python. device: the GPU's name, or "cpu". threads: of PyTorch on the CPU.
     """
 
@@ -52,18 +52,19 @@ def certify(
     device: str | torch.device | None = None,
 ) -> Certificate:
     """The certificate of a comparison that was made on this machine with these arguments."""
-    ckpt_dir = hub.local_folder(ckpt_dir or BUNDLED)
-    folder = find_folder(ckpt_dir)
+    given = ckpt_dir or BUNDLED
+    local = hub.local_folder(given)
+    folder = find_folder(local)
     files = [
         path
         for path in sorted(folder.iterdir())
         if path.suffix in WEIGHTS or path.name in CONFIGURATIONS
     ]
-    files.append(Path(tokenizer_path or find_tokenizer(folder, ckpt_dir)))
+    files.append(Path(tokenizer_path or find_tokenizer(folder, local)))
     packages = ("llama-reference", "torch", ORACLES[comparison.against].package)
     target = parallel.local_device(device)
     return Certificate(
-        model=ckpt_dir.resolve().name,
+        model=local.resolve().name if local == Path(given) else str(given),
         files={path.name: checksum(path, "sha256") for path in files},
         versions={name: importlib.metadata.version(name) for name in packages}
         | {"Python": platform.python_version()},

@@ -29,7 +29,7 @@ from llama.errors import ConfigError
 # Where an oracle's weights come from, from the most independent source to the least.
 OWN_FILES = "the folder's files, read by the oracle's own code"
 META_FILES = "Meta's files, one for each rank"
-META_SPLIT = "Meta's files, split for these ranks by Meta's own code"
+META_RESHARDED = "Meta's files, resharded by Meta's own code"
 OURS = "llama-reference, which had read the folder"
 
 
@@ -120,7 +120,7 @@ class LlamaModels(Oracle):
             return META_FILES
         # Meta's code splits an embedding by vocabulary only.
         is_possible = max(n, n_shards) % min(n, n_shards) == 0
-        return META_SPLIT if is_possible and not opened.args.embedding_shard_dim else OURS
+        return META_RESHARDED if is_possible and not opened.args.embedding_shard_dim else OURS
 
     def __init__(self, setup: Setup, ours: Mapping[str, Tensor]) -> None:
         self._metas = import_llama_models()

@@ -119,9 +119,8 @@ class Comparison:
             )
         if self.holds:
             return (
-                f"bit-equal to {self.against}: {len(self.modules)} modules, the logits of "
-                f"{len(self.prompt_tokens)} prompt tokens, {len(self.tokens)} decoded tokens and "
-                "their logits"
+                f"bit-equal to {self.against}: the outputs of all {len(self.modules)} modules, and "
+                "the decoded tokens with their logits"
             )
         if not self.differing_modules:
             return f"NOT bit-equal to {self.against}: the decoded tokens or their logits differ"
@@ -307,9 +306,9 @@ def _encode(
     """The prompt's token ids, checked."""
     if isinstance(prompt, str):
         prompt = tokenizer.encode(prompt, bos=True, eos=False)
+    if not isinstance(max_gen_len, int) or max_gen_len < 1:
+        raise GenerationError(f"max_gen_len is {max_gen_len!r}: it must be 1 or above")
     params = SamplingParams(max_gen_len=max_gen_len)
-    if not max_gen_len:
-        raise GenerationError(f"max_gen_len is {max_gen_len}: it must be 1 or above")
     tokens = check_prompt(prompt, params, 0, args.vocab_size, args.max_seq_len)
     if len(tokens) + max_gen_len > args.max_seq_len:
         raise GenerationError(

@@ -27,9 +27,9 @@ def parity(
     Both compute the same prompt with the same weights, and the outputs of all modules are compared.
     Then both decode the likeliest tokens, each with its own KV cache.
 
-    The exit code is 1 if the implementations are not bit-equal, or, for transformers, if the logits
-    differ by more than a limit. transformers rotates and rounds in another order. Under torchrun
-    each rank compares its own part of the tensors with llama-models.
+    The exit code is 1 if the two are not bit-equal. transformers rounds at other places, so against
+    it the exit code is 1 if the logits differ by more than a limit, which the output states. Under
+    torchrun each rank compares its own part of the tensors with llama-models.
 
     Args:
         prompt: the text, in quotes; by default the beginning of a tale.

@@ -3,7 +3,8 @@
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from llama.explain.certificate import Certificate, Figure
-from llama.explain.parity import LAYER, LOGITS, Comparison
+from llama.explain.parity import Comparison
+from llama.explain.recording import LAYER, LOGITS
 
 # The columns of the table of layers, and the modules that each stands for.
 COLUMNS = {

@@ -21,7 +21,8 @@ from llama.checkpoints.folder import BUNDLED, find_folder, find_tokenizer
 from llama.checkpoints.verify import checksum
 from llama.errors import DataError
 from llama.explain.oracles import ORACLES
-from llama.explain.parity import LOGITS, Comparison, n_equal
+from llama.explain.parity import Comparison, n_equal
+from llama.explain.recording import LOGITS
 from llama.files import read_json, write_json
 
 WEIGHTS = (".pth", ".safetensors", ".bin")
@@ -32,8 +33,11 @@ CONFIGURATIONS = ("params.json", "config.json")
 class Certificate:
     """A comparison with its model and its machine.
 
-    model: the folder's name, or its id on the Hub. files: the SHA-256 of each file that the result depends on. versions:
-    of the packages and Python. device: the GPU's name, or "cpu". threads: of PyTorch on the CPU.
+    model: the folder's name, or its id on the Hub.
+    files: the SHA-256 of each file that the result depends on, by name.
+    versions: of the packages and of Python.
+    device: the GPU's name, or "cpu" or "mps".
+    threads: how many PyTorch uses on the CPU.
     """
 
     model: str
@@ -111,10 +115,12 @@ def _parse(kind: Any, value: Any, name: str) -> Any:
     if isinstance(kind, types.UnionType):  # X | None
         return None if value is None else _parse(typing.get_args(kind)[0], value, name)
     container = typing.get_origin(kind) or (dict if dataclasses.is_dataclass(kind) else kind)
-    if kind is float and type(value) is int:
+    if kind is float and type(value) is int and value.bit_length() < 1024:  # fits into a float
         value = float(value)
     if type(value) is not container:
         raise DataError(f"{name} is of type {type(value).__name__}, not {container.__name__}")
+    if container is str and not value.isprintable():  # such as a terminal's control codes
+        raise DataError(f"{name} has characters that cannot be printed")
     if dataclasses.is_dataclass(kind):
         hints = typing.get_type_hints(kind)
         if missing := [key for key in hints if key not in value]:
@@ -122,7 +128,9 @@ def _parse(kind: Any, value: Any, name: str) -> Any:
         return kind(**{key: _parse(hints[key], value[key], key) for key in hints})  # type: ignore[operator]
     inner = typing.get_args(kind)
     if container is dict:
-        return {key: _parse(inner[1], value[key], f"{name}.{key}") for key in value}
+        return {
+            _parse(str, key, name): _parse(inner[1], value[key], f"{name}.{key}") for key in value
+        }
     if container is list:
         return [_parse(inner[0], element, name) for element in value]
     return value
@@ -160,7 +168,7 @@ def compare_figures(stated: Certificate, found: Certificate) -> list[Figure]:
     # Where the logits have a limit, the other differences follow from rounding.
     is_exact = here.limit == 0
     return [
-        Figure("files", f"{len(stated.files)}", _listed(changed), not changed),
+        Figure("files", f"{len(stated.files)}", _changes(changed), not changed),
         Figure("tokens", f"{len(there.tokens)}", f"{n_same} equal", there.tokens == here.tokens),
         number("modules that differ", lambda c: len(c.differing_modules), is_exact),
         number("logits, ulps", lambda c: c.modules[LOGITS].ulps),
@@ -170,5 +178,5 @@ def compare_figures(stated: Certificate, found: Certificate) -> list[Figure]:
     ]
 
 
-def _listed(changed: list[str]) -> str:
+def _changes(changed: list[str]) -> str:
     return f"changed: {', '.join(changed)}" if changed else "the same"

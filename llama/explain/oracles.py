@@ -4,7 +4,6 @@ Only this file imports these packages. The extra [parity] installs them.
 """
 
 import importlib
-import importlib.metadata
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from types import SimpleNamespace
@@ -64,7 +63,7 @@ class Oracle(ABC):
         """The module that Meta calls `name`."""
 
     def in_metas_order(self, name: str, output: Tensor) -> Tensor:
-        """The output of the module `name`, with its features in Meta's order."""
+        """The output (S, features) of the module `name`, with its features in Meta's order."""
         return output
 
     @abstractmethod
@@ -237,13 +236,13 @@ class Transformers(Oracle):
         self._model.generation_config = transformers.GenerationConfig()
 
     def module(self, name: str) -> nn.Module:
-        in_model = name.removeprefix("layers.").isdecimal()
-        theirs = f"model.{name}" if in_model else hugging_face_name(f"{name}.weight")
+        is_layer = name.removeprefix("layers.").isdecimal()
+        theirs = f"model.{name}" if is_layer else hugging_face_name(f"{name}.weight")
         return self._model.get_submodule(theirs.removesuffix(".weight"))
 
     def in_metas_order(self, name: str, output: Tensor) -> Tensor:
         if f"{name}.weight".endswith(ROTATED):
-            return to_meta_rows(output.flatten(0, -2).T.contiguous(), self._head_dim).T
+            return to_meta_rows(output.T.contiguous(), self._head_dim).T
         return output
 
     def forward(self, tokens: Tensor) -> None:

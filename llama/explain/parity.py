@@ -4,16 +4,16 @@ Both get the same prompt, and forward hooks record the output of every module. T
 likeliest tokens one after the other, each with its own KV cache.
 """
 
-import contextlib
 import gc
 import hashlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
 from llama import parallel
@@ -25,6 +25,7 @@ from llama.engine.admission import check_prompt
 from llama.errors import ConfigError, GenerationError
 from llama.explain.difference import Difference, difference, over_ranks
 from llama.explain.oracles import OURS, find_oracle
+from llama.explain.recording import LOGITS, Run, module_names, record
 from llama.generation import Llama
 from llama.memory import available_memory
 from llama.sampling import SamplingParams, logprob_of
@@ -32,12 +33,6 @@ from llama.tokenizer import Tokenizer
 
 PROMPT = "Once upon a time there was a king who had three daughters, and"
 MAX_GEN_LEN = 32
-LOGITS = "output"  # the module whose output is the logits
-# The modules of a layer in the order in which they are computed. "" is the layer itself.
-LAYER = (
-    "attention_norm", "attention.wq", "attention.wk", "attention.wv", "attention.wo",
-    "ffn_norm", "feed_forward.w1", "feed_forward.w3", "feed_forward.w2", "",
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -48,11 +43,11 @@ class Comparison:
     rope_factor: of scaled RoPE; None: not scaled.
     limit: the largest difference of the logits in ulps that is expected. 0: every tensor must be
         bit-equal.
-    modules: by Meta's names, in the order of computation. "layers.N" is the output of a layer,
-        "output" the logits of the prompt.
-    decoded: of the logits of the decoded tokens, up to the first token that differs, because both
-        implementations have the same input so far.
-    logprob_difference: the largest one of these tokens, in nats.
+    modules: how far the outputs of each module are apart, by Meta's names and in the order of
+        computation. "layers.N" is the output of a layer, "output" the logits of the prompt.
+    decoded: of the logits of the decoded tokens, up to the first token that differs. After it the
+        implementations have different inputs.
+    logprob_difference: the largest one of the same tokens, in nats.
     logits_sha256, oracle_logits_sha256: of the prompt's logits.
     """
 
@@ -210,69 +205,8 @@ def compare(
 
 def n_equal(tokens: Sequence[int], others: Sequence[int]) -> int:
     """How many tokens are equal before the first that differs."""
-    pairs = enumerate(zip(tokens, others, strict=False))
-    length = min(len(tokens), len(others))
-    return next((i for i, (token, other) in pairs if token != other), length)
-
-
-def module_names(n_layers: int) -> list[str]:
-    """Meta's names of the modules whose outputs are compared, in the order of computation."""
-    layers = [f"layers.{i}.{part}".rstrip(".") for i in range(n_layers) for part in LAYER]
-    return ["tok_embeddings", *layers, "norm", LOGITS]
-
-
-# ---- recording ----------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Run:
-    """What one implementation computed, on the CPU.
-
-    outputs: of each module for the prompt, (S, features). tokens: the decoded ones. decoded: the
-    logits that chose them, (len(tokens), V).
-    """
-
-    outputs: dict[str, Tensor]
-    tokens: list[int]
-    decoded: Tensor
-
-
-def record(
-    modules: Mapping[str, nn.Module],
-    forward: Callable[[], object],
-    decode: Callable[[], list[int]],
-    bar: Any,
-) -> Run:
-    """Call forward and decode, and record the outputs of the modules. bar: progress, one step for
-    each forward of the model."""
-    with torch.inference_mode():
-        with recording(modules, bar) as outputs:
-            forward()
-        with recording({LOGITS: modules[LOGITS]}, bar) as steps:
-            tokens = decode()
-    decoded = torch.stack([logits[-1] for logits in steps[LOGITS]])
-    return Run({name: output for name, (output,) in outputs.items()}, tokens, decoded)
-
-
-@contextlib.contextmanager
-def recording(modules: Mapping[str, nn.Module], bar: Any) -> Iterator[dict[str, list[Tensor]]]:
-    """Record the output of each module, in each of its calls inside the block, on the CPU."""
-    outputs: dict[str, list[Tensor]] = {name: [] for name in modules}
-
-    def keep(name: str) -> Callable[[nn.Module, Any, Tensor], None]:
-        def hook(module: nn.Module, inputs: Any, output: Tensor) -> None:
-            outputs[name].append(output.flatten(0, -2).to("cpu", copy=True))
-            if name == LOGITS:
-                bar.update()
-
-        return hook
-
-    handles = [module.register_forward_hook(keep(name)) for name, module in modules.items()]
-    try:
-        yield outputs
-    finally:
-        for handle in handles:
-            handle.remove()
+    pairs = zip(tokens, others, strict=False)
+    return len(list(takewhile(lambda pair: pair[0] == pair[1], pairs)))
 
 
 def _run_ours(
@@ -319,7 +253,8 @@ def _encode(
 
 
 def _check_memory(setup: Setup) -> None:
-    """Our weights may be mapped from the file. The other implementation needs memory for them."""
+    """Raise ConfigError if the other implementation's weights do not fit into memory. Ours may be
+    mapped from the file, and need none."""
     needed = (sum(setup.weight_bytes()) + setup.cache_bytes) * setup.ranks_per_device
     free = available_memory(setup.device)
     if needed > free:

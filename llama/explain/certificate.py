@@ -58,18 +58,11 @@ def certify(
     """The certificate of a comparison that was made on this machine with these arguments."""
     given = ckpt_dir or BUNDLED
     local = hub.local_folder(given)
-    folder = find_folder(local)
-    files = [
-        path
-        for path in sorted(folder.iterdir())
-        if path.suffix in WEIGHTS or path.name in CONFIGURATIONS
-    ]
-    files.append(Path(tokenizer_path or find_tokenizer(folder, local)))
     packages = ("llama-reference", "torch", ORACLES[comparison.against].package)
     target = parallel.local_device(device)
     return Certificate(
         model=local.resolve().name if local == Path(given) else str(given),
-        files={path.name: checksum(path, "sha256") for path in files},
+        files=checksums(local, tokenizer_path),
         versions={name: importlib.metadata.version(name) for name in packages}
         | {"Python": platform.python_version()},
         device=torch.cuda.get_device_name(target) if target.type == "cuda" else target.type,
@@ -77,6 +70,18 @@ def certify(
         threads=torch.get_num_threads(),
         comparison=comparison,
     )
+
+
+def checksums(ckpt_dir: Path, tokenizer_path: str | Path | None = None) -> dict[str, str]:
+    """The SHA-256 of the weights, the configuration and the tokenizer, by file name."""
+    folder = find_folder(ckpt_dir)
+    paths = [
+        path
+        for path in sorted(folder.iterdir())
+        if path.suffix in WEIGHTS or path.name in CONFIGURATIONS
+    ]
+    paths.append(Path(tokenizer_path or find_tokenizer(folder, ckpt_dir)))
+    return {path.name: checksum(path, "sha256") for path in paths}
 
 
 def _processor(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
@@ -119,7 +124,7 @@ def _parse(kind: Any, value: Any, name: str) -> Any:
         value = float(value)
     if type(value) is not container:
         raise DataError(f"{name} is of type {type(value).__name__}, not {container.__name__}")
-    if container is str and not value.isprintable():  # such as a terminal's control codes
+    if kind is str and not str(value).isprintable():  # such as a terminal's control codes
         raise DataError(f"{name} has characters that cannot be printed")
     if dataclasses.is_dataclass(kind):
         hints = typing.get_type_hints(kind)

@@ -55,8 +55,10 @@ class Oracle(ABC):
 
     @abstractmethod
     def __init__(self, setup: Setup, ours: Mapping[str, Tensor]) -> None:
-        """Load this rank's part of the model. ours: our own loaded tensors by name, which are used
-        only if `weights_from` says so."""
+        """Load this rank's part of the model.
+
+        ours: our own loaded tensors by name, on the CPU. Used only if `weights_from` is OURS.
+        """
 
     @abstractmethod
     def module(self, name: str) -> nn.Module:
@@ -134,6 +136,7 @@ class LlamaModels(Oracle):
         if not is_ours:
             self._model.to(setup.dtype).to_empty(device=setup.device)
         self._model.load_state_dict(state, strict=True, assign=is_ours)
+        self._model.to(setup.device)
         self._make_buffers(setup.dtype)
 
     def _args(self, args: ModelArgs, mp_size: int) -> Any:

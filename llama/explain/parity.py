@@ -217,7 +217,7 @@ def _run_ours(
     keeps_weights: bool,
     bar: Any,
 ) -> tuple[Run, dict[str, Tensor]]:
-    """Our run in reference mode, and our weights by name if they are kept."""
+    """Our run in reference mode, and, if they are kept, our weights by name on the CPU."""
     with parallel.failing_together(setup.device):
         model = load_model(setup)
     llama = Llama(model, tokenizer)
@@ -228,7 +228,8 @@ def _run_ours(
         lambda: llama.generate([prompt_tokens], max_gen_len, **options)[0][0],
         bar,
     )
-    return run, dict(model.state_dict()) if keeps_weights else {}
+    kept = model.state_dict() if keeps_weights else {}
+    return run, {name: weight.cpu() for name, weight in kept.items()}
 
 
 # ---- checks -------------------------------------------------------------------------------------

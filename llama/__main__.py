@@ -20,6 +20,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "explain": ("explain", "write a page that shows every tensor of a prompt"),
     "inspect": ("checkpoints", "describe a model: sizes, split, KV cache, FLOPs"),
     "convert": ("checkpoints", "write a checkpoint in another layout, split or width"),
+    "parity": ("parity", "compare with another implementation, layer by layer"),
     "verify": ("checkpoints", "check that a checkpoint is complete: tensors, numbers, checksums"),
     "vocab": ("data", "train a vocabulary"),
     "tokenize": ("data", "write token files for training"),

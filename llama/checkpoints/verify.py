@@ -100,7 +100,8 @@ def _files(folder: Path) -> list[Path]:
     return sorted(path for path in folder.iterdir() if path.suffix in SUFFIXES and path.is_file())
 
 
-def _digest(path: Path, algorithm: str) -> str:
+def checksum(path: Path, algorithm: str) -> str:
+    """The checksum of a file, in hexadecimal digits; algorithm: "md5" or "sha256"."""
     digest = hashlib.new(algorithm)
     size = path.stat().st_size
     with (
@@ -137,12 +138,12 @@ def _wrong_sums(folder: Path) -> Iterator[str]:
             path = folder / name
             if why_unreadable(path):
                 yield f"{folder / file} lists {name}, which is missing"
-            elif _digest(path, algorithm) != digest:
+            elif checksum(path, algorithm) != digest:
                 yield f"{path} does not have the {algorithm} checksum in {file}"
 
 
 def _write_manifest(folder: Path) -> None:
-    lines = [f"{_digest(path, 'sha256')}  {path.name}\n" for path in _files(folder)]
+    lines = [f"{checksum(path, 'sha256')}  {path.name}\n" for path in _files(folder)]
     with atomic_file(folder / MANIFEST) as file:
         file.write("".join(lines).encode())
 

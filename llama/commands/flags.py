@@ -19,8 +19,8 @@ Command = Callable[..., None]
 # a number.
 as_text: Callable[[Command], Command] = SetParseFn(
     str, "prompt", "stop", "ckpt_dir", "tokenizer_path", "device", "dtype", "mode", "quantize",
-    "kv_cache", "draft", "format", "model", "host", "api_key", "name", "allow_origin",
-    "out",
+    "kv_cache", "draft", "format", "model", "host", "api_key", "name", "allow_origin", "against",
+    "check", "out",
 )  # fmt: skip
 
 

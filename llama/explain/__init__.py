@@ -1,0 +1,1 @@
+"""Look inside the model, and prove that it computes what other implementations compute."""

@@ -20,6 +20,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "inspect": ("checkpoints", "describe a model: sizes, split, KV cache, FLOPs"),
     "convert": ("checkpoints", "write a checkpoint in another layout, split or width"),
     "verify": ("checkpoints", "check that a checkpoint is complete: tensors, numbers, checksums"),
+    "tokens": ("tokens", "show the tokens of a text, and where two tokenizers differ"),
     "vocab": ("data", "train a vocabulary"),
     "tokenize": ("data", "write token files for training"),
     "train": ("train", "train a new model from token files"),

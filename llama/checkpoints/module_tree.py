@@ -14,9 +14,7 @@ def module_tree(args: ModelArgs, mp_size: int) -> str:
     Each module has the number of parameters of the whole model, and, if there are several ranks, of
     one rank. The shape of a weight is the shape of one rank's part.
     """
-    weights = {
-        name: weight for weight in weights_of(args, mp_size) for name in weight.names
-    }
+    weights = {name: weight for weight in weights_of(args, mp_size) for name in weight.names}
     with torch.device("meta"):
         model = Transformer(args)
     for path, module in model.named_modules():

@@ -25,8 +25,9 @@ from torch import Tensor, nn
 
 from llama import parallel
 from llama.cache import KVCache, LayerCache
-from llama.config import ModelArgs, RopeScaling, ffn_width
+from llama.config import ModelArgs, ffn_width
 from llama.errors import ConfigError, GenerationError
+from llama.rope_scaling import RopeScaling
 
 
 class RMSNorm(nn.Module):

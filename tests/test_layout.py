@@ -12,6 +12,7 @@ FLOORS: list[set[str]] = [
     {"errors", "files", "memory", "tensorboard_files"},
     {
         "config",
+        "rope_scaling",
         "parallel",
         "cache",
         "sampling",

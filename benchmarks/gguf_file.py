@@ -12,8 +12,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from llama.checkpoints.shards import Checkpoint
-from llama.config import ModelArgs, RopeScaling
+from llama.config import ModelArgs
 from llama.model import apply_scaling
+from llama.rope_scaling import RopeScaling
 
 TYPES = {
     "BF16": gguf.GGMLQuantizationType.BF16,

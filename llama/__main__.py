@@ -22,6 +22,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "convert": ("checkpoints", "write a checkpoint in another layout, split or width"),
     "parity": ("parity", "compare with another implementation, layer by layer"),
     "verify": ("checkpoints", "check that a checkpoint is complete: tensors, numbers, checksums"),
+    "tokens": ("tokens", "show the tokens of a text, and where two tokenizers differ"),
     "vocab": ("data", "train a vocabulary"),
     "tokenize": ("data", "write token files for training"),
     "train": ("train", "train a new model from token files"),

@@ -72,14 +72,14 @@ class Tokenizer:
 
     @property
     def model(self) -> tiktoken.Encoding:
-        """The tiktoken encoding of a Llama 3 vocabulary."""
+        """The tiktoken encoding of a Llama 3 vocabulary. AttributeError for another kind."""
         if not isinstance(self._backend, Tiktoken):
             raise AttributeError(f"{self.model_path} is no Llama 3 vocabulary: it has no `model`")
         return self._backend.encoding
 
     @property
     def sp_model(self) -> sentencepiece.SentencePieceProcessor:
-        """The SentencePiece processor of a Llama 2 vocabulary."""
+        """The SentencePiece processor of a Llama 2 vocabulary. AttributeError for another kind."""
         if not isinstance(self._backend, SentencePiece):
             raise AttributeError(f"{self.model_path} is no SentencePiece model: no `sp_model`")
         return self._backend.processor
@@ -99,7 +99,7 @@ class Tokenizer:
 
         Args:
             s: any text. By default all of it is plain text, the names of special tokens included.
-            bos, eos: put `bos_id` in front, `eos_id` at the end.
+            bos, eos: put `bos_id` in front, `eos_id` at the end. None: False.
             allowed_special: names that become special tokens where they occur in `s`; "all": every
                 name. With a Llama 2 vocabulary, the parts of the text between these names are
                 encoded separately.
@@ -136,7 +136,11 @@ class Tokenizer:
         return self._backend.decode(ids)
 
     def token_texts(self, ids: Sequence[int]) -> list[str]:
-        """Return the text that each id completes. Joined, the texts are `decode(ids)`."""
+        """Return the text that each id completes. Joined, the texts are `decode(ids)`.
+
+        Raises:
+            TokenizerError: an id is negative or not below `n_words`.
+        """
         decoder = TextDecoder(self)
         texts = [decoder.push(token_id) for token_id in ids]
         if texts:
@@ -144,8 +148,12 @@ class Tokenizer:
         return texts
 
     def token_bytes(self, token_id: int) -> bytes:
-        """The bytes of one token's text, which may be part of a character. A SentencePiece token
-        keeps its blank. Raises TokenizerError for an id that the tokenizer does not know."""
+        """The bytes of the text of one token, which may be part of a character. A SentencePiece
+        token keeps its blank.
+
+        Raises:
+            TokenizerError: token_id is negative or not below `n_words`.
+        """
         self._check([token_id])
         return self._backend.token_bytes(token_id)
 
@@ -155,7 +163,7 @@ class Tokenizer:
         return self._backend.is_llama_2
 
     def is_like(self, other: "Tokenizer") -> bool:
-        """Whether another tokenizer has as many words, and the same ids for a sample text."""
+        """Whether the other tokenizer has as many words, and the same ids for a sample text."""
         sample = 'A king\'s 3 sons said: "Добрый день, 你好!"\n'
         own, others = (each.encode(sample, bos=True, eos=True) for each in (self, other))
         return self.n_words == other.n_words and own == others
@@ -174,8 +182,11 @@ class Tokenizer:
 
     def chat_format(self) -> AnyFormat:
         """Return the chat format that `form` names. If `form` is None, return the chat format on
-        which models with this kind of tokenizer were trained. Raises DialogError if none is
-        known."""
+        which models with this kind of tokenizer were trained.
+
+        Raises:
+            DialogError: no chat format is known, or the vocabulary lacks one of its markers.
+        """
         if self.form is not None:
             return make_format(self.form.name, self, self.form.default_system)
         if isinstance(self._backend, LibraryTokenizer):

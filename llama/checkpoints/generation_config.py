@@ -7,8 +7,7 @@ Hugging Face's folders keep both in `generation_config.json`. Older ones keep th
 import os
 from pathlib import Path
 
-from llama.config import MAX_WHOLE_NUMBER
-from llama.errors import ConfigError, GenerationError
+from llama.errors import MAX_WHOLE_NUMBER, ConfigError, GenerationError
 from llama.files import read_json
 from llama.sampling import SamplingParams
 

@@ -1,4 +1,4 @@
-"""Describe a model without reading a weight: modules, sizes, splits, KV cache and FLOPs."""
+"""Describe a model without loading a weight: modules, sizes, splits, KV cache and FLOPs."""
 
 import os
 from dataclasses import dataclass, replace
@@ -48,6 +48,13 @@ class Weight:
             return self.parameters
         return self.parameters * self.copies // mp_size
 
+    def shape_per_rank(self, mp_size: int) -> tuple[int, ...]:
+        """The shape of the part that one rank holds."""
+        shape = list(self.shape)
+        if self.split is not None:
+            shape[self.split] = shape[self.split] * self.copies // mp_size
+        return tuple(shape)
+
 
 def weights_of(args: ModelArgs, mp_size: int) -> list[Weight]:
     """Every weight by Meta's name, embedding first. A weight of the layers is listed once."""
@@ -96,13 +103,13 @@ def resolve(name: str) -> tuple[str, ModelArgs, Width | None]:
     if os.path.isdir(name):
         folder = find_folder(name)
         args = read_args(folder)
-        if args.vocab_size == -1:  # Llama 2's files leave it to the tokenizer
-            if any(folder.glob(shards.shard_name(0))):
-                opened = open_checkpoint(folder)
-                opened.set_vocab_size()
-                args = opened.args
-            else:
-                args.vocab_size = PRESETS[next(iter(args.published()), "llama-2-7b")].vocab_size
+        if any(folder.glob(shards.shard_name(0))):
+            # params.json says neither that a model is tied nor, for Llama 2, its vocab_size.
+            opened = open_checkpoint(folder)
+            opened.set_vocab_size()
+            args = opened.args
+        elif args.vocab_size == -1:
+            args.vocab_size = PRESETS[next(iter(args.published()), "llama-2-7b")].vocab_size
         return next(iter(args.published()), name), args, read_quantization(folder)
     raise ConfigError(f"{name} is no folder and no preset: {', '.join(PRESETS)}")
 

@@ -3,6 +3,9 @@
 import sys
 
 from llama.commands.flags import as_text
+from llama.errors import ConfigError
+
+MOST_LAYERS = 1000  # of which `inspect` draws a tree or a graph
 
 
 def inspect(
@@ -11,23 +14,43 @@ def inspect(
     max_seq_len: int | None = None,
     max_batch_size: int = 4,
     dtype: str = "bfloat16",
+    tree: bool = False,
+    tensorboard: str | None = None,
 ) -> None:
-    """Describe a model: modules, sizes, split over ranks, KV cache, FLOPs. No weight is read.
+    """Describe a model: modules, sizes, split over ranks, KV cache, FLOPs. No weight is loaded.
 
-    Example: llama inspect llama-3.1-70b --mp 8
+    Example: llama inspect llama-3.1-70b --mp 8 --tree
 
     Args:
         model: a published model (llama-2-7b, llama-3-8b, llama-3.1-405b, llama-3.2-1b, …) or a
-            checkpoint folder, whose weights are not read; by default the bundled model.
+            checkpoint folder, whose weights are not loaded; by default the bundled model.
         mp: ranks that share the model.
         max_seq_len: most tokens in a row of the KV cache; by default the model's context.
         max_batch_size: rows of the KV cache.
         dtype: dtype for the sizes in bytes: float32, bfloat16 or float16.
+        tree: also print the tree of modules, as print(model) does, with the parameters of each
+            module and the shapes of its weights on one rank.
+        tensorboard: a folder for the graph of the operations, which TensorBoard shows. It is the
+            graph of a prompt of 8 tokens on one rank. It needs the extra [train].
     """
     from llama.checkpoints.folder import BUNDLED
-    from llama.checkpoints.inspect import describe
+    from llama.checkpoints.inspect import describe, resolve
+    from llama.checkpoints.load import parse_dtype
+    from llama.checkpoints.module_tree import module_tree
 
-    print(describe(str(model or BUNDLED), mp, max_seq_len, max_batch_size, dtype))
+    name = str(model or BUNDLED)
+    print(describe(name, mp, max_seq_len, max_batch_size, dtype))
+    _, args, _ = resolve(name)
+    if (tree or tensorboard is not None) and args.n_layers > MOST_LAYERS:
+        raise ConfigError(f"n_layers is {args.n_layers}: at most {MOST_LAYERS} can be drawn")
+    if tree:
+        print("\n" + module_tree(args, mp))
+    if tensorboard is not None:
+        from llama.explain.graph import model_graph
+        from llama.tensorboard_files import write_graph
+
+        write_graph(str(tensorboard), model_graph(args, parse_dtype(dtype)))
+        print(f"\nThe graph is in {tensorboard}; to see it: tensorboard --logdir {tensorboard}")
 
 
 @as_text

@@ -55,22 +55,28 @@ def checked(command: Command, words: Sequence[str], usage: str) -> list[str]:
         index += 1
         match = IS_FLAG.fullmatch(word)
         if match is None:
-            name = arguments[n_plain].name if n_plain < len(arguments) else None
+            argument = arguments[n_plain].name if n_plain < len(arguments) else None
             n_plain += 1
             # fire would read a text such as "-- he said" as a flag. So fire gets the text as the
             # value of a flag.
-            result.append(f"--{name}={word}" if name and word.startswith("-") else word)
+            result.append(f"--{argument}={word}" if argument and word.startswith("-") else word)
             continue
-        flag = _find(match[1].replace("-", "_"), flags, usage)
+        name = match[1].replace("-", "_")
+        flag = _find(name, flags, usage)
         given.add(flag.name)
         is_letter = len(match[1]) == 1
         result.append(f"--{flag.name}{match[2] or ''}" if is_letter else word)
         if match[2] is not None:
             continue
-        if index < len(words) and not IS_FLAG.fullmatch(words[index]):
-            result.append(words[index])
+        following = words[index : index + 1]
+        if flag.is_switch and " ".join(following).lower() not in ("true", "false"):
+            # fire would read a text after the switch, as in --chat "Hello", as its value.
+            is_on = name == flag.name or not name.startswith("no")
+            result[-1] = f"--{flag.name}={is_on}"
+        elif following and not IS_FLAG.fullmatch(following[0]):
+            result += following
             index += 1
-        elif not flag.is_switch:
+        else:
             raise LlamaError(f"--{flag.name} needs a value ({flag.kind}); see {usage} --help")
     by_position = {flag.name for flag in arguments[:n_plain]}
     # Flags of a group are not checked here, because a configuration file may hold them.

@@ -20,7 +20,7 @@ Command = Callable[..., None]
 as_text: Callable[[Command], Command] = SetParseFn(
     str, "prompt", "stop", "ckpt_dir", "tokenizer_path", "device", "dtype", "mode", "quantize",
     "kv_cache", "draft", "format", "model", "host", "api_key", "name", "allow_origin", "against",
-    "check", "out",
+    "check", "out", "text", "diff",
 )  # fmt: skip
 
 
@@ -216,7 +216,7 @@ def own_flags(command: Command) -> tuple[list[Flag], list[Flag]]:
             continue
         flag = _flag(parameter, meanings.get(parameter.name, ""))
         is_flag = parameter.kind is parameter.KEYWORD_ONLY or parameter.default is not _NONE
-        is_optional_argument = parameter.name in ("prompt", "config", "model", "folder")
+        is_optional_argument = parameter.name in ("prompt", "config", "model", "folder", "text")
         if parameter.kind is parameter.VAR_POSITIONAL:
             if flag.meaning:
                 arguments.append(flag)

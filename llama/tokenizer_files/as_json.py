@@ -9,11 +9,8 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from llama.errors import TokenizerError
-from llama.tokenizer_files.hugging_face import (
-    BYTE_OF_CHARACTER,
-    LLAMA_2_DECODER,
-    LLAMA_3_STEPS,
-)
+from llama.tokenizer_files.hugging_face import LLAMA_2_DECODER, LLAMA_3_STEPS
+from llama.tokenizer_files.library import BYTE_OF_CHARACTER
 from llama.tokenizer_files.meta import SentencePiece, Tiktoken
 
 _CHARACTER_OF_BYTE = {byte: character for character, byte in BYTE_OF_CHARACTER.items()}

@@ -6,14 +6,18 @@ encodes text with it. For any other kind the library does everything; see `libra
 """
 
 import json
-import re
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from llama.errors import ConfigError, TokenizerError
 from llama.files import read_json
-from llama.tokenizer_files.library import LibraryTokenizer, open_library_tokenizer
+from llama.tokenizer_files.library import (
+    BYTE_OF_CHARACTER,
+    BYTE_PIECE,
+    LibraryTokenizer,
+    open_library_tokenizer,
+)
 from llama.tokenizer_files.meta import WORD_PATTERN, PieceStream, Tiktoken, encode_around
 
 
@@ -174,18 +178,6 @@ def _bos_or_eos(path: Path, special: dict[str, int], which: str, known: tuple[st
 # ---- Llama 3: byte-level BPE -----------------------------------------------------------------
 
 
-def _alphabet() -> dict[str, int]:
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [byte for byte in range(256) if byte not in printable]
-    table = {chr(byte): byte for byte in printable}
-    table |= {chr(0x100 + i): byte for i, byte in enumerate(others)}
-    return table
-
-
-# The byte for each character of the `tokenizers` library's byte alphabet. A printable Latin-1
-# character stands for its own byte. The other bytes have the characters from U+0100 on, in order.
-BYTE_OF_CHARACTER = _alphabet()
-
 LLAMA_3_STEPS = (
     {"type": "Split", "pattern": {"Regex": WORD_PATTERN}, "behavior": "Isolated", "invert": False},
     {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False},
@@ -258,7 +250,6 @@ LLAMA_2_DECODER = [
     {"type": "Fuse"},
     {"type": "Strip", "content": " ", "start": 1, "stop": 0},
 ]
-_BYTE_PIECE = re.compile(r"<0x([0-9A-F]{2})>")
 
 
 class ByteFallback:
@@ -324,7 +315,7 @@ def _pieces(content: _Content) -> list[str | bytes]:
     without_text = content.special.keys() - content.always_allowed
     pieces: list[str | bytes] = []
     for _, token in sorted(tokens.items()):
-        if byte := _BYTE_PIECE.fullmatch(token):
+        if byte := BYTE_PIECE.fullmatch(token):
             pieces.append(bytes.fromhex(byte[1]))
         else:
             pieces.append("" if token in without_text else token.replace("▁", " "))

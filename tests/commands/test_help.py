@@ -154,6 +154,13 @@ def test_a_text_may_begin_with_dashes() -> None:
     assert checked(command, ["--n", "2", "-5 degrees"], "")[-1] == "--prompt=-5 degrees"
 
 
+def test_a_switch_leaves_the_next_word_alone() -> None:
+    command = command_named("tokens")
+    assert checked(command, ["--chat", "Hello"], "") == ["--chat=True", "Hello"]
+    assert checked(command, ["--nochat", "Hello"], "") == ["--chat=False", "Hello"]
+    assert checked(command, ["--chat", "false", "Hello"], "") == ["--chat", "false", "Hello"]
+
+
 def test_values_may_be_negative() -> None:
     assert checked(command_named("train"), ["--learning_rate", "-1"], "")
     with pytest.raises(LlamaError, match="needs a value"):

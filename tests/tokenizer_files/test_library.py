@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers.texts import ANY_TEXT, streamed
+from helpers.texts import ANY_TEXT, repaired, streamed
 from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, trainers
@@ -157,3 +157,14 @@ def test_a_file_that_the_library_refuses(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_text(json.dumps(file))
     with pytest.raises(TokenizerError, match=r"tokenizer.json: not a whole tokenizer"):
         Tokenizer(tmp_path / "tokenizer.json")
+
+
+@given(text=ANY_TEXT)
+def test_bytes_of_tokens_join_to_the_text(opened: Opened, text: str) -> None:
+    ours, library = opened
+    ids = ours.encode(text, bos=False, eos=False)
+    joined = b"".join(map(ours.token_bytes, ids))
+    if library.decoder.__class__.__name__ == "ByteLevel":  # also the parts of a character
+        assert joined == repaired(text).encode()
+    else:  # a token keeps its blank, also at the start of the text
+        assert joined.decode().strip(" ") == ours.decode(ids).strip(" ")

@@ -4,8 +4,6 @@ python scripts/api_page.py
 """
 
 import ast
-import importlib
-import importlib.util
 import inspect
 import re
 import textwrap
@@ -14,6 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import llama
+import llama.explain
 from llama import errors
 from llama.engine.engine import Engine
 from llama.engine.request import Event, Request
@@ -64,18 +63,12 @@ def entries() -> dict[str, list[Entry]]:
             Entry(llama.ChatFormat),
             Entry(llama.Message),
         ],
-        "Every tensor of a prompt": trace_entries(),
+        "Every tensor of a prompt": [
+            Entry(getattr(llama.explain, name)) for name in llama.explain.__all__
+        ],
         "Errors": [Entry(value) for value in vars(errors).values() if is_error(value)],
     }
-    return {title: found for title, found in sections.items() if found}
-
-
-def trace_entries() -> list[Entry]:
-    name = "llama.explain.trace"
-    if importlib.util.find_spec(name) is None:
-        return []
-    module = importlib.import_module(name)
-    return [Entry(module.trace), Entry(module.Trace)]
+    return sections
 
 
 def is_error(value: Any) -> bool:
@@ -180,7 +173,7 @@ def page() -> str:
 def describe(entry: Entry) -> Iterator[str]:
     """The lines of a class or function."""
     whole, methods = definition(entry)
-    file = Path(inspect.getfile(entry.value)).relative_to(ROOT)
+    file = Path(inspect.getfile(inspect.unwrap(entry.value))).relative_to(ROOT)
     yield f"### {whole.name}"
     yield f"\nIn [{file}](../{file})."
     if is_error(entry.value):

@@ -12,7 +12,7 @@ Edit = Callable[[Tensor], Tensor]  # returns a tensor of the same shape and dtyp
 
 def replace(value: Tensor | float) -> Edit:
     """An edit that puts `value` in the place of the tensor: a number, or a tensor that can be
-    broadcast to the tensor's shape."""
+    broadcast to the tensor's shape. If it cannot, the trace raises ExplainError."""
 
     def edit(tensor: Tensor) -> Tensor:
         new = torch.as_tensor(value, dtype=tensor.dtype, device=tensor.device)
@@ -28,13 +28,16 @@ def replace(value: Tensor | float) -> Edit:
 
 
 def scale(factor: float) -> Edit:
-    """An edit that multiplies the tensor by a number. The factor 0 removes it."""
+    """An edit that multiplies the tensor by `factor`. 0 removes what the tensor does."""
     return lambda tensor: tensor * factor
 
 
 def knock_out(*heads: int) -> Edit:
     """An edit that sets the output of some query heads to zero. It is for
-    `layers.N.attention.heads`, (B, S, H, hd)."""
+    `layers.N.attention.heads`, (B, S, H, hd).
+
+    heads: their numbers, from 0. If the layer has no such head, the trace raises ExplainError.
+    """
 
     def edit(tensor: Tensor) -> Tensor:
         if tensor.dim() != 4:

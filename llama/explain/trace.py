@@ -22,8 +22,11 @@ from llama.tokenizer import TextDecoder, Tokenizer
 class Step:
     """One recorded forward: the prefill of the prompt, or one decode step.
 
-    Attributes: `tokens`, the ids that went in; `start_pos`, the position of the first one;
-    `tensors`, by name; `next_token`, the likeliest id after them.
+    Attributes:
+        tokens: the ids that went in.
+        start_pos: the position of the first one.
+        tensors: every tensor of the forward, by name.
+        next_token: the likeliest id after them.
     """
 
     tokens: Sequence[int]
@@ -35,8 +38,14 @@ class Step:
 class Trace(Mapping[str, Tensor]):
     """The tensors of a prompt's forward, by name: `trace["layers.3.attention.weights"]`.
 
-    `list(trace)` has the names in the order of computation. `trace.steps` has the prefill and each
-    decode step. Under torchrun a trace has this rank's part of each tensor.
+    `list(trace)` has the names in the order of computation. Under torchrun a trace has this rank's
+    part of each tensor.
+
+    Attributes:
+        steps: the prefill of the prompt, then each decode step. The names lead to the prefill's
+            tensors.
+        tokenizer: of the traced Llama.
+        params: the ModelArgs of its model.
     """
 
     def __init__(self, steps: Sequence[Step], tokenizer: Tokenizer, params: ModelArgs) -> None:
@@ -73,8 +82,11 @@ class Trace(Mapping[str, Tensor]):
         return len(self.steps[0].tensors)
 
     def save(self, path: str | Path) -> None:
-        """Write all tensors to a safetensors file. The tensors of the k-th decode step have
-        `steps.k.` before their names. The ids are in the tensors `tokens` and `generated`."""
+        """Write all tensors to a safetensors file at `path`. The tensors of the k-th decode step
+        have `steps.k.` before their names. The ids are in the tensors `tokens` and `generated`.
+
+        Raises DataError if the file cannot be written.
+        """
         everything = {
             "tokens": torch.tensor(self.tokens),
             "generated": torch.tensor(self.generated),
@@ -132,8 +144,14 @@ def logit_lens(model: Transformer, trace: Trace, k: int = 5) -> tuple[Tensor, Te
     matrix, applied to the residual stream there; nostalgebraist 2020, "interpreting GPT: the logit
     lens".
 
+    Args:
+        model: the Transformer that was traced.
+        trace: its tensors.
+        k: how many of the likeliest tokens are returned.
+
     Returns the ids of the k likeliest next tokens and their probabilities, each (n_layers + 1, S,
     k). Row 0 is the embedding, the last row is the model's own prediction.
+    Raises ExplainError if the vocabulary has fewer than k tokens.
     """
     if not 1 <= k <= model.vocab_size:
         raise ExplainError(f"k is {k}: it must be between 1 and {model.vocab_size}")

@@ -41,6 +41,7 @@ def trace(
     every rank must call this, and each records its own part of the tensors.
 
     Args:
+        llama: of any mode, with weights that are not quantized.
         prompt: a text, a dialog or token ids.
         max_gen_len: tokens to generate. Each is the likeliest one. The first one follows from the
             prompt's own forward. Each further one takes a decode step, which is recorded too.

@@ -11,7 +11,6 @@ from guide_pictures.style import (
     GRAY,
     GREEN,
     INK,
-    LINE,
     ORANGE,
     PURPLE,
     arrow,

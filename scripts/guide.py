@@ -7,6 +7,7 @@ python scripts/guide.py --write    # writes it anew; pictures need the extra [do
 import difflib
 import hashlib
 import sys
+from importlib.util import find_spec
 
 import fire
 from pages import ROOT, PageError, run, snippets, with_line_numbers, with_outputs
@@ -32,7 +33,7 @@ def refreshed(page: str, **environment: str) -> str:
 def fingerprint() -> str:
     """A text that changes with the scripts of the pictures and with the bundled model. Each picture
     holds the fingerprint that was valid when it was drawn."""
-    sources = [*(ROOT / "scripts" / "guide_pictures").glob("*.py")]
+    sources = list((ROOT / "scripts" / "guide_pictures").glob("*.py"))
     sources += [path for path in BUNDLED.iterdir() if path.suffix != ".md"]
     digest = hashlib.sha256()
     for path in sorted(sources):
@@ -58,6 +59,8 @@ def main(write: bool = False) -> None:
     Args:
         write: write outputs, lines and pictures, instead of only saying what is out of date.
     """
+    if write and find_spec("matplotlib") is None:
+        sys.exit("the pictures need matplotlib: pip install -e '.[docs]'")
     page = GUIDE.read_text(encoding="utf-8")
     try:
         new = refreshed(page)
@@ -65,10 +68,8 @@ def main(write: bool = False) -> None:
     except PageError as error:
         sys.exit(str(error))
     if elsewhere != new:
-        sys.exit(
-            "these numbers depend on the processor: print fewer digits\n"
-            + difference(new, elsewhere)
-        )
+        print(difference(new, elsewhere))
+        sys.exit("these numbers depend on the processor: print fewer digits")
     if write:
         from guide_pictures import draw_all
 

@@ -8,7 +8,7 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -64,7 +64,8 @@ def run(some: Sequence[Snippet], **environment: str) -> list[str]:
     process = subprocess.Popen(
         [sys.executable, "-u", "-"],
         cwd=ROOT,
-        env=os.environ | {"PYTHONUTF8": "1"} | environment,
+        # One thread, so that sums do not depend on the number of cores.
+        env=os.environ | {"PYTHONUTF8": "1", "OMP_NUM_THREADS": "1"} | environment,
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         encoding="utf-8",
@@ -82,13 +83,14 @@ def run(some: Sequence[Snippet], **environment: str) -> list[str]:
                 output = ""
                 bar.update()
     if process.returncode:
-        raise PageError(f"the snippet at line {some[len(outputs)].line} fails")
+        failed = some[min(len(outputs), len(some) - 1)]
+        raise PageError(f"the snippet at line {failed.line} fails")
     return outputs
 
 
 def with_outputs(page: str, outputs: Sequence[str]) -> str:
     """The page with these outputs after its snippets. An empty output has no text block."""
-    remaining: Iterator[str] = iter(outputs)
+    remaining = iter(outputs)
 
     def blocks(match: re.Match[str]) -> str:
         output = next(remaining)

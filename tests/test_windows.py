@@ -63,7 +63,7 @@ def test_every_command(folder: Path) -> None:
     finetune = ["finetune", "--data", at("dialogs.jsonl"), "--out_dir", at("tuned"), *RUN]
     batch = ["batch", at("in.jsonl"), at("out.jsonl"), "--max_gen_len"]
     commands = [
-        ["doctor"], ["inspect"], ["verify"],
+        ["doctor"], ["inspect"], ["verify"], ["tokens", "Once upon"],
         ["complete", TEXT, "--max_gen_len", "4"],
         [*batch, "4"], [*batch, "5", "--force"],
         ["convert", "llama/bundled", at("hf"), "--to", "hf"],

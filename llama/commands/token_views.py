@@ -73,8 +73,8 @@ def comparison(spans: Sequence[Span], titles: tuple[str, str]) -> Iterator[str]:
     yield from (
         "",
         f"{n_left:,} tokens on the left, {n_right:,} on the right",
-        f"{OTHER_CUTS}  {n_cuts:,} spans with the same characters in other tokens",
-        f"{OTHER_TEXT}  {n_texts:,} spans with other characters",
+        f"{OTHER_CUTS}  spans with the same characters in other tokens: {n_cuts:,}",
+        f"{OTHER_TEXT}  spans with other characters: {n_texts:,}",
     )
 
 
@@ -88,11 +88,10 @@ def _alike(spans: Sequence[Span], width: int) -> Iterator[str]:
 
 
 def _unlike(span: Span, width: int) -> Iterator[str]:
-    mark = OTHER_CUTS if span.is_same_text else OTHER_TEXT
+    mark = styled(OTHER_CUTS if span.is_same_text else OTHER_TEXT, YELLOW, sys.stdout)
     sides = (_wrapped(side, width) for side in (span.left, span.right))
     for left, right in zip_longest(*sides, fillvalue=[]):
-        mark_shown = styled(mark, YELLOW, sys.stdout)
-        yield f"{mark_shown}  {_side(left, width)}  {_side(right, 0)}".rstrip()
+        yield f"{mark}  {_side(left, width)}  {_side(right, 0)}".rstrip()
         mark = " "
 
 

@@ -137,8 +137,8 @@ def test_a_comparison_with_a_file(run: Run, other: Path) -> None:
         "       2  ' word' ' ' E6 97 A5                           4  5 tokens alike",
         "",
         "7 tokens on the left, 9 on the right",
-        "!  1 spans with the same characters in other tokens",
-        "~  0 spans with other characters",
+        "!  spans with the same characters in other tokens: 1",
+        "~  spans with other characters: 0",
     ]
 
 
@@ -148,8 +148,8 @@ def test_a_comparison_of_chat_formats(run: Run) -> None:
     assert lines[1].startswith("~      0  <|begin_of_text|> <|start_header_id|>")
     assert "       7  ' upon' ' a' ' time'                           9  3 tokens alike" in lines
     assert lines[-2:] == [
-        "!  0 spans with the same characters in other tokens",
-        "~  2 spans with other characters",
+        "!  spans with the same characters in other tokens: 0",
+        "~  spans with other characters: 2",
     ]
 
 
@@ -159,8 +159,8 @@ def test_a_comparison_with_a_folder(run: Run) -> None:
         "       0  <|begin_of_text|> 'Once' ' upon'               0  3 tokens alike",
         "",
         "3 tokens on the left, 3 on the right",
-        "!  0 spans with the same characters in other tokens",
-        "~  0 spans with other characters",
+        "!  spans with the same characters in other tokens: 0",
+        "~  spans with other characters: 0",
     ]
 
 

@@ -137,15 +137,30 @@ class _LibraryStream:
     def push(self, token_id: int) -> str:
         self._pending.append(token_id)
         text = self._new_text()
-        if text.endswith("\ufffd") and len(self._pending) < MAX_PENDING:
+        if not text.endswith("\ufffd"):
+            return self._show(text)
+        if len(self._pending) < MAX_PENDING:
             return ""  # the character lacks bytes
-        return self._show(text)
+        return self._show_all_but_last(text)
 
     def flush(self) -> str:
         return self._show(self._new_text())
 
     def _new_text(self) -> str:
         return self._decode(self._shown + self._pending)[len(self._decode(self._shown)) :]
+
+    def _show_all_but_last(self, text: str) -> str:
+        """Show the text without its last ids, which may be the beginning of a character."""
+        for n_kept in (3, 2, 1):  # a character has at most four bytes
+            kept = self._pending[-n_kept:]
+            shown = text.removesuffix(self._decode(kept))
+            self._pending = self._pending[:-n_kept]
+            if self._new_text() == shown:  # no character has bytes on both sides
+                self._show(shown)
+                self._pending = kept
+                return shown
+            self._pending += kept
+        return self._show(text)
 
     def _show(self, text: str) -> str:
         if self._pending:

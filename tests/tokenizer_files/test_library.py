@@ -120,6 +120,18 @@ def test_streams_of_any_ids_join_to_the_whole_text(opened: Opened, data: st.Data
     assert "".join(ours.token_texts(ids)) == ours.decode(ids)
 
 
+@pytest.mark.parametrize("character", ["¡", "€", "😀"])
+@pytest.mark.parametrize("n_broken", range(12))
+def test_a_character_after_broken_bytes_is_whole(
+    opened: Opened, n_broken: int, character: str
+) -> None:
+    """A run of bytes that are no characters is shown in parts. No part ends inside a character."""
+    ours, _ = opened
+    ids = ours.encode("¡", bos=False, eos=False)[-1:] * n_broken
+    ids += ours.encode(character, bos=False, eos=False)
+    assert streamed(ours, ids) == ours.decode(ids)
+
+
 def test_a_continued_text_keeps_its_blank(opened: Opened) -> None:
     from llama.tokenizer import TextDecoder
 

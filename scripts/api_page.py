@@ -45,7 +45,7 @@ class Entry(NamedTuple):
 
 def entries() -> dict[str, list[Entry]]:
     """What is on the page, by section."""
-    sections = {
+    return {
         "Text from a model": [
             Entry(llama.Llama),
             Entry(llama.CompletionPrediction),
@@ -68,7 +68,6 @@ def entries() -> dict[str, list[Entry]]:
         ],
         "Errors": [Entry(value) for value in vars(errors).values() if is_error(value)],
     }
-    return sections
 
 
 def is_error(value: Any) -> bool:

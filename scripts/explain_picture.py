@@ -1,4 +1,7 @@
-"""Take the picture of the explain page in docs/images/explain.png, with Chromium (extra [test])."""
+"""Write docs/images/explain.png, the picture of the explain page, with Chromium (extra [test]).
+
+python scripts/explain_picture.py
+"""
 
 import shutil
 import tempfile

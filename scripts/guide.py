@@ -1,7 +1,7 @@
-"""Keep docs/llama3_explain.md true: what its snippets print, the lines of its links, its pictures.
+"""Check or renew docs/llama3_explain.md: outputs of snippets, line numbers of links, and pictures.
 
 python scripts/guide.py            # says what is out of date
-python scripts/guide.py --write    # writes it anew; pictures need the extra [docs]
+python scripts/guide.py --write    # renews it; pictures need the extra [docs]
 """
 
 import difflib
@@ -21,7 +21,7 @@ OTHER_PROCESSOR = {"ATEN_CPU_CAPABILITY": "default", "MKL_CBWR": "COMPATIBLE"}
 
 
 def refreshed(page: str, **environment: str) -> str:
-    """The page with what its snippets print now, and with the present lines of its links.
+    """The page with what its snippets print now, and with the present line numbers of its links.
 
     environment: variables for the process of the snippets. Raises PageError if a snippet fails, or
     if a link names code that does not exist.
@@ -54,10 +54,10 @@ def difference(old: str, new: str) -> str:
 
 
 def main(write: bool = False) -> None:
-    """Check the guide, or write it anew.
+    """Check the guide, or renew it.
 
     Args:
-        write: write outputs, lines and pictures, instead of only saying what is out of date.
+        write: write outputs, line numbers and pictures. Without it, only say what is out of date.
     """
     if write and find_spec("matplotlib") is None:
         sys.exit("the pictures need matplotlib: pip install -e '.[docs]'")

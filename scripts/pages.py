@@ -21,7 +21,7 @@ SNIPPET = re.compile(
 )
 # [`Class.method`](../llama/file.py#L12)
 LINK = re.compile(r"\[`(?P<name>[\w.]+)`\]\((?P<file>[\w./]+\.py)#L(?P<line>\d+)\)")
-END = "\N{SYMBOL FOR RECORD SEPARATOR}"  # a line of a process's output: a snippet has ended
+END = "\N{SYMBOL FOR RECORD SEPARATOR}"  # is printed at the end of each snippet
 
 
 class PageError(Exception):

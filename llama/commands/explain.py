@@ -21,13 +21,13 @@ def explain(
     Args:
         prompt: the text, in quotes.
         out: the file to write; a file of this name is replaced.
-        mp: ranks for which the page shows who holds which part of each tensor.
+        mp: number of ranks for which the page shows which rank has which part of each tensor.
         chat: the text is a user's message, in the model's chat format.
     """
     from llama.explain.page import write_page
     from llama.generation import Llama
 
     llama = Llama.build(**flags, max_batch_size=1)
-    followed: Any = [{"role": "user", "content": prompt}] if chat else prompt
-    size = write_page(llama, followed, out, mp)
+    text_or_dialog: Any = [{"role": "user", "content": prompt}] if chat else prompt
+    size = write_page(llama, text_or_dialog, out, mp)
     print(f"Written to {out} ({size / 1e6:.1f} MB)")

@@ -56,7 +56,7 @@ def parity(
     if words:
         raise ConfigError(f"unexpected {words[0]!r}: put the prompt in quotes")
     flags = dict(prompt=prompt, against=against, max_gen_len=max_gen_len, dtype=dtype)
-    settings: dict[str, Any] = {name: v for name, v in flags.items() if v is not None}
+    settings: dict[str, Any] = {name: value for name, value in flags.items() if value is not None}
     stated = None
     if check is not None:
         if settings:
@@ -77,6 +77,6 @@ def parity(
         print(check_table(stated, certificate, figures))
         holds = all(figure.holds is not False for figure in figures)
     if out is not None:
-        write_certificate(certificate, str(out))
+        write_certificate(certificate, out)
     if not holds:  # on the main rank only, since torchrun stops the others when a rank fails
         sys.exit(1)

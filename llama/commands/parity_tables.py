@@ -67,7 +67,7 @@ def _rows(found: Comparison) -> Iterator[tuple[str, ...]]:
     """The header, a row for each layer, and a row for each tensor outside the layers."""
     yield ("", *COLUMNS, "absolute")
     for name, difference in found.modules.items():
-        is_part = name.count(".") > 1  # it has a column in the row of its layer
+        is_part = name.count(".") > 1  # such as layers.0.ffn_norm: a column of its layer's row
         if not is_part:
             parts = [[f"{name}.{part}".rstrip(".") for part in of] for of in COLUMNS.values()]
             yield (

@@ -42,8 +42,9 @@ def tokens(
             an object with such a list as "messages", is encoded as a dialog. If it ends with a
             message of the assistant, the prompt continues that message.
         flow: print the tokens one after the other, with | between them, not as a table.
-        diff: show where another tokenizer cuts the same characters differently; a tokenizer's file,
-            a checkpoint folder, or, with --chat, the name of another chat format.
+        diff: another tokenizer, which is compared: the output shows where it cuts the same
+            characters differently; a tokenizer's file, a checkpoint folder, or, with --chat, the
+            name of another chat format.
         ckpt_dir: a checkpoint folder, or an id on the Hub; by default the bundled model.
         tokenizer_path: tokenizer.model or tokenizer.json; by default the one in ckpt_dir.
         format: chat format: llama3, llama2, chatml or zephyr; by default the folder's, else the

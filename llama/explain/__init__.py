@@ -1,4 +1,4 @@
-"""Look at every tensor of a model: `trace`, the explain page, parity with other implementations."""
+"""Every tensor of a prompt: `trace`, the explain page, and parity with other implementations."""
 
 from llama.explain.edits import knock_out, replace, scale
 from llama.explain.trace import Step, Trace, logit_lens

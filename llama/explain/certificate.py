@@ -37,6 +37,7 @@ class Certificate:
     files: the SHA-256 of each file that the result depends on, by name.
     versions: of the packages and of Python.
     device: the GPU's name, or "cpu" or "mps".
+    processor: the name of the CPU, and the instructions that PyTorch uses on it.
     threads: how many PyTorch uses on the CPU.
     """
 
@@ -97,7 +98,7 @@ def _processor(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
 
 
 def write_certificate(certificate: Certificate, path: str | Path) -> None:
-    """Write a certificate as JSON. The verdict comes first, for readers."""
+    """Write a certificate as JSON. The verdict comes first, where a person sees it."""
     verdict = {"verdict": certificate.comparison.verdict}
     write_json(path, verdict | dataclasses.asdict(certificate))
 
@@ -146,7 +147,10 @@ def _parse(kind: Any, value: Any, name: str) -> Any:
 
 @dataclass(frozen=True)
 class Figure:
-    """One figure of a certificate, and the same figure here. holds None: it need not hold."""
+    """One figure of a certificate, and the same figure on this machine.
+
+    holds: None if the figure need not hold.
+    """
 
     name: str
     stated: str
@@ -158,7 +162,7 @@ def compare_figures(stated: Certificate, found: Certificate) -> list[Figure]:
     """Whether each figure of a certificate holds for a new one with the same settings.
 
     Files and tokens must be the same. Differences must be no larger, or within the limit of the
-    other implementation. The bits of the logits may be others on another machine.
+    other implementation. The bits of the logits may differ on another machine.
     """
     there, here = stated.comparison, found.comparison
 

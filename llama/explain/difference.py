@@ -33,8 +33,11 @@ class Difference:
 
 
 def difference(x: Tensor, reference: Tensor) -> Difference:
-    """How far x is from the reference, which has its shape and dtype. A number that is finite on
-    one side only is the largest float away."""
+    """How far x is from the reference, which has the same shape and dtype.
+
+    If the bits of two numbers differ and one of them is not finite, the distance is the largest
+    float.
+    """
     bits, reference_bits = (t.contiguous().view(INTEGERS[t.dtype]) for t in (x, reference))
     is_different = bits != reference_bits
     gaps = torch.where(is_different, (x.double() - reference.double()).abs(), 0.0)
@@ -53,8 +56,8 @@ def spacing(magnitude: float, dtype: torch.dtype) -> float:
 
 
 def over_ranks(differences: Sequence[Difference], device: torch.device) -> list[Difference]:
-    """For each difference, that of all model-parallel ranks: counts are added, and the largest
-    distances are taken."""
+    """The differences of the whole tensors, from those of each model-parallel rank's part: counts
+    are added, and the largest distances are taken."""
     if parallel.mp_size() == 1:
         return list(differences)
     group = fs_init.get_model_parallel_group()

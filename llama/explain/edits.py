@@ -1,4 +1,4 @@
-"""Edits of a tensor during a trace: replace it, scale it, or silence heads."""
+"""Edits of a tensor during a trace: replace it, scale it, or set the output of heads to zero."""
 
 from collections.abc import Callable
 
@@ -11,8 +11,8 @@ Edit = Callable[[Tensor], Tensor]  # returns a tensor of the same shape and dtyp
 
 
 def replace(value: Tensor | float) -> Edit:
-    """An edit that puts `value` in the place of the tensor: a number, or a tensor that can be
-    broadcast to the tensor's shape. If it cannot, the trace raises ExplainError."""
+    """An edit that replaces the tensor by `value`: a number, or a tensor that can be broadcast to
+    the shape of the replaced one. If it cannot, the trace raises ExplainError."""
 
     def edit(tensor: Tensor) -> Tensor:
         new = torch.as_tensor(value, dtype=tensor.dtype, device=tensor.device)
@@ -28,7 +28,7 @@ def replace(value: Tensor | float) -> Edit:
 
 
 def scale(factor: float) -> Edit:
-    """An edit that multiplies the tensor by `factor`. 0 removes what the tensor does."""
+    """An edit that multiplies the tensor by `factor`. The factor 0 sets all numbers to zero."""
     return lambda tensor: tensor * factor
 
 
@@ -36,7 +36,8 @@ def knock_out(*heads: int) -> Edit:
     """An edit that sets the output of some query heads to zero. It is for
     `layers.N.attention.heads`, (B, S, H, hd).
 
-    heads: their numbers, from 0. If the layer has no such head, the trace raises ExplainError.
+    heads: their numbers, from 0. Under torchrun, 0 is the first head of this rank. If the layer has
+        no such head, the trace raises ExplainError.
     """
 
     def edit(tensor: Tensor) -> Tensor:

@@ -43,7 +43,8 @@ def _export(args: ModelArgs, dtype: torch.dtype, seqlen: int) -> ExportedProgram
         tokens = torch.zeros(1, seqlen, dtype=torch.long)
     assert model.freqs_cis is not None  # computed here, so that its computation is not recorded
     with torch.no_grad(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that the model assigns its KV cache during the call
+        # PyTorch warns that the model assigns its KV cache during the call.
+        warnings.simplefilter("ignore")
         program = torch.export.export(model, (tokens, 0))
         # Operations in place become operations with results. So the keys and values that are
         # written to the cache are inputs of the attention that reads them.
@@ -52,7 +53,7 @@ def _export(args: ModelArgs, dtype: torch.dtype, seqlen: int) -> ExportedProgram
 
 def _nodes_of(program: ExportedProgram, is_tied: bool) -> list[GraphNode]:
     names: dict[fx.Node, str] = {}  # for each recorded node, the name of the node with its result
-    counts: Counter[str] = Counter()  # how many nodes would have the same name
+    counts: Counter[str] = Counter()  # for each name, how many nodes so far would have it
     signature = program.graph_signature
     sources = signature.inputs_to_parameters | signature.inputs_to_lifted_tensor_constants
     nodes: list[GraphNode] = []
@@ -101,10 +102,10 @@ def _unchanged(node: fx.Node) -> fx.Node | None:
 
 def _with_layers(nodes: list[GraphNode], n_recorded: int, n_layers: int) -> Iterator[GraphNode]:
     """The nodes of all layers. Those of the last recorded layer are repeated."""
-    n_more = n_layers - n_recorded
+    n_more = n_layers - n_recorded  # layers that are not recorded
     for node in nodes:
         layer = LAYER.match(node.name)
-        if layer is None:  # what follows the layers takes the result of the last one
+        if layer is None:  # outside the layers; what follows them takes the last one's result
             shifts = range(n_more, n_more + 1)
         else:
             shifts = range(n_more + 1 if int(layer[1]) == n_recorded - 1 else 1)

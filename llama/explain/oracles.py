@@ -1,6 +1,7 @@
-"""The implementations that `llama parity` compares with: Meta's llama-models, and transformers.
+"""The oracles, with which `llama parity` compares: Meta's llama-models, and transformers.
 
-Only this file imports these packages. The extra [parity] installs them.
+An oracle is another implementation, whose results are the expected ones. Only this file imports
+these packages. The extra [parity] installs them.
 """
 
 import importlib
@@ -26,17 +27,19 @@ from llama.config import ModelArgs, RopeScaling
 from llama.errors import ConfigError
 
 # Where an oracle's weights come from, from the most independent source to the least.
-OWN_FILES = "the folder's files, read by the oracle's own code"
+OWN_FILES = "the folder's files, read by its own code"
 META_FILES = "Meta's files, one for each rank"
 META_RESHARDED = "Meta's files, resharded by Meta's own code"
 OURS = "llama-reference, which had read the folder"
 
 
 class Oracle(ABC):
-    """Another implementation with the same weights. Its modules go by Meta's names.
+    """Another implementation with the same weights. Its modules are found by Meta's names.
 
-    Attributes: `limit` (the largest difference of the logits in ulps that is expected, by dtype; 0
-    means bit-equal), `rope_factor` (the only factor of scaled RoPE that it computes; None: any).
+    package: its name on PyPI.
+    limit: the largest difference of the logits in ulps that is expected, by dtype. 0: every tensor
+        must be bit-equal.
+    rope_factor: the only factor of scaled RoPE that it computes. None: any.
     """
 
     package: ClassVar[str]
@@ -104,8 +107,8 @@ class LlamaModels(Oracle):
             f"has heads of {args.head_dim} features": args.head_width is not None,
             "has RoPE scaled by other constants": args.rope_scaling not in (None, RopeScaling()),
         }
-        for obstacle, is_there in obstacles.items():
-            if is_there:
+        for obstacle, is_found in obstacles.items():
+            if is_found:
                 raise ConfigError(
                     f"llama-models cannot run this model, which {obstacle}: take --against "
                     "transformers"
@@ -151,7 +154,7 @@ class LlamaModels(Oracle):
         )
 
     def _state(self, setup: Setup) -> dict[str, Tensor] | None:
-        """This rank's tensors from Meta's files. None: `weights_from` says otherwise."""
+        """This rank's tensors from Meta's files. None: the tensors are ours."""
         source, code = self.weights_from(setup), self._metas.checkpoint
         if source == OURS:
             return None
@@ -165,8 +168,8 @@ class LlamaModels(Oracle):
         return state
 
     def _make_buffers(self, dtype: torch.dtype) -> None:
-        """Make the table of RoPE and the caches, which are no part of the state dict, on the
-        device. Meta's constructor has made them on the meta device."""
+        """Make the table of RoPE and the caches anew on the model's device. They are not in the
+        state dict, and Meta's constructor has made them on the meta device."""
         args = self._model.params
         with self._device:
             self._model.freqs_cis = self._metas.model.precompute_freqs_cis(
@@ -235,7 +238,7 @@ class Transformers(Oracle):
         self._model = transformers.LlamaForCausalLM.from_pretrained(
             **source, dtype=setup.dtype, attn_implementation="eager", local_files_only=True
         ).to(setup.device)
-        # The folder's own options may contain stop tokens, or penalties that change the tokens.
+        # The folder's options of generation may have stop tokens, or penalties that change tokens.
         self._model.generation_config = transformers.GenerationConfig()
 
     def module(self, name: str) -> nn.Module:

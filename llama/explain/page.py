@@ -21,14 +21,14 @@ def write_page(
 ) -> int:
     """Follow a prompt and one decode step, and write the page to `path`.
 
-    mp_size: ranks whose parts of each tensor are drawn. The model itself runs on one rank.
+    mp_size: the number of ranks whose parts of each tensor are drawn. The model runs on one rank.
 
     Returns the size of the file in bytes. Raises ExplainError for a prompt that is too long for the
     page, ConfigError where the model cannot be split over `mp_size` ranks, DataError where the file
     cannot be written, and what `trace` raises.
     """
     if parallel.mp_size() > 1:
-        raise ExplainError("the page is made on one rank; mp_size draws the split over more")
+        raise ExplainError("the page is made on one rank: mp_size draws the split over more")
     llama.model.params.check_split(mp_size)
     check_length(llama.model.params, len(llama.encode_prompt(prompt)))
     data = page_data(llama, prompt, trace(llama, prompt, max_gen_len=2), mp_size)

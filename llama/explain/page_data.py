@@ -1,6 +1,7 @@
 """The numbers of the explain page: tensors, tokens, predictions and costs, as JSON."""
 
 import base64
+import math
 from typing import Any
 
 import torch
@@ -13,8 +14,8 @@ from llama.explain import tensors
 from llama.explain.trace import Step, Trace, logit_lens
 from llama.generation import Llama
 
-# Numbers of all tensors together that the page holds, at two bytes each. Where a trace has more,
-# the page has every n-th feature.
+# About how many numbers the page holds, besides those of attention, at two bytes each. If a trace
+# has more, the page has every n-th feature only.
 MOST_NUMBERS = 1_300_000
 MOST_ATTENTION = 1_050_000  # weights of all heads together: 32 tokens of Llama 3 8B
 MOST_TOKENS = 256
@@ -26,7 +27,7 @@ N_CANDIDATES = 64  # likeliest tokens that are shown where a token is sampled
 def page_data(llama: Llama, prompt: Any, trace: Trace, mp_size: int) -> dict[str, Any]:
     """All that the page shows. trace: of the prompt, with at least one decode step.
 
-    mp_size: ranks whose parts are drawn; the model can be split over them.
+    mp_size: the number of ranks whose parts are drawn. The model can be split over so many.
     """
     args = trace.params
     stride = _stride(trace)
@@ -71,15 +72,15 @@ def check_length(args: ModelArgs, n_tokens: int) -> None:
 
 
 def _stride(trace: Trace) -> int:
-    """Every how many features of each token are on the page."""
-    is_attention = ("scores", "weights")
+    """n, where the page has every n-th feature of each token."""
+    of_attention = ("scores", "weights")
     n_numbers = sum(
         tensor.numel()
         for step in trace.steps[:2]
         for name, tensor in step.tensors.items()
-        if not name.endswith(is_attention)
+        if not name.endswith(of_attention)
     )
-    return -(-n_numbers // MOST_NUMBERS)
+    return math.ceil(n_numbers / MOST_NUMBERS)
 
 
 def _model(args: ModelArgs, dtype: torch.dtype) -> dict[str, Any]:
@@ -96,7 +97,8 @@ def _model(args: ModelArgs, dtype: torch.dtype) -> dict[str, Any]:
 
 
 def _token(llama: Llama, token_id: int) -> dict[str, Any]:
-    """A token's text and bytes. An id that the tokenizer does not know has neither."""
+    """A token's text and bytes. An id that the tokenizer lacks has neither, and a special token has
+    its name as the text."""
     tokenizer = llama.tokenizer
     if token_id >= tokenizer.n_words:
         return {"text": "", "bytes": "", "special": True}
@@ -126,18 +128,20 @@ def _step(step: Step, stride: int) -> dict[str, Any]:
 def _tensor(name: str, tensor: Tensor, stride: int) -> dict[str, Any]:
     """Shape, dtype, statistics and values of a tensor.
 
-    The values are float16, relative to a power of two near the largest one, so that each has three
-    right digits. They are (rows, columns): tokens and every stride-th feature, or, for the weights
-    and scores of attention, heads and tokens together as rows, and visible tokens as columns.
+    The values are float16, divided by a power of two near the largest one. So each has three right
+    digits, unless it is far smaller than the largest one. They are (rows, columns). A row is a
+    token, with every stride-th feature. For the weights and scores of attention, a row is one head
+    and one token, and a column is a visible token.
     """
     whole = tensor.float().cpu()
     seen = whole[whole.isfinite()]  # the scores of later tokens are minus infinity
     low, high = seen.min(), seen.max()
     if name.endswith((".scores", ".weights")):
         rows = whole.flatten(0, 2)
+    elif name == "freqs_cis":  # has no batch dimension
+        rows = whole.flatten(1)[:, ::stride]
     else:
-        rows = whole.flatten(0, 1) if name != "freqs_cis" else whole
-        rows = rows.flatten(1)[:, ::stride]
+        rows = whole.flatten(0, 1).flatten(1)[:, ::stride]
     largest = float(seen.abs().max())
     scale = 2.0 ** (torch.tensor(largest).log2().floor().item() - 14) if largest > 0 else 1.0
     return {
@@ -151,7 +155,8 @@ def _tensor(name: str, tensor: Tensor, stride: int) -> dict[str, Any]:
 
 
 def _residual(trace: Trace) -> dict[str, Any]:
-    """The root mean square of the residual stream, for each token after each part of each layer."""
+    """The root mean square of each token's vector in the residual stream: after the embedding, and
+    after attention and the feed-forward of each layer."""
     layers = range(trace.params.n_layers)
     names = ["tok_embeddings"]
     names += [name for i in layers for name in (f"layers.{i}.after_attention", f"layers.{i}")]

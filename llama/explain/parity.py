@@ -39,15 +39,17 @@ MAX_GEN_LEN = 32
 class Comparison:
     """What `compare` found.
 
-    oracle_weights: where the other implementation had its weights from.
-    rope_factor: of scaled RoPE; None: not scaled.
+    against: the other implementation, which is called the oracle in names.
+    oracle_weights: where its weights come from.
+    rope_factor: of scaled RoPE. None: RoPE is not scaled.
     limit: the largest difference of the logits in ulps that is expected. 0: every tensor must be
         bit-equal.
     modules: how far the outputs of each module are apart, by Meta's names and in the order of
         computation. "layers.N" is the output of a layer, "output" the logits of the prompt.
     decoded: of the logits of the decoded tokens, up to the first token that differs. After it the
         implementations have different inputs.
-    logprob_difference: the largest one of the same tokens, in nats.
+    tokens, oracle_tokens: the decoded ones.
+    logprob_difference: the largest difference of the logprobs of the tokens in `decoded`, in nats.
     logits_sha256, oracle_logits_sha256: of the prompt's logits.
     """
 
@@ -100,7 +102,7 @@ class Comparison:
 
     @property
     def logit_ulps(self) -> float:
-        """The largest difference of all logits."""
+        """The largest difference of the logits of the prompt and of the decoded tokens, in ulps."""
         return max(self.modules[LOGITS].ulps, self.decoded.ulps)
 
     @property
@@ -165,7 +167,7 @@ def compare(
         disable=not parallel.is_main_rank(),
     ) as bar:  # fmt: skip
         ours, weights = _run_ours(setup, tokenizer, prompt_tokens, max_gen_len, source == OURS, bar)
-        gc.collect()  # our model is part of a cycle; a GPU may have no room for two
+        gc.collect()  # frees our model, which has references in a cycle: a GPU may hold one only
         with parallel.failing_together(setup.device):
             other = oracle(setup, weights)
         theirs = record(
@@ -178,7 +180,8 @@ def compare(
         difference(ours.outputs[name], other.in_metas_order(name, theirs.outputs[name]))
         for name in ours.outputs
     ]
-    n_rows = min(n_equal(ours.tokens, theirs.tokens) + 1, max_gen_len)  # with the same input
+    # The logits up to the first token that differs. Both computed them from the same tokens.
+    n_rows = min(n_equal(ours.tokens, theirs.tokens) + 1, max_gen_len)
     rows, their_rows = ours.decoded[:n_rows], theirs.decoded[:n_rows]
     ids = torch.tensor(ours.tokens[:n_rows])
     logprobs, their_logprobs = (logprob_of(r.float(), ids) for r in (rows, their_rows))

@@ -28,7 +28,7 @@ class Run:
 
     outputs: of each module for the prompt, (S, features).
     tokens: the decoded ones.
-    decoded: the logits that chose them, (len(tokens), V).
+    decoded: the logits from which they were chosen, (len(tokens), V).
     """
 
     outputs: dict[str, Tensor]
@@ -44,8 +44,9 @@ def record(
 ) -> Run:
     """Record the outputs of the modules.
 
-    forward: computes the prompt. decode: decodes tokens after it, and returns them. bar: progress,
-    one step for each forward of the model.
+    forward: computes the prompt.
+    decode: decodes tokens after the prompt, and returns them.
+    bar: a progress bar. It advances by one for each forward of the model.
     """
     with torch.inference_mode():
         with _recording(modules, bar) as outputs:

@@ -36,8 +36,8 @@ class Kind:
     meaning: str
     function: Callable[..., Any]  # whose code computes the tensor
     code: str  # a part of the line that computes it; it occurs once in the function
-    split: int | None = None  # the dimension that is split over ranks; None: every rank has all
-    exchange: str = ""  # how the ranks join their parts: "all-reduce" or "all-gather"
+    split: int | None = None  # the dimension of which each rank computes a part; None: no such
+    exchange: str = ""  # "all-reduce" or "all-gather": it gives every rank the whole tensor
     is_editable: bool = True  # whether a changed value takes full effect in the rest of the forward
 
     @property
@@ -103,7 +103,7 @@ KINDS = (
     ),
     Kind(
         "layers.N.attention.scores", "B H S T", "queries · keysᵀ / sqrt(hd) + mask",
-        "How well each query matches each key. The mask is minus infinity for later tokens.",
+        "The match of each query with each key. The mask is minus infinity for later tokens.",
         meta_attention, "scores = xq @", split=1,
     ),
     Kind(
@@ -138,7 +138,7 @@ KINDS = (
     ),
     Kind(
         "layers.N.feed_forward.w3", "B S F", "x w3ᵀ",
-        "The features that the gate lets through or holds back.",
+        "The features that are multiplied by the gate.",
         FeedForward.forward, "self.w3(x)", split=-1,
     ),
     Kind(
@@ -170,7 +170,7 @@ KINDS = (
 
 
 def kind_of(name: str) -> Kind:
-    """The kind of the tensor with this name. Raises KeyError for another name."""
+    """The kind of the tensor with this name. Raises KeyError if no tensor has the name."""
     return _BY_NAME[_with_n(name)]
 
 
@@ -186,7 +186,7 @@ def names(n_layers: int) -> list[str]:
 
 def owners(kind: Kind, args: ModelArgs, mp_size: int) -> list[tuple[int, int]] | None:
     """The part of each rank along `kind.split`: its first index, and its last index plus 1. None:
-    every rank has the whole tensor.
+    the tensor is not computed in parts.
 
     With more ranks than key/value heads, several ranks own the same head.
     """

@@ -1,4 +1,4 @@
-"""Look at tokens: what each of them holds, and where two tokenizers cut the same characters."""
+"""The tokens of a prompt: what each holds, and where two tokenizers cut the same characters."""
 
 import re
 from bisect import bisect_right
@@ -15,9 +15,10 @@ class Token:
     """One token of a prompt.
 
     index: its place in the prompt, from 0.
-    data: its bytes, which may be part of a character. A SentencePiece token keeps its blank.
-    text: the characters that it completes in the prompt, "" while a character lacks bytes.
-    name: the name of a special token, None for a token of plain text.
+    data: its bytes, which may be part of a character. A SentencePiece token keeps the blank before
+        its word.
+    text: the characters that it completes in the prompt. "": a character still lacks bytes.
+    name: the name of a special token. None: it is a token of plain text.
     """
 
     index: int
@@ -69,7 +70,8 @@ def spelled_names(tokens: Sequence[Token], names: Collection[str]) -> Iterator[S
 
 @dataclass(frozen=True)
 class Span:
-    """A part of two prompts that both cut before and after. Either side may be empty."""
+    """A part of two prompts. Both have the end of a token before it and at its end. Either side may
+    be empty."""
 
     left: Sequence[Token]
     right: Sequence[Token]

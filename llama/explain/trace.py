@@ -42,8 +42,8 @@ class Trace(Mapping[str, Tensor]):
     part of each tensor.
 
     Attributes:
-        steps: the prefill of the prompt, then each decode step. The names lead to the prefill's
-            tensors.
+        steps: the prefill of the prompt, then each decode step. The tensors of the trace itself are
+            those of the prefill.
         tokenizer: of the traced Llama.
         params: the ModelArgs of its model.
     """
@@ -60,7 +60,7 @@ class Trace(Mapping[str, Tensor]):
 
     @property
     def generated(self) -> list[int]:
-        """The ids of the generated tokens; the last one may be a stop token."""
+        """The ids of the generated tokens. The last one may be a stop token."""
         return [step.next_token for step in self.steps]
 
     @property
@@ -105,7 +105,7 @@ class Trace(Mapping[str, Tensor]):
         )
 
     def _repr_html_(self) -> str:
-        """The table of tensors that a notebook shows; each layer can be unfolded."""
+        """The tables of tensors that a notebook shows. The table of a layer is folded at first."""
         parts = [f"<p>{html.escape(repr(self))}</p>"]
         is_layer = [name.startswith("layers.") for name in self]
         first, last = is_layer.index(True), len(self) - is_layer[::-1].index(True)
@@ -141,8 +141,8 @@ def unknown_name(name: str, known: Sequence[str]) -> ExplainError:
 @torch.no_grad()
 def logit_lens(model: Transformer, trace: Trace, k: int = 5) -> tuple[Tensor, Tensor]:
     """What the model would predict if it ended after each layer: the final norm and the output
-    matrix, applied to the residual stream there; nostalgebraist 2020, "interpreting GPT: the logit
-    lens".
+    matrix are applied to the residual stream there. The method is that of nostalgebraist 2020,
+    "interpreting GPT: the logit lens".
 
     Args:
         model: the Transformer that was traced.
@@ -151,7 +151,7 @@ def logit_lens(model: Transformer, trace: Trace, k: int = 5) -> tuple[Tensor, Te
 
     Returns the ids of the k likeliest next tokens and their probabilities, each (n_layers + 1, S,
     k). Row 0 is the embedding, the last row is the model's own prediction.
-    Raises ExplainError if the vocabulary has fewer than k tokens.
+    Raises ExplainError if k is below 1 or the vocabulary has fewer than k tokens.
     """
     if not 1 <= k <= model.vocab_size:
         raise ExplainError(f"k is {k}: it must be between 1 and {model.vocab_size}")

@@ -37,17 +37,18 @@ def trace(
 ) -> Trace:
     """Run a prompt through the model and record every tensor.
 
-    The logits are bit-equal to those of a prompt that runs alone in reference mode. Under torchrun
-    every rank must call this, and each records its own part of the tensors.
+    Without edits, the logits are bit-equal to those of a prompt that runs alone in reference mode.
+    Under torchrun every rank must call this. Each records and edits its own part of the tensors.
 
     Args:
         llama: of any mode, with weights that are not quantized.
         prompt: a text, a dialog or token ids.
-        max_gen_len: tokens to generate. Each is the likeliest one. The first one follows from the
-            prompt's own forward. Each further one takes a decode step, which is recorded too.
-        edits: functions that change tensors on the way, by name. A name may have wildcards, such as
-            "layers.*.attention.heads". See `scale`, `replace` and `knock_out`. The rest of the
-            forward, and the further steps, go on with the changed tensors.
+        max_gen_len: tokens to generate, fewer if a stop token comes first. Each is the likeliest
+            one. The first follows from the prompt's own forward. Each further one takes a decode
+            step, which is recorded too.
+        edits: functions that change tensors during each forward, by name. A name may have
+            wildcards, such as "layers.*.attention.heads". See `scale`, `replace` and `knock_out`.
+            The rest of the forward, and the further steps, use the changed tensors.
 
     Raises ExplainError for a name that is unknown or cannot be edited, for a quantized model, and
     where the prompt does not fit; and what `Llama.encode_prompt` raises.
@@ -98,8 +99,8 @@ def _edits_by_name(edits: Mapping[str, Edit], names: Sequence[str]) -> dict[str,
         for name in matches:
             if not tensors.kind_of(name).is_editable:
                 raise ExplainError(
-                    f"{name} cannot be edited, because it is no input of the next operation: edit "
-                    "a tensor that it is computed from"
+                    f"{name} cannot be edited, because the model does not read a changed value "
+                    "everywhere: edit a tensor that it is computed from"
                 )
             found.setdefault(name, []).append(edit)
     return found
@@ -133,22 +134,26 @@ def _record(
 
 
 class _Recorder(TorchFunctionMode):
-    """Records and edits the tensors of one forward in this thread. Other threads may use the model
-    at the same time: their calls run the same hooks, which then do nothing."""
+    """Records and edits the tensors of one forward in this thread.
+
+    Other threads may use the model at the same time. Their calls run the same hooks, which do
+    nothing there.
+    """
 
     def __init__(self, model: Transformer, edits: Mapping[str, list[Edit]]) -> None:
         super().__init__()
         self.model, self.edits = model, edits
         self.found: dict[str, Tensor] = {}
         self.attention: str | None = None  # name of the attention layer that is computed now
-        self.casts: Iterator[str] = iter(())  # what its next calls of type_as return
+        self.casts: Iterator[str] = iter(())  # names of what its next calls of type_as return
         self.thread = threading.get_ident()
 
     def see(self, name: str, tensor: Tensor) -> Tensor:
         """Record a tensor after its edits, and return it."""
         if threading.get_ident() != self.thread:
             return tensor
-        inside, self.attention = self.attention, None  # an edit may call any function
+        # An edit may call any function. Its calls are not those of attention.
+        attention, self.attention = self.attention, None
         for edit in self.edits.get(name, ()):
             edited = edit(tensor)
             if not isinstance(edited, Tensor) or edited.shape != tensor.shape:
@@ -158,7 +163,7 @@ class _Recorder(TorchFunctionMode):
                     f"{list(tensor.shape)}"
                 )
             tensor = edited.to(tensor)
-        self.attention = inside
+        self.attention = attention
         self.found[name] = tensor
         return tensor
 
@@ -202,8 +207,10 @@ class _Recorder(TorchFunctionMode):
         return module.register_forward_hook(lambda module, inputs, output: self.see(name, output))
 
     def _input(self, name: str, module: nn.Module, heads: tuple[int, int] | None = None) -> Any:
-        """A hook that records the module's input. heads: the shape of its last dimension as heads
-        and features."""
+        """A hook that records the module's input.
+
+        heads: the input's last dimension is recorded as two dimensions of these sizes.
+        """
 
         def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
             (x,) = inputs
@@ -214,14 +221,14 @@ class _Recorder(TorchFunctionMode):
 
     @contextmanager
     def _inside(self, name: str, module: nn.Module) -> Iterator[None]:
-        """Hooks that tell `__torch_function__` while the attention layer computes."""
+        """Hooks by which `__torch_function__` knows that this attention layer computes."""
 
-        def set_place(place: str | None) -> None:
+        def set_attention(attention: str | None) -> None:
             if threading.get_ident() == self.thread:
-                self.attention, self.casts = place, iter(CASTS)
+                self.attention, self.casts = attention, iter(CASTS)
 
         with (
-            module.register_forward_pre_hook(lambda *_: set_place(name)),
-            module.register_forward_hook(lambda *_: set_place(None)),
+            module.register_forward_pre_hook(lambda *_: set_attention(name)),
+            module.register_forward_hook(lambda *_: set_attention(None)),
         ):
             yield

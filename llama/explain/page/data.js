@@ -1,8 +1,8 @@
-// The page's data, what is chosen on the page, and how numbers and tokens are written.
+// The page's data, what is chosen on the page, and numbers, tokens and cells as text.
 
 const data = JSON.parse(document.getElementById("data").textContent);
 const model = data.model;
-// step 0: the prompt, step 1: the next token. token: a row of the step's tensors.
+// What is chosen. step: 0 is the prompt, 1 the next token. token: a row of the step's tensors.
 const state = { step: 0, token: data.tokens.length - 1, layer: 0, head: 0 };
 
 const byId = (id) => document.getElementById(id);
@@ -37,8 +37,8 @@ function half(bits) {
 function tensor(name) {
   const found = step().tensors[name];
   if (!found.numbers) {
-    const scale = found.scale;
-    found.numbers = Float32Array.from(new Uint16Array(bytesOf(found.values)), (b) => half(b) * scale);
+    const halves = new Uint16Array(bytesOf(found.values));
+    found.numbers = Float32Array.from(halves, (bits) => half(bits) * found.scale);
     found.rows = found.numbers.length / found.columns;
   }
   return found;
@@ -68,7 +68,8 @@ function bytes(n) {
   }
 }
 
-// A token as it is shown: a space as ·, a line break as ⏎, and an id without text as the id.
+// A token as it is shown: a space as ·, a line break as ⏎, a tab as ⇥, and an id without text as
+// the id.
 function tokenText(id) {
   const { text, special } = data.vocabulary[id];
   if (special) return text || `id ${id}`;
@@ -78,7 +79,7 @@ function tokenText(id) {
 // The kind of a tensor, which has its formula, meaning and split.
 const kindOf = (name) => data.kinds[name.replace(/^layers\.\d+/, "layers.N")];
 
-// What row and column of a heat map stand for, such as "token 3 “fox”, head 1, feature 17".
+// What the row and the column of a heat map stand for, such as "3 “fox”, head 1, feature 17".
 function cellText(name, row, column) {
   const shape = kindOf(name).shape.split(" ");
   if (shape[1] === "H") {

@@ -9,8 +9,8 @@ function colours() {
   return { low: triple("--low"), high: triple("--high"), zero: triple("--zero") };
 }
 
-// Paint one pixel a value. largest: the absolute value that gets the full colour. Values below zero
-// have another colour. Minus infinity stays empty.
+// Paint one pixel for each value. largest: the absolute value that gets the full colour. Values
+// below zero have another colour. Minus infinity has the colour of zero.
 function paint(canvas, rows, columns, value, largest) {
   canvas.width = columns;
   canvas.height = rows;
@@ -69,7 +69,8 @@ function histogram(counts) {
     "aria-hidden": "true" }, ...bars);
 }
 
-// One row of a bar chart: text, bar, number.
+// One row of a bar chart: text, bar, number. part: the length of the bar, from 0 to 1. isCut: the
+// bar is grey.
 function bar(text, part, number, isCut = false) {
   return [element("span", { class: "text" }, text),
     element("span", { class: isCut ? "bar cut" : "bar", style: `width: ${100 * part}%` }),

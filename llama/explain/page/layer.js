@@ -29,7 +29,8 @@ function drawGroups() {
     "aria-label": `${n_heads} query heads share ${n_kv_heads} key/value heads` }, ...nodes));
 }
 
-// For eight pairs of features of the chosen query: the point before and after the rotation.
+// For at most eight pairs of features of the chosen query: the point before and after the rotation.
+// If the page has not all features, the rotation of the point (1, 0) is drawn.
 function drawDials() {
   const pairs = model.head_dim / 2, shown = Math.min(8, pairs);
   const place = position(state.token), radius = 34;
@@ -99,7 +100,7 @@ function showWeight(name, head, row, column) {
   Object.assign(output.dataset, { name, row: head * length + row, column });
 }
 
-// One block of the model on all ranks, with the exchanges as arrows.
+// One layer of the model on all ranks, with the exchanges between them.
 function drawSplit() {
   const place = byId("split"), n = data.mp;
   if (n === 1) {

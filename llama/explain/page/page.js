@@ -57,10 +57,10 @@ function drawPredictions() {
     bar(tokenText(id), probs[token][i] / probs[token][0], percent(probs[token][i]))));
 }
 
-// The distribution of the next token at the chosen temperature and top-p.
-const logits = Float32Array.from(new Float32Array(bytesOf(data.logits))).filter((x) => x > -Infinity);
-const sortedLogits = logits.slice().sort().reverse();
+// The logits of the tokens that can be drawn, the largest first.
+const sortedLogits = new Float32Array(bytesOf(data.logits)).filter((x) => x > -Infinity).sort().reverse();
 
+// The distribution of the next token at this temperature, and how many tokens top-p keeps.
 function nucleus(temperature, topP) {
   const largest = sortedLogits[0];
   const weights = temperature === 0
@@ -143,7 +143,7 @@ function setTheme(theme) {
 }
 
 function start() {
-  byId("model").textContent = model.name === "Llama" ? "Llama" : model.name;
+  byId("model").textContent = model.name;
   document.title = `${data.tokens.slice(0, 8).map(tokenText).join("")} – through Llama`;
   const scaled = model.rope_factor ? `, scaled by ${model.rope_factor}` : "";
   byId("summary").textContent = `${count(model.parameters)} parameters in ${model.n_layers} layers; ` +

@@ -15,10 +15,14 @@ DOCS = Path(__file__).parent.parent / "docs"
 
 
 def with_block(text: str, shown: str) -> str:
-    """The text, with `shown` in place of the code block that has the same first line."""
+    """The text, with `shown` in place of the code block that has the same first line. It must have
+    one such block."""
     title = re.escape(shown.splitlines()[0])
     block = re.compile(rf"^{title}\n.*?^```$", re.MULTILINE | re.DOTALL)
-    return block.sub(lambda _: f"{shown}\n```", text)
+    found, n_blocks = block.subn(lambda _: f"{shown}\n```", text)
+    if n_blocks != 1:
+        raise SystemExit(f"the page has {n_blocks} blocks that begin with {title}, not one")
+    return found
 
 
 def main() -> None:

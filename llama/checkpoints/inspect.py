@@ -16,7 +16,7 @@ from llama.checkpoints.folder import (
 )
 from llama.checkpoints.load import parse_dtype
 from llama.config import PRESETS, ModelArgs
-from llama.errors import ConfigError
+from llama.errors import ConfigError, require_number
 from llama.fast.quantize import BYTES, Width, is_quantized
 
 SPLITS = {0: "rows (dim 0)", 1: "columns (dim 1)", None: "copied"}
@@ -124,6 +124,7 @@ def describe(
     """The whole report, as `llama inspect` prints it."""
     title, args, quantization = resolve(name)
     args.check_split(mp)
+    require_number("max_batch_size", max_batch_size, whole=True)
     kind = parse_dtype(dtype)
     context = args.context if max_seq_len is None else max_seq_len
     if not 0 < context <= args.context:

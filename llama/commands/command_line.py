@@ -14,6 +14,7 @@ from llama.commands.flags import Command, Flag, all_flags, groups_of, own_flags
 from llama.errors import LlamaError
 
 WIDTH = 100
+SWITCH_VALUES = {"yes": True, "true": True, "no": False, "false": False}
 IS_FLAG = re.compile(r"--?([A-Za-z][\w-]*)(=.*)?", re.DOTALL)
 
 
@@ -64,20 +65,23 @@ def checked(command: Command, words: Sequence[str], usage: str) -> list[str]:
         name = match[1].replace("-", "_")
         flag = _find(name, flags, usage)
         given.add(flag.name)
-        is_letter = len(match[1]) == 1
-        result.append(f"--{flag.name}{match[2] or ''}" if is_letter else word)
-        if match[2] is not None:
-            continue
         following = words[index : index + 1]
-        if flag.is_switch and " ".join(following).lower() not in ("true", "false"):
-            # fire would read a text after the switch, as in --chat "Hello", as its value.
-            is_on = name == flag.name or not name.startswith("no")
-            result[-1] = f"--{flag.name}={is_on}"
+        if match[2] is not None:
+            value = match[2][1:]
+        elif flag.is_switch and " ".join(following).lower() not in SWITCH_VALUES:
+            value = "yes"  # a text after the switch, as in --chat "Hello", is not its value
         elif following and not IS_FLAG.fullmatch(following[0]):
-            result += following
+            value = following[0]
             index += 1
         else:
             raise LlamaError(f"--{flag.name} needs a value ({flag.kind}); see {usage} --help")
+        if flag.is_switch:
+            is_on = _is_on(flag, value)
+            is_negated = name != flag.name and name.startswith("no")  # --noforce
+            value = str(is_on != is_negated)
+        else:
+            _check_number(flag, value)
+        result.append(f"--{flag.name}={value}")
     by_position = {flag.name for flag in arguments[:n_plain]}
     # Flags of a group are not checked here, because a configuration file may hold them.
     for flag in (*arguments, *own):
@@ -85,6 +89,23 @@ def checked(command: Command, words: Sequence[str], usage: str) -> list[str]:
             shown = f"--{flag.name}" if flag not in arguments else flag.name.upper()
             raise LlamaError(f"{shown} is missing: {flag.meaning}; see {usage} --help")
     return result
+
+
+def _is_on(flag: Flag, value: str) -> bool:
+    """The value of a switch. Raises LlamaError if it is neither yes nor no."""
+    if value.lower() not in SWITCH_VALUES:
+        raise LlamaError(f"--{flag.name} is {value!r}: it must be yes or no")
+    return SWITCH_VALUES[value.lower()]
+
+
+def _check_number(flag: Flag, value: str) -> None:
+    """Raise LlamaError if the flag takes a number and the value is none."""
+    kinds = {"whole number": int, "number": float}
+    if flag.kind in kinds:
+        try:
+            kinds[flag.kind](value)
+        except ValueError:
+            raise LlamaError(f"--{flag.name} is {value!r}: it must be a {flag.kind}") from None
 
 
 def _find(name: str, flags: dict[str, Flag], usage: str) -> Flag:

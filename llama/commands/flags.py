@@ -67,7 +67,8 @@ MODEL = group(
     ("device", "text", "the first of these that is available", "cuda, mps or cpu"),
     ("dtype", "text", "bfloat16 on a GPU, else the checkpoint's",
      "float32, bfloat16 or float16; the bundled model computes in float32 on a CPU"),
-    ("rope_factor", "number", "as published", "factor of scaled RoPE; Meta's code always uses 8"),
+    ("rope_factor", "number", "as published",
+     "factor of scaled RoPE, for models that have it; Meta's code always uses 8"),
     ("format", "text", "the folder's, else the vocabulary's",
      "chat format: llama3, llama2, chatml or zephyr"),
 )  # fmt: skip

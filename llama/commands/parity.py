@@ -51,10 +51,13 @@ def parity(
         write_certificate,
     )
     from llama.explain.parity import compare
+    from llama.files import check_can_write
     from llama.parallel import is_main_rank
 
     if words:
         raise ConfigError(f"unexpected {words[0]!r}: put the prompt in quotes")
+    if out is not None:
+        check_can_write(out)
     flags = dict(prompt=prompt, against=against, max_gen_len=max_gen_len, dtype=dtype)
     settings: dict[str, Any] = {name: value for name, value in flags.items() if value is not None}
     stated = None

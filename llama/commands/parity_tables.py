@@ -4,14 +4,14 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from llama.explain.certificate import Certificate, Figure
 from llama.explain.parity import Comparison
-from llama.explain.recording import LAYER, LOGITS
+from llama.explain.recording import LOGITS
 
 # The columns of the table of layers, and the modules that each stands for.
 COLUMNS = {
     "attention norm": ["attention_norm"],
-    "attention": [name for name in LAYER if name.startswith("attention.")],
+    "attention": ["attention.wq", "attention.wk", "attention.wv", "attention.wo"],
     "feed-forward norm": ["ffn_norm"],
-    "feed-forward": [name for name in LAYER if name.startswith("feed_forward.")],
+    "feed-forward": ["feed_forward.w1", "feed_forward.w3", "feed_forward.w2"],
     "output": [""],
 }
 HOLDS = {True: "holds", False: "DOES NOT HOLD", None: "need not hold"}

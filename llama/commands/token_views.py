@@ -52,13 +52,16 @@ def notes(tokens: Sequence[Token], special_tokens: Mapping[str, int]) -> Iterato
         )
 
 
+N_MARKS = 9  # characters of a line that are neither an index nor of a side
+
+
 def comparison(spans: Sequence[Span], titles: tuple[str, str]) -> Iterator[str]:
     """The lines of a table with two sides: for each span, its tokens on both sides.
 
     titles: of the sides. Neighbouring spans that both sides cut alike are shown as one.
     """
     columns = shutil.get_terminal_size((WIDTH, 0)).columns
-    width = max(SIDE, (columns - 2 * len(INDEX) - len("!      ")) // 2)
+    width = max(SIDE, (columns - 2 * len(INDEX) - N_MARKS) // 2)
     left, right = titles
     yield f"   {INDEX}  {left}{' ' * (width - _columns(left))}  {INDEX}  {right}"
     for is_alike, group in groupby(spans, key=lambda span: span.is_cut_alike):

@@ -10,7 +10,7 @@ from typing import get_args
 from llama.chat_format import Dialog
 from llama.chat_forms import AnyFormat
 from llama.commands.flags import as_text
-from llama.errors import GenerationError
+from llama.errors import DialogError, GenerationError
 from llama.explain.tokens import Token, read_tokens
 from llama.prompts import is_dialog
 from llama.tokenizer import Tokenizer
@@ -52,6 +52,7 @@ def tokens(
     """
     from llama.chat_forms import FormatName, make_format
     from llama.commands import token_views
+    from llama.commands.command_line import nearest
     from llama.commands.terminal import read_input
     from llama.explain.tokens import align
 
@@ -59,6 +60,8 @@ def tokens(
         raise GenerationError(f"unexpected {words[0]!r}: put a text in quotes")
     if flow and diff is not None:
         raise GenerationError("--flow shows one list of tokens, and --diff two: give one of them")
+    if format is not None and not chat:
+        raise GenerationError("--format is a chat format, which needs --chat")
     if text is None and sys.stdin.isatty():
         raise GenerationError("no text: give a text in quotes, or pipe one to standard input")
     text = read_input() if text is None or text == "-" else text
@@ -71,7 +74,11 @@ def tokens(
         _print(token_views.notes(left, tokenizer.special_tokens))
         return
     other, formatter = tokenizer, None
-    if diff in get_args(FormatName) and not os.path.exists(diff):
+    formats = get_args(FormatName)
+    is_format = diff in formats and not os.path.exists(diff)
+    if not is_format and not os.path.exists(diff) and (hint := nearest(diff, formats)):
+        raise GenerationError(f"--diff {diff} is no folder and no chat format{hint}")
+    if is_format:
         if not chat:
             raise GenerationError(f"--diff {diff} is a chat format, which needs --chat")
         formatter = make_format(diff, tokenizer)  # type: ignore[arg-type]
@@ -94,8 +101,10 @@ def _as_dialog(text: str) -> Dialog:
         content = json.loads(text)
     except (ValueError, RecursionError):
         content = None
-    if isinstance(content, dict):
-        content = content.get("messages")
+    if isinstance(content, dict) and "messages" in content:
+        content = content["messages"]
+        if not is_dialog(content):
+            raise DialogError("messages is no list of messages, each with a role and a content")
     return content if is_dialog(content) else [{"role": "user", "content": text}]
 
 

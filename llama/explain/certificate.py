@@ -24,6 +24,7 @@ from llama.explain.oracles import ORACLES
 from llama.explain.parity import Comparison, n_equal
 from llama.explain.recording import LOGITS
 from llama.files import read_json, write_json
+from llama.processor import processor_name
 
 WEIGHTS = (".pth", ".safetensors", ".bin")
 CONFIGURATIONS = ("params.json", "config.json")
@@ -67,7 +68,7 @@ def certify(
         versions={name: importlib.metadata.version(name) for name in packages}
         | {"Python": platform.python_version()},
         device=torch.cuda.get_device_name(target) if target.type == "cuda" else target.type,
-        processor=_processor(),
+        processor=f"{processor_name()}, {torch.backends.cpu.get_cpu_capability()}",
         threads=torch.get_num_threads(),
         comparison=comparison,
     )
@@ -83,15 +84,6 @@ def checksums(ckpt_dir: Path, tokenizer_path: str | Path | None = None) -> dict[
     ]
     paths.append(Path(tokenizer_path or find_tokenizer(folder, ckpt_dir)))
     return {path.name: checksum(path, "sha256") for path in paths}
-
-
-def _processor(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
-    """The processor's name and the instructions that PyTorch uses on it."""
-    name = platform.processor() or platform.machine()
-    if cpuinfo.exists():  # Linux
-        fields = [line.partition(":") for line in cpuinfo.read_text().splitlines()]
-        name = next((v.strip() for key, _, v in fields if key.strip() == "model name"), name)
-    return f"{name}, {torch.backends.cpu.get_cpu_capability()}"
 
 
 # ---- the file -----------------------------------------------------------------------------------
@@ -113,6 +105,8 @@ def read_certificate(path: str | Path) -> Certificate:
         raise DataError(f"{path} is no certificate of parity: {error}") from error
     if LOGITS not in certificate.comparison.modules:
         raise DataError(f"{path} is no certificate of parity: it has no module {LOGITS}")
+    if content.get("verdict") != certificate.comparison.verdict:
+        raise DataError(f"{path} is no certificate of parity: its verdict contradicts its figures")
     return certificate
 
 

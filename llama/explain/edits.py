@@ -29,6 +29,8 @@ def replace(value: Tensor | float) -> Edit:
 
 def scale(factor: float) -> Edit:
     """An edit that multiplies the tensor by `factor`. The factor 0 sets all numbers to zero."""
+    if isinstance(factor, bool) or not isinstance(factor, int | float):
+        raise ExplainError(f"factor is {factor!r}: it must be a number")
     return lambda tensor: tensor * factor
 
 
@@ -39,6 +41,8 @@ def knock_out(*heads: int) -> Edit:
     heads: their numbers, from 0. Under torchrun, 0 is the first head of this rank. If the layer has
         no such head, the trace raises ExplainError.
     """
+    if not heads:
+        raise ExplainError("knock_out needs the numbers of the heads")
 
     def edit(tensor: Tensor) -> Tensor:
         if tensor.dim() != 4:

@@ -31,7 +31,7 @@ def write_page(
         raise ExplainError("the page is made on one rank: mp_size draws the split over more")
     llama.model.params.check_split(mp_size)
     check_length(llama.model.params, len(llama.encode_prompt(prompt)))
-    data = page_data(llama, prompt, trace(llama, prompt, max_gen_len=2), mp_size)
+    data = page_data(llama, trace(llama, prompt, max_gen_len=2, ignore_eos=True), mp_size)
     page = _page(json.dumps(data, separators=(",", ":"))).encode()
     with atomic_file(path) as file:
         file.write(page)

@@ -13,6 +13,7 @@ from llama.errors import ExplainError
 from llama.explain import tensors
 from llama.explain.trace import Step, Trace, logit_lens
 from llama.generation import Llama
+from llama.sampling import hide_unknown
 
 # About how many numbers the page holds, besides those of attention, at two bytes each. If a trace
 # has more, the page has every n-th feature only.
@@ -24,7 +25,7 @@ N_PREDICTIONS = 10  # likeliest tokens that are shown after each token
 N_CANDIDATES = 64  # likeliest tokens that are shown where a token is sampled
 
 
-def page_data(llama: Llama, prompt: Any, trace: Trace, mp_size: int) -> dict[str, Any]:
+def page_data(llama: Llama, trace: Trace, mp_size: int) -> dict[str, Any]:
     """All that the page shows. trace: of the prompt, with at least one decode step.
 
     mp_size: the number of ranks whose parts are drawn. The model can be split over so many.
@@ -32,13 +33,14 @@ def page_data(llama: Llama, prompt: Any, trace: Trace, mp_size: int) -> dict[str
     args = trace.params
     stride = _stride(trace)
     lens_ids, lens_probs = logit_lens(llama.model, trace, k=3)
-    logits = trace["output"][0]  # (S, V)
+    logits = hide_unknown(trace["output"][0].float(), trace.tokenizer.n_words)  # (S, V)
+    if logits.isnan().any() or (logits == math.inf).any():
+        raise ExplainError("the model's logits are not finite: llama verify looks for the cause")
     predictions = logits.softmax(-1).topk(N_PREDICTIONS)
-    candidates = logits[-1].topk(min(N_CANDIDATES, args.vocab_size)).indices
+    candidates = logits[-1].topk(N_CANDIDATES).indices
     shown = [*trace.tokens, *trace.generated, *candidates.tolist()]
     shown += [*lens_ids.flatten().tolist(), *predictions.indices.flatten().tolist()]
     return {
-        "prompt": prompt if isinstance(prompt, str) else "",
         "model": _model(args, llama.model.norm.weight.dtype),
         "mp": mp_size,
         "stride": stride,
@@ -53,7 +55,7 @@ def page_data(llama: Llama, prompt: Any, trace: Trace, mp_size: int) -> dict[str
             "probs": _rounded(predictions.values),
         },
         "candidates": candidates.tolist(),
-        "logits": _base64(logits[-1].float().cpu()),
+        "logits": _base64(logits[-1].cpu()),
         "residual": _residual(trace),
         "frequencies": llama.model.freqs_cis[1].angle().tolist(),  # radians per position
         "costs": _costs(args, len(trace.tokens), llama.model.norm.weight.dtype),
@@ -62,12 +64,11 @@ def page_data(llama: Llama, prompt: Any, trace: Trace, mp_size: int) -> dict[str
 
 def check_length(args: ModelArgs, n_tokens: int) -> None:
     """Raise ExplainError if a prompt has too many tokens for the page."""
-    heads = args.n_layers * args.n_heads
-    most = min(MOST_TOKENS, int((MOST_ATTENTION / heads) ** 0.5), args.max_seq_len - 1)
+    n_heads = args.n_layers * args.n_heads
+    most = min(MOST_TOKENS, math.isqrt(MOST_ATTENTION // n_heads), args.max_seq_len - 1)
     if n_tokens > most:
         raise ExplainError(
-            f"the prompt has {n_tokens} tokens: the page has room for {most} with this model's "
-            f"{heads:,} attention heads"
+            f"the prompt has {n_tokens} tokens: for this model the page has room for {most}"
         )
 
 
@@ -89,8 +90,8 @@ def _model(args: ModelArgs, dtype: torch.dtype) -> dict[str, Any]:
         "name": next(iter(args.published()), "Llama"),
         "dim": args.dim, "n_layers": args.n_layers, "n_heads": args.n_heads,
         "n_kv_heads": args.local_kv_heads(1), "head_dim": args.head_dim, "ffn_dim": args.ffn_dim,
-        "vocab_size": args.vocab_size, "rope_theta": args.rope_theta, "norm_eps": args.norm_eps,
-        "rope_factor": scaling.factor if scaling else None, "tied": args.tied,
+        "vocab_size": args.vocab_size, "rope_theta": args.rope_theta,
+        "rope_factor": scaling.factor if scaling else None,
         "dtype": str(dtype).removeprefix("torch."),
         "parameters": sum(torch.Size(s).numel() for s in args.parameter_shapes().values()),
     }  # fmt: skip
@@ -115,7 +116,7 @@ def _kind(kind: tensors.Kind, args: ModelArgs, mp_size: int) -> dict[str, Any]:
         exchange = "all-gather"
     return {
         "shape": kind.shape, "formula": kind.formula, "meaning": kind.meaning,
-        "place": kind.place, "split": kind.split, "exchange": exchange,
+        "place": kind.place, "exchange": exchange,
         "owners": tensors.owners(kind, args, mp_size),
     }  # fmt: skip
 
@@ -135,22 +136,31 @@ def _tensor(name: str, tensor: Tensor, stride: int) -> dict[str, Any]:
     """
     whole = tensor.float().cpu()
     seen = whole[whole.isfinite()]  # the scores of later tokens are minus infinity
-    low, high = seen.min(), seen.max()
     if name.endswith((".scores", ".weights")):
         rows = whole.flatten(0, 2)
     elif name == "freqs_cis":  # has no batch dimension
         rows = whole.flatten(1)[:, ::stride]
     else:
         rows = whole.flatten(0, 1).flatten(1)[:, ::stride]
-    largest = float(seen.abs().max())
-    scale = 2.0 ** (torch.tensor(largest).log2().floor().item() - 14) if largest > 0 else 1.0
+    largest = seen.abs().max().item() if seen.numel() else 0.0
+    scale = math.ldexp(1.0, math.frexp(largest)[1] - 15)  # half has numbers up to 2^16
     return {
         "shape": list(tensor.shape),
         "dtype": str(tensor.dtype).removeprefix("torch."),
-        "min": low.item(), "max": high.item(), "mean": seen.mean().item(),
-        "rms": seen.square().mean().sqrt().item(),
-        "histogram": torch.histc(seen, N_BINS, low.item(), high.item()).int().tolist(),
+        **_statistics(seen),
         "columns": rows.shape[1], "scale": scale, "values": _base64((rows / scale).half()),
+    }  # fmt: skip
+
+
+def _statistics(seen: Tensor) -> dict[str, Any]:
+    """Of the finite numbers of a tensor. Without such numbers they are null."""
+    if not seen.numel():
+        return {"min": None, "max": None, "mean": None, "rms": None, "histogram": [0] * N_BINS}
+    low, high = seen.min().item(), seen.max().item()
+    return {
+        "min": low, "max": high, "mean": seen.mean().item(),
+        "rms": seen.square().mean().sqrt().item(),
+        "histogram": torch.histc(seen, N_BINS, low, high).int().tolist(),
     }  # fmt: skip
 
 

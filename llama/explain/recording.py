@@ -8,18 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from llama.explain import tensors
+
 LOGITS = "output"  # the module whose output is the logits
-# The modules of a layer in the order in which they are computed. "" is the layer itself.
-LAYER = (
-    "attention_norm", "attention.wq", "attention.wk", "attention.wv", "attention.wo",
-    "ffn_norm", "feed_forward.w1", "feed_forward.w3", "feed_forward.w2", "",
-)  # fmt: skip
 
 
 def module_names(n_layers: int) -> list[str]:
     """Meta's names of the modules that are recorded, in the order of computation."""
-    layers = [f"layers.{i}.{part}".rstrip(".") for i in range(n_layers) for part in LAYER]
-    return ["tok_embeddings", *layers, "norm", LOGITS]
+    return [name for name in tensors.names(n_layers) if tensors.kind_of(name).is_output]
 
 
 @dataclass(frozen=True)

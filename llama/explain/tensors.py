@@ -5,8 +5,10 @@ that is computed inside a module has a name below the module, such as `layers.3.
 """
 
 import inspect
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
 from llama.cache import LayerCache
@@ -38,7 +40,14 @@ class Kind:
     code: str  # a part of the line that computes it; it occurs once in the function
     split: int | None = None  # the dimension of which each rank computes a part; None: no such
     exchange: str = ""  # "all-reduce" or "all-gather": it gives every rank the whole tensor
+    input_of: str = ""  # the module that takes it as its input, if no module returns it
+    is_inside: bool = False  # whether it is neither an output nor the input of a module
     is_editable: bool = True  # whether a changed value takes full effect in the rest of the forward
+
+    @property
+    def is_output(self) -> bool:
+        """Whether the module of the same name returns it."""
+        return not self.input_of and not self.is_inside
 
     @property
     def place(self) -> str:
@@ -58,8 +67,9 @@ KINDS = (
     ),
     Kind(
         "freqs_cis", "S hd/2 2", "cos and sin of position · θ^(-2j / hd)",
-        "The rotation of each pair of features j at each position: its cosine and its sine.",
-        Transformer.layer_inputs, "return start_pos, self.freqs_cis", is_editable=False,
+        "The rotation of each pair of features j at each position: its cosine, then its sine.",
+        Transformer.layer_inputs, "return start_pos, self.freqs_cis",
+        is_editable=False, is_inside=True,
     ),
     Kind(
         "layers.N.attention_norm", "B S D", "x / sqrt(mean(x²) + eps) · weight",
@@ -67,64 +77,66 @@ KINDS = (
         RMSNorm.forward, "self._norm(x.float())",
     ),
     Kind(
-        "layers.N.attention.wq", "B S H·hd", "x wqᵀ",
+        "layers.N.attention.wq", "B S H·hd", "attention_norm · wqᵀ",
         "The queries of all heads, before they are rotated.",
         Attention.forward, "self.wq(x)", split=-1,
     ),
     Kind(
-        "layers.N.attention.wk", "B S K·hd", "x wkᵀ",
+        "layers.N.attention.wk", "B S K·hd", "attention_norm · wkᵀ",
         "The keys of all key/value heads, before they are rotated.",
         Attention.forward, "self.wk(x)", split=-1,
     ),
     Kind(
-        "layers.N.attention.wv", "B S K·hd", "x wvᵀ",
+        "layers.N.attention.wv", "B S K·hd", "attention_norm · wvᵀ",
         "The values of all key/value heads.",
         Attention.forward, "self.wv(x)", split=-1,
     ),
     Kind(
         "layers.N.attention.queries", "B S H hd", "(q[2j] + i q[2j+1]) · freqs_cis[s, j]",
         "The queries, each pair of features rotated by the angle of its position.",
-        apply_rotary_emb, "rotate(xq)", split=2,
+        apply_rotary_emb, "rotate(xq)", split=2, is_inside=True,
     ),
     Kind(
         "layers.N.attention.keys", "B S K hd", "(k[2j] + i k[2j+1]) · freqs_cis[s, j]",
         "The keys, each pair of features rotated by the angle of its position.",
-        apply_rotary_emb, "rotate(xk)", split=2,
+        apply_rotary_emb, "rotate(xk)", split=2, is_inside=True,
     ),
     Kind(
         "layers.N.attention.cache_k", "B T K hd", "keys of all tokens so far",
         "The KV cache of this layer after the new keys were stored in it.",
-        LayerCache.update, "cached[:bsz, :end][index] = new", split=2, is_editable=False,
+        LayerCache.update, "cached[:bsz, :end][index] = new", split=2,
+        is_editable=False, is_inside=True,
     ),
     Kind(
         "layers.N.attention.cache_v", "B T K hd", "values of all tokens so far",
         "The KV cache of this layer after the new values were stored in it.",
-        LayerCache.update, "cached[:bsz, :end][index] = new", split=2, is_editable=False,
+        LayerCache.update, "cached[:bsz, :end][index] = new", split=2,
+        is_editable=False, is_inside=True,
     ),
     Kind(
         "layers.N.attention.scores", "B H S T", "queries · keysᵀ / sqrt(hd) + mask",
         "The match of each query with each key. The mask is minus infinity for later tokens.",
-        meta_attention, "scores = xq @", split=1,
+        meta_attention, "scores = xq @", split=1, is_inside=True,
     ),
     Kind(
         "layers.N.attention.weights", "B H S T", "softmax(scores)",
         "How much of each token's value each query takes. A row sums to 1.",
-        meta_attention, "softmax(-1)", split=1,
+        meta_attention, "softmax(-1)", split=1, is_inside=True,
     ),
     Kind(
         "layers.N.attention.heads", "B S H hd", "weights · values",
-        "Each head's mean of the values, weighted by its attention.",
-        meta_attention, "weights @ values", split=2,
+        "For each head, the average of the values, weighted by its attention.",
+        meta_attention, "weights @ values", split=2, input_of="layers.N.attention.wo",
     ),
     Kind(
-        "layers.N.attention.wo", "B S D", "heads woᵀ",
+        "layers.N.attention.wo", "B S D", "heads · woᵀ",
         "What attention adds to the residual stream.",
         Attention.forward, "self.wo(", exchange="all-reduce",
     ),
     Kind(
-        "layers.N.after_attention", "B S D", "x + wo",
+        "layers.N.after_attention", "B S D", "residual stream + wo",
         "The residual stream after attention.",
-        BLOCK, "h = x +", is_editable=False,
+        BLOCK, "h = x +", is_editable=False, input_of="layers.N.ffn_norm",
     ),
     Kind(
         "layers.N.ffn_norm", "B S D", "x / sqrt(mean(x²) + eps) · weight",
@@ -132,22 +144,22 @@ KINDS = (
         RMSNorm.forward, "self._norm(x.float())",
     ),
     Kind(
-        "layers.N.feed_forward.w1", "B S F", "x w1ᵀ",
+        "layers.N.feed_forward.w1", "B S F", "ffn_norm · w1ᵀ",
         "The gate, before silu.",
         FeedForward.forward, "self.w1(x)", split=-1,
     ),
     Kind(
-        "layers.N.feed_forward.w3", "B S F", "x w3ᵀ",
+        "layers.N.feed_forward.w3", "B S F", "ffn_norm · w3ᵀ",
         "The features that are multiplied by the gate.",
         FeedForward.forward, "self.w3(x)", split=-1,
     ),
     Kind(
         "layers.N.feed_forward.gated", "B S F", "silu(w1) · w3",
         "The features after the gate.",
-        FeedForward.forward, "F.silu(self.w1(x))", split=-1,
+        FeedForward.forward, "F.silu(self.w1(x))", split=-1, input_of="layers.N.feed_forward.w2",
     ),
     Kind(
-        "layers.N.feed_forward.w2", "B S D", "gated w2ᵀ",
+        "layers.N.feed_forward.w2", "B S D", "gated · w2ᵀ",
         "What the feed-forward adds to the residual stream.",
         FeedForward.forward, "self.w2(", exchange="all-reduce",
     ),
@@ -162,7 +174,7 @@ KINDS = (
         RMSNorm.forward, "self._norm(x.float())",
     ),
     Kind(
-        "output", "B S V", "x outputᵀ",
+        "output", "B S V", "norm · outputᵀ",
         "The logits: one score for each token of the vocabulary.",
         Transformer.logits, "self.output(features)", split=-1, exchange="all-gather",
     ),
@@ -171,17 +183,17 @@ KINDS = (
 
 def kind_of(name: str) -> Kind:
     """The kind of the tensor with this name. Raises KeyError if no tensor has the name."""
-    return _BY_NAME[_with_n(name)]
+    return _BY_NAME[re.sub(r"^layers\.\d+", "layers.N", name)]
 
 
 def names(n_layers: int) -> list[str]:
     """The names of all tensors of a forward, in the order in which they are computed."""
-    first = next(i for i, kind in enumerate(KINDS) if kind.name.startswith("layers."))
-    inside = [kind.name for kind in KINDS if kind.name.startswith("layers.")]
-    before = [kind.name for kind in KINDS[:first]]
-    after = [kind.name for kind in KINDS[first + len(inside) :]]
-    layers = [name.replace(".N", f".{i}") for i in range(n_layers) for name in inside]
-    return [*before, *layers, *after]
+    found: list[str] = []
+    for is_of_layer, kinds in groupby(KINDS, lambda kind: kind.name.startswith("layers.")):
+        group = [kind.name for kind in kinds]
+        for i in range(n_layers if is_of_layer else 1):
+            found += [name.replace("layers.N", f"layers.{i}") for name in group]
+    return found
 
 
 def owners(kind: Kind, args: ModelArgs, mp_size: int) -> list[tuple[int, int]] | None:
@@ -205,11 +217,6 @@ def owners(kind: Kind, args: ModelArgs, mp_size: int) -> list[tuple[int, int]] |
     local = max(1, heads // mp_size)
     first_heads = [rank * heads // mp_size for rank in range(mp_size)]
     return [(first * width, (first + local) * width) for first in first_heads]
-
-
-def _with_n(name: str) -> str:
-    parts = name.split(".")
-    return ".".join(["layers", "N", *parts[2:]]) if parts[0] == "layers" and parts[1:] else name
 
 
 _BY_NAME = {kind.name: kind for kind in KINDS}

@@ -4,6 +4,7 @@ import difflib
 import html
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 
 import torch
@@ -15,6 +16,7 @@ from llama.errors import ExplainError
 from llama.explain.tensors import kind_of
 from llama.files import atomic_file
 from llama.model import Transformer
+from llama.sampling import hide_unknown
 from llama.tokenizer import TextDecoder, Tokenizer
 
 
@@ -107,14 +109,11 @@ class Trace(Mapping[str, Tensor]):
     def _repr_html_(self) -> str:
         """The tables of tensors that a notebook shows. The table of a layer is folded at first."""
         parts = [f"<p>{html.escape(repr(self))}</p>"]
-        is_layer = [name.startswith("layers.") for name in self]
-        first, last = is_layer.index(True), len(self) - is_layer[::-1].index(True)
-        names = list(self)
-        parts.append(self._table(names[:first]))
-        for i in range(self.params.n_layers):
-            inside = [n for n in names[first:last] if n.split(".")[1] == str(i)]
-            parts.append(f"<details><summary>layer {i}</summary>{self._table(inside)}</details>")
-        parts.append(self._table(names[last:]))
+        layer_of = {name: name.split(".")[1] if name.startswith("layers.") else "" for name in self}
+        for layer, names in groupby(self, layer_of.__getitem__):
+            table = self._table(list(names))
+            summary = f"<summary>layer {layer}</summary>"
+            parts.append(f"<details>{summary}{table}</details>" if layer else table)
         return "".join(parts)
 
     def _table(self, names: Sequence[str]) -> str:
@@ -123,9 +122,10 @@ class Trace(Mapping[str, Tensor]):
         for name in names:
             tensor, kind = self[name], kind_of(name)
             seen = tensor[tensor.isfinite()]  # the scores of later tokens are minus infinity
+            limits = [f"{seen.min():.3g}", f"{seen.max():.3g}"] if seen.numel() else ["–", "–"]
             cells = (
                 name, " × ".join(map(str, tensor.shape)), str(tensor.dtype).removeprefix("torch."),
-                kind.formula, f"{seen.min():.3g}", f"{seen.max():.3g}", kind.place,
+                kind.formula, *limits, kind.place,
             )  # fmt: skip
             rows.append("".join(f"<td>{html.escape(cell)}</td>" for cell in cells))
         return "<table>" + "".join(f"<tr>{row}</tr>" for row in rows) + "</table>"
@@ -133,6 +133,10 @@ class Trace(Mapping[str, Tensor]):
 
 def unknown_name(name: str, known: Sequence[str]) -> ExplainError:
     """The error for a name that no tensor has, with up to three similar names."""
+    layers = {known_name.split(".")[1] for known_name in known if known_name.startswith("layers.")}
+    parts = name.split(".")
+    if parts[0] == "layers" and len(parts) > 1 and parts[1].isdecimal() and parts[1] not in layers:
+        return ExplainError(f"no tensor is called {name}: the layers are 0 to {len(layers) - 1}")
     near = difflib.get_close_matches(name, known, 3, cutoff=0.5)
     hint = f"did you mean {' or '.join(near)}?" if near else "list(trace) has all names"
     return ExplainError(f"no tensor is called {name}: {hint}")
@@ -159,5 +163,5 @@ def logit_lens(model: Transformer, trace: Trace, k: int = 5) -> tuple[Tensor, Te
     found = []
     for stage in stages:
         logits = model.logits(model.norm(trace[stage]))[0]  # (S, V)
-        found.append(logits.softmax(-1).topk(k))
+        found.append(hide_unknown(logits, trace.tokenizer.n_words).softmax(-1).topk(k))
     return torch.stack([top.indices for top in found]), torch.stack([top.values for top in found])

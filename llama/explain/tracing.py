@@ -34,6 +34,7 @@ def trace(
     prompt: str | Sequence[int] | Dialog,
     max_gen_len: int = 1,
     edits: Mapping[str, Edit] | None = None,
+    ignore_eos: bool = False,
 ) -> Trace:
     """Run a prompt through the model and record every tensor.
 
@@ -49,6 +50,7 @@ def trace(
         edits: functions that change tensors during each forward, by name. A name may have
             wildcards, such as "layers.*.attention.heads". See `scale`, `replace` and `knock_out`.
             The rest of the forward, and the further steps, use the changed tensors.
+        ignore_eos: go on after a stop token.
 
     Raises ExplainError for a name that is unknown or cannot be edited, for a quantized model, and
     where the prompt does not fit; and what `Llama.encode_prompt` raises.
@@ -69,7 +71,7 @@ def trace(
         chosen = int(logits.argmax())
         steps.append(Step(fed, start_pos, recorded, chosen))
         fed, start_pos = [chosen], start_pos + len(fed)
-        if chosen in llama.tokenizer.stop_tokens:
+        if chosen in llama.tokenizer.stop_tokens and not ignore_eos:
             break
     return Trace(steps, llama.tokenizer, model.params)
 
@@ -77,6 +79,8 @@ def trace(
 def _check(model: Transformer, ids: Sequence[int], max_gen_len: int) -> None:
     if not isinstance(max_gen_len, int) or isinstance(max_gen_len, bool) or max_gen_len < 1:
         raise ExplainError(f"max_gen_len is {max_gen_len!r}: it must be 1 or above")
+    if not isinstance(ids, list) or not all(isinstance(i, int) for i in ids):
+        raise ExplainError("the prompt must be a text, a dialog or a list of token ids")
     if not ids:
         raise ExplainError("the prompt has no tokens")
     if wrong := [i for i in ids if not 0 <= i < model.vocab_size]:
@@ -182,46 +186,40 @@ class _Recorder(TorchFunctionMode):
     @contextmanager
     def hooks(self) -> Iterator[None]:
         """The hooks of all modules. They are removed at the end of the block."""
-        model = self.model
         with ExitStack() as stack:
-            for name in ("tok_embeddings", "norm", "output"):
-                stack.enter_context(self._output(name, model.get_submodule(name)))
-            block: Any  # nn.Module does not say which attributes it has
-            for i, block in enumerate(model.layers):
-                name = f"layers.{i}"
-                stack.enter_context(self._output(name, block))
-                stack.enter_context(self._inside(f"{name}.attention", block.attention))
-                modules = ["attention_norm", *(f"attention.w{x}" for x in "qkvo"), "ffn_norm"]
-                modules += [f"feed_forward.w{x}" for x in "123"]
-                for part in modules:
-                    stack.enter_context(self._output(f"{name}.{part}", block.get_submodule(part)))
-                heads = (-1, block.attention.head_dim)
-                wo, w2 = block.attention.wo, block.feed_forward.w2
-                stack.enter_context(self._input(f"{name}.attention.heads", wo, heads))
-                stack.enter_context(self._input(f"{name}.feed_forward.gated", w2))
-                stack.enter_context(self._input(f"{name}.after_attention", block.ffn_norm))
+            for name in tensors.names(self.model.n_layers):
+                kind = tensors.kind_of(name)
+                if kind.is_output:
+                    stack.enter_context(self._output(name, self.model.get_submodule(name)))
+                elif kind.input_of:
+                    stack.enter_context(self._input(name, kind))
+            for i in range(self.model.n_layers):
+                stack.enter_context(self._inside(f"layers.{i}.attention"))
             yield
 
     def _output(self, name: str, module: nn.Module) -> Any:
         """A hook that records what the module returns."""
         return module.register_forward_hook(lambda module, inputs, output: self.see(name, output))
 
-    def _input(self, name: str, module: nn.Module, heads: tuple[int, int] | None = None) -> Any:
-        """A hook that records the module's input.
-
-        heads: the input's last dimension is recorded as two dimensions of these sizes.
-        """
+    def _input(self, name: str, kind: tensors.Kind) -> Any:
+        """A hook that records the input of the module `kind.input_of`, with the heads of "H hd" in
+        a dimension of their own."""
+        layer = ".".join(name.split(".")[:2])
+        module = self.model.get_submodule(kind.input_of.replace("layers.N", layer))
+        head_dim = self.model.params.head_dim if kind.shape.endswith(" H hd") else None
 
         def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
             (x,) = inputs
-            seen = self.see(name, x if heads is None else x.unflatten(-1, heads))
-            return (seen if heads is None else seen.flatten(-2),)
+            if head_dim is None:
+                return (self.see(name, x),)
+            return (self.see(name, x.unflatten(-1, (-1, head_dim))).flatten(-2),)
 
         return module.register_forward_pre_hook(hook)
 
     @contextmanager
-    def _inside(self, name: str, module: nn.Module) -> Iterator[None]:
+    def _inside(self, name: str) -> Iterator[None]:
         """Hooks by which `__torch_function__` knows that this attention layer computes."""
+        module = self.model.get_submodule(name)
 
         def set_attention(attention: str | None) -> None:
             if threading.get_ident() == self.thread:

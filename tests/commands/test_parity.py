@@ -110,7 +110,7 @@ def test_a_changed_weight_file_is_exit_code_1(
         (["--check", "c.json", "--against", "transformers"],
          "--check takes its settings from the certificate: leave out against"),
         (["--max_gen_len", "0"], "max_gen_len is 0: it must be 1 or above"),
-        (["--out", "nowhere/c.json"], "cannot write nowhere/c.json: No such file or directory"),
+        (["--out", "nowhere/c.json"], "cannot write nowhere/c.json: there is no folder nowhere"),
         (["--dtype", "int8"], "dtype is int8: it must be float32, bfloat16 or float16"),
     ],
 )  # fmt: skip

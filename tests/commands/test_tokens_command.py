@@ -131,10 +131,10 @@ def test_colours_in_a_terminal(no_color: str | None, has_colour: bool) -> None:
 def test_a_comparison_with_a_file(run: Run, other: Path) -> None:
     printed = run("the word \u65e5", "--diff", other)
     assert printed.splitlines() == [
-        "   index  bundled/tokenizer.model                    index  " + "/".join(other.parts[-2:]),
-        "       0  <|begin_of_text|>                              0  1 token alike",
-        "!      1  'the'                                          1  't' 'h' 'e'",
-        "       2  ' word' ' ' E6 97 A5                           4  5 tokens alike",
+        "   index  bundled/tokenizer.model                   index  " + "/".join(other.parts[-2:]),
+        "       0  <|begin_of_text|>                             0  1 token alike",
+        "!      1  'the'                                         1  't' 'h' 'e'",
+        "       2  ' word' ' ' E6 97 A5                          4  5 tokens alike",
         "",
         "7 tokens on the left, 9 on the right",
         "!  spans with the same characters in other tokens: 1",
@@ -146,7 +146,7 @@ def test_a_comparison_of_chat_formats(run: Run) -> None:
     lines = run("Once upon a time", "--chat", "--diff", "llama2").splitlines()
     assert lines[0].split() == ["index", "bundled/tokenizer.model", "index", "format", "llama2"]
     assert lines[1].startswith("~      0  <|begin_of_text|> <|start_header_id|>")
-    assert "       7  ' upon' ' a' ' time'                           9  3 tokens alike" in lines
+    assert "       7  ' upon' ' a' ' time'                          9  3 tokens alike" in lines
     assert lines[-2:] == [
         "!  spans with the same characters in other tokens: 0",
         "~  spans with other characters: 2",
@@ -156,7 +156,7 @@ def test_a_comparison_of_chat_formats(run: Run) -> None:
 def test_a_comparison_with_a_folder(run: Run) -> None:
     lines = run("Once upon", "--diff", BUNDLED).splitlines()
     assert lines[1:] == [
-        "       0  <|begin_of_text|> 'Once' ' upon'               0  3 tokens alike",
+        "       0  <|begin_of_text|> 'Once' ' upon'              0  3 tokens alike",
         "",
         "3 tokens on the left, 3 on the right",
         "!  spans with the same characters in other tokens: 0",
@@ -175,7 +175,13 @@ def test_a_comparison_with_a_folder(run: Run) -> None:
         (["a", "--ckpt_dir", "nowhere"], "no such checkpoint folder: nowhere"),
         (["a", "--tokenizer_path", "nowhere"],
          "nowhere: cannot read the tokenizer: No such file or directory"),
-        (["a", "--format", "x"],
+        (["a", "--format", "chatml"], "--format is a chat format, which needs --chat"),
+        (["a", "--chat", "--diff", "lama2"],
+         "--diff lama2 is no folder and no chat format, did you mean llama2?"),
+        (['{"messages": 5}', "--chat"],
+         "messages is no list of messages, each with a role and a content"),
+        (["a", "--chat=maybe"], "--chat is 'maybe': it must be yes or no"),
+        (["a", "--chat", "--format", "x"],
          "format is 'x': it must be one of llama3, llama2, chatml, zephyr"),
         (["a", "--chat", "--format", "chatml"],
          f"{BUNDLED / 'tokenizer.model'} has no <|im_start|>, which ChatML needs"),

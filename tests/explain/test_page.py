@@ -1,5 +1,6 @@
 """The explain page in a browser: its numbers are the tensors', and it works without a network."""
 
+import json
 import random
 import re
 import shutil
@@ -63,6 +64,12 @@ def page(browser: Any, file: Path) -> Iterator[Any]:
     yield page
     page.close()
     assert complaints == [file.as_uri()]
+
+
+def data_of(file: Path) -> Any:
+    """What the page holds as JSON."""
+    text = file.read_text(encoding="utf-8")
+    return json.loads(text.partition('id="data">')[2].partition("</script>")[0])
 
 
 def number_of(text: str) -> float:
@@ -169,8 +176,9 @@ def test_sampling_is_that_of_the_library(
     params = SamplingParams(temperature=temperature or 1e-6, top_p=top_p)
     want = distribution(traced["output"][0, -1], params, [], []).sort(descending=True).values
     if temperature > 0:
-        kept = int(page.inner_text("#kept").split(" ")[0].replace(",", ""))
-        assert kept == int((want > 0).sum())
+        n_kept = int((want > 0).sum())
+        sentence = "Only the likeliest of 4,352 tokens" if n_kept == 1 else f"{n_kept:,} of 4,352"
+        assert page.inner_text("#kept").startswith(sentence)
     rows = page.query_selector_all("#candidates > span:not(.text):not(.bar):not(.line)")
     for row, probability in zip(rows, want.tolist(), strict=False):
         shown = row.inner_text().partition(" → ")[2]
@@ -202,6 +210,8 @@ def test_keys_and_controls(page: Any, traced: Trace) -> None:
     assert page.inner_text("#attention h2") == "Attention in layer 1"
     page.keyboard.press("s")
     assert page.evaluate(state) == {"step": 1, "token": 0, "layer": 1, "head": 1}
+    page.keyboard.press("S")
+    assert page.evaluate(state) == {"step": 0, "token": n - 2, "layer": 1, "head": 1}
     page.select_option("#step", "0")
     page.select_option("#layer", "3")
     page.click("#chips button >> nth=4")
@@ -246,7 +256,7 @@ def test_no_width_makes_the_page_scroll_sideways(
 
 def test_wrong_pages(llama: Llama, tmp_path: Path) -> None:
     path = tmp_path / "explain.html"
-    with pytest.raises(LlamaError, match="300 tokens: the page has room for 256 with"):
+    with pytest.raises(LlamaError, match="300 tokens: for this model the page has room for 256"):
         write_page(llama, [5] * 300, path)
     with pytest.raises(LlamaError, match="cannot be split over 3 ranks"):
         write_page(llama, PROMPT, path, mp_size=3)
@@ -274,7 +284,35 @@ def test_a_larger_model_has_every_nth_feature(heads: tuple[int, int], tmp_path: 
     from llama.checkpoints.folder import BUNDLED
 
     torch.manual_seed(1)
-    args = ModelArgs(dim=512, n_layers=8, n_heads=heads[0], n_kv_heads=heads[1], vocab_size=4352,
+    args = ModelArgs(dim=512, n_layers=8, n_heads=heads[0], n_kv_heads=heads[1], vocab_size=4400,
                      max_seq_len=64, max_batch_size=1)  # fmt: skip
     model = Llama(Transformer(args), Tokenizer(BUNDLED / "tokenizer.model"))
-    assert write_page(model, list(range(48)), tmp_path / "explain.html", 4) < 5_000_000
+    path = tmp_path / "explain.html"
+    assert write_page(model, list(range(48)), path, 4) < 5_000_000
+    data = data_of(path)
+    assert data["stride"] > 1
+    # The model has ids that the tokenizer lacks. They are never predicted.
+    shown = {i for row in data["predictions"]["ids"] for i in row} | set(data["candidates"])
+    assert max(shown) < model.tokenizer.n_words < args.vocab_size
+
+
+def test_a_stop_token_does_not_end_the_page(tmp_path: Path) -> None:
+    """The page has the step after the prompt, whatever the likeliest token is."""
+    llama = Llama.build(max_seq_len=64, device="cpu")
+    ids = llama.encode_prompt(PROMPT)
+    likeliest = trace(llama, ids).generated
+    llama.tokenizer.stop_tokens = likeliest
+    assert len(trace(llama, ids, max_gen_len=2).steps) == 1
+    write_page(llama, ids, tmp_path / "explain.html")
+    assert [len(step["tokens"]) for step in data_of(tmp_path / "explain.html")["steps"]] == [
+        len(ids),
+        1,
+    ]
+
+
+def test_numbers_that_are_not_finite(tmp_path: Path) -> None:
+    llama = Llama.build(max_seq_len=64, device="cpu")
+    with torch.no_grad():
+        llama.model.layers[1].attention.wo.weight.fill_(torch.nan)
+    with pytest.raises(LlamaError, match="logits are not finite"):
+        write_page(llama, PROMPT, tmp_path / "explain.html")

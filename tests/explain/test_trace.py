@@ -187,6 +187,7 @@ def test_a_pattern_edits_every_layer(llama: Llama) -> None:
         ({"layers.1": replace(torch.zeros(3))}, r"of shape \[3\] cannot replace"),
         ({"layers.1": knock_out(0)}, "knock_out is for"),
         ({"layers.1.attention.heads": knock_out(9)}, "head 9: the layer has heads 0 to 3"),
+        ({"layers.9.attention.heads": knock_out(1)}, "the layers are 0 to 3"),
     ],
 )
 def test_wrong_edits(llama: Llama, edits: dict[str, Any], message: str) -> None:
@@ -202,11 +203,20 @@ def test_wrong_edits(llama: Llama, edits: dict[str, Any], message: str) -> None:
         (PROMPT, {"max_gen_len": 1000}, "max_seq_len is 64"),
         ([5000], {}, "token id 5000"),
         ([], {}, "no tokens"),
+        (5, {}, "must be a text, a dialog or a list of token ids"),
+        ([1, "fox"], {}, "must be a text, a dialog or a list of token ids"),
     ],
 )
 def test_wrong_prompts(llama: Llama, prompt: Any, options: dict[str, Any], message: str) -> None:
     with pytest.raises(LlamaError, match=message):
         trace(llama, prompt, **options)
+
+
+def test_wrong_arguments_of_edits() -> None:
+    with pytest.raises(LlamaError, match="factor is 'a'"):
+        scale("a")  # type: ignore[arg-type]
+    with pytest.raises(LlamaError, match="needs the numbers of the heads"):
+        knock_out()
 
 
 def test_quantized_weights_are_refused() -> None:
@@ -268,7 +278,9 @@ def test_save(traced: Trace, tmp_path: Path) -> None:
         traced.save(tmp_path / "missing" / "trace.safetensors")
 
 
-def test_what_a_notebook_shows(traced: Trace) -> None:
+def test_what_a_notebook_shows(llama: Llama, traced: Trace) -> None:
+    broken = trace(llama, PROMPT, edits={"layers.0.attention.wo": replace(float("nan"))})
+    assert "<td>–</td>" in broken._repr_html_()
     shown = traced._repr_html_()
     assert all(f"<td>{name}</td>" in shown for name in traced)
     assert shown.count("<details>") == 4

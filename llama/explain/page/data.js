@@ -4,6 +4,7 @@ const data = JSON.parse(document.getElementById("data").textContent);
 const model = data.model;
 // What is chosen. step: 0 is the prompt, 1 the next token. token: a row of the step's tensors.
 const state = { step: 0, token: data.tokens.length - 1, layer: 0, head: 0 };
+let tokenOfPrompt = state.token; // the one that was chosen last
 
 const byId = (id) => document.getElementById(id);
 const step = () => data.steps[state.step];
@@ -51,6 +52,7 @@ const valueAt = (name, row, column) => {
 
 // A number with three digits: -0.0123, 4.56, 1.23e-7, −∞.
 function digits(number) {
+  if (number === null) return "–";
   if (number === -Infinity) return "−∞";
   if (number === 0) return "0";
   const size = Math.abs(number);
@@ -68,11 +70,12 @@ function bytes(n) {
   }
 }
 
-// A token as it is shown: a space as ·, a line break as ⏎, a tab as ⇥, and an id without text as
-// the id.
+// A token as it is shown: a space as ·, a line break as ⏎, a tab as ⇥, bytes that are no character
+// as their digits, and an id without text as the id.
 function tokenText(id) {
   const { text, special } = data.vocabulary[id];
   if (special) return text || `id ${id}`;
+  if (/[\ufffd\u0000-\u0008\u000b-\u001f\u007f-\u009f]/.test(text)) return `bytes ${data.vocabulary[id].bytes}`;
   return text.replaceAll(" ", "·").replaceAll("\n", "⏎").replaceAll("\t", "⇥") || `id ${id}`;
 }
 

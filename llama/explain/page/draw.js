@@ -26,6 +26,14 @@ function paint(canvas, rows, columns, value, largest) {
   context.putImageData(image, 0, 0);
 }
 
+// Row and column of the cell under the pointer.
+function cellAt(event, canvas, rows, columns) {
+  const box = canvas.getBoundingClientRect();
+  const index = (part, n) => Math.max(0, Math.min(n - 1, Math.floor(part * n)));
+  return [index((event.clientY - box.top) / box.height, rows),
+    index((event.clientX - box.left) / box.width, columns)];
+}
+
 // Show the cell under the pointer, or the cell that the arrow keys choose on a focused canvas.
 function readout(canvas, rows, columns, show) {
   let row = 0, column = 0;
@@ -34,11 +42,7 @@ function readout(canvas, rows, columns, show) {
     column = Math.max(0, Math.min(columns - 1, newColumn));
     show(row, column);
   };
-  const follow = (event) => {
-    const box = canvas.getBoundingClientRect();
-    move(Math.floor(((event.clientY - box.top) / box.height) * rows),
-      Math.floor(((event.clientX - box.left) / box.width) * columns));
-  };
+  const follow = (event) => move(...cellAt(event, canvas, rows, columns));
   canvas.onpointermove = follow;
   canvas.onpointerdown = follow;
   canvas.tabIndex = 0;
@@ -60,7 +64,7 @@ function svg(tag, attributes = {}, ...children) {
 }
 
 function histogram(counts) {
-  const most = Math.max(...counts), width = 100 / counts.length;
+  const most = Math.max(1, ...counts), width = 100 / counts.length;
   const bars = counts.map((n, i) => svg("rect", {
     x: i * width, y: 30 - (30 * n) / most, width: width * 0.9, height: (30 * n) / most,
     fill: "var(--dim)",
@@ -68,6 +72,13 @@ function histogram(counts) {
   return svg("svg", { class: "histogram", viewBox: "0 0 100 30", preserveAspectRatio: "none",
     "aria-hidden": "true" }, ...bars);
 }
+
+// The background of a cell or chip: the larger the part from 0 to 1, the stronger the colour.
+const shade = (part) => `background: color-mix(in srgb, var(--accent) ${Math.round(65 * part)}%, var(--back))`;
+
+// The head of a table with a column for each token of the prompt.
+const tokenHead = (corner) => element("tr", {}, element("th", {}, corner), ...data.tokens.map((id, i) =>
+  element("th", state.step === 0 && i === state.token ? { class: "here" } : {}, tokenText(id))));
 
 // One row of a bar chart: text, bar, number. part: the length of the bar, from 0 to 1. isCut: the
 // bar is grey.
@@ -98,27 +109,31 @@ function drawCard(card, name) {
     canvas, ...ownerStrip(kind, found), output, histogram(found.histogram),
     element("div", { class: "facts" }, `from ${digits(found.min)} to ${digits(found.max)}, ` +
       `mean ${digits(found.mean)}, root mean square ${digits(found.rms)}`));
-  const { rows, columns } = found;
-  const largest = kind.shape.startsWith("B H") ? found.max : 3 * found.rms;
-  paint(canvas, rows, columns, (row, column) => valueAt(name, row, column), largest || 1);
-  readout(canvas, rows, columns, (row, column) => {
+  const isOfHeads = kind.shape.startsWith("B H"), columns = found.columns;
+  // Of the weights and scores of attention, the rows of the chosen head are drawn.
+  const rows = isOfHeads ? found.shape[2] : found.rows, first = isOfHeads ? state.head * rows : 0;
+  const largest = isOfHeads ? found.max : 3 * found.rms;
+  paint(canvas, rows, columns, (row, column) => valueAt(name, first + row, column), largest || 1);
+  readout(canvas, rows, columns, (shownRow, column) => {
+    const row = first + shownRow;
     output.textContent = `${cellText(name, row, column)}: ${digits(valueAt(name, row, column))}`;
     Object.assign(output.dataset, { name, row, column });
   });
-  output.textContent = data.stride > 1 && columns > 2 && !kind.shape.startsWith("B H")
-    ? `every ${data.stride}th feature is shown` : "";
+  if (isOfHeads) output.textContent = `head ${state.head}`;
+  else if (data.stride > 1) output.textContent = `one feature of every ${data.stride} is shown`;
 }
+
+// The indices from a to b - 1 of a kind of thing, such as "head 0" or "heads 0 to 3".
+const range = (kind, a, b) => (b - a === 1 ? `${kind} ${a}` : `${kind}s ${a} to ${b - 1}`);
 
 // A strip below a heat map that shows which rank owns which columns. Attention's weights and scores
 // have the heads as rows, so they have a line of text instead.
 function ownerStrip(kind, found) {
   if (data.mp === 1) return [];
-  if (!kind.owners) {
-    const how = kind.exchange ? `${kind.exchange}: then every rank has all` : "every rank has all";
-    return [element("div", { class: "facts" }, how)];
-  }
+  const all = kind.exchange ? `${kind.exchange}: then every rank has all` : "every rank has all";
+  if (!kind.owners) return [element("div", { class: "facts" }, all)];
   if (kind.shape.startsWith("B H")) {
-    const parts = kind.owners.map(([a, b], rank) => `rank ${rank}: heads ${a} to ${b - 1}`);
+    const parts = kind.owners.map(([a, b], rank) => `rank ${rank}: ${range("head", a, b)}`);
     return [element("div", { class: "facts" }, parts.join("; "))];
   }
   const end = kind.owners.at(-1)[1];
@@ -127,8 +142,8 @@ function ownerStrip(kind, found) {
   const spans = owners.map(([a, b], i) => {
     const ranks = shared > 1 ? `${i * shared}–${(i + 1) * shared - 1}` : `${i}`;
     return element("span", { title: `rank ${ranks}: ${a} to ${b - 1}`,
-      style: `width: ${(100 * (b - a)) / end}%; background: ${rankColour(i)}` }, `rank ${ranks}`);
+      style: `width: ${(100 * (b - a)) / end}%; background: ${rankColour(i * shared)}` }, `rank ${ranks}`);
   });
-  const note = kind.exchange ? [element("div", { class: "facts" }, `${kind.exchange}: then every rank has all`)] : [];
+  const note = kind.exchange ? [element("div", { class: "facts" }, all)] : [];
   return [element("div", { class: "owner" }, ...spans), ...note];
 }

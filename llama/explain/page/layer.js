@@ -36,7 +36,7 @@ function drawDials() {
   const place = position(state.token), radius = 34;
   const figures = [];
   for (let i = 0; i < shown; i++) {
-    const pair = Math.round((i * (pairs - 1)) / (shown - 1));
+    const pair = Math.round((i * (pairs - 1)) / Math.max(1, shown - 1));
     const angle = place * data.frequencies[pair];
     const nodes = [svg("circle", { cx: 0, cy: 0, r: radius, class: "edge" })];
     const column = state.head * model.head_dim + 2 * pair;
@@ -70,11 +70,9 @@ function drawPatterns() {
     paint(canvas, length, visible, (row, column) => valueAt(name, head * length + row, column), 1);
     const button = element("button", { class: length === 1 ? "pattern row" : "pattern",
       "aria-pressed": head === state.head, onclick: () => choose({ head }) }, canvas, `head ${head}`);
-    const show = (row, column) => showWeight(name, head, row, column);
     canvas.onpointermove = (event) => {
-      const box = canvas.getBoundingClientRect();
-      show(Math.min(length - 1, Math.floor(((event.clientY - box.top) / box.height) * length)),
-        Math.min(visible - 1, Math.floor(((event.clientX - box.left) / box.width) * visible)));
+      const [row, column] = cellAt(event, canvas, length, visible);
+      showWeight(name, head * length + row, column);
     };
     patterns.push(button);
   }
@@ -85,19 +83,14 @@ function drawPatterns() {
   const chips = [];
   for (let column = 0; column <= place; column++) {
     const weight = valueAt(name, row, column);
-    chips.push(element("span", { class: "chip", "data-column": column,
-      style: `background: color-mix(in srgb, var(--accent) ${Math.round(70 * weight)}%, var(--back))` },
+    chips.push(element("span", { class: "chip", style: shade(weight) },
     tokenText(allTokens()[column]), element("small", {}, percent(weight))));
   }
   byId("weights").replaceChildren(...chips);
 }
 
-function showWeight(name, head, row, column) {
-  const length = tensor(name).shape[2];
-  const output = byId("looks");
-  output.textContent = `${cellText(name, head * length + row, column)}: ` +
-    percent(valueAt(name, head * length + row, column));
-  Object.assign(output.dataset, { name, row: head * length + row, column });
+function showWeight(name, row, column) {
+  byId("looks").textContent = `${cellText(name, row, column)}: ${percent(valueAt(name, row, column))}`;
 }
 
 // One layer of the model on all ranks, with the exchanges between them.
@@ -126,21 +119,19 @@ function drawSplit() {
       arrow(y + 16 * lines(rank).length + 8, y + 16 * lines(rank).length + 24, x(rank) + width / 2);
     }
   };
-  const range = (name, rank, unit) => {
-    const [a, b] = data.kinds[name].owners[rank];
-    return b - a === 1 ? `${unit} ${a}` : `${unit}s ${a} to ${b - 1}`;
-  };
+  const partOf = (name, rank, unit) => range(unit, ...data.kinds[name].owners[rank]);
   whole(6, "residual stream and attention_norm: every rank has all");
-  part(52, (rank) => [`rank ${rank}`, `wq: ${range("layers.N.attention.queries", rank, "query head")}`,
-    `wk, wv: ${range("layers.N.attention.keys", rank, "head")}`, "attention of these heads",
+  part(52, (rank) => [`rank ${rank}`, `wq: ${partOf("layers.N.attention.queries", rank, "query head")}`,
+    `wk, wv: ${partOf("layers.N.attention.keys", rank, "head")}`, "attention of these heads",
     "wo: a partial sum"]);
   whole(160, "all-reduce: the partial sums are added; then ffn_norm on every rank");
-  part(206, (rank) => [`rank ${rank}`, `w1, w3: ${range("layers.N.feed_forward.w1", rank, "feature")}`,
+  part(206, (rank) => [`rank ${rank}`, `w1, w3: ${partOf("layers.N.feed_forward.w1", rank, "feature")}`,
     "silu(w1) · w3", "w2: a partial sum"]);
   whole(298, "all-reduce: the partial sums are added; on to the next layer");
   const tip = svg("defs", {}, svg("marker", { id: "tip", viewBox: "0 0 8 8", refX: 7, refY: 4,
     markerWidth: 7, markerHeight: 7, orient: "auto" }, svg("path", { d: "M0 0 L8 4 L0 8 z", fill: "var(--dim)" })));
-  const drawing = svg("svg", { width: total, height: 332, role: "img",
+  const drawing = svg("svg", { viewBox: `0 0 ${total} 332`,
+    style: `width: 100%; max-width: ${total}px; min-width: ${170 * n}px`, role: "img",
     "aria-label": `one layer on ${n} ranks` }, tip, ...nodes);
   const exchanges = 2 * model.n_layers + 1;
   place.replaceChildren(

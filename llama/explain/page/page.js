@@ -27,26 +27,22 @@ function drawControls() {
 function drawResidual() {
   const { names, rms } = data.residual;
   const most = Math.max(...rms.flat());
-  const head = element("tr", {}, element("th", {}, ""), ...data.tokens.map((id, i) =>
-    element("th", state.step === 0 && i === state.token ? { class: "here" } : {}, tokenText(id))));
   const rows = names.map((name, r) => element("tr", {}, element("th", { class: "name" }, name),
     ...rms[r].map((size) => element("td", { class: "number",
-      style: `background: color-mix(in srgb, var(--accent) ${Math.round((60 * size) / most)}%, var(--back))` },
+      style: shade(size / most) },
     digits(size)))));
-  byId("residual").replaceChildren(element("table", {}, head, ...rows));
+  byId("residual").replaceChildren(element("table", {}, tokenHead(""), ...rows));
 }
 
 function drawLens() {
   const { ids, probs } = data.lens;
-  const head = element("tr", {}, element("th", {}, "after"), ...data.tokens.map((id, i) =>
-    element("th", state.step === 0 && i === state.token ? { class: "here" } : {}, tokenText(id))));
   const rows = ids.map((row, stage) => element("tr", {},
     element("th", {}, stage === 0 ? "embedding" : `layer ${stage - 1}`),
     ...row.map((likeliest, i) => element("td", {
       title: likeliest.map((id, k) => `${tokenText(id)} ${percent(probs[stage][i][k])}`).join("\n"),
-      style: `background: color-mix(in srgb, var(--accent) ${Math.round(60 * probs[stage][i][0])}%, var(--back))`,
+      style: shade(probs[stage][i][0]),
     }, tokenText(likeliest[0])))));
-  byId("lens-table").replaceChildren(element("table", { class: "lens" }, head, ...rows));
+  byId("lens-table").replaceChildren(element("table", { class: "lens" }, tokenHead("after"), ...rows));
 }
 
 function drawPredictions() {
@@ -79,8 +75,9 @@ function drawSampling() {
   byId("top-p-value").textContent = topP.toFixed(2);
   const { probs, kept, mass } = nucleus(temperature, topP);
   byId("kept").textContent = temperature === 0 ? "The likeliest token is taken."
-    : `${count(kept)} of ${count(probs.length)} tokens are kept. Together they have ${percent(mass)} ` +
-      "of the probability, which is scaled to 100 % before one is drawn.";
+    : kept === 1 ? `Only the likeliest of ${count(probs.length)} tokens is kept.`
+      : `${count(kept)} of ${count(probs.length)} tokens are kept. Together they have ${percent(mass)} ` +
+        "of the probability, which is scaled to 100 % before one is drawn.";
   const rows = [];
   data.candidates.slice(0, 24).forEach((id, i) => {
     if (i === kept) rows.push(element("span", { class: "line" }));
@@ -97,16 +94,16 @@ function drawCosts() {
     .map((name) => [`layers.0.${name}`, block(0, name), block(1, name)]);
   byId("costs").replaceChildren(
     table(["tensor", `prompt: ${n} tokens`, "next token, with the cache"], rows),
-    element("p", { id: "saved" }, `The step takes ${count(costs.flops_with_cache)} operations with the cache and ` +
-      `${count(costs.flops_without_cache)} without it, which is ` +
-      `${(costs.flops_without_cache / costs.flops_with_cache).toFixed(1)} times as many. The cache holds ` +
+    element("p", { id: "saved" }, `The step takes ${count(costs.flops_with_cache)} floating-point ` +
+      `operations with the cache and ${count(costs.flops_without_cache)} without it, which is about ` +
+      `${Math.round(costs.flops_without_cache / costs.flops_with_cache)} times as many. The cache holds ` +
       `${bytes(costs.cache_bytes_per_token)} a token, ${bytes(costs.cache_bytes)} for ${n + 1} tokens.`));
 }
 
 function drawTable() {
   const rows = Object.entries(data.kinds).map(([name, kind]) => {
     const found = data.steps[0].tensors[name.replace("layers.N", "layers.0")];
-    const parts = kind.owners ? kind.owners.map(([a, b], rank) => `${rank}: ${a}–${b - 1}`).join(", ") : "all";
+    const parts = kind.owners ? kind.owners.map(([a, b], rank) => `${rank}: ${b - a === 1 ? a : `${a}–${b - 1}`}`).join(", ") : "all";
     return [name, `${kind.shape.replaceAll(" ", " × ")} = ${found.shape.join(" × ")}`, found.dtype,
       kind.formula, kind.place, ...(data.mp > 1 ? [kind.exchange ? `${parts}; ${kind.exchange}` : parts] : [])];
   });
@@ -129,11 +126,13 @@ function draw() {
 }
 
 function choose(change) {
+  if (change.step === 0 && state.step === 1) state.token = tokenOfPrompt;
   Object.assign(state, change);
   const last = step().tokens.length - 1;
   state.token = Math.max(0, Math.min(last, state.token));
   state.layer = Math.max(0, Math.min(model.n_layers - 1, state.layer));
   state.head = Math.max(0, Math.min(model.n_heads - 1, state.head));
+  if (state.step === 0) tokenOfPrompt = state.token;
   draw();
 }
 
@@ -149,7 +148,7 @@ function start() {
   byId("summary").textContent = `${count(model.parameters)} parameters in ${model.n_layers} layers; ` +
     `${model.dim} features a token; ${model.n_heads} query heads on ${model.n_kv_heads} key/value heads ` +
     `of ${model.head_dim}; feed-forward ${model.ffn_dim}; vocabulary ${count(model.vocab_size)}; RoPE theta ` +
-    `${count(model.rope_theta)}${scaled}; computed in ${model.dtype}. Numbers have three digits.`;
+    `${count(model.rope_theta)}${scaled}; computed in ${model.dtype}. Values of tensors are rounded to three digits.`;
   for (const node of document.querySelectorAll("[data-size]")) node.textContent = count(model[node.dataset.size]);
   byId("contents").append(...[...document.querySelectorAll("section")].map((section) =>
     element("li", {}, element("a", { href: `#${section.id}` }, section.querySelector("h2").textContent.replace(/ in layer .*/, "")))));
@@ -169,7 +168,7 @@ function start() {
   };
   document.onkeydown = (event) => {
     if (event.ctrlKey || event.metaKey || event.altKey || event.target.matches("input, select")) return;
-    keys[event.key]?.();
+    keys[event.key.length === 1 ? event.key.toLowerCase() : event.key]?.();
   };
   setTheme(isDark ? "dark" : "light");
   drawSampling();

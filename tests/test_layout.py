@@ -17,6 +17,7 @@ FLOORS: list[set[str]] = [
         "sampling",
         "chat_format",
         "chat_forms",
+        "gguf_file",
         "prompts",
         "tools",
         "tool_calls",
@@ -124,10 +125,13 @@ def test_a_file_has_one_responsibility(name: str) -> None:
 def test_optional_packages_are_imported_in_one_file() -> None:
     places: dict[str, set[str]] = {"tensorboard": set(), "lm_eval": set(), "huggingface_hub": set()}
     places |= {name: set() for name in ("uvicorn", "pydantic", "llguidance", "prometheus_client")}
+    places["gguf"] = set()
     for name, path in MODULES.items():
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            modules = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             if isinstance(node, ast.ImportFrom) and node.module:
-                top = node.module.partition(".")[0]
-                if top in places:
+                modules = [node.module]
+            for module in modules:
+                if (top := module.partition(".")[0]) in places:
                     places[top].add(name)
     assert all(len(files) <= 1 for files in places.values()), places

@@ -1,0 +1,332 @@
+"""GGUF files, the format of llama.cpp: header, mapped tensors, and unpacking of quantized ones.
+
+The package `gguf` (extra `[gguf]`) reads, writes and unpacks. Only this file imports it. Its reader
+trusts a file and makes an object of each element of an array, so that Llama 3's vocabulary takes 14
+seconds and a damaged header hours. `_reader_class` changes both.
+The format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
+"""
+
+import math
+import re
+import struct
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cache, lru_cache
+from pathlib import Path
+from types import ModuleType
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from llama.errors import CheckpointError
+from llama.files import why_unreadable
+from llama.memory import with_huge_pages
+
+Value = TypeVar("Value")
+
+MAGIC = b"GGUF"
+VERSIONS = (2, 3)
+# The parts of a model that is split over several files: model-00001-of-00003.gguf and so on.
+PART = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
+MAX_PARTS = 1000
+# Limits of a header, far above those of any Llama. Llama 3's merges are an array of 280,147.
+MAX_COUNT = 1 << 16  # keys, and tensors
+MAX_LENGTH = 1 << 24  # elements of an array
+MAX_DIMENSIONS = 4
+FLOATS = {
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F64": torch.float64,
+}
+CHUNK = 1 << 19  # numbers that a thread unpacks at a time; they stay in the processor's caches
+
+
+def package() -> ModuleType:
+    """The package `gguf`. Raises CheckpointError if it is not installed."""
+    try:
+        import gguf
+    except ImportError:
+        raise CheckpointError(
+            "a GGUF file needs the package gguf: pip install 'llama-reference[gguf]'"
+        ) from None
+    return gguf
+
+
+def is_gguf(path: Path) -> bool:
+    """Whether this is the name of a GGUF file, not of a folder."""
+    return path.suffix == ".gguf" and not path.is_dir()
+
+
+@dataclass(frozen=True)
+class PackedTensor:
+    """A quantized matrix in a file, mapped. kind: the name of its type, such as "Q4_K"."""
+
+    kind: str
+    shape: tuple[int, ...]
+    blocks: np.ndarray  # uint8 (rows, bytes of a row)
+
+    def unpack(
+        self,
+        dtype: torch.dtype = torch.float32,
+        rows: slice = slice(None),
+        columns: slice = slice(None),
+    ) -> Tensor:
+        """The numbers of some rows and columns, rounded to `dtype`; contiguous. Besides the result,
+        each thread holds one chunk."""
+        gguf = package()
+        kind = gguf.GGMLQuantizationType[self.kind]
+        blocks = self.blocks[rows]
+        n_columns = len(range(*columns.indices(self.shape[1])))
+        result = with_huge_pages(torch.empty(len(blocks), n_columns, dtype=dtype))
+        step = max(1, CHUNK // self.shape[1])
+
+        def unpack_chunk(start: int) -> None:
+            with np.errstate(all="ignore"):  # a scale may be infinite
+                numbers = gguf.dequantize(blocks[start : start + step], kind)
+            result[start : start + step] = torch.from_numpy(numbers[:, columns])
+
+        with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+            list(pool.map(unpack_chunk, range(0, len(blocks), step)))
+        return result
+
+
+@dataclass(frozen=True)
+class GgufFile:
+    """An opened model: the header of its first file, and the tensors of all its files.
+
+    values: the numbers and texts of the header. arrays: its arrays, as fields of the package's
+    reader. tensors: by their names in the file.
+    """
+
+    path: Path
+    values: dict[str, Any]
+    arrays: dict[str, Any]
+    tensors: dict[str, Tensor | PackedTensor]
+
+    def get(self, key: str, kind: type[Value]) -> Value | None:
+        """A number or text, None if the file lacks it. Raises CheckpointError for another kind."""
+        if key in self.arrays:
+            raise CheckpointError(f"{self.path}: {key} is an array, not of type {kind.__name__}")
+        return checked(self.path, self.values, key, kind)
+
+    def get_list(self, key: str, kind: type[Value]) -> list[Value] | None:
+        """The elements of an array, None if the file lacks it. Raises CheckpointError for elements
+        of another kind."""
+        if key not in self.arrays:
+            return None
+        try:
+            elements = self.arrays[key].contents()
+        except UnicodeDecodeError as error:
+            raise CheckpointError(f"{self.path}: {key} is not UTF-8 text") from error
+        if not all(type(element) is kind for element in elements):
+            raise CheckpointError(f"{self.path}: {key} is not an array of type {kind.__name__}")
+        return elements
+
+
+def checked(path: Path, values: dict[str, Any], key: str, kind: type[Value]) -> Value | None:
+    """A value of a header, None if there is none. Raises CheckpointError for another kind."""
+    value = values.get(key)
+    if kind is float and type(value) is int:
+        value = float(value)
+    if value is not None and type(value) is not kind:
+        raise CheckpointError(f"{path}: {key} is {value!r:.40}, not of type {kind.__name__}")
+    return value
+
+
+# ---- opening a file ---------------------------------------------------------------------------
+
+
+def parts_of(path: Path) -> list[Path]:
+    """The files of the model that this file belongs to, in order."""
+    found = PART.fullmatch(path.name)
+    if found is None:
+        return [path]
+    count = int(found["count"])
+    if not 0 < count <= MAX_PARTS:
+        raise CheckpointError(f"{path}: a model has 1 to {MAX_PARTS} parts, not {count}")
+    numbers = range(1, count + 1)
+    return [path.with_name(f"{found['stem']}-{i:05d}-of-{count:05d}.gguf") for i in numbers]
+
+
+def read_gguf(path: Path) -> GgufFile:
+    """Open the model in a file, with all its parts. The tensors are mapped, not read.
+
+    Raises CheckpointError for a file that is missing, damaged or big-endian, and for a tensor whose
+    type the package cannot unpack.
+    """
+    parts = parts_of(path)
+    tensors: dict[str, Tensor | PackedTensor] = {}
+    readers = [_read(part) for part in parts]
+    for part, reader in zip(parts, readers, strict=True):
+        for found in reader.tensors:
+            if found.name in tensors:
+                raise CheckpointError(f"{part}: {found.name} is in an earlier part too")
+            tensors[found.name] = _mapped(part, found)
+    values, arrays = _contents(parts[0], readers[0])
+    file = GgufFile(parts[0], values, arrays, tensors)
+    stated = file.get("split.tensors.count", int)
+    if len(parts) > 1 and stated not in (None, len(tensors)):
+        raise CheckpointError(
+            f"{parts[0]}: its parts have {len(tensors)} tensors, split.tensors.count is {stated}"
+        )
+    return file
+
+
+def read_value(path: Path, key: str, kind: type[Value]) -> Value | None:
+    """A number or text of a file's header, None if the file lacks it.
+
+    The header is kept, without its arrays, because many places need one value of the same file.
+    """
+    path = parts_of(path)[0]
+    if reason := why_unreadable(path):
+        raise CheckpointError(f"cannot read {path}: {reason}")
+    status = path.stat()
+    return checked(path, _values(path, status.st_mtime_ns, status.st_size), key, kind)
+
+
+@lru_cache(maxsize=4)
+def _values(path: Path, mtime: int, size: int) -> dict[str, Any]:
+    return _contents(path, _read(path))[0]
+
+
+def _contents(path: Path, reader: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The values and the arrays of a header. A number is the shortest decimal that is stored as the
+    same float32."""
+    values, arrays = {}, {}
+    for key, field in reader.fields.items():
+        kind = field.types[0].name
+        if kind == "ARRAY":
+            arrays[key] = field
+            continue
+        try:
+            value = field.contents()
+        except UnicodeDecodeError as error:
+            raise CheckpointError(f"{path}: {key} is not UTF-8 text") from error
+        values[key] = float(str(np.float32(value))) if kind == "FLOAT32" else value
+    return values, arrays
+
+
+def _mapped(path: Path, found: Any) -> Tensor | PackedTensor:
+    """A tensor of the package's reader, mapped."""
+    kind = found.tensor_type.name
+    shape = tuple(reversed(found.shape.tolist()))
+    blocks = np.asarray(found.data).reshape(-1).view(np.uint8)
+    if kind in FLOATS:
+        return torch.from_numpy(blocks).view(FLOATS[kind]).view(shape)
+    if not _is_unpacked(kind) or len(shape) != 2:
+        raise CheckpointError(
+            f"{path}: {found.name} {shape} is of type {kind}, which is not opened"
+        )
+    return PackedTensor(kind, shape, blocks.reshape(shape[0], -1))
+
+
+@cache
+def _is_unpacked(kind: str) -> bool:
+    """Whether the package can unpack a type."""
+    gguf = package()
+    type_ = gguf.GGMLQuantizationType[kind]
+    _, block_bytes = gguf.GGML_QUANT_SIZES[type_]
+    try:
+        gguf.dequantize(np.zeros((1, block_bytes), np.uint8), type_)
+    except NotImplementedError:
+        return False
+    return True
+
+
+# ---- the package's reader, with limits --------------------------------------------------------
+
+
+def _read(path: Path) -> Any:
+    """The package's reader of one file."""
+    if reason := why_unreadable(path):
+        raise CheckpointError(f"cannot read {path}: {reason}")
+    reader = _reader_class()
+    try:
+        with path.open("rb") as file:
+            _check_start(file.read(24))
+        with np.errstate(all="ignore"):
+            return reader(path, "c")  # copy on write: a change of a weight stays in memory
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path}: {error.strerror}") from error
+    except Exception as error:  # a damaged file may raise anything
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise CheckpointError(f"{path} is damaged or of another format: {reason}") from error
+
+
+def _check_start(start: bytes) -> None:
+    """Raise ValueError unless a file with these first bytes can be read."""
+    if start[:4] != MAGIC:
+        raise ValueError("it does not begin with GGUF")
+    if len(start) < 24:
+        raise ValueError(f"it ends at byte {len(start)}")
+    version, n_tensors, n_keys = struct.unpack("<IQQ", start[4:])
+    if version & 0xFFFF == 0:
+        raise ValueError("it is big-endian, and only little-endian files are read")
+    if version not in VERSIONS:
+        raise ValueError(f"it is of version {version}, not 2 or 3")
+    for number, what in ((n_keys, "keys"), (n_tensors, "tensors")):
+        if number > MAX_COUNT:
+            raise ValueError(f"it has {number} {what}, and the limit is {MAX_COUNT}")
+
+
+@cache
+def _reader_class() -> Any:
+    gguf = package()
+    array, string = gguf.GGUFValueType.ARRAY, gguf.GGUFValueType.STRING
+
+    class Reader(gguf.GGUFReader):  # type: ignore[name-defined]
+        """The package's reader. It reads an array at once, and checks each size that a file gives
+        before it uses the size. The methods raise ValueError."""
+
+        def _get(self, offset: int, dtype: Any, count: int = 1, override_order: Any = None) -> Any:
+            part = super()._get(offset, dtype, count, override_order)
+            if len(part) != count:
+                raise ValueError(f"it ends at byte {len(self.data)}, before its content does")
+            return part
+
+        def _get_field_parts(self, orig_offs: int, raw_type: int) -> Any:
+            if raw_type != array:
+                return super()._get_field_parts(orig_offs, raw_type)
+            element = self._get(orig_offs, np.uint32)
+            length = self._get(orig_offs + 4, np.uint64)
+            n, at = int(length[0]), orig_offs + 12
+            kind = gguf.GGUFValueType(int(element[0]))
+            if n > MAX_LENGTH:
+                raise ValueError(f"an array has {n} elements, and the limit is {MAX_LENGTH}")
+            parts = [element, length]
+            if kind == string:
+                size_at, data = struct.Struct("<Q").unpack_from, self.data.view(np.ndarray)
+                for _ in range(n):
+                    start = at + 8
+                    at = start + size_at(data, at)[0]
+                    parts.append(data[start:at])
+                if at > len(data):
+                    raise ValueError(f"it ends at byte {len(data)}, before its content does")
+                return at - orig_offs, parts, list(range(2, 2 + n)), [array, kind]
+            if kind not in self.gguf_scalar_to_np:
+                raise ValueError(f"an array has elements of type {kind.name}")
+            parts.append(self._get(at, self.gguf_scalar_to_np[kind], n))
+            return 12 + parts[2].nbytes, parts, [2], [array, kind]
+
+        def _build_tensors(self, start_offs: int, fields: Any) -> None:
+            for field in fields:
+                _, _, _, dims, kind, offset = field.parts
+                if not 0 < len(dims) <= MAX_DIMENSIONS or 0 in dims:
+                    raise ValueError(f"{field.name} has the shape {dims[:MAX_DIMENSIONS].tolist()}")
+                known = gguf.GGML_QUANT_SIZES.get(int(kind[0]))
+                if known is None:
+                    raise ValueError(f"{field.name} is of the unknown type {int(kind[0])}")
+                block, block_bytes = known
+                start = int(start_offs) + int(offset[0])
+                end = start + math.prod(dims.tolist()) // block * block_bytes
+                if end > len(self.data):
+                    size = len(self.data)
+                    raise ValueError(f"{field.name} ends at byte {end}, and the file at {size}")
+                if start % 8:
+                    raise ValueError(f"{field.name} begins at byte {start}, not a multiple of 8")
+            super()._build_tensors(start_offs, fields)
+
+    return Reader

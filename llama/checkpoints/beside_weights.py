@@ -78,15 +78,32 @@ def meta_files(source: Checkpoint, tokenizer: Tokenizer | None, src: Path) -> di
         files.pop("README.md", None)  # the model card, which belongs to the other layout
     if tokenizer is None:
         return files
+    if is_gguf(tokenizer.model_path):
+        return files | files_of_gguf(tokenizer)
     if tokenizer.model_path.name == "tokenizer.model":
         files["tokenizer.model"] = tokenizer.model_path.read_bytes()
         return files
     try:
         files["tokenizer.model"] = tokenizer.as_model()
     except TokenizerError as error:
-        copied = "" if is_gguf(source.folder) else "the file is copied as it is, and "
-        log.warning("%s; %sno tokenizer.model is written", error, copied)
+        log.warning("%s; the file is copied as it is, and no tokenizer.model is written", error)
     return files
+
+
+def files_of_gguf(tokenizer: Tokenizer) -> dict[str, bytes]:
+    """What a GGUF file says about tokens, dialogs and sampling, as the files of a folder: their
+    content by name. If there can be no tokenizer.model, there is a tokenizer.json."""
+    names = {i: name for name, i in tokenizer.special_tokens.items()}
+    ids = {"bos_token": tokenizer.bos_id, "eos_token": tokenizer.eos_id}
+    config: dict[str, Any] = {key: names[i] for key, i in ids.items() if i != NO_TOKEN}
+    if template := read_template(tokenizer.model_path):
+        config["chat_template"] = template
+    settings = _special_ids(tokenizer) | read_sampling(tokenizer.model_path)
+    files = {"tokenizer_config.json": _json(config), GENERATION_CONFIG: _json(settings)}
+    try:
+        return files | {"tokenizer.model": tokenizer.as_model()}
+    except TokenizerError:
+        return files | {"tokenizer.json": _json(tokenizer.as_json())}
 
 
 def metas_params(source: Checkpoint, src: Path, args: ModelArgs) -> bytes | None:

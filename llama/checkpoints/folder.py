@@ -81,13 +81,13 @@ def find_tokenizer(folder: Path, ckpt_dir: Path) -> Path:
     """The tokenizer file for the weights in `folder`, which `find_folder` found for `ckpt_dir`.
 
     Hugging Face's repositories keep Meta's tokenizer in `original/`. Meta's Llama 2 downloads keep
-    it in the parent folder. A GGUF file has its own vocabulary; if not, files beside it are taken.
+    it in the parent folder. A GGUF file without a vocabulary may have the file beside it.
     """
+    own = [folder, ckpt_dir, ckpt_dir / "original"]
     if is_gguf(folder):
         if has_vocabulary(folder):
             return folder
-        folder = ckpt_dir = folder.parent
-    own = (folder, ckpt_dir, ckpt_dir / "original")
+        own.append(folder.parent)
     places = [place / name for name in ("tokenizer.model", "tokenizer.json") for place in own]
     for place in (*places, ckpt_dir.parent / "tokenizer.model"):
         if os.path.lexists(place):  # opening a bad file later gives the reason

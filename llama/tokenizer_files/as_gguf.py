@@ -93,6 +93,10 @@ def _byte_level(file: dict[str, Any], size: int) -> dict[str, Any]:
     tokens = sorted(ids, key=lambda token: ids[token])
     padding = [f"[PAD{i}]" for i in range(len(tokens), size)]
     merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
+    if not merges:
+        raise TokenizerError(
+            "none of its tokens is made of two others, and a GGUF file needs merges"
+        )
     return {
         f"{KEYS}model": BYTE_LEVEL,
         f"{KEYS}pre": _words(file),

@@ -40,7 +40,7 @@ SCRIPTS: dict[str, list[str]] = {
     "startup": ["--folder={model}", "--work={work}/startup", "--rounds=1"],
     "train_speed": ["--shape=bundled", "--batch=1", "--seq_len=32", "--rounds=1"],
 }
-NOT_TIMED = {"make_checkpoint", "gguf_file", "peer", "peers", "processor", "rounding", "tables"}
+NOT_TIMED = {"make_checkpoint", "peer", "peers", "processor", "rounding", "tables"}
 
 
 @pytest.fixture(scope="module")

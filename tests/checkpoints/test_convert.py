@@ -137,8 +137,11 @@ def test_nothing_is_replaced_unless_told(sources: dict[str, Path], tmp_path: Pat
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (dict(to="gguf"), "to is 'gguf': it must be meta or hf"),
+        (dict(to="gptq"), "to is 'gptq': it must be meta, hf or gguf"),
         (dict(to="hf", mp=2), "mp is 2"),
+        (dict(to="gguf", mp=2), "to is gguf, mp is 2"),
+        (dict(to="gguf", quantize="int8"), "to is 'gguf': with quantize it must be meta"),
+        (dict(to="gguf", dtype="q4_k"), "dtype is q4_k: for a GGUF file it must be one of float32"),
         (dict(to="meta", mp=3), "cannot be split over 3 ranks, only over 1, 2, 4, 8, 16"),
         (dict(to="meta", dtype="int4"), "dtype is int4"),
         (dict(quantize="int3"), "quantize is 'int3': it must be int8 or int4"),

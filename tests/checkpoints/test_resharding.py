@@ -265,7 +265,6 @@ def test_a_missing_output_matrix(
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("model-Q4_K_M.gguf", "a GGUF file is not opened: take the repository of the original"),
         ("adapter_config.json", "a LoRA adapter is not opened: merge it"),
     ],
 )

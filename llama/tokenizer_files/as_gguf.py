@@ -86,7 +86,7 @@ def _scored(file: dict[str, Any]) -> list[Piece]:
 
 
 def _byte_level(file: dict[str, Any], size: int) -> dict[str, Any]:
-    model = file["model"]
+    words, model = _words(file), file["model"]
     ids = model["vocab"] | {token["content"]: token["id"] for token in file["added_tokens"]}
     kinds = dict.fromkeys(model["vocab"], NORMAL)
     kinds |= {token["content"]: _kind(token) for token in file["added_tokens"]}
@@ -94,12 +94,10 @@ def _byte_level(file: dict[str, Any], size: int) -> dict[str, Any]:
     padding = [f"[PAD{i}]" for i in range(len(tokens), size)]
     merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
     if not merges:
-        raise TokenizerError(
-            "none of its tokens is made of two others, and a GGUF file needs merges"
-        )
+        raise TokenizerError("no two of its tokens make a third, and a GGUF file needs merges")
     return {
         f"{KEYS}model": BYTE_LEVEL,
-        f"{KEYS}pre": _words(file),
+        f"{KEYS}pre": words,
         f"{KEYS}tokens": tokens + padding,
         f"{KEYS}token_type": [kinds[token] for token in tokens] + [UNUSED] * len(padding),
         f"{KEYS}merges": merges,

@@ -5,6 +5,7 @@ A SentencePiece vocabulary becomes a SentencePiece model, and a byte-level one t
 https://github.com/ggml-org/ggml/blob/master/docs/gguf.md.
 """
 
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +64,9 @@ def open_gguf(path: Path) -> Backend:
         tokens = file.get_list(f"{KEYS}tokens", str)
         if not tokens:
             raise TokenizerError("it has no vocabulary")
+        token, times = Counter(tokens).most_common(1)[0]
+        if times > 1:
+            raise TokenizerError(f"it has the token {token!r:.40} {times} times")
         kinds = file.get_list(f"{KEYS}token_type", int) or [NORMAL] * len(tokens)
         scores = file.get_list(f"{KEYS}scores", float) or [0.0] * len(tokens)
         for name, values in (("token_type", kinds), ("scores", scores)):
@@ -142,12 +146,15 @@ def _byte_level(
             {"id": i, "content": token, "special": kinds[i] != USER_DEFINED, **flags}
             for token, i in added.items()
         ],
-        "pre_tokenizer": {"type": "Sequence", "pretokenizers": list(WORDS[pre]["steps"])},
+        "pre_tokenizer": {
+            "type": "Sequence",
+            "pretokenizers": [{"trim_offsets": True} | step for step in WORDS[pre]["steps"]],
+        },
         "decoder": byte_level | {"use_regex": False},
         "model": {
             "type": "BPE",
             "ignore_merges": WORDS[pre]["ignore_merges"],
-            "vocab": {token: i for i, token in enumerate(tokens) if kinds[i] in (NORMAL, BYTE)},
+            "vocab": {token: i for i, token in enumerate(tokens)},
             "merges": merges,
         },
     }

@@ -180,7 +180,7 @@ def convert_on_a_full_disk(source: Path, out: Path, to: str) -> str:
     return str(caught.value)
 
 
-@pytest.mark.parametrize("to", ["meta", "hf"])
+@pytest.mark.parametrize("to", ["meta", "hf", "gguf"])
 def test_a_full_disk_leaves_nothing(to: str, sources: dict[str, Path], tmp_path: Path) -> None:
     folder = tmp_path / "full"
     folder.mkdir()

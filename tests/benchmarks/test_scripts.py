@@ -28,6 +28,7 @@ SCRIPTS: dict[str, list[str]] = {
         "--device=cpu",
         "--compiled=False",
     ],
+    "gguf_open": ["--work={work}/gguf", "--shape=demo", "--rounds=1"],
     "kernel_speed": ["--shape=demo", "--rounds=1"],
     "load": ["--folder={work}/load", "--shape=demo", "--rounds=1"],
     "quality": ["--tales={work}/tales.jsonl"],

@@ -125,7 +125,7 @@ def test_the_version(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixt
          "unknown option --temprature, did you mean --temperature?; see llama complete --help"),
         (["bench", "--ckpt_dir", "--rounds", "3"],
          "--ckpt_dir needs a value (text); see llama bench --help"),
-        (["convert", "a"], "DST is missing: the folder to write; see llama convert --help"),
+        (["convert", "a"], "DST is missing: the folder or GGUF file to write; see llama convert --help"),
         (["tokenize", "a.txt", "--out=b"],
          "--tokenizer is missing: the tokenizer.model; see llama tokenize --help"),
         (["chat", "Hello"],

@@ -17,7 +17,7 @@ from llama.chat_format import ChatFormat, Dialog, Llama2ChatFormat, Message, Rol
 from llama.chat_forms import AnyFormat, make_format
 from llama.errors import DialogError, TokenizerError
 from llama.files import read_json, why_unreadable
-from llama.gguf_file import MAGIC
+from llama.gguf_reader import MAGIC
 from llama.tokenizer_files.as_gguf import as_gguf
 from llama.tokenizer_files.as_json import as_json
 from llama.tokenizer_files.chat_templates import ChatForm

@@ -17,6 +17,7 @@ FLOORS: list[set[str]] = [
         "sampling",
         "chat_format",
         "chat_forms",
+        "gguf_reader",
         "gguf_file",
         "prompts",
         "tools",

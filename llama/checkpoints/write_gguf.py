@@ -18,7 +18,8 @@ from llama.checkpoints.shards import Checkpoint
 from llama.checkpoints.verify import kind_of
 from llama.config import ModelArgs
 from llama.errors import CheckpointError, ConfigError, TokenizerError
-from llama.gguf_file import CHUNK, package
+from llama.gguf_file import CHUNK
+from llama.gguf_reader import package
 from llama.tokenizer import Tokenizer
 from llama.tokenizer_files.gguf import KEYS
 

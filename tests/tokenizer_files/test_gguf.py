@@ -16,7 +16,7 @@ from tokenizers import Tokenizer as Library
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from llama.errors import CheckpointError, TokenizerError
-from llama.gguf_file import package
+from llama.gguf_reader import package
 from llama.tokenizer import Tokenizer
 from llama.tokenizer_files.gguf import has_vocabulary
 
@@ -253,6 +253,8 @@ def test_a_vocabulary_that_gguf_does_not_have(tmp_path: Path) -> None:
 def test_without_the_package(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     path = write_keys(tmp_path / "a.gguf", {"a": 1})
     monkeypatch.setitem(sys.modules, "gguf", None)
-    monkeypatch.setattr("llama.gguf_file._reader_class", package)  # it is kept after the first use
+    monkeypatch.setattr(
+        "llama.gguf_reader._reader_class", package
+    )  # it is kept after the first use
     with pytest.raises(CheckpointError, match=r"pip install 'llama-reference\[gguf\]'"):
         Tokenizer(path)

@@ -33,7 +33,6 @@ CHUNK = 1 << 24  # bytes that are read at a time
 # Name, type of the matrices in the file, and the width to which they are rounded.
 CASES: list[tuple[str, str, Width | None]] = [
     ("Q8_0 to bfloat16", "q8_0", None),
-    ("Q8_0 to int8", "q8_0", "int8"),
     ("Q4_0 to bfloat16", "q4_0", None),
     ("Q4_0 to int4", "q4_0", "int4"),
     ("BF16", "bfloat16", None),

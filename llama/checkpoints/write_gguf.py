@@ -1,7 +1,6 @@
 """Write a checkpoint as a GGUF file, with the keys and the vocabulary that llama.cpp expects."""
 
 import math
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ from llama.checkpoints.shards import Checkpoint
 from llama.checkpoints.verify import kind_of
 from llama.config import ModelArgs
 from llama.errors import CheckpointError, ConfigError, TokenizerError
-from llama.gguf_file import CHUNK
+from llama.gguf_file import in_threads
 from llama.gguf_reader import package
 from llama.tokenizer import Tokenizer
 from llama.tokenizer_files.gguf import KEYS
@@ -161,12 +160,11 @@ def pack(weight: Tensor, type_: Any) -> np.ndarray:
     if type_.name in floats:
         return weight.to(floats[type_.name]).contiguous().view(torch.uint8).numpy()
     packed = np.empty(gguf.quant_shape_to_byte_shape(weight.shape, type_), np.uint8)
-    step = max(1, CHUNK // weight.shape[1])
 
-    def pack_chunk(start: int) -> None:
-        rows = weight[start : start + step].float().numpy()
-        packed[start : start + step] = gguf.quantize(rows, type_)
+    def pack_rows(some: range) -> None:
+        for row in some:
+            chunk = slice(row, row + some.step)
+            packed[chunk] = gguf.quantize(weight[chunk].float().numpy(), type_)
 
-    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-        list(pool.map(pack_chunk, range(0, len(weight), step)))
+    in_threads(pack_rows, *weight.shape)
     return packed

@@ -100,10 +100,11 @@ class Llama:
 
         Args:
             ckpt_dir: a folder with `params.json` and `consolidated.NN.pth`, with `config.json` and
-                `.safetensors`, or with Meta's files in `original/`; or an id on the Hugging Face
-                Hub, `owner/name@revision`. None: the bundled model.
-            tokenizer_path: the tokenizer's file. None: `tokenizer.model` in the folder, else
-                `tokenizer.json`.
+                `.safetensors`, or with Meta's files in `original/`; or a GGUF file (extra
+                `[gguf]`); or an id on the Hugging Face Hub, `owner/name@revision`. None: the
+                bundled model.
+            tokenizer_path: the tokenizer's file. None: the GGUF file, or `tokenizer.model` in the
+                folder, else `tokenizer.json`.
             max_seq_len: tokens of prompt and answer together, at most the model's context. None:
                 2048, or the context where that is smaller.
             max_batch_size: rows of the KV cache. More prompts wait for a free row.
@@ -119,7 +120,7 @@ class Llama:
             device: where the model runs. None: this rank's GPU, else MPS, else the CPU.
             dtype: dtype of weights and KV cache. None: on a CUDA GPU bfloat16, or float16 where the
                 GPU has no bfloat16; elsewhere the checkpoint's dtype, but float32 for the bundled
-                model on a CPU.
+                model on a CPU, and bfloat16 for a quantized GGUF file.
             rope_factor: factor of scaled RoPE. None: the published factor, 32 for Llama 3.2 and 8
                 for the others. Meta's code always uses 8.
             draft: folder or id of a smaller model with the same vocabulary, which proposes tokens.

@@ -1,8 +1,8 @@
 """Text to token ids and back: one `Tokenizer` for every file format.
 
-Meta ships two kinds of `tokenizer.model`, and Hugging Face's folders hold the same vocabularies as
-`tokenizer.json`. Each format has a backend in `tokenizer_files/`. All backends have the same
-attributes and methods.
+Meta ships two kinds of `tokenizer.model`. Hugging Face's folders hold the same vocabularies as
+`tokenizer.json`, and GGUF files hold them in their header. Each format has a backend in
+`tokenizer_files/`. All backends have the same attributes and methods.
 """
 
 from collections.abc import Collection, Sequence
@@ -17,8 +17,11 @@ from llama.chat_format import ChatFormat, Dialog, Llama2ChatFormat, Message, Rol
 from llama.chat_forms import AnyFormat, make_format
 from llama.errors import DialogError, TokenizerError
 from llama.files import read_json, why_unreadable
+from llama.gguf_reader import MAGIC
+from llama.tokenizer_files.as_gguf import as_gguf
 from llama.tokenizer_files.as_json import as_json
 from llama.tokenizer_files.chat_templates import ChatForm
+from llama.tokenizer_files.gguf import open_gguf
 from llama.tokenizer_files.hugging_face import ByteFallback, open_json
 from llama.tokenizer_files.library import NO_TOKEN, LibraryTokenizer
 from llama.tokenizer_files.meta import (
@@ -36,9 +39,9 @@ class Tokenizer:
     """The tokenizer of a Llama model, from a file of any of the formats.
 
     Args:
-        model_path: a `tokenizer.model` or `tokenizer.json`. The format is found from the content,
-            not from the name. A `tokenizer.json` of another kind than Llama 3's needs the extra
-            `[hf]`.
+        model_path: a `tokenizer.model`, a `tokenizer.json` or a GGUF file. The format is found from
+            the content, not from the name. A `tokenizer.json` of another kind than Llama 3's needs
+            the extra `[hf]`, a GGUF file the extra `[gguf]`.
 
     Attributes:
         n_words: size of the vocabulary, special tokens included; ids are 0 to n_words - 1.
@@ -205,17 +208,33 @@ class Tokenizer:
         try:
             if isinstance(self._backend, Tiktoken | SentencePiece):
                 return as_json(self._backend)
+            if isinstance(self._backend, LibraryTokenizer):
+                return self._backend.file
             return read_json(self.model_path)
         except TokenizerError as error:
             raise TokenizerError(f"{self.model_path}: {error}") from error
 
-    def as_ranks(self) -> bytes:
-        """Return the content of a Llama 3 `tokenizer.model` with the same ids and names.
+    def as_gguf(self, size: int) -> dict[str, Any]:
+        """Return the keys of a GGUF file with the same ids, filled with unused tokens to `size`.
 
         Raises:
-            TokenizerError: a Llama 3 `tokenizer.model` cannot represent this vocabulary.
+            TokenizerError: a GGUF file of a Llama has no vocabulary of this kind.
         """
         try:
+            return as_gguf(self._backend, size)
+        except TokenizerError as error:
+            raise TokenizerError(f"{self.model_path}: {error}") from error
+
+    def as_model(self) -> bytes:
+        """Return the content of a `tokenizer.model` with the same ids and names.
+
+        Raises:
+            TokenizerError: neither of Meta's formats can represent this vocabulary.
+        """
+        try:
+            if isinstance(self._backend, SentencePiece):
+                self._backend.check_is_metas()
+                return self._backend.processor.serialized_model_proto()
             if not isinstance(self._backend, Tiktoken):
                 raise TokenizerError("its vocabulary is not of Llama 3's kind")
             self._backend.check_is_metas()
@@ -265,6 +284,9 @@ def _open(path: Path) -> Tiktoken | SentencePiece | ByteFallback | LibraryTokeni
     if reason := why_unreadable(path):
         raise TokenizerError(f"{path}: cannot read the tokenizer: {reason}")
     try:
+        with path.open("rb") as file:
+            if file.read(len(MAGIC)) == MAGIC:
+                return open_gguf(path)
         data = path.read_bytes()
     except OSError as error:
         raise TokenizerError(f"{path}: cannot read the tokenizer: {error.strerror}") from error

@@ -1,7 +1,7 @@
-"""Convert a checkpoint: Meta's or Hugging Face's layout, any number of shards, quantized or not.
+"""Convert a checkpoint: Meta's or Hugging Face's layout, any number of shards, quantized, or GGUF.
 
-The new folder is written under a temporary name beside its destination, and renamed when all of it
-is on disk. So a kill or a full disk leaves no partial folder at the destination.
+The new folder or file is written under a temporary name beside its destination, and renamed when
+all of it is on disk. So a kill or a full disk leaves nothing partial at the destination.
 """
 
 import os
@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from llama.checkpoints import beside_weights, hugging_face, shards
+from llama.checkpoints import beside_weights, hugging_face, shards, write_gguf
 from llama.checkpoints.folder import open_checkpoint
 from llama.checkpoints.load import check_complete, parse_dtype
 from llama.checkpoints.params import write_params
@@ -25,6 +25,7 @@ from llama.errors import CheckpointError, ConfigError
 from llama.fast.quantize import Width, is_quantized
 from llama.fast.quantizers import QUANTIZERS
 from llama.files import sync_file, write_json
+from llama.gguf_file import is_gguf
 
 HF_FILE_BYTES = 5 * 10**9  # most bytes of weights in one `.safetensors`, as Hugging Face does
 
@@ -38,25 +39,27 @@ def convert(
     force: bool = False,
     quantize: Width | None = None,
 ) -> Path:
-    """Write the checkpoint `src` as a new folder `dst`.
+    """Write the checkpoint `src` as a new folder or GGUF file `dst`.
 
     to: "meta" for `params.json` and `mp` shards, "hf" for `config.json` and `.safetensors`. Both
-        include the tokenizer's files and the settings for generation; see `beside_weights`.
-    dtype: dtype of all weights; None: each weight keeps its own.
+        include the tokenizer's files and the settings for generation; see `beside_weights`. "gguf"
+        for one file with all of that.
+    dtype: dtype of all weights; None: each weight keeps its own, and those of a quantized GGUF file
+        become bfloat16. For to="gguf" it is the type of the matrices; see `write_gguf.TYPES`.
     force: replace `dst` if it exists.
     quantize: "int8" or "int4": quantize the matrices, for fast mode. Only with to="meta"; the
         shards are then `.safetensors`.
     Raises CheckpointError, ConfigError or TokenizerError; `dst` is then unchanged.
     """
-    if to not in ("meta", "hf"):
-        raise ConfigError(f"to is {to!r}: it must be meta or hf")
-    if to == "hf" and mp != 1:
-        raise ConfigError(f"Hugging Face's folders are not split over ranks: mp is {mp}")
+    if to not in ("meta", "hf", "gguf"):
+        raise ConfigError(f"to is {to!r}: it must be meta, hf or gguf")
+    if to != "meta" and mp != 1:
+        raise ConfigError(f"only Meta's folders are split over ranks: to is {to}, mp is {mp}")
     if quantize is not None and quantize not in QUANTIZERS:
         raise ConfigError(f"quantize is {quantize!r}: it must be {' or '.join(QUANTIZERS)}")
     if quantize is not None and to != "meta":
         raise ConfigError(f"to is {to!r}: with quantize it must be meta")
-    kind = None if dtype is None else parse_dtype(dtype)
+    kind = None if dtype is None or to == "gguf" else parse_dtype(dtype)
     destination = Path(dst)
     if os.path.lexists(destination) and not force:
         raise CheckpointError(f"{dst} exists: it is replaced only with --force")
@@ -66,6 +69,8 @@ def convert(
     source.set_vocab_size()
     # All that can fail because of the source comes before anything is written.
     check_complete(source)
+    if is_gguf(source.folder):  # its tensors are of several types
+        kind = kind or source.dtype
     tokenizer = beside_weights.source_tokenizer(source, Path(src))
     if to == "meta":
         if len(source.shards) == 1 and tokenizer is not None and tokenizer.is_llama_2:
@@ -78,6 +83,9 @@ def convert(
         files = beside_weights.meta_files(source, tokenizer, Path(src))
         if quantize is None and (params := beside_weights.metas_params(source, Path(src), args)):
             files["params.json"] = params
+    elif to == "gguf":
+        matrix_type = write_gguf.parse_type(dtype, source)
+        header = write_gguf.header(source, tokenizer, destination.stem, matrix_type)
     else:
         last = list(source.args.parameter_shapes())[-1]
         files = beside_weights.hugging_face_files(
@@ -89,6 +97,12 @@ def convert(
     except OSError as error:
         raise CheckpointError(f"cannot write {dst}: {error.strerror}") from error
     try:
+        if to == "gguf":
+            file = partial / destination.name
+            write_gguf.write_gguf(source, file, header, matrix_type)
+            sync_file(file)
+            _rename(file, destination)
+            return destination
         if to == "meta":
             _write_meta(source, partial, mp, kind, quantize)
             if "params.json" not in files:
@@ -128,7 +142,7 @@ def _write_meta(
                 weight = source.quantized_part(name, mp, i, quantize)
                 shard |= {f"{name}.{field}": t for field, t in weight._asdict().items()}
             else:
-                shard[name] = _cast(source.part(name, mp, i), dtype)
+                shard[name] = _cast(source.part(name, mp, i, dtype), dtype)
             progress.update()
         path = folder / shards.shard_name(i, quantize)
         if quantize is not None:
@@ -151,7 +165,7 @@ def _write_hugging_face(source: Checkpoint, folder: Path, dtype: torch.dtype | N
         file = "model.safetensors" if one else f"model-{i + 1:05d}-of-{len(files):05d}.safetensors"
         tensors = {}
         for name in group:
-            weight = source.part(name, 1, 0)
+            weight = source.part(name, 1, 0, dtype)
             if name.endswith(shards.ROTATED):
                 weight = hugging_face.to_hugging_face_rows(weight, source.args.head_dim)
             tensors[hugging_face.hugging_face_name(name)] = _cast(weight, dtype)
@@ -196,7 +210,7 @@ def _write_files(files: dict[str, bytes], folder: Path) -> None:
 
 
 def _rename(partial: Path, destination: Path) -> None:
-    """Move the finished folder to its place, and delete the old one afterwards."""
+    """Move the finished folder or file to its place, and delete the old one afterwards."""
     old = None
     if os.path.lexists(destination):
         old = Path(tempfile.mkdtemp(prefix=f".{destination.name}.old.", dir=destination.parent))

@@ -3,6 +3,7 @@
 import os
 from dataclasses import dataclass, replace
 from operator import mul
+from pathlib import Path
 
 import torch
 
@@ -18,6 +19,7 @@ from llama.checkpoints.load import parse_dtype
 from llama.config import PRESETS, ModelArgs
 from llama.errors import ConfigError, require_number
 from llama.fast.quantize import BYTES, Width, is_quantized
+from llama.gguf_file import is_gguf
 
 SPLITS = {0: "rows (dim 0)", 1: "columns (dim 1)", None: "copied"}
 UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
@@ -97,10 +99,10 @@ def flops_per_token(args: ModelArgs, context: int) -> int:
 
 
 def resolve(name: str) -> tuple[str, ModelArgs, Width | None]:
-    """The name to show, the shape and the quantization of a preset or a checkpoint folder."""
+    """The name to show, the shape and the quantization of a preset or a checkpoint."""
     if name in PRESETS:
         return name, PRESETS[name], None
-    if os.path.isdir(name):
+    if os.path.isdir(name) or is_gguf(Path(name)):
         folder = find_folder(name)
         args = read_args(folder)
         if any(folder.glob(shards.shard_name(0))):
@@ -111,7 +113,7 @@ def resolve(name: str) -> tuple[str, ModelArgs, Width | None]:
         elif args.vocab_size == -1:
             args.vocab_size = PRESETS[next(iter(args.published()), "llama-2-7b")].vocab_size
         return next(iter(args.published()), name), args, read_quantization(folder)
-    raise ConfigError(f"{name} is no folder and no preset: {', '.join(PRESETS)}")
+    raise ConfigError(f"{name} is no folder, no GGUF file and no preset: {', '.join(PRESETS)}")
 
 
 def describe(

@@ -99,6 +99,15 @@ class Checkpoint:
         if self.args.vocab_size == -1 and output is not None and output.dim() == 2:
             self.args.vocab_size = output.shape[0] * len(self.shards)
 
+    def tensor(self, shard: int, name: str) -> Tensor:
+        """A tensor of a shard, as it is in the file."""
+        return self.shards[shard][name]
+
+    def stored_as(self) -> str:
+        """The quantization or the dtype of the matrices, for messages."""
+        first = next(iter(self.shards[0].values()))
+        return self.quantization or str(first.dtype).removeprefix("torch.")
+
     @property
     def dtype(self) -> torch.dtype:
         """The default dtype of all weights: the dtype of the output matrix, or of the embedding if
@@ -121,11 +130,13 @@ class Checkpoint:
             and (self.quantization is not None or pieces[0].data_ptr() % ALIGNMENT == 0)
         )
 
-    def part(self, name: str, n_parts: int, index: int) -> Tensor:
+    def part(self, name: str, n_parts: int, index: int, dtype: torch.dtype | None = None) -> Tensor:
         """One of `n_parts` equal parts of a tensor, its rows in Meta's order; contiguous.
 
         It is not copied if it is contiguous in a file. With more parts than key/value heads,
         several consecutive parts hold the same head.
+        dtype: to which a quantized matrix of a GGUF file is unpacked; None: float32. All other
+            tensors keep their own dtype.
         """
         pieces = self._pieces(name, n_parts, index)
         if self.is_hugging_face and name.endswith(ROTATED):
@@ -152,7 +163,8 @@ class Checkpoint:
                 return join(self._quantized_pieces(name, n_parts, index), dim)
             part = self.part(name, n_parts, index)
             if width == "int8" and dim == 1 and n_parts > 1:
-                of_shards = [vector_norm(shard[name], math.inf, 1) for shard in self.shards]
+                whole = [self.tensor(i, name) for i in range(len(self.shards))]
+                of_shards = [vector_norm(weight, math.inf, 1) for weight in whole]
                 return quantize_int8(part, torch.stack(of_shards).amax(0))
             return QUANTIZERS[width](part)
         except ConfigError as error:

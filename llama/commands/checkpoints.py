@@ -1,4 +1,4 @@
-"""llama inspect, convert, verify, doctor: describe, convert and check checkpoint folders."""
+"""llama inspect, convert, verify, doctor: describe, convert and check checkpoints."""
 
 import sys
 
@@ -23,7 +23,8 @@ def inspect(
 
     Args:
         model: a published model (llama-2-7b, llama-3-8b, llama-3.1-405b, llama-3.2-1b, …) or a
-            checkpoint folder, whose weights are not loaded; by default the bundled model.
+            checkpoint folder or GGUF file, whose weights are not loaded; by default the bundled
+            model.
         mp: ranks that share the model.
         max_seq_len: most tokens in a row of the KV cache; by default the model's context.
         max_batch_size: rows of the KV cache.
@@ -63,17 +64,19 @@ def convert(
     force: bool = False,
     quantize: str | None = None,
 ) -> None:
-    """Write a checkpoint in Meta's or Hugging Face's layout, in other shards, or quantized.
+    """Write a checkpoint in Meta's or Hugging Face's layout, in other shards, quantized, or as a
+    GGUF file.
 
     Example: llama convert Llama-2-70b Llama-2-70b-hf --to hf
 
     Args:
-        src: a checkpoint folder of either layout.
-        dst: the folder to write.
-        to: meta (params.json and consolidated.NN.pth) or hf (config.json, .safetensors, and the
-            other files that transformers needs).
+        src: a checkpoint folder of either layout, or a GGUF file.
+        dst: the folder or GGUF file to write.
+        to: meta (params.json and consolidated.NN.pth), hf (config.json, .safetensors, and the
+            other files that transformers needs) or gguf (the file of llama.cpp).
         mp: number of shards of a Meta folder.
-        dtype: float32, bfloat16 or float16; by default the dtype of the weights.
+        dtype: float32, bfloat16 or float16, and for gguf also q8_0 or q4_0; by default the dtype
+            of the weights, or bfloat16 for those of a quantized GGUF file.
         force: replace dst if it exists.
         quantize: round the matrices to int8 or int4, for mode fast on a CPU; the layout must be
             meta, and the shards are written as consolidated.NN.safetensors.
@@ -85,14 +88,15 @@ def convert(
 
 
 def verify(folder: str | None = None, manifest: bool = True) -> None:
-    """Check a checkpoint folder: the shapes of all tensors, finite numbers, checksums of the files.
+    """Check a checkpoint: the shapes of all tensors, finite numbers, checksums of the files.
 
     The exit code is 1 if a problem is found.
 
     Args:
-        folder: a checkpoint folder, Meta's or Hugging Face's; by default the bundled model.
-        manifest: write SHA256SUMS if the folder has none and no problem is found; not for the
+        folder: a checkpoint folder, Meta's or Hugging Face's, or a GGUF file; by default the
             bundled model.
+        manifest: write SHA256SUMS if the folder has none and no problem is found; not for the
+            bundled model or a GGUF file.
     """
     from llama.checkpoints.folder import BUNDLED
     from llama.checkpoints.verify import verify as run
@@ -127,8 +131,8 @@ def doctor(
     Example: llama doctor Meta-Llama-3-8B --max_seq_len 8192
 
     Args:
-        folder: a checkpoint folder, Meta's or Hugging Face's, or the id of one on the Hub; by
-            default the bundled model.
+        folder: a checkpoint folder, Meta's or Hugging Face's, a GGUF file, or the id of a model
+            on the Hub; by default the bundled model.
         mp: ranks of this machine that share the model.
         max_seq_len: most tokens in a row of the KV cache; by default as in Llama.build.
         max_batch_size: rows of the KV cache.

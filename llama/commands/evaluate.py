@@ -21,7 +21,7 @@ def perplexity(
 
     Args:
         file: any UTF-8 text.
-        ckpt_dir: a checkpoint folder, or an id on the Hub; by default the bundled model.
+        ckpt_dir: a checkpoint folder, GGUF file or id on the Hub; by default the bundled model.
         tokenizer_path: tokenizer.model or tokenizer.json; by default the one in ckpt_dir.
         window: the text is scored in windows of this many tokens, each after bos; by
             default 512, or the context if smaller.
@@ -75,7 +75,7 @@ def evaluate(
 
     Args:
         tasks: names of tasks, groups or tags, separated by commas.
-        ckpt_dir: a checkpoint folder, or an id on the Hub; by default the bundled model.
+        ckpt_dir: a checkpoint folder, GGUF file or id on the Hub; by default the bundled model.
         tokenizer_path: tokenizer.model or tokenizer.json; by default the one in ckpt_dir.
         include_path: a folder with your own tasks, as YAML files; they may run Python code.
         limit: most documents of a task; below 1, the fraction of its documents.

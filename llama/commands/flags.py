@@ -54,7 +54,7 @@ def group(title: str, *rows: tuple[str, str, str | None, str]) -> Group:
 
 MODEL = group(
     "Model",
-    ("ckpt_dir", "text", "the bundled model", "checkpoint folder, or an id on the Hub"),
+    ("ckpt_dir", "text", "the bundled model", "checkpoint folder, GGUF file, or id on the Hub"),
     ("tokenizer_path", "text", "the one in ckpt_dir", "tokenizer.model or tokenizer.json"),
     ("max_seq_len", "whole number", "2048, or the context if smaller",
      "most tokens of prompt and answer together"),
@@ -162,7 +162,7 @@ PRETRAINING = group(
 FINETUNING = group(
     "Data and model",
     ("data", "text", None, "JSONL file with one dialog a line"),
-    ("ckpt_dir", "text", "the bundled model", "checkpoint folder to start from"),
+    ("ckpt_dir", "text", "the bundled model", "checkpoint folder or GGUF file to start from"),
     ("tokenizer", "text", "the one in ckpt_dir", "tokenizer.model"),
     ("eval_data", "text", "none", "JSONL file of dialogs to evaluate on"),
 )

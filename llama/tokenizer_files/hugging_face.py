@@ -6,6 +6,7 @@ encodes text with it. For any other kind the library does everything; see `libra
 """
 
 import json
+from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -46,17 +47,23 @@ def open_json(path: Path, data: bytes) -> "Tiktoken | ByteFallback | LibraryToke
     Raises TokenizerError for a file that is damaged.
     """
     try:
-        file = _parse(data)
-        try:
-            _check_kind(file)
-            content = _read(path, file)
-            if content.model.get("byte_fallback"):
-                return ByteFallback(content)
-            return _tiktoken(content)
-        except _OtherKind:
-            return LibraryTokenizer(path, file)
+        return open_content(path, _parse(data))
     except TokenizerError as error:
         raise TokenizerError(f"{path}: {error}") from error
+
+
+def open_content(
+    path: Path, file: dict[str, Any], bos: str | None = None, eos: str | None = None
+) -> "Tiktoken | ByteFallback | LibraryTokenizer":
+    """The backend for a parsed file. bos, eos: their names, where the caller knows them."""
+    try:
+        _check_kind(file)
+        content = _read(path, file, bos, eos)
+        if content.model.get("byte_fallback"):
+            return ByteFallback(content)
+        return _tiktoken(content)
+    except _OtherKind:
+        return LibraryTokenizer(path, file, eos)
 
 
 # ---- the file --------------------------------------------------------------------------------
@@ -85,13 +92,18 @@ def _check_kind(file: dict[str, Any]) -> None:
         if _steps(file, "decoder", "decoders") not in (LLAMA_2_DECODER, LLAMA_2_DECODER[:-1]):
             raise _OtherKind
         return
-    steps = _steps(file, "pre_tokenizer", "pretokenizers")
-    has_steps = len(steps) == len(LLAMA_3_STEPS) and all(map(_has_entries, steps, LLAMA_3_STEPS))
-    if file.get("normalizer") is not None or not has_steps:
+    if not splits_by(file, LLAMA_3_STEPS):
         raise _OtherKind
 
 
-def _read(path: Path, file: dict[str, Any]) -> _Content:
+def splits_by(file: dict[str, Any], wanted: Sequence[dict[str, Any]]) -> bool:
+    """Whether a file splits a text into words by these steps, and changes no character before."""
+    steps = _steps(file, "pre_tokenizer", "pretokenizers")
+    is_same = len(steps) == len(wanted) and all(map(_has_entries, steps, wanted))
+    return is_same and file.get("normalizer") is None
+
+
+def _read(path: Path, file: dict[str, Any], bos: str | None, eos: str | None) -> _Content:
     model = file["model"]
     vocab = model.get("vocab")
     if not isinstance(vocab, dict) or not vocab:
@@ -115,8 +127,8 @@ def _read(path: Path, file: dict[str, Any]) -> _Content:
         [_pair(merge) for merge in merges],
         special,
         {token["content"] for token in always_allowed},
-        _bos_or_eos(path, special, "bos", ("<|begin_of_text|>", "<s>")),
-        _bos_or_eos(path, special, "eos", ("<|end_of_text|>", "</s>")),
+        bos or _bos_or_eos(path, special, "bos", ("<|begin_of_text|>", "<s>")),
+        eos or _bos_or_eos(path, special, "eos", ("<|end_of_text|>", "</s>")),
     )
 
 
@@ -259,6 +271,7 @@ class ByteFallback:
     is_llama_2 = True
 
     def __init__(self, content: _Content):
+        self.file = content.file
         self._bpe = open_library_tokenizer(content.file)
         for name, i in content.special.items():
             if self._bpe.token_to_id(name) != i:  # the library renumbers unordered added tokens

@@ -64,8 +64,8 @@ class LibraryTokenizer:
     """A vocabulary that is neither Llama 2's nor Llama 3's.
 
     bos is the token that the file puts before each text. If it puts none there, there is no bos.
-    eos is the eos_token of `tokenizer_config.json`, else a token with a known name, else the token
-    that the file puts after each text.
+    eos is the token that the caller names, else the eos_token of `tokenizer_config.json`, else a
+    token with a known name, else the token that the file puts after each text.
 
     Text never becomes a special token, except in a Unigram model, because its pieces include the
     names of the special tokens.
@@ -73,7 +73,8 @@ class LibraryTokenizer:
 
     is_llama_2 = False
 
-    def __init__(self, path: Path, file: dict[str, Any]):
+    def __init__(self, path: Path, file: dict[str, Any], eos: str | None = None):
+        self.file = file
         self._tokenizer = open_library_tokenizer(file)
         self._added = self._tokenizer.get_added_tokens_decoder()
         self.special_tokens = {token.content: i for i, token in sorted(self._added.items())}
@@ -84,7 +85,7 @@ class LibraryTokenizer:
         framed, plain = self._tokenizer.encode("a").ids, self._encode("a")
         self.bos_id = framed[0] if is_framed and framed[0] != plain[0] else NO_TOKEN
         last = framed[-1] if is_framed and framed[-1] != plain[-1] else NO_TOKEN
-        self.eos_id = self._named_eos(path)
+        self.eos_id = self._named_eos(path) if eos is None else self.special_tokens[eos]
         if self.eos_id == NO_TOKEN:
             known = (self.special_tokens.get(name) for name in END_TOKENS)
             self.eos_id = next((i for i in known if i is not None), last)

@@ -17,11 +17,14 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from llama import parallel
 from llama.checkpoints import shards
+from llama.checkpoints.beside_weights import files_of_gguf
 from llama.checkpoints.folder import run_checkpoints
 from llama.checkpoints.params import write_params
 from llama.errors import CheckpointError, LlamaError, TrainingError
 from llama.files import atomic_file
+from llama.gguf_file import is_gguf
 from llama.model import Transformer
+from llama.tokenizer import Tokenizer
 from llama.training.token_files import Loader
 
 # If these files are beside the tokenizer, they are copied too. They say which tokens end a text,
@@ -73,6 +76,20 @@ def save(run: Run) -> Path:
     return final
 
 
+def _write_tokenizer(source: Path, folder: Path) -> None:
+    """Copy the tokenizer's file and the settings beside it. From a GGUF file they are made."""
+    if is_gguf(source):
+        for name, content in files_of_gguf(Tokenizer(source)).items():
+            (folder / name).write_bytes(content)
+        return
+    shutil.copyfile(
+        source, folder / f"tokenizer{'.json' if source.suffix == '.json' else '.model'}"
+    )
+    for path in (source.with_name(name) for name in OF_TOKENIZER):
+        if path.is_file():
+            shutil.copyfile(path, folder / path.name)
+
+
 def _write(run: Run, folder: Path, weights: dict[str, Tensor]) -> None:
     """Write this rank's files of a checkpoint. The main rank also writes the common files."""
     is_first_replica = parallel.dp_rank() == 0
@@ -81,12 +98,7 @@ def _write(run: Run, folder: Path, weights: dict[str, Tensor]) -> None:
     if parallel.is_main_rank():
         write_params(folder / "params.json", run.model.params)
         if run.tokenizer_path is not None:
-            is_json = Path(run.tokenizer_path).suffix == ".json"
-            name = "tokenizer.json" if is_json else "tokenizer.model"
-            shutil.copyfile(run.tokenizer_path, folder / name)
-            for path in (Path(run.tokenizer_path).with_name(name) for name in OF_TOKENIZER):
-                if path.is_file():
-                    shutil.copyfile(path, folder / path.name)
+            _write_tokenizer(Path(run.tokenizer_path), folder)
     if is_first_replica or isinstance(run.model, FSDPModule):
         state = {
             "step": run.step,

@@ -3,7 +3,6 @@
 import json
 import random
 import re
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,9 +16,6 @@ from llama.checkpoints.inspect import flops_per_token
 from llama.explain import Trace, logit_lens, trace
 from llama.explain.page import write_page
 from llama.sampling import distribution
-
-CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
-needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed")
 
 # The text has what HTML and JSON could take for markup.
 PROMPT = "Once upon a time there was a fox </script><b>&amp; “so” who said: \\n \U0001f98a"
@@ -40,16 +36,6 @@ def file(llama: Llama, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("page") / "explain.html"
     write_page(llama, PROMPT, path, mp_size=2)
     return path
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield browser
-        browser.close()
 
 
 @pytest.fixture
@@ -90,7 +76,6 @@ def test_the_file_is_small_and_whole(file: Path) -> None:
     assert "</script><b>" not in text
 
 
-@needs_browser
 def test_two_hundred_values_under_the_pointer(page: Any, traced: Trace) -> None:
     """Random cells of random heat maps, at random layers and both steps."""
     rng = random.Random(1)
@@ -120,7 +105,6 @@ def test_two_hundred_values_under_the_pointer(page: Any, traced: Trace) -> None:
     assert n == 200
 
 
-@needs_browser
 def test_statistics_and_shapes(page: Any, traced: Trace) -> None:
     for card in page.query_selector_all("[data-tensor]"):
         name = card.query_selector(".name").inner_text()
@@ -136,7 +120,6 @@ def test_statistics_and_shapes(page: Any, traced: Trace) -> None:
         assert_shown(rms, seen.square().mean().sqrt().item())
 
 
-@needs_browser
 def test_attention_predictions_and_lens(page: Any, llama: Llama, traced: Trace) -> None:
     page.evaluate("choose({layer: 2, head: 3, token: 7})")
     weights = traced["layers.2.attention.weights"][0, 3, 7, :8].tolist()
@@ -161,7 +144,6 @@ def test_attention_predictions_and_lens(page: Any, llama: Llama, traced: Trace) 
         assert_shown(cell.inner_text(), size)
 
 
-@needs_browser
 @pytest.mark.parametrize(
     ("temperature", "top_p"), [(0.6, 0.9), (1.0, 0.99), (2.0, 0.5), (0.05, 0.9), (0.0, 0.9)]
 )
@@ -186,7 +168,6 @@ def test_sampling_is_that_of_the_library(
     assert len(rows) == 24
 
 
-@needs_browser
 def test_what_the_cache_saves(page: Any, traced: Trace) -> None:
     args, n = traced.params, len(traced.tokens) + 1
     with_cache, without = (
@@ -199,7 +180,6 @@ def test_what_the_cache_saves(page: Any, traced: Trace) -> None:
     assert f"{kv / 1024:.2f} KiB a token" in page.inner_text("#saved")
 
 
-@needs_browser
 def test_keys_and_controls(page: Any, traced: Trace) -> None:
     state = "({step: state.step, token: state.token, layer: state.layer, head: state.head})"
     n = len(traced.tokens)
@@ -229,7 +209,6 @@ def test_keys_and_controls(page: Any, traced: Trace) -> None:
     assert page.evaluate("state.token") == 4  # the arrows moved in the heat map only
 
 
-@needs_browser
 def test_every_rank_and_exchange_is_drawn(page: Any) -> None:
     text = page.inner_text("#split")
     assert "9 exchanges" in text
@@ -241,7 +220,6 @@ def test_every_rank_and_exchange_is_drawn(page: Any) -> None:
     assert "0: 0–319, 1: 320–639" in gate
 
 
-@needs_browser
 @pytest.mark.parametrize("width", [360, 390, 1200])
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_no_width_makes_the_page_scroll_sideways(

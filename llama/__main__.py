@@ -50,7 +50,9 @@ def overview() -> str:
 
 
 def main() -> None:
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    # Other libraries' messages are shown from warnings on.
+    logging.basicConfig(format="%(message)s", stream=sys.stderr)
+    logging.getLogger("llama").setLevel(logging.INFO)
     with one_line():
         dispatch(sys.argv[1:])
 

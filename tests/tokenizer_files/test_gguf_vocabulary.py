@@ -18,7 +18,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 from llama.errors import CheckpointError, TokenizerError
 from llama.gguf_reader import package
 from llama.tokenizer import Tokenizer
-from llama.tokenizer_files.gguf import has_vocabulary
+from llama.tokenizer_files.from_gguf import has_vocabulary
 
 # The files ggml-vocab-*.gguf with .inp and .out in the sources of llama.cpp.
 VECTORS = os.environ.get("LLAMA_CPP_MODELS")

@@ -86,7 +86,7 @@ def test_ids_are_those_of_the_source_and_of_llama_cpp(source: Path, tmp_path: Pa
     for name in ("n_words", "bos_id", "eos_id", "stop_tokens", "special_tokens", "is_llama_2"):
         assert getattr(tokenizer, name) == getattr(own, name)
     theirs = llama_cpp_ids(path)
-    for text in random_texts(2000):
+    for text in random_texts(2500):
         ids = tokenizer.encode(text, bos=False, eos=False)
         assert ids == own.encode(text, bos=False, eos=False)
         assert ids == theirs(text)

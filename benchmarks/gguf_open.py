@@ -2,41 +2,65 @@
 
 python benchmarks/gguf_open.py --work build/gguf --shape 1.5b --out build/gguf_1.5b.json
 
-Each is measured without the file in the system's page cache, and again with it. Memory is the
-process' own: the most during loading, and what stays. Linux only.
+Each is measured without the file in the system's page cache, and again with it. Memory is the most
+that a fresh process has of its own while it loads. Linux only.
 """
 
 import json
 import os
 import statistics
-import threading
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import fire
-import torch
 from make_checkpoint import SHAPES, make_checkpoint
 from processor import processor
 from tqdm import tqdm
 
-from llama import parallel
 from llama.checkpoints.convert import convert
-from llama.checkpoints.folder import open_checkpoint
-from llama.checkpoints.load import load_weights
-from llama.fast.quantize import Width
-from llama.memory import used_memory
-from llama.model import Transformer
 
-CPU = torch.device("cpu")
 CHUNK = 1 << 24  # bytes that are read at a time
 # Name, type of the matrices in the file, and the width to which they are rounded.
-CASES: list[tuple[str, str, Width | None]] = [
+CASES = [
     ("Q8_0 to bfloat16", "q8_0", None),
     ("Q4_0 to bfloat16", "q4_0", None),
     ("Q4_0 to int4", "q4_0", "int4"),
     ("BF16", "bfloat16", None),
 ]
+# The measured process. It prints the seconds and the memory as JSON.
+LOAD = """
+import json, sys, threading, time
+import torch
+from llama import parallel
+from llama.checkpoints.folder import open_checkpoint
+from llama.checkpoints.load import load_weights
+from llama.memory import used_memory
+from llama.model import Transformer
+
+cpu, width = torch.device("cpu"), sys.argv[2] or None
+parallel.initialize(1, cpu)
+before, done, most = used_memory(cpu)["private"], threading.Event(), 0
+
+def watch():
+    global most
+    while not done.wait(0.01):
+        most = max(most, used_memory(cpu)["private"] - before)
+
+watcher = threading.Thread(target=watch)
+watcher.start()
+start = time.perf_counter()
+opened = open_checkpoint(sys.argv[1])
+with torch.device("meta"):
+    model = Transformer(opened.args)
+load_weights(model, opened, cpu, None, width)
+seconds = time.perf_counter() - start
+done.set()
+watcher.join()
+print(json.dumps({"seconds": seconds, "GB": most / 1e9}))
+"""
 
 
 def forget(path: Path) -> None:
@@ -56,27 +80,12 @@ def read(path: Path) -> float:
     return time.perf_counter() - start
 
 
-def load(path: Path, width: Width | None) -> tuple[float, dict[str, float]]:
-    """Load the weights. Returns the seconds, and the memory in GB."""
-    start = time.perf_counter()
-    opened = open_checkpoint(path)
-    with torch.device("meta"):
-        model = Transformer(opened.args)
-    before, done, most = used_memory(CPU)["private"], threading.Event(), 0
-
-    def watch() -> None:
-        nonlocal most
-        while not done.wait(0.005):
-            most = max(most, used_memory(CPU)["private"])
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    load_weights(model, opened, CPU, None, width)
-    seconds = time.perf_counter() - start
-    done.set()
-    watcher.join()
-    stays = used_memory(CPU)["private"]
-    return seconds, {"peak_GB": (most - before) / 1e9, "stays_GB": (stays - before) / 1e9}
+def load(path: Path, width: str | None, threads: int) -> dict[str, float]:
+    """The seconds and the memory of a process that loads the weights."""
+    command = [sys.executable, "-c", LOAD, str(path), width or ""]
+    environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=environment)
+    return json.loads(done.stdout)
 
 
 def main(
@@ -91,8 +100,6 @@ def main(
         threads: number of threads.
         out: a file, to which the figures are written as JSON.
     """
-    torch.set_num_threads(threads)
-    parallel.initialize(1, CPU)
     folder = Path(work) / str(shape)
     if not (folder / "params.json").exists():
         make_checkpoint(folder, SHAPES[str(shape)])
@@ -102,13 +109,14 @@ def main(
             path = folder.with_name(f"{shape}_{dtype}.gguf")
             if not path.exists():
                 convert(folder, path, "gguf", dtype=dtype)
-            figures = {"GB": path.stat().st_size / 1e9}
+            figures = {"file_GB": path.stat().st_size / 1e9}
             forget(path)
-            figures |= {"read": read(path), "read_again": read(path)}
+            figures |= {"read_s": read(path), "read_again_s": read(path)}
             forget(path)
-            figures["load"], _ = load(path, width)
-            figures["load_again"], memory = load(path, width)
-            found[name].append(figures | memory)
+            figures["load_s"] = load(path, width, threads)["seconds"]
+            again = load(path, width, threads)
+            figures |= {"load_again_s": again["seconds"], "own_memory_GB": again["GB"]}
+            found[name].append(figures)
     medians = {
         name: {key: statistics.median(one[key] for one in all_) for key in all_[0]}
         for name, all_ in found.items()

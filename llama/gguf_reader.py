@@ -5,6 +5,7 @@ it busy for hours. And it makes an object of each element of an array, so that L
 takes 14 seconds.
 """
 
+import logging
 import math
 import struct
 from functools import cache
@@ -34,6 +35,7 @@ def package() -> ModuleType:
         raise CheckpointError(
             "a GGUF file needs the package gguf: pip install 'llama-reference[gguf]'"
         ) from None
+    logging.getLogger("gguf").setLevel(logging.WARNING)  # its writer logs each step
     return gguf
 
 
@@ -87,8 +89,11 @@ def _reader_class() -> Any:
         def _get(self, offset: int, dtype: Any, count: int = 1, override_order: Any = None) -> Any:
             part = super()._get(offset, dtype, count, override_order)
             if len(part) != count:
-                raise ValueError(f"it ends at byte {len(self.data)}, before its content does")
+                raise self._ends_early()
             return part
+
+        def _ends_early(self) -> ValueError:
+            return ValueError(f"it ends at byte {len(self.data)}, before its content does")
 
         def _get_str(self, offset: int) -> Any:
             end = offset + 8 + int(self._get(offset, np.uint64)[0])
@@ -113,10 +118,12 @@ def _reader_class() -> Any:
                 size_at, data = struct.Struct("<Q").unpack_from, self.data.view(np.ndarray)
                 for _ in range(n):
                     start = at + 8
+                    if start > len(data):
+                        raise self._ends_early()
                     at = start + size_at(data, at)[0]
                     parts.append(data[start:at])
                 if at > len(data):
-                    raise ValueError(f"it ends at byte {len(data)}, before its content does")
+                    raise self._ends_early()
                 return at - orig_offs, parts, list(range(2, 2 + n)), [array, kind]
             if kind not in self.gguf_scalar_to_np:
                 raise ValueError(f"an array has elements of type {kind.name}")

@@ -21,7 +21,7 @@ from llama.gguf_reader import MAGIC
 from llama.tokenizer_files.as_gguf import as_gguf
 from llama.tokenizer_files.as_json import as_json
 from llama.tokenizer_files.chat_templates import ChatForm
-from llama.tokenizer_files.gguf import open_gguf
+from llama.tokenizer_files.from_gguf import open_gguf
 from llama.tokenizer_files.hugging_face import ByteFallback, open_json
 from llama.tokenizer_files.library import NO_TOKEN, LibraryTokenizer
 from llama.tokenizer_files.meta import (

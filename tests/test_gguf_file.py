@@ -177,7 +177,7 @@ def tensor(dims: list[int], kind: int = 0, offset: int = 0) -> bytes:
         (header(keys=1), "ends at byte 24, before its content does"),
         (header(keys=1) + array(8, 2**62), "its arrays have more than 2097152 elements"),
         (header(keys=1) + array(0, 2**21), "ends at byte 49, before its content does"),
-        (header(keys=1) + array(8, 2**21), "damaged"),
+        (header(keys=1) + array(8, 2**21), "ends at byte 49, before its content"),
         (header(keys=1) + struct.pack("<Q", 2**62), f"its header has {2**62 + 32} bytes or more"),
         (header(keys=1) + array(9, 3) + bytes(100), "an array has elements of type ARRAY"),
         (header(keys=1) + array(77, 3), "77 is not a valid GGUFValueType"),

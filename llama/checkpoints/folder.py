@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from llama import config, parallel
-from llama.checkpoints import gguf, hugging_face
+from llama.checkpoints import gguf_checkpoint, hugging_face
 from llama.checkpoints.params import read_params
 from llama.checkpoints.pickled import check_kind
 from llama.checkpoints.shards import Checkpoint, find_shards, read_shard
@@ -24,7 +24,7 @@ from llama.fast.quantize import (
 )
 from llama.files import read_json
 from llama.gguf_file import is_gguf, parts_of, read_gguf
-from llama.tokenizer_files.gguf import has_vocabulary
+from llama.tokenizer_files.from_gguf import has_vocabulary
 
 log = logging.getLogger("llama")
 BUNDLED = Path(__file__).parent.parent / "bundled"  # the model in this package
@@ -104,7 +104,7 @@ def has_params(folder: Path) -> bool:
 def read_args(folder: Path, rope_factor: float | None = None) -> ModelArgs:
     """The model's shape, from params.json, config.json or a GGUF file."""
     if is_gguf(folder):
-        return gguf.read_args(read_gguf(folder), rope_factor)
+        return gguf_checkpoint.read_args(read_gguf(folder), rope_factor)
     if has_params(folder):
         return read_params(folder / "params.json", rope_factor)
     return hugging_face.read_config(folder / "config.json", rope_factor)
@@ -132,7 +132,7 @@ def open_checkpoint(ckpt_dir: str | Path, rope_factor: float | None = None) -> C
     rope_factor."""
     folder = find_folder(ckpt_dir)
     if is_gguf(folder):
-        return gguf.open_gguf(folder, rope_factor)
+        return gguf_checkpoint.open_gguf(folder, rope_factor)
     args = read_args(folder, rope_factor)
     if quantization := read_quantization(folder):
         if args.vocab_size == -1:

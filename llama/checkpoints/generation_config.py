@@ -1,7 +1,7 @@
 """The stop tokens and the sampling options that a folder suggests for its model.
 
 Hugging Face's folders keep both in `generation_config.json`. Older ones keep the stop tokens in
-`config.json`. A GGUF file keeps the stop tokens with its vocabulary; see `tokenizer_files/gguf.py`.
+`config.json`. A GGUF file keeps the stop tokens with its vocabulary, which `from_gguf.py` reads.
 """
 
 import os

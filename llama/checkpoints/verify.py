@@ -189,6 +189,9 @@ def kind_of(folder: Path) -> str:
     """Whether the model was trained to chat: "instruct", "base" or UNKNOWN.
 
     It depends on the chat template, or its absence, and on the name of the folder or GGUF file."""
+    if is_gguf(folder):
+        has_template = read_value(folder, "tokenizer.chat_template", str) is not None
+        return _kind(folder.stem.lower(), has_template)
     place = folder.resolve()
     if place.name == "original":  # inside a repository of Hugging Face
         place = place.parent
@@ -197,14 +200,13 @@ def kind_of(folder: Path) -> str:
         name = place.parent.parent.name.lower().rpartition("--")[2]
     if any((place / f"chat_template.{suffix}").exists() for suffix in ("jinja", "json")):
         return "instruct"
-    if is_gguf(place):
-        name = place.stem.lower()
-        has_template: bool | None = read_value(place, "tokenizer.chat_template", str) is not None
-    else:
-        try:
-            has_template = "chat_template" in read_json(place / "tokenizer_config.json")
-        except LlamaError:
-            has_template = None  # Meta's folders have no such file
+    try:
+        return _kind(name, "chat_template" in read_json(place / "tokenizer_config.json"))
+    except LlamaError:
+        return _kind(name, None)  # Meta's folders have no such file
+
+
+def _kind(name: str, has_template: bool | None) -> str:
     if has_template or "instruct" in name or "-chat" in name:
         return "instruct"
     return "base" if has_template is False or BASE_NAME.fullmatch(name) else UNKNOWN

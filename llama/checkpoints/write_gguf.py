@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from llama.checkpoints.beside_weights import chat_template
 from llama.checkpoints.generation_config import GGUF_KEYS, read_sampling
-from llama.checkpoints.gguf import ARCHITECTURE, ROPE_DIVISORS, gguf_name, rope_divisors
+from llama.checkpoints.gguf_checkpoint import ARCHITECTURE, ROPE_DIVISORS, gguf_name, rope_divisors
 from llama.checkpoints.inspect import weights_of
 from llama.checkpoints.shards import Checkpoint
 from llama.checkpoints.verify import kind_of
@@ -20,7 +20,7 @@ from llama.errors import CheckpointError, ConfigError, TokenizerError
 from llama.gguf_file import in_threads
 from llama.gguf_reader import package
 from llama.tokenizer import Tokenizer
-from llama.tokenizer_files.gguf import KEYS
+from llama.tokenizer_files.from_gguf import KEYS
 
 # The type of the matrices in the file, by the name that the user gives.
 TYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "q8_0": "Q8_0", "q4_0": "Q4_0"}

@@ -1,4 +1,4 @@
-"""A vocabulary as the keys of a GGUF file, with the same ids; `gguf.py` reads them.
+"""A vocabulary as the keys of a GGUF file, with the same ids; `from_gguf.py` reads them.
 
 The keys are those of https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. llama.cpp merges
 the pieces of a SentencePiece vocabulary by their scores, and tokens of bytes by a list of merges.
@@ -8,7 +8,7 @@ from typing import Any
 
 from llama.errors import TokenizerError
 from llama.tokenizer_files.as_json import as_json
-from llama.tokenizer_files.gguf import BYTE_LEVEL, KEYS, SENTENCEPIECE, WORDS, Backend
+from llama.tokenizer_files.from_gguf import BYTE_LEVEL, KEYS, SENTENCEPIECE, WORDS, Backend
 from llama.tokenizer_files.hugging_face import ByteFallback, splits_by
 from llama.tokenizer_files.library import NO_TOKEN
 from llama.tokenizer_files.meta import SentencePiece, Tiktoken

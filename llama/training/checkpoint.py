@@ -82,9 +82,8 @@ def _write_tokenizer(source: Path, folder: Path) -> None:
         for name, content in files_of_gguf(Tokenizer(source)).items():
             (folder / name).write_bytes(content)
         return
-    shutil.copyfile(
-        source, folder / f"tokenizer{'.json' if source.suffix == '.json' else '.model'}"
-    )
+    is_json = source.suffix == ".json"
+    shutil.copyfile(source, folder / ("tokenizer.json" if is_json else "tokenizer.model"))
     for path in (source.with_name(name) for name in OF_TOKENIZER):
         if path.is_file():
             shutil.copyfile(path, folder / path.name)

@@ -20,7 +20,7 @@ from llama.checkpoints.convert import convert
 from llama.checkpoints.doctor import examine
 from llama.checkpoints.folder import BUNDLED, open_checkpoint
 from llama.checkpoints.inspect import describe
-from llama.checkpoints.verify import verify
+from llama.checkpoints.verify import kind_of, verify
 from llama.config import RopeScaling
 from llama.errors import CheckpointError, ConfigError, LlamaError
 from llama.fast.quantize import Int4Weight, dequantize
@@ -330,8 +330,10 @@ def test_a_folder_with_one_model(small: Path, bundled: Path, tmp_path: Path) -> 
     folder = tmp_path / "repository"
     folder.mkdir()
     (folder / "README.md").write_text("a model")
-    (folder / "a.gguf").symlink_to(small)
+    (tmp_path / "0123").symlink_to(small)  # Hugging Face's cache has such links
+    (folder / "a.gguf").symlink_to(tmp_path / "0123")
     assert torch.equal(logits_of(folder), logits_of(small))
+    assert kind_of(folder / "a.gguf") == "instruct"
     (folder / "b.gguf").symlink_to(bundled)
     with pytest.raises(CheckpointError, match=r"several GGUF models: name one of a.gguf, b.gguf"):
         Llama.build(folder)
@@ -414,7 +416,7 @@ UINT32, STRING = [gguf.GGUFValueType.UINT32], [gguf.GGUFValueType.STRING]
         ({"llama.vocab_size": (641, UINT32)}, r"token_embd.weight \(640, 128\) instead of \(641"),
         ({"llama.attention.key_length": (4, UINT32)}, "keys, values and RoPE must have the same"),
         ({"llama.attention.layer_norm_rms_epsilon": None}, "lacks llama.attention.layer_norm_rms"),
-        ({"llama.rope.scaling.type": ("yarn", STRING)}, "RoPE is scaled by 'yarn'"),
+        ({"llama.rope.scaling.type": ("yarn", STRING)}, "RoPE scaling is of type 'yarn'"),
         ({"llama.logit_scale": (1.5, [gguf.GGUFValueType.FLOAT32])}, "has logit_scale"),
         ({"llama.attention.causal": (False, [gguf.GGUFValueType.BOOL])}, "attention is not causal"),
         (

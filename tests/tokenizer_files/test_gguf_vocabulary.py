@@ -18,7 +18,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 from llama.errors import CheckpointError, TokenizerError
 from llama.gguf_reader import package
 from llama.tokenizer import Tokenizer
-from llama.tokenizer_files.gguf import has_vocabulary
+from llama.tokenizer_files.from_gguf import has_vocabulary
 
 # The files ggml-vocab-*.gguf with .inp and .out in the sources of llama.cpp.
 VECTORS = os.environ.get("LLAMA_CPP_MODELS")
@@ -86,7 +86,7 @@ def test_ids_are_those_of_the_source_and_of_llama_cpp(source: Path, tmp_path: Pa
     for name in ("n_words", "bos_id", "eos_id", "stop_tokens", "special_tokens", "is_llama_2"):
         assert getattr(tokenizer, name) == getattr(own, name)
     theirs = llama_cpp_ids(path)
-    for text in random_texts(2000):
+    for text in random_texts(2500):
         ids = tokenizer.encode(text, bos=False, eos=False)
         assert ids == own.encode(text, bos=False, eos=False)
         assert ids == theirs(text)

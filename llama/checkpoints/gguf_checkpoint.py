@@ -38,7 +38,8 @@ TO_META = {theirs: metas for metas, theirs in (MODEL_MODULES | LAYER_MODULES).it
 ROPE_DIVISORS = "rope_freqs.weight"
 UNPACKED = torch.bfloat16  # the default dtype of a quantized matrix after unpacking
 EMBEDDING = "tok_embeddings.weight"
-EXPERTS = re.compile(r".*\.ffn_(gate_inp|\w+_(exps|shexp))\..*|.*\.ffn_(gate|up|down)\.\d+\..*")
+# The router and the experts of a mixture, stacked or, in old files, each by its number.
+EXPERTS = re.compile(r".*\.ffn_(gate_inp|\w+_exps|\w+_shexp|(gate|up|down)\.\d+)\..*")
 # Keys of other architectures that would change what the network computes.
 UNUSABLE = ("attention.scale", "logit_scale", "residual_scale", "embedding_scale")
 
@@ -171,7 +172,7 @@ def _scaling(file: GgufFile, args: ModelArgs, rope_factor: float | None) -> Rope
     kind = file.get(f"{ARCHITECTURE}.rope.scaling.type", str) or "none"
     factor = file.get(f"{ARCHITECTURE}.rope.scaling.factor", float)
     if kind not in ("none", "linear"):
-        raise ConfigError(f"RoPE is scaled by {kind!r:.40}, which GGUF files of Llama do not need")
+        raise ConfigError(f"RoPE scaling is of type {kind!r:.40}: it must be none or linear")
     linear = RopeScaling(factor, kind="linear") if kind == "linear" and factor else None
     divisors = file.tensors.get(ROPE_DIVISORS)
     if divisors is None:

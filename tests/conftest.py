@@ -51,7 +51,7 @@ def llama2_tokenizer_path() -> Path:
     return Path(path)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")  # while it is open, no test can start an event loop
 def browser() -> Iterator[Any]:
     """Chromium, driven by playwright."""
     from playwright.sync_api import sync_playwright

@@ -33,7 +33,7 @@ def parity(
 
     Args:
         prompt: the text, in quotes; by default the beginning of a tale.
-        ckpt_dir: a checkpoint folder, or an id on the Hub; by default the bundled model.
+        ckpt_dir: a checkpoint folder, GGUF file or id on the Hub; by default the bundled model.
         tokenizer_path: tokenizer.model or tokenizer.json; by default the one in ckpt_dir.
         against: llama-models (Meta's own code) or transformers; by default llama-models.
         max_gen_len: tokens that both decode; by default 32.

@@ -45,7 +45,7 @@ def tokens(
         diff: another tokenizer, which is compared: the output shows where it cuts the same
             characters differently; a tokenizer's file, a checkpoint folder, or, with --chat, the
             name of another chat format.
-        ckpt_dir: a checkpoint folder, or an id on the Hub; by default the bundled model.
+        ckpt_dir: a checkpoint folder, GGUF file or id on the Hub; by default the bundled model.
         tokenizer_path: tokenizer.model or tokenizer.json; by default the one in ckpt_dir.
         format: chat format: llama3, llama2, chatml or zephyr; by default the folder's, else the
             vocabulary's.

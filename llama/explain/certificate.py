@@ -24,9 +24,10 @@ from llama.explain.oracles import ORACLES
 from llama.explain.parity import Comparison, n_equal
 from llama.explain.recording import LOGITS
 from llama.files import read_json, write_json
+from llama.gguf_file import is_gguf, parts_of
 from llama.processor import processor_name
 
-WEIGHTS = (".pth", ".safetensors", ".bin")
+WEIGHTS = (".pth", ".safetensors", ".bin", ".gguf")
 CONFIGURATIONS = ("params.json", "config.json")
 
 
@@ -77,13 +78,11 @@ def certify(
 def checksums(ckpt_dir: Path, tokenizer_path: str | Path | None = None) -> dict[str, str]:
     """The SHA-256 of the weights, the configuration and the tokenizer, by file name."""
     folder = find_folder(ckpt_dir)
-    paths = [
-        path
-        for path in sorted(folder.iterdir())
-        if path.suffix in WEIGHTS or path.name in CONFIGURATIONS
-    ]
+    paths = parts_of(folder) if is_gguf(folder) else sorted(folder.iterdir())
+    paths = [path for path in paths if path.suffix in WEIGHTS or path.name in CONFIGURATIONS]
     paths.append(Path(tokenizer_path or find_tokenizer(folder, ckpt_dir)))
-    return {path.name: checksum(path, "sha256") for path in paths}
+    # A GGUF file is the tokenizer's file too.
+    return {path.name: checksum(path, "sha256") for path in dict.fromkeys(paths)}
 
 
 # ---- the file -----------------------------------------------------------------------------------

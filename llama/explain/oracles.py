@@ -25,6 +25,7 @@ from llama.checkpoints.setup import Setup
 from llama.checkpoints.shards import ROTATED, find_shards, read_shard
 from llama.config import ModelArgs, RopeScaling
 from llama.errors import ConfigError
+from llama.gguf_file import is_gguf
 
 # Where an oracle's weights come from, from the most independent source to the least.
 OWN_FILES = "the folder's files, read by its own code"
@@ -118,7 +119,8 @@ class LlamaModels(Oracle):
     def weights_from(setup: Setup) -> str:
         opened, n = setup.opened, setup.mp_size
         n_shards = len(opened.shards)
-        if opened.is_hugging_face or n > opened.args.local_kv_heads(1):
+        is_metas = not opened.is_hugging_face and not is_gguf(opened.folder)
+        if not is_metas or n > opened.args.local_kv_heads(1):
             return OURS
         if n_shards == n:
             return META_FILES

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from llama.checkpoints.convert import convert
 from llama.checkpoints.folder import BUNDLED
 from llama.errors import ConfigError, DataError
 from llama.explain.certificate import (
@@ -160,6 +161,16 @@ def test_a_changed_weight_file(certificate: Certificate, tmp_path: Path) -> None
     figures = compare_figures(certificate, again)
     assert figures[0].found == "changed: consolidated.00.pth"
     assert figures[0].holds is False
+
+
+@pytest.mark.parametrize("against", ["llama-models", "transformers"])
+def test_a_gguf_file(against: str, tmp_path: Path) -> None:
+    path = convert(BUNDLED, tmp_path / "model.gguf", "gguf", dtype="q8_0")
+    comparison = compare(path, against=against, device="cpu", max_gen_len=4, dtype="float32")
+    assert comparison.holds
+    certificate = certify(comparison, path, device="cpu")
+    assert certificate.model == "model.gguf"
+    assert certificate.files == {path.name: hashlib.sha256(path.read_bytes()).hexdigest()}
 
 
 # ---- the committed certificates -----------------------------------------------------------------

@@ -100,3 +100,9 @@ def test_where_weights_of_a_hugging_face_folder_come_from(tmp_path: Path) -> Non
     setup = setup_of(folder)
     assert LlamaModels.weights_from(setup) == OURS
     assert Transformers.weights_from(setup) == OWN_FILES
+
+
+def test_where_weights_of_a_gguf_file_come_from(tmp_path: Path) -> None:
+    source = write_meta(tmp_path / "meta", make_model(n_kv_heads=8), 1)
+    setup = setup_of(convert(source, tmp_path / "model.gguf", "gguf"))
+    assert [oracle.weights_from(setup) for oracle in (LlamaModels, Transformers)] == [OURS, OURS]

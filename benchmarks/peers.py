@@ -30,7 +30,6 @@ from tqdm import tqdm
 
 from llama import ModelArgs
 from llama.checkpoints.convert import convert
-from llama.checkpoints.folder import open_checkpoint
 from llama.checkpoints.params import write_params
 from llama.fast.quantize import Width
 from llama.fast.quantizers import QUANTIZERS
@@ -56,7 +55,7 @@ LINES = [
     ("llama-reference", "int4"),
     ("llama.cpp", "Q4_0"),
 ]
-WIDTHS = ("BF16", "Q8_0", "Q4_0")
+WIDTHS = {"BF16": "bfloat16", "Q8_0": "q8_0", "Q4_0": "q4_0"}  # as `convert` calls them
 SHARDS = {"8b": 4}  # of the checkpoint, one of which is held in memory while it is written
 # The widths of llama.cpp that ours are compared with.
 RIVALS = {"bfloat16": "BF16", "int8": "Q8_0", "int4": "Q4_0"}
@@ -99,8 +98,6 @@ class Peer:
 
 def prepare(work: Path, shape: str, lines: Sequence[tuple[str, str]]) -> None:
     """Write the checkpoint in the formats that the peers read and that do not exist yet."""
-    from gguf_file import write_gguf
-
     metas = work / "meta"
     if not (metas / "params.json").exists():
         make_checkpoint(metas, SHAPES[shape], mp_size=SHARDS.get(shape, 1))
@@ -113,7 +110,7 @@ def prepare(work: Path, shape: str, lines: Sequence[tuple[str, str]]) -> None:
         elif width in QUANTIZERS and not path.exists():
             convert(metas, path, "meta", quantize=cast(Width, width))
         elif width in WIDTHS and not (path := work / f"{width}.gguf").exists():
-            write_gguf(path, open_checkpoint(metas), width, CONTEXT)
+            convert(metas, path, "gguf", dtype=WIDTHS[width])
 
 
 def deviation(path: Path, other: Path) -> float:

@@ -35,16 +35,17 @@ import fire
 import httpx
 import torch
 from make_checkpoint import SHAPES, make_checkpoint, write_tokenizer
+from peers import WIDTHS
 from processor import processor
 
 from llama import Llama
-from llama.checkpoints.folder import open_checkpoint
+from llama.checkpoints.convert import convert
 from llama.commands.limits import check_count
 from llama.errors import BenchmarkError
 from llama.sampling import SamplingParams
 
 CONTEXT = 256  # tokens of a slot
-FIRST_WORD = 259  # ids below are bytes and, in llama.cpp, three special tokens
+FIRST_WORD = 256  # the ids below are bytes
 
 
 @dataclass
@@ -230,14 +231,13 @@ def prepare(work: Path, shape: str, width: str | None) -> tuple[Path, Path]:
     llama.cpp. Returns both paths."""
     folder, file = work / shape, work / f"{shape}_{width}.gguf"
     n_words = SHAPES[shape]["vocab_size"]
-    words = [f" w{i}".encode() for i in range(n_words - FIRST_WORD - 256)]
+    # A file of llama.cpp needs merges. So each word but the first is another word and a byte.
+    words = [b" w", *(b" w%d" % i for i in range(n_words - FIRST_WORD - 257))]
     if not (folder / "tokenizer.model").exists():
         make_checkpoint(folder, SHAPES[shape])
         write_tokenizer(folder / "tokenizer.model", [bytes([i]) for i in range(256)] + words)
     if width is not None and not file.exists():
-        from gguf_file import write_gguf
-
-        write_gguf(file, open_checkpoint(folder), width, CONTEXT, has_words=True)
+        convert(folder, file, "gguf", dtype=WIDTHS[width])
     return folder, file
 
 

@@ -17,12 +17,15 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "serve": ("serve", "serve OpenAI's API and a chat page"),
     "doctor": ("checkpoints", "check whether a checkpoint runs here: memory, tokenizer, device"),
     "bench": ("bench", "measure how fast a model runs here"),
+    "explain": ("explain", "write a page that shows every tensor of a prompt"),
     "inspect": ("checkpoints", "describe a model: sizes, split, KV cache, FLOPs"),
     "convert": (
         "checkpoints",
         "write a checkpoint in another layout, split or width, or with an adapter",
     ),
+    "parity": ("parity", "compare with another implementation, layer by layer"),
     "verify": ("checkpoints", "check that a checkpoint is complete: tensors, numbers, checksums"),
+    "tokens": ("tokens", "show the tokens of a text, and where two tokenizers differ"),
     "vocab": ("data", "train a vocabulary"),
     "tokenize": ("data", "write token files for training"),
     "train": ("train", "train a new model from token files"),
@@ -50,7 +53,9 @@ def overview() -> str:
 
 
 def main() -> None:
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    # Other libraries' messages are shown from warnings on.
+    logging.basicConfig(format="%(message)s", stream=sys.stderr)
+    logging.getLogger("llama").setLevel(logging.INFO)
     with one_line():
         dispatch(sys.argv[1:])
 

@@ -13,7 +13,7 @@ For Llama 3.1 and later, the prompt also describes the tools and contains the ea
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Literal, Protocol, TypedDict, get_args
+from typing import Literal, NotRequired, Protocol, TypedDict, get_args
 
 from llama.errors import DialogError
 from llama.tools import (
@@ -37,20 +37,21 @@ Role = Literal["system", "user", "assistant", "ipython"]
 StopReason = Literal["end_of_turn", "end_of_message"]
 
 
-class _RoleAndContent(TypedDict):
-    role: Role
-    content: str
+class Message(TypedDict):
+    """One message of a dialog. A `Dialog` is a sequence of messages.
 
-
-class Message(_RoleAndContent, total=False):
-    """One message of a dialog; `ipython` is the role of a tool's output.
-
-    `stop_reason` and `tool_calls` are for assistant messages. "end_of_message" says that the model
-    waits for a tool's output before its turn is over.
+    Keys:
+        role: "system", "user", "assistant" or, for a tool's output, "ipython".
+        content: the text.
+        stop_reason: only from the assistant, may be left out. "end_of_message" says that the model
+            waits for a tool's output before its turn is over; "end_of_turn" that it is over.
+        tool_calls: only from the assistant, may be left out: the calls of tools.
     """
 
-    stop_reason: StopReason
-    tool_calls: Sequence[ToolCall]
+    role: Role
+    content: str
+    stop_reason: NotRequired[StopReason]
+    tool_calls: NotRequired[Sequence[ToolCall]]
 
 
 Dialog = Sequence[Message]
@@ -72,6 +73,15 @@ class Vocabulary(Protocol):
 
 class ChatFormat:
     """Llama 3.x: <|start_header_id|>role<|end_header_id|>, an empty line, content, <|eot_id|>.
+
+    Args:
+        tokenizer: its vocabulary must have the markers.
+
+    Attributes:
+        roles: the roles that a message may have.
+
+    Raises:
+        DialogError: the vocabulary has no ids for the headers.
 
     Source: https://www.llama.com/docs/model-cards-and-prompt-formats/llama3_1
     """
@@ -176,7 +186,7 @@ class ChatFormat:
     def written(
         self, dialog: Dialog, tools: Sequence[Tool] = (), date: str | None = None
     ) -> list[Written]:
-        """The messages of a prompt, with the description of the tools and the date."""
+        """The messages of the dialog's prompt, with the description of the tools and the date."""
         if date is None:
             return as_meta_writes(self.completed(dialog), tools)
         return as_template_writes(dialog, tools, date)

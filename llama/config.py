@@ -1,53 +1,43 @@
-"""The shape of a Llama: `ModelArgs`, RoPE scaling and the published models."""
+"""The shape of a Llama: `ModelArgs` and the published models."""
 
 import math
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
-from llama.errors import ConfigError
+from llama.errors import ConfigError, require_number
+from llama.rope_scaling import RopeScaling
 
 LLAMA_2_THETA = 10000.0
 CODE_LLAMA_THETA = 1e6
-# Upper limits, far above the numbers of any Llama. The product of two whole numbers within their
-# limit fits into 64 bits.
-MAX_WHOLE_NUMBER = 2**31 - 1
-MAX_NUMBER = 10**18
-
-
-@dataclass(frozen=True)
-class RopeScaling:
-    """How RoPE is scaled, so that the context can be longer than in pre-training.
-
-    kind: "llama3" divides the low frequencies by the factor, as in Llama 3.1 and later. "linear"
-        divides all frequencies by the factor, as in some fine-tunes of Llama 2 (Chen et al. 2023,
-        arxiv.org/abs/2306.15595); it uses no other field. "dynamic" raises theta if max_seq_len
-        exceeds the original context; see `ModelArgs.scaled_theta`.
-    """
-
-    factor: float = 8.0
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 4.0
-    original_context_length: int = 8192
-    kind: str = "llama3"
-
-    def __post_init__(self) -> None:
-        if self.kind not in ("llama3", "linear", "dynamic"):
-            raise ConfigError(
-                f"RoPE scaling is of kind {self.kind!r}: it must be llama3, linear or dynamic"
-            )
-        for field in fields(self):
-            if field.name != "kind":
-                _require_number(field.name, getattr(self, field.name))
-        if self.high_freq_factor <= self.low_freq_factor:
-            raise ConfigError(
-                f"RoPE high_freq_factor is {self.high_freq_factor}: it must be above "
-                f"low_freq_factor, {self.low_freq_factor}"
-            )
 
 
 @dataclass
 class ModelArgs:
     """A model's shape and limits. Meta's fields and defaults come first, then fields of our own.
+
+    Args:
+        dim: width of the model, D.
+        n_layers: layers.
+        n_heads: query heads, H.
+        n_kv_heads: key/value heads, K. None: as many as n_heads.
+        vocab_size: tokens of the vocabulary, V. -1: as many as the tokenizer has.
+        multiple_of: the feed-forward width is rounded up to a multiple of this.
+        ffn_dim_multiplier: multiplies the feed-forward width before it is rounded. None: 1.
+        norm_eps: added to the mean square in each RMSNorm.
+        rope_theta: base of RoPE's frequencies.
+        use_scaled_rope: scale RoPE. It is True whenever rope_scaling is given.
+        max_batch_size: rows of the KV cache.
+        max_seq_len: positions of the KV cache. RoPE's table has twice as many, as in Meta's code.
+        hidden_dim: the feed-forward width, F. None: `ffn_width` computes it from dim, multiple_of
+            and ffn_dim_multiplier.
+        head_width: features of a head. None: dim / n_heads.
+        rope_scaling: how RoPE is scaled. None with use_scaled_rope: with Meta's constants.
+        context_length: longest trained context in tokens. None: see `context`.
+        embedding_shard_dim: the dimension of the embedding matrix that ranks split. 0: vocabulary,
+            as in Llama 3. 1: features, as in Llama 2.
+        tied: the output matrix is the embedding matrix, as in Llama 3.2 1B and 3B.
+        attention_bias: wq, wk, wv and wo add a bias, which Meta's models do not have.
+        mlp_bias: w1, w2 and w3 add a bias, which Meta's models do not have.
 
     Raises ConfigError if the numbers do not describe a Llama.
     """
@@ -55,24 +45,24 @@ class ModelArgs:
     dim: int = 4096
     n_layers: int = 32
     n_heads: int = 32
-    n_kv_heads: int | None = None  # None: as many as n_heads
-    vocab_size: int = -1  # -1: the tokenizer's size
-    multiple_of: int = 256  # the feed-forward width is rounded up to a multiple of this
+    n_kv_heads: int | None = None
+    vocab_size: int = -1
+    multiple_of: int = 256
     ffn_dim_multiplier: float | None = None
     norm_eps: float = 1e-5
     rope_theta: float = 500000.0
     use_scaled_rope: bool = False
-    max_batch_size: int = 32  # rows of the KV cache
-    max_seq_len: int = 2048  # positions of the KV cache, and length of the RoPE table
+    max_batch_size: int = 32
+    max_seq_len: int = 2048
 
-    hidden_dim: int | None = None  # the feed-forward width; None: computed by `ffn_width`
-    head_width: int | None = None  # features of a head; None: dim / n_heads
-    rope_scaling: RopeScaling | None = None  # if None and use_scaled_rope: Meta's constants
-    context_length: int | None = None  # longest trained context in tokens; None: see `context`
-    embedding_shard_dim: int = 0  # dimension split over ranks. 0: vocabulary, 1: features
-    tied: bool = False  # the output matrix is the embedding (Llama 3.2)
-    attention_bias: bool = False  # wq, wk, wv and wo add a bias, which Meta's models do not have
-    mlp_bias: bool = False  # w1, w2 and w3 add a bias
+    hidden_dim: int | None = None
+    head_width: int | None = None
+    rope_scaling: RopeScaling | None = None
+    context_length: int | None = None
+    embedding_shard_dim: int = 0
+    tied: bool = False
+    attention_bias: bool = False
+    mlp_bias: bool = False
 
     def __post_init__(self) -> None:
         if self.n_kv_heads is None:
@@ -95,14 +85,14 @@ class ModelArgs:
             if getattr(self, n) is not None
         ]
         for name in whole:
-            _require_number(name, getattr(self, name), whole=True)
+            require_number(name, getattr(self, name), whole=True)
         for name in ("norm_eps", "rope_theta"):
-            _require_number(name, getattr(self, name))
+            require_number(name, getattr(self, name))
         if self.ffn_dim_multiplier is not None:
-            _require_number("ffn_dim_multiplier", self.ffn_dim_multiplier)
-        _require_number("the feed-forward width", self.ffn_dim, whole=True)
+            require_number("ffn_dim_multiplier", self.ffn_dim_multiplier)
+        require_number("the feed-forward width", self.ffn_dim, whole=True)
         if self.vocab_size != -1:
-            _require_number("vocab_size", self.vocab_size, whole=True)
+            require_number("vocab_size", self.vocab_size, whole=True)
         if self.head_width is None and self.dim % self.n_heads:
             raise ConfigError(f"dim {self.dim} is not a multiple of n_heads {self.n_heads}")
         if self.head_dim % 2:
@@ -172,7 +162,7 @@ class ModelArgs:
         return {"multiple_of": 1, "ffn_dim_multiplier": (self.hidden_dim + 0.5) / default}
 
     def local_kv_heads(self, mp_size: int) -> int:
-        """Key/value heads that one of `mp_size` ranks holds."""
+        """Key/value heads that one of mp_size ranks holds. 0 if there are more ranks than heads."""
         return (self.n_kv_heads or self.n_heads) // mp_size
 
     def same_shape(self, preset: "ModelArgs") -> bool:
@@ -235,7 +225,7 @@ class ModelArgs:
         return shapes
 
     def check_split(self, mp_size: int) -> None:
-        """Raise ConfigError if `mp_size` ranks cannot share the model."""
+        """Raise ConfigError if mp_size ranks cannot share the model."""
         if self.vocab_size < 1:
             raise ConfigError("vocab_size is -1: set it to the tokenizer's n_words")
         if mp_size not in (sizes := self.workable_sizes()):
@@ -247,9 +237,8 @@ class ModelArgs:
             )
 
     def set_limits(self, max_seq_len: int | None, max_batch_size: int) -> None:
-        """Set the KV cache's size. max_seq_len None: 2048, or the context if that is smaller.
-
-        Raises ConfigError for sizes out of range."""
+        """Set the KV cache's size: max_seq_len positions (None: 2048, or the context if that is
+        smaller) and max_batch_size rows. Raises ConfigError for sizes out of range."""
         self.max_batch_size = max_batch_size
         self.max_seq_len = min(2048, self.context) if max_seq_len is None else max_seq_len
         self.check()
@@ -280,15 +269,6 @@ def ffn_width(hidden_dim: int, multiple_of: int, ffn_dim_multiplier: float | Non
     if ffn_dim_multiplier is not None:
         width = int(ffn_dim_multiplier * width)
     return math.ceil(width / multiple_of) * multiple_of
-
-
-def _require_number(name: str, value: Any, whole: bool = False) -> None:
-    kinds, largest = ((int,), MAX_WHOLE_NUMBER) if whole else ((int, float), MAX_NUMBER)
-    kind = "whole number" if whole else "number"
-    if isinstance(value, bool) or not isinstance(value, kinds) or not value > 0:
-        raise ConfigError(f"{name} is {value!r}: it must be a {kind} above 0")
-    if value > largest:
-        raise ConfigError(f"{name} is {value}: it must be at most {largest}")
 
 
 # ---- the published models -------------------------------------------------------------------

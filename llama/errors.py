@@ -5,8 +5,13 @@ import io
 import os
 import sys
 from collections.abc import Iterator
+from typing import Any
 
 MAX_MESSAGE_LENGTH = 2000  # characters
+# Upper limits, far above the numbers of any Llama. The product of two whole numbers within their
+# limit fits into 64 bits.
+MAX_WHOLE_NUMBER = 2**31 - 1
+MAX_NUMBER = 10**18
 
 
 class LlamaError(ValueError):
@@ -77,3 +82,18 @@ class BenchmarkError(LlamaError):
 
 class TrainingError(LlamaError):
     """Training options that do not fit together, or a run that cannot go on."""
+
+
+class ExplainError(LlamaError):
+    """A tensor name, an edit or a prompt that `llama.explain` cannot serve."""
+
+
+def require_number(name: str, value: Any, whole: bool = False) -> None:
+    """Raise ConfigError unless the value is a number above 0 and within its limit; whole: a whole
+    number."""
+    kinds, largest = ((int,), MAX_WHOLE_NUMBER) if whole else ((int, float), MAX_NUMBER)
+    kind = "whole number" if whole else "number"
+    if isinstance(value, bool) or not isinstance(value, kinds) or not value > 0:
+        raise ConfigError(f"{name} is {value!r}: it must be a {kind} above 0")
+    if value > largest:
+        raise ConfigError(f"{name} is {value}: it must be at most {largest}")

@@ -80,6 +80,18 @@ def write_json(path: str | Path, content: dict[str, Any]) -> None:
         file.write((json.dumps(content, indent=2) + "\n").encode())
 
 
+def check_can_write(path: str | Path) -> None:
+    """Raise DataError if a file of this name cannot be written, so that nothing is computed in
+    vain."""
+    path = Path(path)
+    if path.is_dir():
+        raise DataError(f"cannot write {path}: it is a folder")
+    if not path.parent.is_dir():
+        raise DataError(f"cannot write {path}: there is no folder {path.parent}")
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise DataError(f"cannot write {path}: no permission")
+
+
 def sync_file(path: Path) -> None:
     """Make a file readable for all, and wait until it is on disk."""
     path.chmod(0o644)  # some libraries write files as 0600
@@ -89,8 +101,17 @@ def sync_file(path: Path) -> None:
 
 @contextlib.contextmanager
 def atomic_file(path: str | Path) -> Iterator[BinaryIO]:
-    """Open a temporary file to write to. It is renamed to `path` if the block raises no error."""
+    """Open a temporary file to write to. It is renamed to `path` if the block raises no error.
+
+    A link stays a link: the file that it leads to is replaced. A device or a pipe, such as
+    /dev/stdout, is written directly.
+    """
     path = Path(path)
+    if path.exists() and not path.is_file() and not path.is_dir():
+        with path.open("wb") as stream:
+            yield stream
+        return
+    path = path.resolve()
     try:
         descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     except OSError as error:

@@ -55,11 +55,26 @@ log = logging.getLogger("llama")
 
 
 class Llama:
-    """Text completion and chat on one model.
+    """Text completion and chat on one model. `Llama.build` loads one from a checkpoint.
 
-    Attributes: `model` (Transformer), `tokenizer` (Tokenizer), `formatter` (its chat format),
-    `engine` (Engine, the token loop), `runner` (Runner, which steps the engine), and
-    `suggested_sampling` (the temperature and top_p in the folder's generation_config.json).
+    A Llama may be called from any thread. Calls that come together run together.
+
+    Args:
+        model: the transformer, on its device.
+        tokenizer: its tokenizer.
+        max_batch_size: rows of the KV cache. None: max_batch_size of the model's ModelArgs.
+        seed, mode, quantize, kv_cache, lookup, invariant: as for `build`.
+        draft: a smaller model that proposes tokens.
+        adapters: LoRA changes of the model, which calls may name.
+
+    Attributes:
+        model: the `Transformer`.
+        tokenizer: the `Tokenizer`.
+        engine: the `Engine`, the token loop.
+        runner: steps the engine for all callers.
+        suggested_sampling: the temperature and top_p in the folder's generation_config.json.
+
+    Raises a LlamaError (a ValueError) that names what does not fit.
     """
 
     @staticmethod
@@ -89,10 +104,11 @@ class Llama:
 
         Args:
             ckpt_dir: a folder with `params.json` and `consolidated.NN.pth`, with `config.json` and
-                `.safetensors`, or with Meta's files in `original/`; or an id on the Hugging Face
-                Hub, `owner/name@revision`. None: the bundled model.
-            tokenizer_path: the tokenizer's file. None: `tokenizer.model` in the folder, else
-                `tokenizer.json`.
+                `.safetensors`, or with Meta's files in `original/`; or a GGUF file (extra
+                `[gguf]`); or an id on the Hugging Face Hub, `owner/name@revision`. None: the
+                bundled model.
+            tokenizer_path: the tokenizer's file. None: the GGUF file, or `tokenizer.model` in the
+                folder, else `tokenizer.json`.
             max_seq_len: tokens of prompt and answer together, at most the model's context. None:
                 2048, or the context where that is smaller.
             max_batch_size: rows of the KV cache. More prompts wait for a free row.
@@ -108,7 +124,7 @@ class Llama:
             device: where the model runs. None: this rank's GPU, else MPS, else the CPU.
             dtype: dtype of weights and KV cache. None: on a CUDA GPU bfloat16, or float16 where the
                 GPU has no bfloat16; elsewhere the checkpoint's dtype, but float32 for the bundled
-                model on a CPU.
+                model on a CPU, and bfloat16 for a quantized GGUF file.
             rope_factor: factor of scaled RoPE. None: the published factor, 32 for Llama 3.2 and 8
                 for the others. Meta's code always uses 8.
             draft: folder or id of a smaller model with the same vocabulary, which proposes tokens.
@@ -160,7 +176,7 @@ class Llama:
         tokenizer: Tokenizer,
         seed: int = 1,
         mode: Mode = "reference",
-        max_batch_size: int | None = None,  # None: the model's
+        max_batch_size: int | None = None,
         quantize: Width | None = None,
         kv_cache: CacheWidth | None = None,
         draft: Transformer | None = None,
@@ -187,7 +203,8 @@ class Llama:
 
     @cached_property
     def formatter(self) -> AnyFormat:
-        return self.tokenizer.chat_format()  # raises where the vocabulary lacks chat markers
+        """The tokenizer's chat format. Raises DialogError if the vocabulary lacks its markers."""
+        return self.tokenizer.chat_format()
 
     # ---- generation ---------------------------------------------------------------------------
 
@@ -215,9 +232,12 @@ class Llama:
             echo: put the prompt before the generated tokens.
             options: any other field of `SamplingParams`: seed, stop, top_k, min_p, penalties, n.
 
-        Returns the tokens of each row, without the stop token, and their logprobs or None. With n
-        above 1, each prompt has n consecutive rows.
-        Raises GenerationError where prompts or options are out of their limits.
+        Returns:
+            The tokens of each row, without the stop token, and their logprobs or None. With n above
+            1, each prompt has n consecutive rows.
+
+        Raises:
+            GenerationError: prompts or options are out of their limits.
         """
         options |= dict(temperature=temperature, top_p=top_p, max_gen_len=max_gen_len)
         options |= dict(prompt_logprobs=True) if echo and logprobs else {}
@@ -253,8 +273,20 @@ class Llama:
         stream: bool = False,
         **options: Any,
     ) -> list[CompletionPrediction] | Generator[Event, None, None]:
-        """Continue each text. The arguments are those of `generate`. stream: return the events of
-        `Llama.stream`; not with echo."""
+        """Continue each text.
+
+        Args:
+            prompts: the texts. bos is put before each.
+            temperature, top_p, max_gen_len, echo, options: as for `generate`.
+            logprobs: also report the text and the logprob of each token.
+            stream: return the events of `Llama.stream`; not with echo.
+
+        Returns:
+            A prediction for each prompt, or with n above 1 for each of its n samples; or events.
+
+        Raises:
+            GenerationError: prompts or options are out of their limits.
+        """
         if stream and echo:
             raise GenerationError("a stream has no echo: its events are generated tokens only")
         prompt_tokens = self._encode_all(prompts)
@@ -287,6 +319,10 @@ class Llama:
         """Answer each dialog with the assistant's next message, in the tokenizer's chat format.
 
         Args:
+            dialogs: a list of messages each, the last one from the user or, with a tool's output,
+                from ipython.
+            temperature, top_p, max_gen_len, options: as for `generate`.
+            logprobs: also report the text and the logprob of each token.
             continue_final_message: the last message is the beginning of the assistant's answer. The
                 result's content is that beginning and its continuation; tokens and logprobs are of
                 the continuation only.
@@ -298,7 +334,13 @@ class Llama:
                 or the name of the tool that it must call (extra `[json]`).
             date: today's date as "26 Jul 2024", for the system message. If it is given, the prompt
                 is the one that the chat template in Meta's Hugging Face folders produces.
-            The other arguments are those of `text_completion`.
+
+        Returns:
+            A prediction for each dialog, or with n above 1 for each of its n samples.
+
+        Raises:
+            DialogError: a dialog or a tool is malformed, or the chat format is not known.
+            GenerationError: dialogs or options are out of their limits.
         """
         tools = self._offered(tools, tool_choice, continue_final_message)
         prompt_tokens = [
@@ -331,8 +373,15 @@ class Llama:
     ) -> list[InfillingPrediction]:
         """Generate the text between each prefix and its suffix, with Code Llama.
 
-        suffix_first: the prompt has the suffix before the prefix. The other arguments are those of
-        `text_completion`. Raises GenerationError where the vocabulary lacks the infilling tokens.
+        Args:
+            prefixes, suffixes: texts, as many of each.
+            temperature, top_p, max_gen_len, options: as for `generate`.
+            logprobs: also report the text and the logprob of each token.
+            suffix_first: the prompt has the suffix before the prefix.
+
+        Raises:
+            GenerationError: the vocabulary lacks the infilling tokens, a text contains one, or
+                texts or options are out of their limits.
         """
         if isinstance(prefixes, str) or isinstance(suffixes, str):
             raise GenerationError("prefixes and suffixes must be lists of strings, not strings")
@@ -362,22 +411,26 @@ class Llama:
         date: str | None = None,
         **options: Any,
     ) -> Generator[Event, None, None]:
-        """Continue a text, token ids or a dialog, or a list of them. Yields one event per token.
+        """Continue a text, token ids or a dialog, or a list of them. Yields one `Event` per token.
 
-        An event has row, token, text, logprob, top_logprobs and finish_reason. The joined texts of
-        a row can be appended directly to a text prompt. With a SentencePiece tokenizer they
-        therefore keep the leading space, which `text_completion` drops. Closing the stream cancels
-        its requests.
+        The joined texts of a row can be appended directly to a text prompt. With a SentencePiece
+        tokenizer they therefore keep the leading space, which `text_completion` drops. Closing the
+        stream cancels its requests.
         Under torchrun only the first rank of a model gets events. The other ranks must iterate over
         the stream too: they compute until it ends. No other call may start before that.
 
         Args:
+            prompts: a text, token ids or a dialog, or a list of them.
             is_private: no KV cache prefix is reused, neither by this call nor from it.
             continue_final_message: a dialog ends with the beginning of the assistant's answer, and
                 the events continue it.
             tools, tool_choice, date: see `chat_completion`. A `tool_calls.CallReader` reads the
                 calls from the events' texts.
             options: the fields of `SamplingParams`.
+
+        Raises:
+            GenerationError, DialogError: prompts or options are out of their limits. It is raised
+                by the call itself, before the first event.
         """
         prompts = as_ids(prompts)
         prompt_list = prompts if is_prompt_list(prompts) else [prompts]
@@ -397,6 +450,12 @@ class Llama:
         """The natural logarithm of each prompt token's probability; 0.0 for a prompt's first token.
 
         A prompt is computed in prefill chunks, so that memory does not grow with its length.
+
+        Args:
+            prompts: texts, before which bos is put, or token ids.
+
+        Raises:
+            GenerationError: a prompt is empty or longer than max_seq_len.
         """
         prompt_tokens = self._encode_all(prompts)
         params = SamplingParams(max_gen_len=0, prompt_logprobs=True)
@@ -410,7 +469,17 @@ class Llama:
         tools: Sequence[Tool] = (),
         date: str | None = None,
     ) -> list[int]:
-        """Token ids of a text (with bos) or of a dialog. Token ids are returned unchanged."""
+        """Token ids of a prompt.
+
+        Args:
+            prompt: a text, before which bos is put; a dialog; or token ids, which are returned
+                unchanged.
+            continue_final_message, tools, date: for a dialog only; see `chat_completion`.
+
+        Raises:
+            GenerationError: one of these is given without a dialog.
+            DialogError: the dialog or a tool is malformed.
+        """
         if is_dialog(prompt):
             return self.encode_dialog(prompt, continue_final_message, tools, date)
         for name, value in {"continue_final_message": continue_final_message, "tools": tools,
@@ -433,9 +502,15 @@ class Llama:
         tools: Sequence[Tool] = (),
         date: str | None = None,
     ) -> list[int]:
-        """Token ids of a dialog and of the next answer's header, in the tokenizer's chat format;
-        with continue_final_message those of a dialog whose last message is to be continued. See
-        `chat_completion` for tools and date."""
+        """Token ids of a dialog and of the next answer's header, in the tokenizer's chat format.
+
+        Args:
+            dialog: its messages.
+            continue_final_message, tools, date: see `chat_completion`.
+
+        Raises:
+            DialogError: the dialog or a tool is malformed, or the chat format is not known.
+        """
         if self._chat_warning is not None:
             if parallel.is_main_rank():
                 log.warning(self._chat_warning)

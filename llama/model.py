@@ -25,8 +25,9 @@ from torch import Tensor, nn
 
 from llama import parallel
 from llama.cache import KVCache, LayerCache
-from llama.config import ModelArgs, RopeScaling, ffn_width
+from llama.config import ModelArgs, ffn_width
 from llama.errors import ConfigError, GenerationError
+from llama.rope_scaling import RopeScaling
 
 
 class RMSNorm(nn.Module):
@@ -366,6 +367,9 @@ class Transformer(nn.Module):
 
     The weights are random; see `init_weights`. Under `torch.device("meta")` they take no memory
     until a checkpoint is loaded. Where no process group exists, `parallel.initialize` makes one.
+
+    params: the shape of the whole model. Each rank holds its share of the weights.
+    Raises ConfigError if the ranks cannot share the model, or if vocab_size is -1.
     """
 
     def __init__(self, params: ModelArgs) -> None:
@@ -404,10 +408,10 @@ class Transformer(nn.Module):
     ) -> Tensor:
         """Logits after each of the tokens, float32 (B, S, V).
 
-        tokens: (B, S) ids. Without start_pos they are whole sequences for training, and gradients
-            flow.
-        start_pos: position of the first token. Keys and values of earlier tokens are read from the
-            cache, those of the new ones are stored in it. No gradients flow. An int
+        tokens: (B, S) ids, int64. Without start_pos they are whole sequences for training, and
+            gradients flow.
+        start_pos: position of the first token, from 0. Keys and values of earlier tokens are read
+            from the cache, those of the new ones are stored in it. No gradients flow. An int
             applies to all rows, and selects Meta's operations. A tensor (B,) has one for each row.
         cache: the keys and values. None: each layer's own cache of `params.max_batch_size` rows
             and `params.max_seq_len` positions, as in Meta's code.
@@ -430,7 +434,11 @@ class Transformer(nn.Module):
         positions: Tensor | None = None,
         mask: Tensor | None = None,
     ) -> Tensor:
-        """Hidden states after the last norm, (B, S, D). The arguments are those of `forward`."""
+        """Hidden states after the last norm, (B, S, D).
+
+        tokens, start_pos, cache, positions, mask: as for `forward`.
+        Raises GenerationError where the tokens do not fit the cache or the RoPE table.
+        """
         self._check_fits(tokens, start_pos, cache)
         h = self.tok_embeddings(tokens)  # (B, S, D)
         if start_pos is not None:
@@ -445,7 +453,7 @@ class Transformer(nn.Module):
         return self.norm(h)
 
     def logits(self, features: Tensor) -> Tensor:
-        """Features (…, D) -> float32 logits (…, V) of the whole vocabulary, on every rank."""
+        """features (…, D) -> float32 logits (…, V) of the whole vocabulary, on every rank."""
         return self.output(features).float()
 
     def layer_inputs(
@@ -455,6 +463,7 @@ class Transformer(nn.Module):
 
         start_pos: as for `forward`. A number is returned as it is. A tensor (B,) becomes the
             position of each token, (B, S). The mask is then (B, 1, S, n_keys), for the whole cache.
+        n_keys: positions of the cache.
         """
         steps = torch.arange(h.shape[1], device=h.device)
         if isinstance(start_pos, int):
@@ -496,7 +505,12 @@ class Transformer(nn.Module):
     def make_cache(
         self, max_batch_size: int, max_seq_len: int, dtype: torch.dtype | None = None
     ) -> KVCache:
-        """A cache of this rank's heads on the weights' device. dtype None: that of the weights."""
+        """A cache for this rank's key/value heads, on the weights' device.
+
+        max_batch_size: its rows.
+        max_seq_len: its positions.
+        dtype: of keys and values. None: that of the weights.
+        """
         return KVCache.zeros(
             self.n_layers,
             max_batch_size,
@@ -570,8 +584,11 @@ class Transformer(nn.Module):
     ) -> Tensor:
         """Cross-entropy of the next token in nats, over the targets that are not `ignore_index`.
 
-        inputs, targets: (B, S) ids. reduction: "mean" or "sum" over the targets. positions, mask:
-        as for `forward`. Returns a scalar.
+        inputs, targets: (B, S) ids, int64.
+        ignore_index: the target that has no loss.
+        reduction: "mean" or "sum" over the targets.
+        positions, mask: as for `forward`.
+        Returns a scalar.
         """
         logits = self(inputs, positions=positions, mask=mask)  # (B, S, V)
         return F.cross_entropy(
@@ -588,8 +605,9 @@ class Transformer(nn.Module):
     ) -> torch.optim.AdamW:
         """AdamW over the weights to train. All other weights get requires_grad False.
 
-        Weight decay is for matrices only. The norms' weights are close to 1 and do not decay, and
-        neither do biases.
+        learning_rate, weight_decay, betas: as for `torch.optim.AdamW`. Weight decay is for matrices
+            only. The norms' weights are close to 1 and do not decay, and neither do biases.
+        device_type: "cuda" takes PyTorch's fused kernels.
         train: "all"; "norms"; "all_but_embeddings" leaves out the embedding matrix, which is also
             the output matrix where the model is tied.
         Raises ConfigError for another value of train.

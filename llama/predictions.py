@@ -12,7 +12,13 @@ from llama.tools import Tool
 
 
 class CompletionPrediction(TypedDict):
-    """A completion. With logprobs=True also the text and the logprob of each token."""
+    """A completion.
+
+    Keys:
+        generation: the generated text; with echo the prompt comes before it.
+        tokens: with logprobs=True: the text that each token completes.
+        logprobs: with logprobs=True: the natural logarithm of each token's probability.
+    """
 
     generation: str
     tokens: NotRequired[list[str]]
@@ -20,7 +26,13 @@ class CompletionPrediction(TypedDict):
 
 
 class ChatPrediction(TypedDict):
-    """The assistant's message. With logprobs=True also the text and the logprob of each token."""
+    """The answer to a dialog.
+
+    Keys:
+        generation: the assistant's message.
+        tokens: with logprobs=True: the text that each generated token completes.
+        logprobs: with logprobs=True: the natural logarithm of each token's probability.
+    """
 
     generation: Message
     tokens: NotRequired[list[str]]

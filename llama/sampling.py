@@ -30,21 +30,25 @@ class SamplingParams:
 
     Args:
         temperature: 0 takes the likeliest token. Above 0, the logits are divided by it.
-        top_p: draw from the smallest set of likeliest tokens whose total probability exceeds this.
-        top_k: draw from this many likeliest tokens, and those that tie with the last one. 0: all.
-        min_p: draw from tokens with at least this fraction of the likeliest token's probability.
+        top_p: draw from the smallest set of likeliest tokens whose total probability exceeds this;
+            Holtzman et al. 2019, arxiv.org/abs/1904.09751.
+        top_k: draw from this many likeliest tokens, and those that tie with the last one. 0: all;
+            Fan et al. 2018, arxiv.org/abs/1805.04833.
+        min_p: draw from tokens with at least this fraction of the likeliest token's probability;
+            Nguyen et al. 2024, arxiv.org/abs/2407.01082.
         repetition_penalty: for each token of the prompt and the generated text, a positive logit is
             divided by this, and a negative logit is multiplied by it; Keskar et al. 2019,
             arxiv.org/abs/1909.05858.
         presence_penalty: subtracted from the logit of each generated token.
         frequency_penalty: subtracted from a token's logit once for each time it was generated.
         logit_bias: added to the logits of these ids; -inf forbids a token.
-        seed: seed of the random numbers of this request.
+        seed: seed of the random numbers of this request; None: made from the seed of the Llama.
         max_gen_len: most tokens to generate; None: until a stop token or until the cache is full.
         stop: strings that end the text and are not part of it.
         stop_tokens: ids that end the text; None: the tokenizer's stop tokens.
         ignore_eos: do not stop at stop tokens.
-        logprobs: for each generated token, report the logprobs of this many likeliest tokens.
+        logprobs: for each generated token, report the logprobs of this many likeliest tokens;
+            None: report none.
         prompt_logprobs: report the logprobs of the prompt too.
         n: number of samples per prompt.
         logits_processor: a function of the tokens so far and the logits (V,); returns logits (V,).
@@ -134,7 +138,7 @@ class SamplingParams:
         return [replace(self, n=1, seed=seed) for seed in seeds]
 
     def check_vocabulary(self, vocab_size: int) -> None:
-        """Raise GenerationError if a token id or the number of logprobs exceeds the vocabulary."""
+        """Raise GenerationError if a token id or the number of logprobs exceeds vocab_size."""
         for name, ids in (("logit_bias", self.logit_bias), ("stop_tokens", self.stop_tokens or ())):
             for token in ids:
                 if token >= vocab_size:
@@ -249,8 +253,7 @@ def adjust_logits(
 
 
 def truncate_logits(logits: Tensor, params: SamplingParams) -> Tensor:
-    """Set a logit to -inf if it is not in top_k (Fan et al. 2018, arxiv.org/abs/1805.04833) or is
-    below min_p (Nguyen et al. 2024, arxiv.org/abs/2407.01082): logits (V,) -> (V,)."""
+    """Set a logit to -inf if it is not in top_k or is below min_p: logits (V,) -> (V,)."""
     if 0 < params.top_k < len(logits):
         least = logits.topk(params.top_k).values[-1]
         logits = logits.masked_fill(logits < least, -math.inf)

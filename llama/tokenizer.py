@@ -1,8 +1,8 @@
 """Text to token ids and back: one `Tokenizer` for every file format.
 
-Meta ships two kinds of `tokenizer.model`, and Hugging Face's folders hold the same vocabularies as
-`tokenizer.json`. Each format has a backend in `tokenizer_files/`. All backends have the same
-attributes and methods.
+Meta ships two kinds of `tokenizer.model`. Hugging Face's folders hold the same vocabularies as
+`tokenizer.json`, and GGUF files hold them in their header. Each format has a backend in
+`tokenizer_files/`. All backends have the same attributes and methods.
 """
 
 from collections.abc import Collection, Sequence
@@ -17,8 +17,11 @@ from llama.chat_format import ChatFormat, Dialog, Llama2ChatFormat, Message, Rol
 from llama.chat_forms import AnyFormat, make_format
 from llama.errors import DialogError, TokenizerError
 from llama.files import read_json, why_unreadable
+from llama.gguf_reader import MAGIC
+from llama.tokenizer_files.as_gguf import as_gguf
 from llama.tokenizer_files.as_json import as_json
 from llama.tokenizer_files.chat_templates import ChatForm
+from llama.tokenizer_files.from_gguf import open_gguf
 from llama.tokenizer_files.hugging_face import ByteFallback, open_json
 from llama.tokenizer_files.library import NO_TOKEN, LibraryTokenizer
 from llama.tokenizer_files.meta import (
@@ -36,9 +39,9 @@ class Tokenizer:
     """The tokenizer of a Llama model, from a file of any of the formats.
 
     Args:
-        model_path: a `tokenizer.model` or `tokenizer.json`. The format is found from the content,
-            not from the name. A `tokenizer.json` of another kind than Llama 3's needs the extra
-            `[hf]`.
+        model_path: a `tokenizer.model`, a `tokenizer.json` or a GGUF file. The format is found from
+            the content, not from the name. A `tokenizer.json` of another kind than Llama 3's needs
+            the extra `[hf]`, a GGUF file the extra `[gguf]`.
 
     Attributes:
         n_words: size of the vocabulary, special tokens included; ids are 0 to n_words - 1.
@@ -72,14 +75,14 @@ class Tokenizer:
 
     @property
     def model(self) -> tiktoken.Encoding:
-        """The tiktoken encoding of a Llama 3 vocabulary."""
+        """The tiktoken encoding of a Llama 3 vocabulary. AttributeError for another kind."""
         if not isinstance(self._backend, Tiktoken):
             raise AttributeError(f"{self.model_path} is no Llama 3 vocabulary: it has no `model`")
         return self._backend.encoding
 
     @property
     def sp_model(self) -> sentencepiece.SentencePieceProcessor:
-        """The SentencePiece processor of a Llama 2 vocabulary."""
+        """The SentencePiece processor of a Llama 2 vocabulary. AttributeError for another kind."""
         if not isinstance(self._backend, SentencePiece):
             raise AttributeError(f"{self.model_path} is no SentencePiece model: no `sp_model`")
         return self._backend.processor
@@ -99,7 +102,7 @@ class Tokenizer:
 
         Args:
             s: any text. By default all of it is plain text, the names of special tokens included.
-            bos, eos: put `bos_id` in front, `eos_id` at the end.
+            bos, eos: put `bos_id` in front, `eos_id` at the end. None: False.
             allowed_special: names that become special tokens where they occur in `s`; "all": every
                 name. With a Llama 2 vocabulary, the parts of the text between these names are
                 encoded separately.
@@ -136,7 +139,11 @@ class Tokenizer:
         return self._backend.decode(ids)
 
     def token_texts(self, ids: Sequence[int]) -> list[str]:
-        """Return the text that each id completes. Joined, the texts are `decode(ids)`."""
+        """Return the text that each id completes. Joined, the texts are `decode(ids)`.
+
+        Raises:
+            TokenizerError: an id is negative or not below `n_words`.
+        """
         decoder = TextDecoder(self)
         texts = [decoder.push(token_id) for token_id in ids]
         if texts:
@@ -144,8 +151,12 @@ class Tokenizer:
         return texts
 
     def token_bytes(self, token_id: int) -> bytes:
-        """The bytes of one token's text, which may be part of a character. A SentencePiece token
-        keeps its blank. Raises TokenizerError for an id that the tokenizer does not know."""
+        """The bytes of the text of one token, which may be part of a character. A SentencePiece
+        token keeps its blank.
+
+        Raises:
+            TokenizerError: token_id is negative or not below `n_words`.
+        """
         self._check([token_id])
         return self._backend.token_bytes(token_id)
 
@@ -155,7 +166,7 @@ class Tokenizer:
         return self._backend.is_llama_2
 
     def is_like(self, other: "Tokenizer") -> bool:
-        """Whether another tokenizer has as many words, and the same ids for a sample text."""
+        """Whether the other tokenizer has as many words, and the same ids for a sample text."""
         sample = 'A king\'s 3 sons said: "Добрый день, 你好!"\n'
         own, others = (each.encode(sample, bos=True, eos=True) for each in (self, other))
         return self.n_words == other.n_words and own == others
@@ -174,8 +185,11 @@ class Tokenizer:
 
     def chat_format(self) -> AnyFormat:
         """Return the chat format that `form` names. If `form` is None, return the chat format on
-        which models with this kind of tokenizer were trained. Raises DialogError if none is
-        known."""
+        which models with this kind of tokenizer were trained.
+
+        Raises:
+            DialogError: no chat format is known, or the vocabulary lacks one of its markers.
+        """
         if self.form is not None:
             return make_format(self.form.name, self, self.form.default_system)
         if isinstance(self._backend, LibraryTokenizer):
@@ -194,17 +208,33 @@ class Tokenizer:
         try:
             if isinstance(self._backend, Tiktoken | SentencePiece):
                 return as_json(self._backend)
+            if isinstance(self._backend, LibraryTokenizer):
+                return self._backend.file
             return read_json(self.model_path)
         except TokenizerError as error:
             raise TokenizerError(f"{self.model_path}: {error}") from error
 
-    def as_ranks(self) -> bytes:
-        """Return the content of a Llama 3 `tokenizer.model` with the same ids and names.
+    def as_gguf(self, size: int) -> dict[str, Any]:
+        """Return the keys of a GGUF file with the same ids, filled with unused tokens to `size`.
 
         Raises:
-            TokenizerError: a Llama 3 `tokenizer.model` cannot represent this vocabulary.
+            TokenizerError: a GGUF file of a Llama has no vocabulary of this kind.
         """
         try:
+            return as_gguf(self._backend, size)
+        except TokenizerError as error:
+            raise TokenizerError(f"{self.model_path}: {error}") from error
+
+    def as_model(self) -> bytes:
+        """Return the content of a `tokenizer.model` with the same ids and names.
+
+        Raises:
+            TokenizerError: neither of Meta's formats can represent this vocabulary.
+        """
+        try:
+            if isinstance(self._backend, SentencePiece):
+                self._backend.check_is_metas()
+                return self._backend.processor.serialized_model_proto()
             if not isinstance(self._backend, Tiktoken):
                 raise TokenizerError("its vocabulary is not of Llama 3's kind")
             self._backend.check_is_metas()
@@ -254,6 +284,9 @@ def _open(path: Path) -> Tiktoken | SentencePiece | ByteFallback | LibraryTokeni
     if reason := why_unreadable(path):
         raise TokenizerError(f"{path}: cannot read the tokenizer: {reason}")
     try:
+        with path.open("rb") as file:
+            if file.read(len(MAGIC)) == MAGIC:
+                return open_gguf(path)
         data = path.read_bytes()
     except OSError as error:
         raise TokenizerError(f"{path}: cannot read the tokenizer: {error.strerror}") from error

@@ -1,9 +1,12 @@
-"""Settings and fixtures for all tests: one thread, no GPU, Meta's code, the real tokenizers."""
+"""Settings and fixtures of all tests: one thread, no GPU, oracles, real tokenizers, a browser."""
 
 import importlib.util
 import os
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 # One thread, here and in every process that a test starts. So the order of sums does not depend on
 # the machine, and ranks do not compete for cores. Tests never download.
@@ -46,3 +49,17 @@ def llama2_tokenizer_path() -> Path:
     if not path:
         pytest.skip("set LLAMA2_TOKENIZER to the path of Llama 2's tokenizer.model")
     return Path(path)
+
+
+@pytest.fixture(scope="module")  # while it is open, no test can start an event loop
+def browser() -> Iterator[Any]:
+    """Chromium, driven by playwright."""
+    from playwright.sync_api import sync_playwright
+
+    chromium = shutil.which("chromium") or shutil.which("google-chrome")
+    if chromium is None:
+        pytest.skip("no Chromium is installed")
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        yield browser
+        browser.close()

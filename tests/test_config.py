@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 
 from llama.checkpoints.params import read_params
-from llama.config import PRESETS, ModelArgs, RopeScaling
+from llama.config import PRESETS, ModelArgs
 from llama.errors import ConfigError
+from llama.rope_scaling import RopeScaling
 
 # The params.json of Meta's downloads.
 LLAMA_2_7B = dict(dim=4096, multiple_of=256, n_heads=32, n_layers=32, norm_eps=1e-05, vocab_size=-1)

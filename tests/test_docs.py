@@ -7,10 +7,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from guide import GUIDE
+from pages import ROOT, Snippet, run, snippets, with_line_numbers
 
 from llama.__main__ import COMMANDS
 
-ROOT = Path(__file__).parent.parent
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 # Snippets that name Meta's folders are not run, because the weights cannot be part of the project.
 NEEDS_WEIGHTS = re.compile(
@@ -18,32 +19,38 @@ NEEDS_WEIGHTS = re.compile(
 )
 
 
-def snippets(language: str) -> list[tuple[str, str]]:
+PYTHON = [
+    pytest.param(snippet, id=f"{path.name}:{snippet.line}")
+    for path in DOCUMENTS
+    if path != GUIDE  # its snippets run together; see test_guide.py
+    for snippet in snippets(path.read_text(encoding="utf-8"))
+]
+
+
+@pytest.mark.parametrize("snippet", PYTHON)
+def test_a_snippet_runs(snippet: Snippet) -> None:
+    compile(snippet.code, "snippet", "exec")
+    if NEEDS_WEIGHTS.search(snippet.code):
+        return
+    (output,) = run([snippet])
+    assert snippet.output in (None, output)
+
+
+def code_blocks() -> list[tuple[str, str]]:
+    """The code blocks without a language, each with its document and line."""
     found = []
     for path in DOCUMENTS:
         text = path.read_text(encoding="utf-8")
-        for match in re.finditer(rf"^```{language}\n(.*?)^```", text, re.DOTALL | re.MULTILINE):
+        for match in re.finditer(r"^```\n(.*?)^```", text, re.DOTALL | re.MULTILINE):
             line = text[: match.start()].count("\n") + 1
             found.append((f"{path.name}:{line}", match[1]))
     return found
 
 
-PYTHON = snippets("python")
-
-
-@pytest.mark.parametrize(("place", "code"), PYTHON, ids=[place for place, _ in PYTHON])
-def test_a_snippet_runs(place: str, code: str) -> None:
-    compile(code, place, "exec")
-    if NEEDS_WEIGHTS.search(code):
-        return
-    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr[-2000:]
-
-
 def commands() -> list[tuple[str, list[str]]]:
     """The `llama` command lines in code blocks without a language, joined and without comments."""
     found = []
-    for place, block in snippets(""):
+    for place, block in code_blocks():
         for line in block.replace("\\\n", " ").splitlines():
             if not re.search(r"\bllama [a-z]+ ", line):
                 continue
@@ -73,7 +80,21 @@ def test_commands_and_flags_exist(name: str) -> None:
 def test_files_exist(path: Path) -> None:
     text = path.read_text(encoding="utf-8")
     pattern = r"`((?:llama|tests|benchmarks|scripts|docs)/[\w./-]*)`"
-    named = set(re.findall(pattern, text))
-    named |= {str((path.parent / link).relative_to(ROOT)) for link in
-              re.findall(r"\]\(((?!http|\.\./|#)[\w./-]+)\)", text)}  # fmt: skip
-    assert not [name for name in named if not (ROOT / name).exists()]
+    named = {ROOT / name for name in re.findall(pattern, text)}
+    named |= {path.parent / link for link in re.findall(r"\]\(((?!http|#)[\w./-]+)[#)]", text)}
+    assert not [name for name in named if not name.exists()]
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+def test_links_to_lines_lead_to_the_code_they_name(path: Path) -> None:
+    text = path.read_text(encoding="utf-8")
+    assert with_line_numbers(text, path.parent) == text
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+def test_links_to_headings_lead_to_headings(path: Path) -> None:
+    text = path.read_text(encoding="utf-8")
+    headings = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+    # GitHub's name of a heading: lower case, blanks as hyphens, no punctuation.
+    names = {re.sub(r"[^\w -]", "", heading).lower().replace(" ", "-") for heading in headings}
+    assert set(re.findall(r"\]\(#([^)]+)\)", text)) <= names

@@ -529,7 +529,7 @@ def test_a_name_that_no_folder_can_have() -> None:
     for name in ("long" * 100, "nul\0"):
         with pytest.raises(CheckpointError, match="no such checkpoint folder"):
             Llama.build(name)
-        with pytest.raises(ConfigError, match="no folder and no preset"):
+        with pytest.raises(ConfigError, match="no folder, no GGUF file and no preset"):
             describe(name)
 
 

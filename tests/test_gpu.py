@@ -11,6 +11,7 @@ from helpers.metas import CONFIGURATIONS, both_models, logits_of
 
 from llama import Llama, ModelArgs, Transformer
 from llama.engine.engine import Engine
+from llama.explain.parity import compare
 from llama.fast.gpu.device_weights import narrow
 from llama.fast.gpu.transformer import GpuTransformer
 from llama.sampling import SamplingParams
@@ -46,6 +47,14 @@ def test_logits_are_bit_equal_to_metas(oracle: Any, name: str, dtype: torch.dtyp
         tokens = torch.randint(0, ours.vocab_size, (3, 40))
     for got, want in zip(logits_of(ours, tokens), logits_of(metas, tokens), strict=True):
         assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("against", ["llama-models", "transformers"])
+def test_parity_with_other_implementations(against: str, dtype: str) -> None:
+    found = compare(against=against, device="cuda", dtype=dtype)
+    assert found.holds, found.verdict
+    assert found.device == "cuda"
 
 
 def test_logits_are_those_of_the_cpu() -> None:

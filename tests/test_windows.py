@@ -63,7 +63,7 @@ def test_every_command(folder: Path) -> None:
     finetune = ["finetune", "--data", at("dialogs.jsonl"), "--out_dir", at("tuned"), *RUN]
     batch = ["batch", at("in.jsonl"), at("out.jsonl"), "--max_gen_len"]
     commands = [
-        ["doctor"], ["inspect"], ["verify"],
+        ["doctor"], ["inspect"], ["verify"], ["tokens", "Once upon"],
         ["complete", TEXT, "--max_gen_len", "4"],
         [*batch, "4"], [*batch, "5", "--force"],
         ["convert", "llama/bundled", at("hf"), "--to", "hf"],
@@ -79,6 +79,8 @@ def test_every_command(folder: Path) -> None:
         [*finetune, "--steps", "1"], [*finetune, "--steps", "2"],
         ["perplexity", at("tales.jsonl"), "--ckpt_dir", at("run")],
         ["evaluate", "win", "--include_path", at(""), "--device", "cpu"],
+        ["explain", "Once upon", "--device", "cpu", "--out", at("explain.html")],
+        ["parity", "--max_gen_len", "4", "--device", "cpu", "--out", at("parity.json")],
         ["bench", "--prefill", "8", "--decode", "4", "--rounds", "1", "--device", "cpu"],
         ["example_text_completion.py", "--max_gen_len", "4"],
         ["example_chat_completion.py", "--max_gen_len", "4"],

@@ -13,14 +13,16 @@ import torch
 
 from llama.checkpoints import hugging_face
 from llama.checkpoints.build import open_tokenizer
+from llama.checkpoints.chat_form import read_template
 from llama.checkpoints.folder import find_tokenizer
-from llama.checkpoints.generation_config import GENERATION_CONFIG
+from llama.checkpoints.generation_config import GENERATION_CONFIG, read_sampling
 from llama.checkpoints.params import says_the_same
 from llama.checkpoints.shards import Checkpoint
 from llama.checkpoints.verify import kind_of
 from llama.config import ModelArgs
 from llama.errors import CheckpointError, TokenizerError
 from llama.files import read_json
+from llama.gguf_file import is_gguf
 from llama.tokenizer import Tokenizer
 from llama.tokenizer_files.chat_templates import LLAMA_2_TEMPLATE, LLAMA_3_TEMPLATE
 from llama.tokenizer_files.library import NO_TOKEN
@@ -76,14 +78,32 @@ def meta_files(source: Checkpoint, tokenizer: Tokenizer | None, src: Path) -> di
         files.pop("README.md", None)  # the model card, which belongs to the other layout
     if tokenizer is None:
         return files
+    if is_gguf(tokenizer.model_path):
+        return files | files_of_gguf(tokenizer)
     if tokenizer.model_path.name == "tokenizer.model":
         files["tokenizer.model"] = tokenizer.model_path.read_bytes()
         return files
     try:
-        files["tokenizer.model"] = tokenizer.as_ranks()
+        files["tokenizer.model"] = tokenizer.as_model()
     except TokenizerError as error:
         log.warning("%s; the file is copied as it is, and no tokenizer.model is written", error)
     return files
+
+
+def files_of_gguf(tokenizer: Tokenizer) -> dict[str, bytes]:
+    """What a GGUF file says about tokens, dialogs and sampling, as the files of a folder: their
+    content by name. If there can be no tokenizer.model, there is a tokenizer.json."""
+    names = {i: name for name, i in tokenizer.special_tokens.items()}
+    ids = {"bos_token": tokenizer.bos_id, "eos_token": tokenizer.eos_id}
+    config: dict[str, Any] = {key: names[i] for key, i in ids.items() if i != NO_TOKEN}
+    if template := read_template(tokenizer.model_path):
+        config["chat_template"] = template
+    settings = _special_ids(tokenizer) | read_sampling(tokenizer.model_path)
+    files = {"tokenizer_config.json": _json(config), GENERATION_CONFIG: _json(settings)}
+    try:
+        return files | {"tokenizer.model": tokenizer.as_model()}
+    except TokenizerError:
+        return files | {"tokenizer.json": _json(tokenizer.as_json())}
 
 
 def metas_params(source: Checkpoint, src: Path, args: ModelArgs) -> bytes | None:
@@ -170,13 +190,19 @@ def _tokenizer_files(tokenizer: Tokenizer, source: Checkpoint) -> dict[str, dict
         "tokenizer_class": "PreTrainedTokenizerFast",  # adds nothing to tokenizer.json
     }
     if kind_of(source.folder) != "base":
-        config["chat_template"] = LLAMA_2_TEMPLATE if tokenizer.is_llama_2 else LLAMA_3_TEMPLATE
+        config["chat_template"] = chat_template(source, tokenizer)
     return {
         "tokenizer.json": tokenizer.as_json(),
         "tokenizer_config.json": config,
         "special_tokens_map.json": special,
-        GENERATION_CONFIG: _special_ids(tokenizer),
+        GENERATION_CONFIG: _special_ids(tokenizer) | read_sampling(source.folder),
     }
+
+
+def chat_template(source: Checkpoint, tokenizer: Tokenizer) -> str:
+    """The source's own template. If it has none, that of the tokenizer's kind."""
+    own = read_template(source.folder)
+    return own or (LLAMA_2_TEMPLATE if tokenizer.is_llama_2 else LLAMA_3_TEMPLATE)
 
 
 def _card(own: bytes, args: ModelArgs, dtype: torch.dtype, name: str) -> bytes:

@@ -1,4 +1,4 @@
-"""Find out which chat format a checkpoint folder needs, from the text of its chat template."""
+"""Find out which chat format a checkpoint needs, from the text of its chat template."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,6 +9,7 @@ from llama.checkpoints.generation_config import find_beside
 from llama.checkpoints.verify import UNKNOWN, kind_of
 from llama.errors import ConfigError, DataError
 from llama.files import read_json, read_text
+from llama.gguf_file import is_gguf, read_value
 from llama.tokenizer_files.chat_templates import ChatForm, form_of
 
 # A file that holds only the template, and files that hold it under a key. The first file that has a
@@ -56,7 +57,7 @@ def chat_warning(folder: Path, format: FormatName | None = None) -> str | None:
 
 
 def read_template(folder: Path) -> str | None:
-    """The chat template of a folder: its text, or None if there is none."""
+    """The chat template of a folder or a GGUF file: its text, or None if there is none."""
     for template in _templates(folder):
         if isinstance(template, list):  # several templates with names
             named = {entry.get("name"): entry for entry in template if isinstance(entry, dict)}
@@ -67,6 +68,9 @@ def read_template(folder: Path) -> str | None:
 
 
 def _templates(folder: Path) -> Iterator[Any]:
+    if is_gguf(folder):
+        yield read_value(folder, "tokenizer.chat_template", str)
+        return
     if path := find_beside(folder, PLAIN):
         try:
             yield read_text(path)

@@ -1,7 +1,7 @@
-"""Convert a checkpoint: Meta's or Hugging Face's layout, any number of shards, quantized or not.
+"""Convert a checkpoint: Meta's or Hugging Face's layout, any number of shards, quantized, or GGUF.
 
-The new folder is written under a temporary name beside its destination, and renamed when all of it
-is on disk. So a kill or a full disk leaves no partial folder at the destination.
+The new folder or file is written under a temporary name beside its destination, and renamed when
+all of it is on disk. So a kill or a full disk leaves nothing partial at the destination.
 """
 
 import logging
@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from llama.checkpoints import beside_weights, hugging_face, shards
+from llama.checkpoints import beside_weights, hugging_face, shards, write_gguf
 from llama.checkpoints.folder import adapter_warning, find_adapter, open_checkpoint
 from llama.checkpoints.load import check_complete, parse_dtype
 from llama.checkpoints.params import write_params
@@ -26,6 +26,7 @@ from llama.errors import CheckpointError, ConfigError
 from llama.fast.quantize import Width, is_quantized
 from llama.fast.quantizers import QUANTIZERS
 from llama.files import sync_file, write_json
+from llama.gguf_file import is_gguf
 
 log = logging.getLogger("llama")
 
@@ -42,26 +43,28 @@ def convert(
     quantize: Width | None = None,
     adapter: str | Path | None = None,
 ) -> Path:
-    """Write the checkpoint `src` as a new folder `dst`.
+    """Write the checkpoint `src` as a new folder or GGUF file `dst`.
 
     to: "meta" for `params.json` and `mp` shards, "hf" for `config.json` and `.safetensors`. Both
-        include the tokenizer's files and the settings for generation; see `beside_weights`.
-    dtype: dtype of all weights; None: each weight keeps its own.
+        include the tokenizer's files and the settings for generation; see `beside_weights`. "gguf"
+        for one file with all of that.
+    dtype: dtype of all weights; None: each weight keeps its own, and those of a quantized GGUF file
+        become bfloat16. For to="gguf" it is the type of the matrices; see `write_gguf.TYPES`.
     force: replace `dst` if it exists.
     quantize: "int8" or "int4": quantize the matrices, for fast mode. Only with to="meta"; the
         shards are then `.safetensors`.
     adapter: folder or id of a LoRA adapter, which is merged into the weights.
     Raises CheckpointError, ConfigError or TokenizerError; `dst` is then unchanged.
     """
-    if to not in ("meta", "hf"):
-        raise ConfigError(f"to is {to!r}: it must be meta or hf")
-    if to == "hf" and mp != 1:
-        raise ConfigError(f"Hugging Face's folders are not split over ranks: mp is {mp}")
+    if to not in ("meta", "hf", "gguf"):
+        raise ConfigError(f"to is {to!r}: it must be meta, hf or gguf")
+    if to != "meta" and mp != 1:
+        raise ConfigError(f"only Meta's folders are split over ranks: to is {to}, mp is {mp}")
     if quantize is not None and quantize not in QUANTIZERS:
         raise ConfigError(f"quantize is {quantize!r}: it must be {' or '.join(QUANTIZERS)}")
     if quantize is not None and to != "meta":
         raise ConfigError(f"to is {to!r}: with quantize it must be meta")
-    kind = None if dtype is None else parse_dtype(dtype)
+    kind = None if dtype is None or to == "gguf" else parse_dtype(dtype)
     destination = Path(dst)
     if os.path.lexists(destination) and not force:
         raise CheckpointError(f"{dst} exists: it is replaced only with --force")
@@ -75,6 +78,8 @@ def convert(
             log.warning(warning)
     # All that can fail because of the source comes before anything is written.
     check_complete(source)
+    if is_gguf(source.folder):  # its tensors are of several types
+        kind = kind or source.dtype
     tokenizer = beside_weights.source_tokenizer(source, Path(src))
     if to == "meta":
         if len(source.shards) == 1 and tokenizer is not None and tokenizer.is_llama_2:
@@ -87,6 +92,9 @@ def convert(
         files = beside_weights.meta_files(source, tokenizer, Path(src))
         if quantize is None and (params := beside_weights.metas_params(source, Path(src), args)):
             files["params.json"] = params
+    elif to == "gguf":
+        matrix_type = write_gguf.parse_type(dtype, source)
+        header = write_gguf.header(source, tokenizer, destination.stem, matrix_type)
     else:
         last = list(source.args.parameter_shapes())[-1]
         files = beside_weights.hugging_face_files(
@@ -98,6 +106,12 @@ def convert(
     except OSError as error:
         raise CheckpointError(f"cannot write {dst}: {error.strerror}") from error
     try:
+        if to == "gguf":
+            file = partial / destination.name
+            write_gguf.write_gguf(source, file, header, matrix_type)
+            sync_file(file)
+            _rename(file, destination)
+            return destination
         if to == "meta":
             _write_meta(source, partial, mp, kind, quantize)
             if "params.json" not in files:
@@ -115,12 +129,17 @@ def convert(
     return destination
 
 
-def _cast(source: Checkpoint, name: str, weight: Tensor, dtype: torch.dtype | None) -> Tensor:
+def _cast(weight: Tensor, dtype: torch.dtype) -> Tensor:
     """The weight in `dtype`, contiguous and in a storage of its own. A view would be saved with its
-    whole storage. dtype None: that of the weight in the source, also after an adapter is merged."""
-    cast = weight.to(dtype or source.shards[0][name].dtype)
+    whole storage."""
+    cast = weight.to(dtype)
     is_view = cast.untyped_storage().nbytes() != cast.nbytes or not cast.is_contiguous()
     return cast.clone(memory_format=torch.contiguous_format) if is_view else cast
+
+
+def _dtype(source: Checkpoint, name: str, dtype: torch.dtype | None) -> torch.dtype:
+    """None: the dtype of the weight in the source. An adapter does not change it."""
+    return dtype or source.shards[0][name].dtype
 
 
 def _write_meta(
@@ -137,7 +156,7 @@ def _write_meta(
                 weight = source.quantized_part(name, mp, i, quantize)
                 shard |= {f"{name}.{field}": t for field, t in weight._asdict().items()}
             else:
-                shard[name] = _cast(source, name, source.part(name, mp, i), dtype)
+                shard[name] = _cast(source.part(name, mp, i, dtype), _dtype(source, name, dtype))
             progress.update()
         path = folder / shards.shard_name(i, quantize)
         if quantize is not None:
@@ -160,10 +179,11 @@ def _write_hugging_face(source: Checkpoint, folder: Path, dtype: torch.dtype | N
         file = "model.safetensors" if one else f"model-{i + 1:05d}-of-{len(files):05d}.safetensors"
         tensors = {}
         for name in group:
-            weight = source.part(name, 1, 0)
+            weight = source.part(name, 1, 0, dtype)
             if name.endswith(hugging_face.ROTATED):
                 weight = hugging_face.to_hugging_face_rows(weight, source.args.head_dim)
-            tensors[hugging_face.hugging_face_name(name)] = _cast(source, name, weight, dtype)
+            cast = _cast(weight, _dtype(source, name, dtype))
+            tensors[hugging_face.hugging_face_name(name)] = cast
             progress.update()
         save_file(tensors, folder / file, metadata={"format": "pt"})
         sync_file(folder / file)
@@ -177,7 +197,7 @@ def _write_hugging_face(source: Checkpoint, folder: Path, dtype: torch.dtype | N
 
 def _bytes(source: Checkpoint, name: str, dtype: torch.dtype | None) -> int:
     shape = torch.Size(source.args.whole_shapes()[name])
-    return shape.numel() * (dtype or source.shards[0][name].dtype).itemsize
+    return shape.numel() * _dtype(source, name, dtype).itemsize
 
 
 def _group_by_file(
@@ -205,7 +225,7 @@ def _write_files(files: dict[str, bytes], folder: Path) -> None:
 
 
 def _rename(partial: Path, destination: Path) -> None:
-    """Move the finished folder to its place, and delete the old one afterwards."""
+    """Move the finished folder or file to its place, and delete the old one afterwards."""
     old = None
     if os.path.lexists(destination):
         old = Path(tempfile.mkdtemp(prefix=f".{destination.name}.old.", dir=destination.parent))

@@ -30,6 +30,7 @@ from llama.config import PRESETS, ModelArgs
 from llama.errors import ConfigError, LlamaError
 from llama.fast.mode import CacheWidth, Mode, check_draft, check_proposing
 from llama.fast.quantize import Width
+from llama.gguf_file import is_gguf
 from llama.memory import available_memory
 from llama.tokenizer import Tokenizer
 
@@ -131,7 +132,8 @@ def check_tokenizer(args: ModelArgs, tokenizer: Tokenizer) -> Finding:
 def describe_sampling(folder: Path, tokenizer: Tokenizer) -> Finding:
     """The sampling options that the folder suggests, and the tokens that end a text."""
     suggested = [f"{name} {value}" for name, value in read_sampling(folder).items()]
-    options = f"{', '.join(suggested)} ({GENERATION_CONFIG})" if suggested else "none suggested"
+    file = folder.name if is_gguf(folder) else GENERATION_CONFIG
+    options = f"{', '.join(suggested)} ({file})" if suggested else "none suggested"
     ids = read_stop_tokens(folder) or tokenizer.stop_tokens
     stop = ", ".join(tokenizer.token_texts(sorted(ids)))
     return Finding("sampling", f"{options}; a text ends at {stop}")

@@ -1,4 +1,4 @@
-"""Checkpoint folders, Meta's or Hugging Face's: which files they hold, and opening them."""
+"""Checkpoint folders of Meta or Hugging Face, and GGUF files: find their files, and open them."""
 
 import logging
 import os
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from llama import config, parallel
-from llama.checkpoints import hub, hugging_face
+from llama.checkpoints import gguf_checkpoint, hub, hugging_face
 from llama.checkpoints.adapter import Adapter
 from llama.checkpoints.adapter_config import CONFIG
 from llama.checkpoints.params import read_params
@@ -25,6 +25,8 @@ from llama.fast.quantize import (
     is_quantized,
 )
 from llama.files import read_json
+from llama.gguf_file import is_gguf, parts_of, read_gguf
+from llama.tokenizer_files.from_gguf import has_vocabulary
 
 log = logging.getLogger("llama")
 BUNDLED = Path(__file__).parent.parent / "bundled"  # the model in this package
@@ -33,7 +35,6 @@ STEP = re.compile(r"step_\d{8}")
 
 # Files that show that a folder cannot be opened, and what the user can do instead.
 FOREIGN = {
-    "*.gguf": "a GGUF file is not opened: take the repository of the original model",
     CONFIG: "this is a LoRA adapter: open its base model, and name this folder as the adapter",
 }
 
@@ -47,8 +48,11 @@ def run_checkpoints(out_dir: Path) -> list[Path]:
 
 def find_folder(ckpt_dir: str | Path) -> Path:
     """The folder that holds the weights: `ckpt_dir` with Meta's or Hugging Face's files, or the
-    `original/` inside it, where Hugging Face's repositories keep Meta's files."""
+    `original/` inside it, where Hugging Face's repositories keep Meta's files. For a GGUF file, or
+    a folder with the file or the parts of one such model, it is the path of the first part."""
     folder = Path(ckpt_dir)
+    if is_gguf(folder):
+        return parts_of(folder)[0]
     if not os.path.isdir(folder):  # also False for a name that is no valid file name
         raise CheckpointError(f"no such checkpoint folder: {folder}")
     if has_params(folder):
@@ -61,12 +65,17 @@ def find_folder(ckpt_dir: str | Path) -> Path:
         if parallel.is_main_rank():
             log.info("%s is a training run: opened at its newest step, %s", folder, steps[-1].name)
         return find_folder(steps[-1])
+    if files := sorted({parts_of(path)[0] for path in folder.glob("*.gguf")}):
+        if len(files) > 1:
+            names = ", ".join(path.name for path in files)
+            raise CheckpointError(f"{folder} has several GGUF models: name one of {names}")
+        return files[0]
     for pattern, advice in FOREIGN.items():
         if found := sorted(folder.glob(pattern)):
             raise CheckpointError(f"{found[0]}: {advice}")
     raise CheckpointError(
-        f"{folder} has no params.json, no config.json with .safetensors or pytorch_model.bin, and "
-        "no original/ folder"
+        f"{folder} has no params.json, no config.json with .safetensors or pytorch_model.bin, no "
+        ".gguf file and no original/ folder"
     )
 
 
@@ -74,9 +83,13 @@ def find_tokenizer(folder: Path, ckpt_dir: Path) -> Path:
     """The tokenizer file for the weights in `folder`, which `find_folder` found for `ckpt_dir`.
 
     Hugging Face's repositories keep Meta's tokenizer in `original/`. Meta's Llama 2 downloads keep
-    it in the parent folder.
+    it in the parent folder. A GGUF file without a vocabulary may have the file beside it.
     """
-    own = (folder, ckpt_dir, ckpt_dir / "original")
+    own = [folder, ckpt_dir, ckpt_dir / "original"]
+    if is_gguf(folder):
+        if has_vocabulary(folder):
+            return folder
+        own.append(folder.parent)
     places = [place / name for name in ("tokenizer.model", "tokenizer.json") for place in own]
     for place in (*places, ckpt_dir.parent / "tokenizer.model"):
         if os.path.lexists(place):  # opening a bad file later gives the reason
@@ -91,7 +104,9 @@ def has_params(folder: Path) -> bool:
 
 
 def read_args(folder: Path, rope_factor: float | None = None) -> ModelArgs:
-    """The model's shape, from params.json or config.json."""
+    """The model's shape, from params.json, config.json or a GGUF file."""
+    if is_gguf(folder):
+        return gguf_checkpoint.read_args(read_gguf(folder), rope_factor)
     if has_params(folder):
         return read_params(folder / "params.json", rope_factor)
     return hugging_face.read_config(folder / "config.json", rope_factor)
@@ -115,8 +130,11 @@ def read_quantization(folder: Path) -> Width | None:
 
 
 def open_checkpoint(ckpt_dir: str | Path, rope_factor: float | None = None) -> Checkpoint:
-    """Open a folder in Meta's or Hugging Face's layout; see `read_params` for rope_factor."""
+    """Open a folder in Meta's or Hugging Face's layout, or a GGUF file; see `read_params` for
+    rope_factor."""
     folder = find_folder(ckpt_dir)
+    if is_gguf(folder):
+        return gguf_checkpoint.open_gguf(folder, rope_factor)
     args = read_args(folder, rope_factor)
     if quantization := read_quantization(folder):
         if args.vocab_size == -1:
@@ -163,7 +181,14 @@ def find_adapter(name: str | Path) -> Path:
 
 def adapter_warning(adapter: Adapter, folder: Path) -> str | None:
     """A warning if the adapter was trained on a model of another name than that in `folder`."""
-    if adapter.base is None or model_name(Path(adapter.base)) == model_name(folder.resolve()):
+    if adapter.base is None:
+        return None
+    base = model_name(Path(adapter.base))
+    if is_gguf(folder):  # the name goes on with the type of the matrices
+        is_same = folder.name.lower().startswith(base)
+    else:
+        is_same = model_name(folder.resolve()) == base
+    if is_same:
         return None
     return f"{adapter.folder} was trained on {adapter.base}, and is used on {folder}"
 

@@ -1,18 +1,20 @@
 """The stop tokens and the sampling options that a folder suggests for its model.
 
 Hugging Face's folders keep both in `generation_config.json`. Older ones keep the stop tokens in
-`config.json`.
+`config.json`. A GGUF file keeps the stop tokens with its vocabulary, which `from_gguf.py` reads.
 """
 
 import os
 from pathlib import Path
+from typing import Any
 
-from llama.config import MAX_WHOLE_NUMBER
-from llama.errors import ConfigError, GenerationError
+from llama.errors import MAX_WHOLE_NUMBER, ConfigError, GenerationError
 from llama.files import read_json
+from llama.gguf_file import is_gguf, read_value
 from llama.sampling import SamplingParams
 
 GENERATION_CONFIG = "generation_config.json"
+GGUF_KEYS = {"temperature": "general.sampling.temp", "top_p": "general.sampling.top_p"}
 
 
 def read_stop_tokens(folder: Path) -> list[int] | None:
@@ -31,14 +33,18 @@ def read_stop_tokens(folder: Path) -> list[int] | None:
 
 
 def read_sampling(folder: Path) -> dict[str, float]:
-    """The `temperature` and `top_p` in `generation_config.json`; empty if it names neither.
+    """The `temperature` and `top_p` in `generation_config.json` or in a GGUF file; empty if it
+    names neither.
 
     Raises ConfigError for a value out of its range.
     """
-    path = find_beside(folder, GENERATION_CONFIG)
-    config = read_json(path) if path is not None else {}
-    names = [name for name in ("temperature", "top_p") if config.get(name) is not None]
-    found = {name: config[name] for name in names}
+    path = folder if is_gguf(folder) else find_beside(folder, GENERATION_CONFIG)
+    config: dict[str, Any] = {}
+    if is_gguf(folder):
+        config = {name: read_value(folder, key, float) for name, key in GGUF_KEYS.items()}
+    elif path is not None:
+        config = read_json(path)
+    found = {name: config[name] for name in GGUF_KEYS if config.get(name) is not None}
     try:
         SamplingParams(**found)
     except GenerationError as error:

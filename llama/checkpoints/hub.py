@@ -54,7 +54,7 @@ def local_folder(name: str | Path) -> Path:
     Raises CheckpointError if the repository cannot be downloaded.
     """
     found = ID.fullmatch(str(name))
-    if found is None or os.path.lexists(name):
+    if found is None or os.path.lexists(name) or str(name).endswith(".gguf"):
         return Path(name)
     repository, revision = found["repository"], found["revision"]
     try:

@@ -14,9 +14,10 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from llama.checkpoints.pickled import read_pickled
-from llama.config import ModelArgs, RopeScaling
+from llama.config import ModelArgs
 from llama.errors import CheckpointError, ConfigError
 from llama.files import read_json, why_unreadable
+from llama.rope_scaling import RopeScaling
 
 # The names of the weights' file, in the order in which they are looked for. The weights may also be
 # in several files with an index.

@@ -1,8 +1,9 @@
-"""Describe a model without reading a weight: modules, sizes, splits, KV cache and FLOPs."""
+"""Describe a model without loading a weight: modules, sizes, splits, KV cache and FLOPs."""
 
 import os
 from dataclasses import dataclass, replace
 from operator import mul
+from pathlib import Path
 
 import torch
 
@@ -16,8 +17,9 @@ from llama.checkpoints.folder import (
 )
 from llama.checkpoints.load import parse_dtype
 from llama.config import PRESETS, ModelArgs
-from llama.errors import ConfigError
+from llama.errors import ConfigError, require_number
 from llama.fast.quantize import BYTES, Width, is_quantized
+from llama.gguf_file import is_gguf
 
 SPLITS = {0: "rows (dim 0)", 1: "columns (dim 1)", None: "copied"}
 UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
@@ -47,6 +49,13 @@ class Weight:
         if self.split is None:
             return self.parameters
         return self.parameters * self.copies // mp_size
+
+    def shape_per_rank(self, mp_size: int) -> tuple[int, ...]:
+        """The shape of the part that one rank holds."""
+        shape = list(self.shape)
+        if self.split is not None:
+            shape[self.split] = shape[self.split] * self.copies // mp_size
+        return tuple(shape)
 
 
 def weights_of(args: ModelArgs, mp_size: int) -> list[Weight]:
@@ -90,21 +99,21 @@ def flops_per_token(args: ModelArgs, context: int) -> int:
 
 
 def resolve(name: str) -> tuple[str, ModelArgs, Width | None]:
-    """The name to show, the shape and the quantization of a preset or a checkpoint folder."""
+    """The name to show, the shape and the quantization of a preset or a checkpoint."""
     if name in PRESETS:
         return name, PRESETS[name], None
-    if os.path.isdir(name):
+    if os.path.isdir(name) or is_gguf(Path(name)):
         folder = find_folder(name)
         args = read_args(folder)
-        if args.vocab_size == -1:  # Llama 2's files leave it to the tokenizer
-            if any(folder.glob(shards.shard_name(0))):
-                opened = open_checkpoint(folder)
-                opened.set_vocab_size()
-                args = opened.args
-            else:
-                args.vocab_size = PRESETS[next(iter(args.published()), "llama-2-7b")].vocab_size
+        if any(folder.glob(shards.shard_name(0))):
+            # params.json says neither that a model is tied nor, for Llama 2, its vocab_size.
+            opened = open_checkpoint(folder)
+            opened.set_vocab_size()
+            args = opened.args
+        elif args.vocab_size == -1:
+            args.vocab_size = PRESETS[next(iter(args.published()), "llama-2-7b")].vocab_size
         return next(iter(args.published()), name), args, read_quantization(folder)
-    raise ConfigError(f"{name} is no folder and no preset: {', '.join(PRESETS)}")
+    raise ConfigError(f"{name} is no folder, no GGUF file and no preset: {', '.join(PRESETS)}")
 
 
 def describe(
@@ -117,6 +126,7 @@ def describe(
     """The whole report, as `llama inspect` prints it."""
     title, args, quantization = resolve(name)
     args.check_split(mp)
+    require_number("max_batch_size", max_batch_size, whole=True)
     kind = parse_dtype(dtype)
     context = args.context if max_seq_len is None else max_seq_len
     if not 0 < context <= args.context:

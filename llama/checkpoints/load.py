@@ -57,7 +57,7 @@ def load_weights(
             layer = model.get_submodule(name.removesuffix(".weight"))
             set_quantized(layer, checkpoint.quantized_part(name, *place, quantize))
             continue
-        part = checkpoint.part(name, *place).to(device, dtype)
+        part = checkpoint.part(name, *place, dtype).to(device, dtype)
         # With an unaligned matrix, the last bits of a matrix-vector product would differ. So an
         # unaligned part is copied.
         needs_alignment = quantize is None

@@ -3,10 +3,11 @@
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from llama.config import LLAMA_2_THETA, PRESETS, ModelArgs, RopeScaling
+from llama.config import LLAMA_2_THETA, PRESETS, ModelArgs
 from llama.errors import ConfigError
 from llama.fast.quantize import LAYOUT, Width
 from llama.files import read_json, write_json
+from llama.rope_scaling import RopeScaling
 
 REQUIRED_KEYS = ("dim", "n_layers", "n_heads", "norm_eps")
 KNOWN_KEYS = frozenset(REQUIRED_KEYS) | {

@@ -103,6 +103,15 @@ class Checkpoint:
         if self.args.vocab_size == -1 and output is not None and output.dim() == 2:
             self.args.vocab_size = output.shape[0] * len(self.shards)
 
+    def tensor(self, shard: int, name: str) -> Tensor:
+        """A tensor of a shard, as it is in the file."""
+        return self.shards[shard][name]
+
+    def stored_as(self) -> str:
+        """The quantization or the dtype of the matrices, for messages."""
+        first = next(iter(self.shards[0].values()))
+        return self.quantization or str(first.dtype).removeprefix("torch.")
+
     def merge(self, adapter: Path) -> Adapter:
         """Merge the LoRA adapter in this folder into the parts that are read from now on, and
         return it. See `open_adapter` for the errors."""
@@ -141,20 +150,24 @@ class Checkpoint:
             and (self.quantization is not None or pieces[0].data_ptr() % ALIGNMENT == 0)
         )
 
-    def part(self, name: str, n_parts: int, index: int) -> Tensor:
+    def part(self, name: str, n_parts: int, index: int, dtype: torch.dtype | None = None) -> Tensor:
         """One of `n_parts` equal parts of a tensor, its rows in Meta's order; contiguous.
 
         It is not copied if it is contiguous in a file. With more parts than key/value heads,
-        several consecutive parts hold the same head. A part that an adapter changes is float32.
+        several consecutive parts hold the same head.
+        dtype: to which a quantized matrix of a GGUF file is unpacked; None: float32. All other
+            tensors keep their own dtype, but a part that an adapter changes is float32.
         """
-        part = self._part_of_base(name, n_parts, index)
-        if self.adapter is None:
-            return part
+        if self.adapter is None or not self.adapter.touches(name):
+            return self._part_of_base(name, n_parts, index, dtype)
+        part = self._part_of_base(name, n_parts, index, torch.float32)
         dim = parallel.shard_dim(name, self.args.embedding_shard_dim)
         return self.adapter.merged(part, name, dim, *self.distinct(name, n_parts, index))
 
-    def _part_of_base(self, name: str, n_parts: int, index: int) -> Tensor:
-        """A part without the adapter."""
+    def _part_of_base(
+        self, name: str, n_parts: int, index: int, dtype: torch.dtype | None
+    ) -> Tensor:
+        """`part` without the adapter."""
         pieces = self._pieces(name, n_parts, index)
         if self.is_hugging_face and name.endswith(hugging_face.ROTATED):
             return hugging_face.to_meta_rows(pieces[0], self.args.head_dim)
@@ -180,11 +193,11 @@ class Checkpoint:
                 return join(self._quantized_pieces(name, n_parts, index), dim)
             part = self.part(name, n_parts, index)
             if width == "int8" and dim == 1 and n_parts > 1:
-                all_columns = [shard[name] for shard in self.shards]
-                if self.adapter is not None:
-                    all_columns = [self.part(name, 1, 0)]
-                largest = [vector_norm(columns, math.inf, 1) for columns in all_columns]
-                return quantize_int8(part, torch.stack(largest).amax(0))
+                whole = [self.tensor(i, name) for i in range(len(self.shards))]
+                if self.adapter is not None and self.adapter.touches(name):
+                    whole = [self.part(name, 1, 0)]
+                norms = [vector_norm(weight, math.inf, 1) for weight in whole]
+                return quantize_int8(part, torch.stack(norms).amax(0))
             return QUANTIZERS[width](part)
         except ConfigError as error:
             raise ConfigError(f"{self.folder}: {name}: {error}") from error

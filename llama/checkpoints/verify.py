@@ -17,6 +17,7 @@ from llama.checkpoints.load import check_complete
 from llama.checkpoints.shards import Checkpoint
 from llama.errors import CheckpointError, LlamaError
 from llama.files import atomic_file, read_json, read_text, why_unreadable
+from llama.gguf_file import is_gguf, parts_of, read_value
 
 MANIFEST = "SHA256SUMS"  # what `sha256sum --check` reads too
 CHECKLIST = "checklist.chk"  # Meta's file, with MD5 checksums
@@ -44,7 +45,8 @@ def verify(folder: str | Path, write_manifest: bool = True) -> tuple[str, list[s
         problems += _wrong_numbers(opened)
         problems += _copied_shards(opened)
     problems += _wrong_sums(opened.folder)
-    if write_manifest and not problems and not (opened.folder / MANIFEST).exists():
+    is_folder = opened.folder.is_dir()  # a GGUF file is no folder
+    if write_manifest and is_folder and not problems and not (opened.folder / MANIFEST).exists():
         _write_manifest(opened.folder)
     return title_of(opened), problems
 
@@ -60,15 +62,16 @@ def _wrong_numbers(opened: Checkpoint) -> Iterator[str]:
     for weight, shape in tqdm(opened.args.parameter_shapes().items(), "Tensors", delay=2):
         dim = parallel.shard_dim(weight, opened.args.embedding_shard_dim)
         for name, (_, fixed) in opened.stored_tensors(weight, shape).items():
-            first = opened.shards[0][name]
+            first = opened.tensor(0, name)
             # A scale with one number a row has no dimension 1 to split.
             is_copied = dim is None or dim >= first.dim()
-            for i, shard in enumerate(opened.shards):
+            for i in range(len(opened.shards)):
                 where = f"{opened.file_of(i)}: {opened.name_in_file(name)}"
-                tensor = shard[name]
+                tensor = first if i == 0 else opened.tensor(i, name)
                 if not _is_finite(tensor):
                     yield f"{where} has numbers that are not finite"
-                if fixed is None and tensor.dtype != dtype:
+                # The tensors of a GGUF file are of several types.
+                if fixed is None and tensor.dtype != dtype and not is_gguf(opened.folder):
                     yield f"{where} is {tensor.dtype}, but {reference} is {dtype}"
                 if is_copied and i > 0 and not torch.equal(tensor, first):
                     yield f"{where} should be equal in all shards, but differs from the first"
@@ -97,10 +100,13 @@ def _is_finite(tensor: Tensor) -> bool:
 
 
 def _files(folder: Path) -> list[Path]:
+    if is_gguf(folder):
+        return parts_of(folder)
     return sorted(path for path in folder.iterdir() if path.suffix in SUFFIXES and path.is_file())
 
 
-def _digest(path: Path, algorithm: str) -> str:
+def checksum(path: Path, algorithm: str) -> str:
+    """The checksum of a file, in hexadecimal digits; algorithm: "md5" or "sha256"."""
     digest = hashlib.new(algorithm)
     size = path.stat().st_size
     with (
@@ -137,12 +143,12 @@ def _wrong_sums(folder: Path) -> Iterator[str]:
             path = folder / name
             if why_unreadable(path):
                 yield f"{folder / file} lists {name}, which is missing"
-            elif _digest(path, algorithm) != digest:
+            elif checksum(path, algorithm) != digest:
                 yield f"{path} does not have the {algorithm} checksum in {file}"
 
 
 def _write_manifest(folder: Path) -> None:
-    lines = [f"{_digest(path, 'sha256')}  {path.name}\n" for path in _files(folder)]
+    lines = [f"{checksum(path, 'sha256')}  {path.name}\n" for path in _files(folder)]
     with atomic_file(folder / MANIFEST) as file:
         file.write("".join(lines).encode())
 
@@ -162,13 +168,14 @@ def title_of(opened: Checkpoint) -> str:
         total = sum(weight.parameters for weight in weights_of(opened.args, 1))
         model = f"a Llama of {total:,} parameters"
     size = sum(path.stat().st_size for path in _files(opened.folder)) / 1e9
-    if opened.is_hugging_face:
+    if is_gguf(opened.folder):
+        layout = "GGUF"
+    elif opened.is_hugging_face:
         layout = "Hugging Face's layout"
     else:
         layout = f"{len(opened.shards)} shard{'s' if len(opened.shards) > 1 else ''}"
-    first = next(iter(opened.shards[0].values()))
-    dtype = opened.quantization or str(first.dtype).removeprefix("torch.")
-    return f"{model}, {kind_of(opened.folder)}, {layout}, {dtype}, {size:.2f} GB"
+    kind = kind_of(opened.folder)
+    return f"{model}, {kind}, {layout}, {opened.stored_as()}, {size:.2f} GB"
 
 
 # The folders of base models as Meta and Hugging Face name them. All of Llama 3.3 is instruct.
@@ -181,7 +188,10 @@ UNKNOWN = "instruct or base unknown"
 def kind_of(folder: Path) -> str:
     """Whether the model was trained to chat: "instruct", "base" or UNKNOWN.
 
-    It depends on the chat template, or its absence, and on the folder's name."""
+    It depends on the chat template, or its absence, and on the name of the folder or GGUF file."""
+    if is_gguf(folder):
+        has_template = read_value(folder, "tokenizer.chat_template", str) is not None
+        return _kind(folder.stem.lower(), has_template)
     place = folder.resolve()
     if place.name == "original":  # inside a repository of Hugging Face
         place = place.parent
@@ -189,9 +199,12 @@ def kind_of(folder: Path) -> str:
     if any((place / f"chat_template.{suffix}").exists() for suffix in ("jinja", "json")):
         return "instruct"
     try:
-        has_template = "chat_template" in read_json(place / "tokenizer_config.json")
+        return _kind(name, "chat_template" in read_json(place / "tokenizer_config.json"))
     except LlamaError:
-        has_template = None  # Meta's folders have no such file
+        return _kind(name, None)  # Meta's folders have no such file
+
+
+def _kind(name: str, has_template: bool | None) -> str:
     if has_template or "instruct" in name or "-chat" in name:
         return "instruct"
     return "base" if has_template is False or BASE_NAME.fullmatch(name) else UNKNOWN

@@ -50,7 +50,7 @@ def batch(
     Args:
         input: the JSONL file to read.
         output: the JSONL file to write.
-        ckpt_dir: a checkpoint folder, or an id on the Hub; by default the bundled model.
+        ckpt_dir: a checkpoint folder, GGUF file or id on the Hub; by default the bundled model.
         tokenizer_path: tokenizer.model or tokenizer.json; by default the one in ckpt_dir.
         max_seq_len: most tokens of prompt and answer together; by default as in Llama.build.
         max_batch_size: lines that are computed together.

@@ -32,7 +32,7 @@ def bench(
     the ranks share the model.
 
     Args:
-        ckpt_dir: a checkpoint folder, or an id on the Hub; by default the bundled model.
+        ckpt_dir: a checkpoint folder, GGUF file or id on the Hub; by default the bundled model.
         tokenizer_path: tokenizer.model or tokenizer.json; by default the one in ckpt_dir.
         prefill: tokens of the prompt that is prefilled.
         decode: tokens decoded for each prompt.

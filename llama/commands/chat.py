@@ -18,7 +18,7 @@ def chat(model: str | None = None, *words: str, **flags: Any) -> None:
     torchrun the first rank reads and writes the terminal, and Ctrl-C ends all ranks.
 
     Args:
-        model: a checkpoint folder, or an id on the Hub; by default --ckpt_dir.
+        model: a checkpoint folder, GGUF file or id on the Hub; by default --ckpt_dir.
     """
     if words:
         raise GenerationError(f"unexpected {words[0]!r}: type messages after the chat has started")

@@ -1,8 +1,11 @@
-"""llama inspect, convert, verify, doctor: describe, convert and check checkpoint folders."""
+"""llama inspect, convert, verify, doctor: describe, convert and check checkpoints."""
 
 import sys
 
 from llama.commands.flags import as_text
+from llama.errors import ConfigError
+
+MOST_LAYERS = 1000  # of which `inspect` draws a tree or a graph
 
 
 @as_text
@@ -12,6 +15,8 @@ def inspect(
     max_seq_len: int | None = None,
     max_batch_size: int = 4,
     dtype: str = "bfloat16",
+    tree: bool = False,
+    tensorboard: str | None = None,
     train: bool = False,
     batch: int = 1,
     seq_len: int = 2048,
@@ -20,21 +25,26 @@ def inspect(
     quantize: str | None = None,
     checkpoint_activations: bool = False,
 ) -> None:
-    """Describe a model: modules, sizes, split over ranks, KV cache, FLOPs. No weight is read.
+    """Describe a model: modules, sizes, split over ranks, KV cache, FLOPs. No weight is loaded.
 
     With --train it tells the memory of a training step instead, without autocast and FSDP.
 
-    Example: llama inspect llama-3.1-70b --mp 8
+    Example: llama inspect llama-3.1-70b --mp 8 --tree
     Example: llama inspect llama-3.1-8b --train --lora_r 16 --quantize int4
 
     Args:
         model: a published model (llama-2-7b, llama-3-8b, llama-3.1-405b, llama-3.2-1b, …) or a
-            checkpoint folder, whose weights are not read; by default the bundled model.
+            checkpoint folder or GGUF file, whose weights are not loaded; by default the bundled
+            model.
         mp: ranks that share the model.
         max_seq_len: most tokens in a row of the KV cache; by default the model's context.
         max_batch_size: rows of the KV cache.
         dtype: dtype for the sizes in bytes: float32, bfloat16 or float16; weights that are trained
             are float32.
+        tree: also print the tree of modules, as print(model) does, with the parameters of each
+            module and the shapes of its weights on one rank.
+        tensorboard: a folder for the graph of the operations, which TensorBoard shows. It is the
+            graph of a prompt of 8 tokens on one rank. It needs the extra [train].
         train: tell the memory of a training step.
         batch: rows of the step.
         seq_len: tokens of a row.
@@ -44,19 +54,30 @@ def inspect(
         checkpoint_activations: keep only the input of each layer.
     """
     from llama.checkpoints.folder import BUNDLED
-
-    name = str(model or BUNDLED)
-    if not train:
-        from llama.checkpoints.inspect import describe
-
-        print(describe(name, mp, max_seq_len, max_batch_size, dtype))
-        return
+    from llama.checkpoints.inspect import describe, resolve
+    from llama.checkpoints.load import parse_dtype
+    from llama.checkpoints.module_tree import module_tree
     from llama.training.lora import LoraOptions
     from llama.training.memory import describe_training
 
-    lora = None if lora_r is None else LoraOptions.read(lora_r, None, 0.0, lora_targets)
-    options = batch, seq_len, lora, dtype, quantize, checkpoint_activations, mp
-    print(describe_training(name, *options))  # type: ignore[arg-type]
+    name = str(model or BUNDLED)
+    if train:
+        lora = None if lora_r is None else LoraOptions.read(lora_r, None, 0.0, lora_targets)
+        options = batch, seq_len, lora, dtype, quantize, checkpoint_activations, mp
+        print(describe_training(name, *options))  # type: ignore[arg-type]
+    else:
+        print(describe(name, mp, max_seq_len, max_batch_size, dtype))
+    _, args, _ = resolve(name)
+    if (tree or tensorboard is not None) and args.n_layers > MOST_LAYERS:
+        raise ConfigError(f"n_layers is {args.n_layers}: at most {MOST_LAYERS} can be drawn")
+    if tree:
+        print("\n" + module_tree(args, mp))
+    if tensorboard is not None:
+        from llama.explain.graph import model_graph
+        from llama.tensorboard_files import write_graph
+
+        write_graph(str(tensorboard), model_graph(args, parse_dtype(dtype)))
+        print(f"\nThe graph is in {tensorboard}; to see it: tensorboard --logdir {tensorboard}")
 
 
 @as_text
@@ -70,17 +91,19 @@ def convert(
     quantize: str | None = None,
     adapter: str | None = None,
 ) -> None:
-    """Write a checkpoint in another layout, in other shards, quantized, or with a LoRA adapter.
+    """Write a checkpoint in another layout, in other shards, quantized, as a GGUF file, or with a
+    LoRA adapter.
 
     Example: llama convert Llama-2-70b Llama-2-70b-hf --to hf
 
     Args:
-        src: a checkpoint folder of either layout.
-        dst: the folder to write.
-        to: meta (params.json and consolidated.NN.pth) or hf (config.json, .safetensors, and the
-            other files that transformers needs).
+        src: a checkpoint folder of either layout, or a GGUF file.
+        dst: the folder or GGUF file to write.
+        to: meta (params.json and consolidated.NN.pth), hf (config.json, .safetensors, and the
+            other files that transformers needs) or gguf (the file of llama.cpp).
         mp: number of shards of a Meta folder.
-        dtype: float32, bfloat16 or float16; by default the dtype of the weights.
+        dtype: float32, bfloat16 or float16, and for gguf also q8_0 or q4_0; by default the dtype
+            of the weights, or bfloat16 for those of a quantized GGUF file.
         force: replace dst if it exists.
         quantize: round the matrices to int8 or int4, for mode fast on a CPU; the layout must be
             meta, and the shards are written as consolidated.NN.safetensors.
@@ -94,14 +117,15 @@ def convert(
 
 
 def verify(folder: str | None = None, manifest: bool = True) -> None:
-    """Check a checkpoint folder: the shapes of all tensors, finite numbers, checksums of the files.
+    """Check a checkpoint: the shapes of all tensors, finite numbers, checksums of the files.
 
     The exit code is 1 if a problem is found.
 
     Args:
-        folder: a checkpoint folder, Meta's or Hugging Face's; by default the bundled model.
-        manifest: write SHA256SUMS if the folder has none and no problem is found; not for the
+        folder: a checkpoint folder, Meta's or Hugging Face's, or a GGUF file; by default the
             bundled model.
+        manifest: write SHA256SUMS if the folder has none and no problem is found; not for the
+            bundled model or a GGUF file.
     """
     from llama.checkpoints.folder import BUNDLED
     from llama.checkpoints.verify import verify as run
@@ -137,8 +161,8 @@ def doctor(
     Example: llama doctor Meta-Llama-3-8B --max_seq_len 8192
 
     Args:
-        folder: a checkpoint folder, Meta's or Hugging Face's, or the id of one on the Hub; by
-            default the bundled model.
+        folder: a checkpoint folder, Meta's or Hugging Face's, a GGUF file, or the id of a model
+            on the Hub; by default the bundled model.
         mp: ranks of this machine that share the model.
         max_seq_len: most tokens in a row of the KV cache; by default as in Llama.build.
         max_batch_size: rows of the KV cache.

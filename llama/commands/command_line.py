@@ -14,6 +14,7 @@ from llama.commands.flags import Command, Flag, all_flags, groups_of, own_flags
 from llama.errors import LlamaError
 
 WIDTH = 100
+SWITCH_VALUES = {"yes": True, "true": True, "no": False, "false": False}
 IS_FLAG = re.compile(r"--?([A-Za-z][\w-]*)(=.*)?", re.DOTALL)
 
 
@@ -55,22 +56,32 @@ def checked(command: Command, words: Sequence[str], usage: str) -> list[str]:
         index += 1
         match = IS_FLAG.fullmatch(word)
         if match is None:
-            name = arguments[n_plain].name if n_plain < len(arguments) else None
+            argument = arguments[n_plain].name if n_plain < len(arguments) else None
             n_plain += 1
             # fire would read a text such as "-- he said" as a flag. So fire gets the text as the
             # value of a flag.
-            result.append(f"--{name}={word}" if name and word.startswith("-") else word)
+            result.append(f"--{argument}={word}" if argument and word.startswith("-") else word)
             continue
-        flag = _find(match[1].replace("-", "_"), flags, usage)
+        name = match[1].replace("-", "_")
+        flag = _find(name, flags, usage)
         given.add(flag.name)
-        result.append(word)
+        following = words[index : index + 1]
         if match[2] is not None:
-            continue
-        if index < len(words) and not IS_FLAG.fullmatch(words[index]):
-            result.append(words[index])
+            value = match[2][1:]
+        elif flag.is_switch and " ".join(following).lower() not in SWITCH_VALUES:
+            value = "yes"  # a text after the switch, as in --chat "Hello", is not its value
+        elif following and not IS_FLAG.fullmatch(following[0]):
+            value = following[0]
             index += 1
-        elif not flag.is_switch:
+        else:
             raise LlamaError(f"--{flag.name} needs a value ({flag.kind}); see {usage} --help")
+        if flag.is_switch:
+            is_on = _is_on(flag, value)
+            is_negated = name != flag.name and name.startswith("no")  # --noforce
+            value = str(is_on != is_negated)
+        else:
+            _check_number(flag, value)
+        result.append(f"--{flag.name}={value}")
     by_position = {flag.name for flag in arguments[:n_plain]}
     # Flags of a group are not checked here, because a configuration file may hold them.
     for flag in (*arguments, *own):
@@ -80,8 +91,25 @@ def checked(command: Command, words: Sequence[str], usage: str) -> list[str]:
     return result
 
 
+def _is_on(flag: Flag, value: str) -> bool:
+    """The value of a switch. Raises LlamaError if it is neither yes nor no."""
+    if value.lower() not in SWITCH_VALUES:
+        raise LlamaError(f"--{flag.name} is {value!r}: it must be yes or no")
+    return SWITCH_VALUES[value.lower()]
+
+
+def _check_number(flag: Flag, value: str) -> None:
+    """Raise LlamaError if the flag takes a number and the value is none."""
+    kinds = {"whole number": int, "number": float}
+    if flag.kind in kinds:
+        try:
+            kinds[flag.kind](value)
+        except ValueError:
+            raise LlamaError(f"--{flag.name} is {value!r}: it must be a {flag.kind}") from None
+
+
 def _find(name: str, flags: dict[str, Flag], usage: str) -> Flag:
-    """The flag of that name. fire also accepts --noforce for --force, and -f for --force if no
+    """The flag of that name. Also accepted are --noforce for --force, and -f for --force if no
     other flag begins with f. Raises LlamaError for an unknown name."""
     if name in flags:
         return flags[name]

@@ -22,7 +22,7 @@ def perplexity(
 
     Args:
         file: any UTF-8 text.
-        ckpt_dir: a checkpoint folder, or an id on the Hub; by default the bundled model.
+        ckpt_dir: a checkpoint folder, GGUF file or id on the Hub; by default the bundled model.
         tokenizer_path: tokenizer.model or tokenizer.json; by default the one in ckpt_dir.
         window: the text is scored in windows of this many tokens, each after bos; by
             default 512, or the context if smaller.
@@ -78,7 +78,7 @@ def evaluate(
 
     Args:
         tasks: names of tasks, groups or tags, separated by commas.
-        ckpt_dir: a checkpoint folder, or an id on the Hub; by default the bundled model.
+        ckpt_dir: a checkpoint folder, GGUF file or id on the Hub; by default the bundled model.
         tokenizer_path: tokenizer.model or tokenizer.json; by default the one in ckpt_dir.
         adapter: folder of a LoRA adapter of this model in PEFT's format, or its id on the Hub.
         include_path: a folder with your own tasks, as YAML files; they may run Python code.

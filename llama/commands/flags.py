@@ -20,7 +20,7 @@ Command = Callable[..., None]
 as_text: Callable[[Command], Command] = SetParseFn(
     str, "prompt", "stop", "ckpt_dir", "tokenizer_path", "device", "dtype", "mode", "quantize",
     "kv_cache", "draft", "format", "adapter", "adapters", "lora_targets", "model", "host",
-    "api_key", "name", "allow_origin",
+    "api_key", "name", "allow_origin", "against", "check", "out", "text", "diff",
 )  # fmt: skip
 
 
@@ -54,7 +54,7 @@ def group(title: str, *rows: tuple[str, str, str | None, str]) -> Group:
 
 MODEL = group(
     "Model",
-    ("ckpt_dir", "text", "the bundled model", "checkpoint folder, or an id on the Hub"),
+    ("ckpt_dir", "text", "the bundled model", "checkpoint folder, GGUF file, or id on the Hub"),
     ("tokenizer_path", "text", "the one in ckpt_dir", "tokenizer.model or tokenizer.json"),
     ("max_seq_len", "whole number", "2048, or the context if smaller",
      "most tokens of prompt and answer together"),
@@ -67,7 +67,8 @@ MODEL = group(
     ("device", "text", "the first of these that is available", "cuda, mps or cpu"),
     ("dtype", "text", "bfloat16 on a GPU, else the checkpoint's",
      "float32, bfloat16 or float16; the bundled model computes in float32 on a CPU"),
-    ("rope_factor", "number", "as published", "factor of scaled RoPE; Meta's code always uses 8"),
+    ("rope_factor", "number", "as published",
+     "factor of scaled RoPE, for models that have it; Meta's code always uses 8"),
     ("format", "text", "the folder's, else the vocabulary's",
      "chat format: llama3, llama2, chatml or zephyr"),
     ("adapter", "text", "none",
@@ -165,7 +166,7 @@ PRETRAINING = group(
 FINETUNING = group(
     "Data and model",
     ("data", "text", None, "JSONL file with one dialog a line"),
-    ("ckpt_dir", "text", "the bundled model", "checkpoint folder to start from"),
+    ("ckpt_dir", "text", "the bundled model", "checkpoint folder or GGUF file to start from"),
     ("tokenizer", "text", "the one in ckpt_dir", "tokenizer.model"),
     ("eval_data", "text", "none", "JSONL file of dialogs to evaluate on"),
     ("adapter", "text", "none",
@@ -231,7 +232,7 @@ def own_flags(command: Command) -> tuple[list[Flag], list[Flag]]:
             continue
         flag = _flag(parameter, meanings.get(parameter.name, ""))
         is_flag = parameter.kind is parameter.KEYWORD_ONLY or parameter.default is not _NONE
-        is_optional_argument = parameter.name in ("prompt", "config", "model", "folder")
+        is_optional_argument = parameter.name in ("prompt", "config", "model", "folder", "text")
         if parameter.kind is parameter.VAR_POSITIONAL:
             if flag.meaning:
                 arguments.append(flag)

@@ -1,7 +1,6 @@
 """Measure a model on this machine: loading, prefill, decode, memory, and the read bandwidth."""
 
 import math
-import platform
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -22,6 +21,7 @@ from llama.engine.runner import Runner
 from llama.errors import ConfigError
 from llama.memory import used_memory
 from llama.model import Transformer
+from llama.processor import processor_name
 from llama.sampling import SamplingParams
 
 BATCH_SIZES = (1, 4, 8)  # rows decoded together
@@ -226,4 +226,4 @@ def _decode(engine: Engine, rows: int, n_tokens: int) -> float:
 def _device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"{device.type} {platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
+    return f"{processor_name()}, {torch.backends.cpu.get_cpu_capability()}"

@@ -34,7 +34,7 @@ def serve(
     within 25 seconds. A second one ends them.
 
     Args:
-        model: a checkpoint folder, or an id on the Hub; by default --ckpt_dir.
+        model: a checkpoint folder, GGUF file or id on the Hub; by default --ckpt_dir.
         host: address to serve on; one that other machines reach needs --api_key.
         port: port to serve on; 0: any free one.
         api_key: key that callers must send as "Authorization: Bearer KEY"; by default the

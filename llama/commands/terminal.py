@@ -5,6 +5,7 @@ Only the first rank reads and writes. The other ranks follow it.
 
 import contextlib
 import itertools
+import os
 import sys
 import threading
 import time
@@ -33,6 +34,8 @@ BUILD_FLAGS = (
 # The interval of the messages that the first rank sends to the others while it waits for a typed
 # line. The others raise an error if no message comes within parallel.TIMEOUT.
 KEEP_ALIVE_SECONDS = parallel.TIMEOUT.total_seconds() / 5
+
+DIM, YELLOW, MAGENTA = 2, 33, 35  # styles of ECMA-48
 
 # Control characters in generated text are removed, because they could change the terminal's state.
 _CONTROLS = {code: None for code in (*range(32), *range(127, 160)) if chr(code) not in "\t\n"}
@@ -161,7 +164,14 @@ def acceptance(requests: Collection[Request]) -> str:
 
 def dim(text: str, file: TextIO) -> str:
     """The text in dim letters, if the file is a terminal."""
-    return f"\033[2m{text}\033[0m" if file.isatty() else text
+    return styled(text, DIM, file)
+
+
+def styled(text: str, style: int, file: TextIO) -> str:
+    """The text in a style of ECMA-48, if the file is a terminal and NO_COLOR is not set; see
+    https://no-color.org."""
+    has_style = file.isatty() and not os.environ.get("NO_COLOR")
+    return f"\033[{style}m{text}\033[0m" if has_style else text
 
 
 # ---- ranks ---------------------------------------------------------------------------------------

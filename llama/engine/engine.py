@@ -191,7 +191,7 @@ class Engine:
     def check(
         self, prompt_tokens: Sequence[int], params: SamplingParams, row: int = 0
     ) -> list[int]:
-        """Check the prompt and params as `submit` does. Returns the prompt's ids."""
+        """Check prompt_tokens, params and row as `submit` does. Returns the prompt's ids."""
         if params.stop and self.tokenizer is None:
             raise GenerationError("stop strings need a tokenizer: give the engine one")
         self.adapters.number(params.adapter)  # raises for an unknown name

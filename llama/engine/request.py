@@ -20,7 +20,13 @@ FinishReason = Literal["stop", "length", "cancelled", "error"]
 class Request:
     """A prompt and what the engine has generated for it so far.
 
-    Attributes to read:
+    Attributes:
+        prompt_tokens, params, row, is_private, is_exact: as given to `Engine.submit`.
+        generator: makes the random numbers of sampling.
+        stop_tokens: the ids that end the request.
+        max_gen_len: the largest number of tokens to generate.
+        adapter: the number of the LoRA adapter that the request names; 0: none.
+        stream: decodes the tokens, and looks for stop strings. None: there is no tokenizer.
         tokens: the generated ids, without the stop token.
         logprobs: the natural logarithm of each token's probability, before any sampling option.
         top_logprobs: for each token, the likeliest ids and their logprobs, if asked for.
@@ -34,18 +40,19 @@ class Request:
         stop_token: the stop token that ended the request, if one did.
         n_reused: how many of the prompt's tokens were in the KV cache already.
         proposed, accepted: how many tokens were proposed, and how many of them were accepted.
+        error: what ended the request, if finish_reason is "error".
     """
 
     prompt_tokens: list[int]
     params: SamplingParams
-    row: int  # a number that the caller chose
+    row: int
     is_private: bool
     is_exact: bool
     generator: torch.Generator
     stop_tokens: frozenset[int]
     max_gen_len: int
-    stream: TextStream | None  # None: there is no tokenizer
-    adapter: int = 0  # its number; 0: none
+    stream: TextStream | None
+    adapter: int = 0
     tokens: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     top_logprobs: list[list[tuple[int, float]]] = field(default_factory=list)
@@ -174,8 +181,13 @@ class Request:
 class Event:
     """One step of one request: a token, the end, or both.
 
-    token: None if the step only ended the request. text: whole characters that can be shown now,
-    because they belong to no stop string.
+    Attributes:
+        request: the `Request`.
+        token: the id of the generated token. None if the step only ended the request.
+        text: whole characters that can be shown now, because they belong to no stop string.
+        logprob: the natural logarithm of the token's probability, before any sampling option.
+        top_logprobs: the likeliest ids and their logprobs, if asked for.
+        finish_reason: None while the request goes on, else as in the `Request`.
     """
 
     request: Request
@@ -187,4 +199,5 @@ class Event:
 
     @property
     def row(self) -> int:
+        """The row of the request. In a stream it is the index among all samples of all prompts."""
         return self.request.row

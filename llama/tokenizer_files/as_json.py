@@ -4,17 +4,13 @@
 does not need the library: https://huggingface.co/docs/tokenizers
 """
 
-import struct
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable
 from typing import Any
 
-from llama.errors import TokenizerError
-from llama.tokenizer_files.hugging_face import (
-    BYTE_OF_CHARACTER,
-    LLAMA_2_DECODER,
-    LLAMA_3_STEPS,
-)
+from llama.tokenizer_files.hugging_face import LLAMA_2_DECODER, LLAMA_3_STEPS
+from llama.tokenizer_files.library import BYTE_OF_CHARACTER
 from llama.tokenizer_files.meta import SentencePiece, Tiktoken
+from llama.tokenizer_files.sentencepiece_model import NORMAL, read_pieces
 
 _CHARACTER_OF_BYTE = {byte: character for character, byte in BYTE_OF_CHARACTER.items()}
 
@@ -30,18 +26,26 @@ def as_json(tokenizer: Tiktoken | SentencePiece) -> dict[str, Any]:
 
 
 def _file(
-    special: dict[str, int], bos_id: int, model: dict[str, Any], **steps: Any
+    special: dict[str, int],
+    bos_id: int,
+    model: dict[str, Any],
+    in_text: Collection[str] = (),
+    **steps: Any,
 ) -> dict[str, Any]:
+    """in_text: the special tokens that are recognized in plain text too."""
     names = {i: name for name, i in special.items()}
-    flags = dict(single_word=False, lstrip=False, rstrip=False, normalized=False, special=True)
+    flags = dict(single_word=False, lstrip=False, rstrip=False, normalized=False)
     return {
         "version": "1.0",
         "truncation": None,
         "padding": None,
-        "added_tokens": [{"id": i, "content": names[i], **flags} for i in sorted(names)],
+        "added_tokens": [
+            {"id": i, "content": names[i], "special": names[i] not in in_text, **flags}
+            for i in sorted(names)
+        ],
         "normalizer": steps.get("normalizer"),
         "pre_tokenizer": steps.get("pre_tokenizer"),
-        "post_processor": _bos_first(names[bos_id], bos_id),
+        "post_processor": bos_first(names[bos_id], bos_id),
         "decoder": steps["decoder"],
         "model": {
             "type": "BPE",
@@ -53,7 +57,7 @@ def _file(
     }
 
 
-def _bos_first(name: str, i: int) -> dict[str, Any]:
+def bos_first(name: str, i: int) -> dict[str, Any]:
     """The step that puts bos before a text, and before each text of a pair."""
 
     def with_bos(sequence: str, type_id: int) -> list[dict[str, Any]]:
@@ -104,6 +108,7 @@ def _byte_level(tokenizer: Tiktoken) -> dict[str, Any]:
         tokenizer.special_tokens,
         tokenizer.bos_id,
         model,
+        tokenizer.always_allowed,
         pre_tokenizer={"type": "Sequence", "pretokenizers": [split, byte_level | characters]},
         decoder=byte_level | {"add_prefix_space": True, "use_regex": True},
     )
@@ -111,15 +116,11 @@ def _byte_level(tokenizer: Tiktoken) -> dict[str, Any]:
 
 # ---- Llama 2: BPE with byte fallback ---------------------------------------------------------
 
-# Types of pieces in sentencepiece_model.proto.
-_NORMAL, _UNKNOWN, _CONTROL, _BYTE = 1, 2, 3, 6
-_BPE = 2  # a value of TrainerSpec.model_type
-
 
 def _byte_fallback(tokenizer: SentencePiece) -> dict[str, Any]:
-    pieces = _read_pieces(tokenizer.processor.serialized_model_proto(), tokenizer.special_tokens)
-    vocab = {piece: i for i, (piece, _, _) in enumerate(pieces)}
-    scores = {piece: score for piece, score, kind in pieces if kind == _NORMAL}
+    pieces = read_pieces(tokenizer.processor.serialized_model_proto(), tokenizer.special_tokens)
+    vocab = {piece.text: i for i, piece in enumerate(pieces)}
+    scores = {piece.text: piece.score for piece in pieces if piece.kind == NORMAL}
     pairs = [
         (piece[:i], piece[i:])
         for piece in scores
@@ -143,6 +144,7 @@ def _byte_fallback(tokenizer: SentencePiece) -> dict[str, Any]:
         tokenizer.special_tokens,
         tokenizer.bos_id,
         model,
+        tokenizer.always_allowed,
         # The normalizer puts a blank before a text, and also before each part of a text that
         # follows a special token. `Llama2ChatFormat` gives the same blanks, because it encodes each
         # turn of a dialog on its own.
@@ -152,71 +154,3 @@ def _byte_fallback(tokenizer: SentencePiece) -> dict[str, Any]:
         },
         decoder={"type": "Sequence", "decoders": LLAMA_2_DECODER},
     )
-
-
-def _read_pieces(model: bytes, special: dict[str, int]) -> list[tuple[str, float, int]]:
-    """The text, score and type of each piece of a SentencePiece model, in the order of their ids.
-
-    special: the special tokens. Their pieces may be of any type.
-
-    Raises TokenizerError unless the model encodes as Llama 2's does: BPE with byte fallback, all
-    blanks kept, one blank put before the text, and no other change of it. The field numbers are
-    from https://github.com/google/sentencepiece/blob/master/src/sentencepiece_model.proto.
-    """
-    pieces = []
-    specs: dict[int, dict[int, Any]] = {2: {}, 3: {}}
-    for number, content in _fields(model):
-        if number == 1:
-            piece = dict(_fields(content))
-            (score,) = struct.unpack("<f", piece.get(2, bytes(4)))
-            pieces.append((piece[1].decode(), score, piece.get(3, _NORMAL)))
-        elif number in specs:
-            specs[number] = dict(_fields(content))
-    trainer, normalizer = specs[2], specs[3]
-    for differs, what in (
-        (trainer.get(3, 1) != _BPE, "it is not BPE"),
-        (not trainer.get(35), "it has no byte fallback"),
-        (trainer.get(24), "it puts blanks after words"),
-        (normalizer.get(2), "it changes characters"),
-        (not normalizer.get(3, 1), "it puts no blank before a text"),
-        (normalizer.get(4, 1), "it removes blanks"),
-        (not normalizer.get(5, 1), "it does not write blanks as ▁"),
-    ):
-        if differs:
-            raise TokenizerError(f"not a SentencePiece model of Llama 2's kind: {what}")
-    for text, _, kind in pieces:
-        if text not in special and kind not in (_NORMAL, _UNKNOWN, _CONTROL, _BYTE):
-            raise TokenizerError(
-                f"not a SentencePiece model of Llama 2's kind: the piece {text!r:.40} is "
-                "user-defined or unused"
-            )
-    return pieces
-
-
-def _fields(message: bytes) -> Iterator[tuple[int, Any]]:
-    """The number and content of each field of a protobuf message: a whole number, or bytes.
-
-    The SentencePiece library has written the message, so it is complete and needs no checks.
-    Source: https://protobuf.dev/programming-guides/encoding
-    """
-    at = 0
-
-    def varint() -> int:
-        nonlocal at
-        value = shift = 0
-        while True:
-            byte = message[at]
-            at += 1
-            value |= (byte & 0x7F) << shift
-            shift += 7
-            if byte < 0x80:
-                return value
-
-    while at < len(message):
-        number, wire_type = divmod(varint(), 8)
-        if wire_type == 0:
-            yield number, varint()
-            continue
-        length = {1: 8, 5: 4}.get(wire_type) or varint()
-        yield number, message[at : at + length]
-        at += length

@@ -6,14 +6,19 @@ encodes text with it. For any other kind the library does everything; see `libra
 """
 
 import json
-import re
+from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from llama.errors import ConfigError, TokenizerError
 from llama.files import read_json
-from llama.tokenizer_files.library import LibraryTokenizer, open_library_tokenizer
+from llama.tokenizer_files.library import (
+    BYTE_OF_CHARACTER,
+    BYTE_PIECE,
+    LibraryTokenizer,
+    open_library_tokenizer,
+)
 from llama.tokenizer_files.meta import WORD_PATTERN, PieceStream, Tiktoken, encode_around
 
 
@@ -42,17 +47,23 @@ def open_json(path: Path, data: bytes) -> "Tiktoken | ByteFallback | LibraryToke
     Raises TokenizerError for a file that is damaged.
     """
     try:
-        file = _parse(data)
-        try:
-            _check_kind(file)
-            content = _read(path, file)
-            if content.model.get("byte_fallback"):
-                return ByteFallback(content)
-            return _tiktoken(content)
-        except _OtherKind:
-            return LibraryTokenizer(path, file)
+        return open_content(path, _parse(data))
     except TokenizerError as error:
         raise TokenizerError(f"{path}: {error}") from error
+
+
+def open_content(
+    path: Path, file: dict[str, Any], bos: str | None = None, eos: str | None = None
+) -> "Tiktoken | ByteFallback | LibraryTokenizer":
+    """The backend for a parsed file. bos, eos: their names, where the caller knows them."""
+    try:
+        _check_kind(file)
+        content = _read(path, file, bos, eos)
+        if content.model.get("byte_fallback"):
+            return ByteFallback(content)
+        return _tiktoken(content)
+    except _OtherKind:
+        return LibraryTokenizer(path, file, eos)
 
 
 # ---- the file --------------------------------------------------------------------------------
@@ -81,13 +92,18 @@ def _check_kind(file: dict[str, Any]) -> None:
         if _steps(file, "decoder", "decoders") not in (LLAMA_2_DECODER, LLAMA_2_DECODER[:-1]):
             raise _OtherKind
         return
-    steps = _steps(file, "pre_tokenizer", "pretokenizers")
-    has_steps = len(steps) == len(LLAMA_3_STEPS) and all(map(_has_entries, steps, LLAMA_3_STEPS))
-    if file.get("normalizer") is not None or not has_steps:
+    if not splits_by(file, LLAMA_3_STEPS):
         raise _OtherKind
 
 
-def _read(path: Path, file: dict[str, Any]) -> _Content:
+def splits_by(file: dict[str, Any], wanted: Sequence[dict[str, Any]]) -> bool:
+    """Whether a file splits a text into words by these steps, and changes no character before."""
+    steps = _steps(file, "pre_tokenizer", "pretokenizers")
+    is_same = len(steps) == len(wanted) and all(map(_has_entries, steps, wanted))
+    return is_same and file.get("normalizer") is None
+
+
+def _read(path: Path, file: dict[str, Any], bos: str | None, eos: str | None) -> _Content:
     model = file["model"]
     vocab = model.get("vocab")
     if not isinstance(vocab, dict) or not vocab:
@@ -111,8 +127,8 @@ def _read(path: Path, file: dict[str, Any]) -> _Content:
         [_pair(merge) for merge in merges],
         special,
         {token["content"] for token in always_allowed},
-        _bos_or_eos(path, special, "bos", ("<|begin_of_text|>", "<s>")),
-        _bos_or_eos(path, special, "eos", ("<|end_of_text|>", "</s>")),
+        bos or _bos_or_eos(path, special, "bos", ("<|begin_of_text|>", "<s>")),
+        eos or _bos_or_eos(path, special, "eos", ("<|end_of_text|>", "</s>")),
     )
 
 
@@ -173,18 +189,6 @@ def _bos_or_eos(path: Path, special: dict[str, int], which: str, known: tuple[st
 
 # ---- Llama 3: byte-level BPE -----------------------------------------------------------------
 
-
-def _alphabet() -> dict[str, int]:
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [byte for byte in range(256) if byte not in printable]
-    table = {chr(byte): byte for byte in printable}
-    table |= {chr(0x100 + i): byte for i, byte in enumerate(others)}
-    return table
-
-
-# The byte for each character of the `tokenizers` library's byte alphabet. A printable Latin-1
-# character stands for its own byte. The other bytes have the characters from U+0100 on, in order.
-BYTE_OF_CHARACTER = _alphabet()
 
 LLAMA_3_STEPS = (
     {"type": "Split", "pattern": {"Regex": WORD_PATTERN}, "behavior": "Isolated", "invert": False},
@@ -258,7 +262,6 @@ LLAMA_2_DECODER = [
     {"type": "Fuse"},
     {"type": "Strip", "content": " ", "start": 1, "stop": 0},
 ]
-_BYTE_PIECE = re.compile(r"<0x([0-9A-F]{2})>")
 
 
 class ByteFallback:
@@ -268,6 +271,7 @@ class ByteFallback:
     is_llama_2 = True
 
     def __init__(self, content: _Content):
+        self.file = content.file
         self._bpe = open_library_tokenizer(content.file)
         for name, i in content.special.items():
             if self._bpe.token_to_id(name) != i:  # the library renumbers unordered added tokens
@@ -324,7 +328,7 @@ def _pieces(content: _Content) -> list[str | bytes]:
     without_text = content.special.keys() - content.always_allowed
     pieces: list[str | bytes] = []
     for _, token in sorted(tokens.items()):
-        if byte := _BYTE_PIECE.fullmatch(token):
+        if byte := BYTE_PIECE.fullmatch(token):
             pieces.append(bytes.fromhex(byte[1]))
         else:
             pieces.append("" if token in without_text else token.replace("▁", " "))

@@ -5,6 +5,7 @@ ids even for texts for which the library gives other ids.
 """
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,20 @@ from llama.tokenizer_files.meta import encode_around
 MAX_PENDING = 8
 NO_TOKEN = -1  # the id of a bos or eos token that a vocabulary lacks
 END_TOKENS = ("</s>", "<|endoftext|>", "<|im_end|>", "<|end_of_text|>")
+BYTE_PIECE = re.compile(r"<0x([0-9A-F]{2})>")  # a token that stands for one byte
+
+
+def _alphabet() -> dict[str, int]:
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    table = {chr(byte): byte for byte in printable}
+    table |= {chr(0x100 + i): byte for i, byte in enumerate(others)}
+    return table
+
+
+# The byte for each character of the `tokenizers` library's byte alphabet. A printable Latin-1
+# character stands for its own byte. The other bytes have the characters from U+0100 on, in order.
+BYTE_OF_CHARACTER = _alphabet()
 
 
 def open_library_tokenizer(file: dict[str, Any]) -> Any:
@@ -49,8 +64,8 @@ class LibraryTokenizer:
     """A vocabulary that is neither Llama 2's nor Llama 3's.
 
     bos is the token that the file puts before each text. If it puts none there, there is no bos.
-    eos is the eos_token of `tokenizer_config.json`, else a token with a known name, else the token
-    that the file puts after each text.
+    eos is the token that the caller names, else the eos_token of `tokenizer_config.json`, else a
+    token with a known name, else the token that the file puts after each text.
 
     Text never becomes a special token, except in a Unigram model, because its pieces include the
     names of the special tokens.
@@ -58,16 +73,19 @@ class LibraryTokenizer:
 
     is_llama_2 = False
 
-    def __init__(self, path: Path, file: dict[str, Any]):
+    def __init__(self, path: Path, file: dict[str, Any], eos: str | None = None):
+        self.file = file
         self._tokenizer = open_library_tokenizer(file)
-        added = self._tokenizer.get_added_tokens_decoder()
-        self.special_tokens = {token.content: i for i, token in sorted(added.items())}
+        self._added = self._tokenizer.get_added_tokens_decoder()
+        self.special_tokens = {token.content: i for i, token in sorted(self._added.items())}
+        decoder = file.get("decoder") or {}
+        self._decoders = {step["type"] for step in decoder.get("decoders", [decoder]) if step}
         self.n_words = max(self._tokenizer.get_vocab(with_added_tokens=True).values()) + 1
         is_framed = bool(self._tokenizer.encode("").ids)  # the file adds tokens to each text
         framed, plain = self._tokenizer.encode("a").ids, self._encode("a")
         self.bos_id = framed[0] if is_framed and framed[0] != plain[0] else NO_TOKEN
         last = framed[-1] if is_framed and framed[-1] != plain[-1] else NO_TOKEN
-        self.eos_id = self._named_eos(path)
+        self.eos_id = self._named_eos(path) if eos is None else self.special_tokens[eos]
         if self.eos_id == NO_TOKEN:
             known = (self.special_tokens.get(name) for name in END_TOKENS)
             self.eos_id = next((i for i in known if i is not None), last)
@@ -91,7 +109,14 @@ class LibraryTokenizer:
         return self._tokenizer.decode(ids, skip_special_tokens=False)
 
     def token_bytes(self, token_id: int) -> bytes:
-        return self.decode([token_id]).encode()
+        token = self._tokenizer.id_to_token(token_id) or ""
+        if "ByteFallback" in self._decoders and (byte := BYTE_PIECE.fullmatch(token)):
+            return bytes.fromhex(byte[1])
+        is_text = token_id not in self._added and all(c in BYTE_OF_CHARACTER for c in token)
+        if "ByteLevel" in self._decoders and is_text:
+            return bytes(BYTE_OF_CHARACTER[character] for character in token)
+        stream = self.stream(is_continued=True)  # keeps a leading blank
+        return (stream.push(token_id) + stream.flush()).encode()
 
     def stream(self, is_continued: bool = False) -> "_LibraryStream":
         # A continued text is decoded after the ids of "a". So the library does not drop its leading
@@ -113,15 +138,30 @@ class _LibraryStream:
     def push(self, token_id: int) -> str:
         self._pending.append(token_id)
         text = self._new_text()
-        if text.endswith("\ufffd") and len(self._pending) < MAX_PENDING:
+        if not text.endswith("\ufffd"):
+            return self._show(text)
+        if len(self._pending) < MAX_PENDING:
             return ""  # the character lacks bytes
-        return self._show(text)
+        return self._show_all_but_last(text)
 
     def flush(self) -> str:
         return self._show(self._new_text())
 
     def _new_text(self) -> str:
         return self._decode(self._shown + self._pending)[len(self._decode(self._shown)) :]
+
+    def _show_all_but_last(self, text: str) -> str:
+        """Show the text without its last ids, which may be the beginning of a character."""
+        for n_kept in (3, 2, 1):  # a character has at most four bytes
+            kept = self._pending[-n_kept:]
+            shown = text.removesuffix(self._decode(kept))
+            self._pending = self._pending[:-n_kept]
+            if self._new_text() == shown:  # no character has bytes on both sides
+                self._show(shown)
+                self._pending = kept
+                return shown
+            self._pending += kept
+        return self._show(text)
 
     def _show(self, text: str) -> str:
         if self._pending:

@@ -9,8 +9,9 @@ import base64
 import codecs
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 import sentencepiece
 import tiktoken
@@ -60,7 +61,7 @@ class Tiktoken:
         self.encoding = tiktoken.Encoding(
             name="Llama 3", pat_str=WORD_PATTERN, mergeable_ranks=ranks, special_tokens=special
         )
-        self._always_allowed = set(always_allowed)
+        self.always_allowed = set(always_allowed)
         self.ranks = ranks
         self.special_tokens = special
         self.n_words = len(ranks) + len(special)
@@ -71,7 +72,7 @@ class Tiktoken:
         self.stop_tokens = [self.eos_id, *turn_ends]
 
     def encode(self, text: str, allowed: set[str]) -> list[int]:
-        allowed = allowed | self._always_allowed
+        allowed = allowed | self.always_allowed
         ids: list[int] = []
         for piece in _pieces(text):
             ids += self.encoding.encode(piece, allowed_special=allowed, disallowed_special=())
@@ -89,10 +90,8 @@ class Tiktoken:
     def check_is_metas(self) -> None:
         """Raise TokenizerError if a file of ranks cannot represent this tokenizer. Such a file does
         not hold the names of special tokens, so they must be Meta's names."""
-        if self._always_allowed:
-            raise TokenizerError(
-                f"its added token {min(self._always_allowed)!r:.40} is not special"
-            )
+        if self.always_allowed:
+            raise TokenizerError(f"its added token {min(self.always_allowed)!r:.40} is not special")
         metas = {i: name for name, i in _special_tokens(len(self.ranks)).items()}
         own = {i: name for name, i in self.special_tokens.items()}
         if own.keys() != metas.keys():
@@ -177,9 +176,18 @@ INFILLING_TOKENS = ("▁<PRE>", "▁<MID>", "▁<SUF>", "▁<EOT>")
 
 
 class SentencePiece:
+    """A SentencePiece model. added: more special tokens. always_allowed: those of them that are
+    special tokens in any text."""
+
     is_llama_2 = True
 
-    def __init__(self, path: Path, data: bytes):
+    def __init__(
+        self,
+        path: Path,
+        data: bytes,
+        added: Mapping[str, int] = MappingProxyType({}),
+        always_allowed: Collection[str] = (),
+    ):
         try:
             self.processor = sentencepiece.SentencePieceProcessor(model_proto=data)
         except RuntimeError:
@@ -195,10 +203,14 @@ class SentencePiece:
         self.special_tokens |= {
             name: i for name, i in infilling.items() if i != self.processor.unk_id()
         }
+        self._added = added.keys() - self.special_tokens.keys()
+        self.special_tokens |= added
+        self.always_allowed = set(always_allowed)
         self.stop_tokens = [self.eos_id]
 
     def encode(self, text: str, allowed: set[str]) -> list[int]:
         # SentencePiece itself never encodes text as a special token.
+        allowed = allowed | self.always_allowed
         return encode_around(text, allowed, self.special_tokens, self.processor.encode)
 
     def decode(self, ids: list[int]) -> str:
@@ -210,6 +222,11 @@ class SentencePiece:
             return bytes.fromhex(piece[3:5])  # "<0xF0>"
         return piece.replace("▁", " ").encode()
 
+    def check_is_metas(self) -> None:
+        """Raise TokenizerError if the model alone does not say which tokens are special."""
+        if self._added:
+            raise TokenizerError(f"it has the added token {min(self._added)!r:.40}")
+
     def stream(self, is_continued: bool = False) -> "_SentencePieceStream":
         return _SentencePieceStream(self.processor, is_continued)
 
@@ -217,10 +234,12 @@ class SentencePiece:
 def encode_around(
     text: str, allowed: set[str], special: dict[str, int], encode: Callable[[str], list[int]]
 ) -> list[int]:
-    """Cut the text around the `allowed` names and `encode` each part between them on its own."""
+    """Cut the text around the `allowed` names and `encode` each part between them on its own. If
+    one name begins with another, the longer one is looked for first."""
     # The libraries refuse lone surrogates. So these are replaced, as tiktoken replaces them.
     text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-    parts = re.split(f"({'|'.join(map(re.escape, allowed))})", text) if allowed else [text]
+    names = sorted(allowed, key=len, reverse=True)
+    parts = re.split(f"({'|'.join(map(re.escape, names))})", text) if names else [text]
     ids: list[int] = []
     for part in parts:
         ids += [special[part]] if part in allowed else encode(part)

@@ -17,11 +17,14 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from llama import parallel
 from llama.checkpoints import shards
+from llama.checkpoints.beside_weights import files_of_gguf
 from llama.checkpoints.folder import run_checkpoints
 from llama.checkpoints.params import write_params
 from llama.errors import CheckpointError, LlamaError, TrainingError
 from llama.files import atomic_file
+from llama.gguf_file import is_gguf
 from llama.model import Transformer
+from llama.tokenizer import Tokenizer
 from llama.training.token_files import Loader
 
 # If these files are beside the tokenizer, they are copied too. They say which tokens end a text,
@@ -65,12 +68,7 @@ class WholeModel:
             return
         write_params(folder / "params.json", model.params)
         if self.tokenizer_path is not None:
-            is_json = self.tokenizer_path.suffix == ".json"
-            name = "tokenizer.json" if is_json else "tokenizer.model"
-            shutil.copyfile(self.tokenizer_path, folder / name)
-            for path in (self.tokenizer_path.with_name(name) for name in OF_TOKENIZER):
-                if path.is_file():
-                    shutil.copyfile(path, folder / path.name)
+            _write_tokenizer(self.tokenizer_path, folder)
 
     def read(self, folder: Path, model: Transformer) -> dict[str, Tensor]:
         return shards.read_shard(folder / shards.shard_name(parallel.mp_rank()))
@@ -119,6 +117,19 @@ def save(run: Run) -> Path:
             shutil.rmtree(old)
     _wait_for_all()
     return final
+
+
+def _write_tokenizer(source: Path, folder: Path) -> None:
+    """Copy the tokenizer's file and the settings beside it. From a GGUF file they are made."""
+    if is_gguf(source):
+        for name, content in files_of_gguf(Tokenizer(source)).items():
+            (folder / name).write_bytes(content)
+        return
+    is_json = source.suffix == ".json"
+    shutil.copyfile(source, folder / ("tokenizer.json" if is_json else "tokenizer.model"))
+    for path in (source.with_name(name) for name in OF_TOKENIZER):
+        if path.is_file():
+            shutil.copyfile(path, folder / path.name)
 
 
 def _write(run: Run, folder: Path, weights: dict[str, Tensor]) -> None:

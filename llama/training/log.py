@@ -8,8 +8,8 @@ from typing import Any
 from tqdm import tqdm
 
 from llama import parallel
-from llama.errors import TrainingError
 from llama.generation import Llama
+from llama.tensorboard_files import summary_writer
 from llama.tokenizer import Tokenizer
 from llama.training.loop import StepReport, Trainer
 
@@ -23,7 +23,7 @@ class TrainingLog:
         sample_every: steps between sample texts; 0: no samples.
         prompts: beginnings of the sample texts.
 
-    Raises TrainingError if `log_dir` is given and TensorBoard is not installed.
+    Raises DataError if `log_dir` cannot be written, or if TensorBoard is not installed.
     """
 
     def __init__(
@@ -39,7 +39,7 @@ class TrainingLog:
         self.bar: tqdm[Any] | None = None
         self.writer: Any = None
         if log_dir is not None and parallel.is_main_rank():
-            self.writer = _summary_writer(log_dir)
+            self.writer = summary_writer(log_dir)
 
     def __call__(self, trainer: Trainer, report: StepReport) -> None:
         if parallel.is_main_rank():
@@ -90,13 +90,3 @@ class TrainingLog:
             self.bar.close()
         if self.writer is not None:
             self.writer.close()
-
-
-def _summary_writer(log_dir: str | Path) -> Any:
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        raise TrainingError(
-            "TensorBoard is missing: pip install 'llama-reference[train]', or leave out log_dir"
-        ) from error
-    return SummaryWriter(str(log_dir))

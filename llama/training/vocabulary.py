@@ -9,7 +9,7 @@ from pathlib import Path
 
 from llama.errors import TokenizerError
 from llama.files import atomic_file
-from llama.tokenizer_files.hugging_face import BYTE_OF_CHARACTER
+from llama.tokenizer_files.library import BYTE_OF_CHARACTER
 from llama.tokenizer_files.meta import WORD_PATTERN, ranks_file
 
 

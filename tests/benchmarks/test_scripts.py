@@ -28,6 +28,7 @@ SCRIPTS: dict[str, list[str]] = {
         "--device=cpu",
         "--compiled=False",
     ],
+    "gguf_open": ["--work={work}/gguf", "--shape=demo", "--rounds=1"],
     "kernel_speed": ["--shape=demo", "--rounds=1"],
     "load": ["--folder={work}/load", "--shape=demo", "--rounds=1"],
     "quality": ["--tales={work}/tales.jsonl"],
@@ -41,7 +42,7 @@ SCRIPTS: dict[str, list[str]] = {
     "train_memory": ["--work={work}", "--shape=demo", "--seq_len=32", "--steps=2"],
     "train_speed": ["--shape=bundled", "--batch=1", "--seq_len=32", "--rounds=1"],
 }
-NOT_TIMED = {"make_checkpoint", "gguf_file", "peer", "peers", "processor", "rounding", "tables"}
+NOT_TIMED = {"make_checkpoint", "peer", "peers", "processor", "rounding", "tables"}
 
 
 @pytest.fixture(scope="module")

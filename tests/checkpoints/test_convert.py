@@ -137,8 +137,11 @@ def test_nothing_is_replaced_unless_told(sources: dict[str, Path], tmp_path: Pat
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (dict(to="gguf"), "to is 'gguf': it must be meta or hf"),
+        (dict(to="gptq"), "to is 'gptq': it must be meta, hf or gguf"),
         (dict(to="hf", mp=2), "mp is 2"),
+        (dict(to="gguf", mp=2), "to is gguf, mp is 2"),
+        (dict(to="gguf", quantize="int8"), "to is 'gguf': with quantize it must be meta"),
+        (dict(to="gguf", dtype="q4_k"), "dtype is q4_k: for a GGUF file it must be one of float32"),
         (dict(to="meta", mp=3), "cannot be split over 3 ranks, only over 1, 2, 4, 8, 16"),
         (dict(to="meta", dtype="int4"), "dtype is int4"),
         (dict(quantize="int3"), "quantize is 'int3': it must be int8 or int4"),
@@ -177,7 +180,7 @@ def convert_on_a_full_disk(source: Path, out: Path, to: str) -> str:
     return str(caught.value)
 
 
-@pytest.mark.parametrize("to", ["meta", "hf"])
+@pytest.mark.parametrize("to", ["meta", "hf", "gguf"])
 def test_a_full_disk_leaves_nothing(to: str, sources: dict[str, Path], tmp_path: Path) -> None:
     folder = tmp_path / "full"
     folder.mkdir()
@@ -378,7 +381,7 @@ def test_sizes_of_llama_3_8b() -> None:
 
 def test_inspect_opens_folders_and_names_what_it_cannot(sources: dict[str, Path]) -> None:
     assert "context 4,096" in describe(str(sources["llama-2"]))
-    with pytest.raises(ConfigError, match="no folder and no preset: llama-2-7b"):
+    with pytest.raises(ConfigError, match="no folder, no GGUF file and no preset: llama-2-7b"):
         describe("llama-9")
     with pytest.raises(ConfigError, match="cannot be split over 3 ranks"):
         describe("llama-3-8b", mp=3)

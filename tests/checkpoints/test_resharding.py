@@ -24,7 +24,7 @@ def logits_of_all(folders: list[Path]) -> list[torch.Tensor]:
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[torch.Tensor, list[Path]]]:
     """For each model its logits, and its folders with 1, 2, 4, 8 and 16 shards, as far as its
-    key/value heads can be split."""
+    key/value heads can be split, and a GGUF file."""
     made = {}
     for name, changes in MODELS.items():
         model = make_model(**changes)
@@ -33,6 +33,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[torch.T
         # Such folders are not written here.
         counts = [n for n in (1, 2, 4, 8, 16) if model.params.local_kv_heads(1) % n == 0]
         paths = [write_meta(root / str(n), model, n) for n in counts]
+        paths.append(convert(paths[0], root / "model.gguf", "gguf"))
         with torch.inference_mode():
             made[name] = model(TOKENS, 0).clone(), paths
     return made
@@ -265,7 +266,6 @@ def test_a_missing_output_matrix(
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("model-Q4_K_M.gguf", "a GGUF file is not opened: take the repository of the original"),
         ("adapter_config.json", "this is a LoRA adapter: open its base model, and name"),
     ],
 )

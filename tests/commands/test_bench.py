@@ -4,15 +4,12 @@ import json
 from pathlib import Path
 from typing import Any
 
-import gguf
 import pytest
 import torch
-from gguf_file import write_gguf
 from make_checkpoint import SHAPES, make_checkpoint
 
 from llama import Llama
 from llama.__main__ import main
-from llama.checkpoints.folder import open_checkpoint
 from llama.commands.limits import check_rate, product_rate, read_rate
 from llama.commands.measure import _steps, measure, read_bytes, report
 from llama.engine.build import make_engine
@@ -114,19 +111,3 @@ def test_command(
 def test_refusals(numbers: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         measure(None, **numbers)
-
-
-def test_gguf_holds_the_same_weights(tmp_path: Path) -> None:
-    """The file that benchmarks/peers.py gives to llama.cpp has our weights."""
-    make_checkpoint(tmp_path / "model", SHAPES["demo"])
-    opened = open_checkpoint(tmp_path / "model")
-    write_gguf(tmp_path / "model.gguf", opened, "BF16", 64)
-    tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(tmp_path / "model.gguf").tensors}
-    for theirs, ours in (
-        ("blk.0.attn_q.weight", "layers.0.attention.wq.weight"),
-        ("blk.1.ffn_down.weight", "layers.1.feed_forward.w2.weight"),
-        ("output.weight", "output.weight"),
-    ):
-        data = torch.from_numpy(tensors[theirs].data.copy()).view(torch.bfloat16)
-        want = opened.part(ours, 1, 0)
-        assert torch.equal(data.view_as(want), want)

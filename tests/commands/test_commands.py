@@ -191,7 +191,7 @@ def test_mistakes_in_training(folder: Path, fail: Run) -> None:
     assert "no file matches" in fail("train", *where, *out)
     assert "unknown option --speed" in fail("train", *where, *out, "--speed=3")
     many = fail("train", *where, *out, "--steps=many")
-    assert many == "error: steps is 'many': it must be int"
+    assert many == "error: --steps is 'many': it must be a whole number"
     small = ["--ckpt_dir", make_base(folder), "--data", folder / "dialogs.jsonl", *out]
     assert "learning rate: -1" in fail("finetune", *small, "--learning_rate=-1")
     short = [*small, "--steps=2", "--warmup_steps=10"]

@@ -126,7 +126,8 @@ def test_the_version(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixt
          "unknown option --temprature, did you mean --temperature?; see llama complete --help"),
         (["bench", "--ckpt_dir", "--rounds", "3"],
          "--ckpt_dir needs a value (text); see llama bench --help"),
-        (["convert", "a"], "DST is missing: the folder to write; see llama convert --help"),
+        (["convert", "a"],
+         "DST is missing: the folder or GGUF file to write; see llama convert --help"),
         (["tokenize", "a.txt", "--out=b"],
          "--tokenizer is missing: the tokenizer.model; see llama tokenize --help"),
         (["chat", "Hello"],
@@ -153,6 +154,28 @@ def test_a_text_may_begin_with_dashes() -> None:
     command = command_named("complete")
     assert checked(command, ["-- he said"], "llama complete") == ["--prompt=-- he said"]
     assert checked(command, ["--n", "2", "-5 degrees"], "")[-1] == "--prompt=-5 degrees"
+
+
+def test_a_switch_leaves_the_next_word_alone() -> None:
+    command = command_named("tokens")
+    assert checked(command, ["--chat", "Hello"], "") == ["--chat=True", "Hello"]
+    assert checked(command, ["--nochat", "Hello"], "") == ["--chat=False", "Hello"]
+    assert checked(command, ["--chat", "false", "Hello"], "") == ["--chat=False", "Hello"]
+    assert checked(command, ["--chat=no", "Hello"], "") == ["--chat=False", "Hello"]
+    assert checked(command, ["--nochat=no", "Hello"], "") == ["--chat=True", "Hello"]
+    with pytest.raises(LlamaError, match="--chat is 'maybe': it must be yes or no"):
+        checked(command, ["--chat=maybe"], "")
+
+
+def test_a_number_is_checked_before_the_command_runs() -> None:
+    command = command_named("explain")
+    assert checked(command, ["fox", "--mp", "2"], "") == ["fox", "--mp=2"]
+    for words in (["--mp", "two"], ["--mp=two"], ["--mp=1.5"], ["--mp="]):
+        with pytest.raises(LlamaError, match="it must be a whole number"):
+            checked(command, words, "")
+    with pytest.raises(LlamaError, match="--rope_factor is 'x': it must be a number"):
+        checked(command, ["--rope_factor", "x"], "")
+    assert checked(command, ["-o", "a=b.html"], "") == ["--out=a=b.html"]
 
 
 def test_values_may_be_negative() -> None:

@@ -45,7 +45,9 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
 
 
 def losses(shown: str) -> list[float]:
-    return [float(loss) for loss in re.findall(r"loss (\d+\.\d+), [\d,]+ tokens/s", shown)]
+    """The loss of each step. The bar may show a step twice, first with the loss before it."""
+    found = re.findall(r"(\d+)/\d+ \[[^\]]*loss (\d+\.\d+)", shown)
+    return list({int(step): float(loss) for step, loss in found}.values())
 
 
 def test_an_adapter_of_the_bundled_model(

@@ -8,6 +8,8 @@ from contextlib import contextmanager
 from itertools import pairwise
 from types import ModuleType, SimpleNamespace
 
+from llama.explain.oracles import import_llama_models
+
 
 @contextmanager
 def torchvision_stand_in() -> Iterator[None]:
@@ -32,13 +34,15 @@ def torchvision_stand_in() -> Iterator[None]:
 
 
 def import_oracle() -> SimpleNamespace:
-    """Meta's modules: args, model, tokenizer, chat_format, generation and datatypes.
+    """Meta's modules: those that the library compares with, and tokenizer, chat_format, generation
+    and datatypes.
 
     This is a function and no fixture, because the processes that tests spawn call it too.
     """
     with torchvision_stand_in():
         generation = importlib.import_module("llama_models.llama3.generation")
-    parts = ("args", "model", "tokenizer", "chat_format")
+    parts = ("tokenizer", "chat_format")
     modules = {name: importlib.import_module(f"llama_models.llama3.{name}") for name in parts}
     datatypes = importlib.import_module("llama_models.datatypes")
-    return SimpleNamespace(**modules, generation=generation, datatypes=datatypes)
+    others = dict(generation=generation, datatypes=datatypes)
+    return SimpleNamespace(**vars(import_llama_models()), **modules, **others)

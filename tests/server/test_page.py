@@ -1,7 +1,6 @@
 """The chat page in a browser: chats, conversations, the look inside, and no markup from text."""
 
 import json
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,25 +10,12 @@ from helpers.server import running
 
 from llama import Llama
 
-CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed")
-
 PROMPT = "Tell me a tale of a fox."
 
 
 @pytest.fixture(scope="module")
 def llama() -> Llama:
     return Llama.build(max_seq_len=512, max_batch_size=2, mode="fast", device="cpu")
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield browser
-        browser.close()
 
 
 @pytest.fixture

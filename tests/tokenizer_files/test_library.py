@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers.texts import ANY_TEXT, streamed
+from helpers.texts import ANY_TEXT, repaired, streamed
 from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, trainers
@@ -120,6 +120,18 @@ def test_streams_of_any_ids_join_to_the_whole_text(opened: Opened, data: st.Data
     assert "".join(ours.token_texts(ids)) == ours.decode(ids)
 
 
+@pytest.mark.parametrize("character", ["¡", "€", "😀"])
+@pytest.mark.parametrize("n_broken", range(12))
+def test_a_character_after_broken_bytes_is_whole(
+    opened: Opened, n_broken: int, character: str
+) -> None:
+    """A run of bytes that are no characters is shown in parts. No part ends inside a character."""
+    ours, _ = opened
+    ids = ours.encode("¡", bos=False, eos=False)[-1:] * n_broken
+    ids += ours.encode(character, bos=False, eos=False)
+    assert streamed(ours, ids) == ours.decode(ids)
+
+
 def test_a_continued_text_keeps_its_blank(opened: Opened) -> None:
     from llama.tokenizer import TextDecoder
 
@@ -157,3 +169,14 @@ def test_a_file_that_the_library_refuses(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_text(json.dumps(file))
     with pytest.raises(TokenizerError, match=r"tokenizer.json: not a whole tokenizer"):
         Tokenizer(tmp_path / "tokenizer.json")
+
+
+@given(text=ANY_TEXT)
+def test_bytes_of_tokens_join_to_the_text(opened: Opened, text: str) -> None:
+    ours, library = opened
+    ids = ours.encode(text, bos=False, eos=False)
+    joined = b"".join(map(ours.token_bytes, ids))
+    if library.decoder.__class__.__name__ == "ByteLevel":  # also the parts of a character
+        assert joined == repaired(text).encode()
+    else:  # a token keeps its blank, also at the start of the text
+        assert joined.decode().strip(" ") == ours.decode(ids).strip(" ")

@@ -18,7 +18,8 @@ from typing import Any
 
 import fire
 import torch
-from bundled_dialogs import DialogSource
+from bundled_corpus import Tale, read_corpus
+from bundled_dialogs import SHORTEST_STORY, DialogSource
 from torch import Tensor
 
 from llama import Llama, parallel
@@ -28,49 +29,67 @@ from llama.checkpoints.folder import open_checkpoint, run_checkpoints
 from llama.evaluation.perplexity import score
 from llama.model import ModelArgs, Transformer
 from llama.tokenizer import Tokenizer
-from llama.training.chat_data import Example, to_batch
+from llama.training.chat_data import Example, padded, to_batch
 from llama.training.loop import StepReport, Trainer, TrainingOptions
 from llama.training.optimizer import Muon
 from llama.training.vocabulary import train_vocabulary
 
-RANKS = 4096
-CONTEXT = 512
+FILES = ("fairy_tales.jsonl", "children_books.jsonl")
+RANKS = 6144
+CONTEXT = 1024
 SHAPE: dict[str, Any] = dict(
-    dim=256, n_layers=4, n_heads=4, n_kv_heads=2, hidden_dim=640, rope_theta=10000.0,
+    dim=256, n_layers=8, n_heads=4, n_kv_heads=2, hidden_dim=768, rope_theta=10000.0,
     max_seq_len=CONTEXT, context_length=CONTEXT, tied=True,
 )  # fmt: skip
-HELD_OUT = 0.05  # fraction of the titles
-CHAT_SHARE = 0.2  # fraction of the rows that begin with a dialog, not with a tale
+BATCH = 4096  # tokens
+# The rows of the batches, in turn: dialogs in rows of 256, 512 or 1,024 tokens, or windows of the
+# tales (None). Short rows need less attention, and most stories are short.
+TURNS = [256, None, 512, 256, None, 512, 256, None, 512, 256,
+         None, 1024, 256, None, 512, 256, None, 512, 1024, None]  # fmt: skip
 
 
-def read_tales(corpus: str) -> tuple[list[str], list[str]]:
-    """The texts to train on, and the held-out texts. A hash of the title chooses, so tales with the
-    same title, in several books, are either all trained on or all held out."""
-    lines = Path(corpus).read_text(encoding="utf-8").splitlines()
-    tales = [(t["title"].casefold(), t["text"]) for t in map(json.loads, lines)]
-    titles = sorted({t for t, _ in tales}, key=lambda t: hashlib.sha256(t.encode()).hexdigest())
-    held_out = set(titles[: round(len(titles) * HELD_OUT)])
-    return (
-        [text for title, text in tales if title not in held_out],
-        [text for title, text in tales if title in held_out],
-    )
+class StoryLoader:
+    """Endless batches of 4,096 tokens: windows of the tales, or rows of whole dialogs.
 
-
-class TaleLoader:
-    """Endless batches of rows of CONTEXT + 1 tokens.
-
-    A row is bos and a window of a tale, or dialogs. Every epoch cuts the tales into other windows.
-    The content of a row depends only on its number, so that number is the state of the loader.
+    Every epoch cuts the tales into other windows. The content of a batch depends only on its
+    number, so that number is the state of the loader.
     """
 
-    def __init__(self, texts: list[str], tokenizer: Tokenizer, rows: int, rank: int, ranks: int):
-        self.tales = [tokenizer.encode(text, bos=False, eos=True) for text in texts]
-        self.dialogs = DialogSource(texts, ChatFormat(tokenizer))
+    def __init__(self, tales: list[Tale], tokenizer: Tokenizer, rank: int, ranks: int):
+        self.tales = [tokenizer.encode(tale.text, bos=False, eos=True) for tale in tales]
+        self.dialogs = DialogSource(tales, ChatFormat(tokenizer))
         self.bos, self.eos = tokenizer.bos_id, tokenizer.eos_id
-        self.rows, self.rank, self.ranks = rows, rank, ranks
-        self.row = 0  # number of the next row, counted over all ranks
+        self.rank, self.ranks = rank, ranks
+        self.batch = 0  # number of the next batch, counted over all ranks
         self.epoch, self.windows = -1, self._cut(0)
-        self.rows_an_epoch = len(self.windows)
+        self.windows_an_epoch = len(self.windows)
+
+    def next_batch(self) -> tuple[Tensor, Tensor]:
+        number = self.batch + self.rank
+        self.batch += self.ranks
+        turn, index = divmod(number, len(TURNS))
+        length = TURNS[index] or CONTEXT
+        count = BATCH // length
+        rows = [Example([], []) for _ in range(count)]
+        if TURNS[index] is None:
+            first = (turn * TURNS.count(None) + TURNS[:index].count(None)) * count
+            rows = [self._window(first + i) for i in range(count)]
+        rng = random.Random(f"batch {number}")
+        return to_batch([self._filled(rng, row, length + 1) for row in rows])
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"batch": self.batch}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.batch = state["batch"]
+
+    def _window(self, number: int) -> Example:
+        """The window with this number, at most CONTEXT + 1 tokens."""
+        epoch, index = divmod(number, self.windows_an_epoch)
+        if epoch != self.epoch:
+            self.epoch, self.windows = epoch, self._cut(epoch)
+        window = self.windows[index % len(self.windows)]
+        return Example(window, [False] + [True] * (len(window) - 1))
 
     def _cut(self, epoch: int) -> list[list[int]]:
         """The windows of an epoch, shuffled, each with a bos before it."""
@@ -79,42 +98,21 @@ class TaleLoader:
         for tale in self.tales:
             for start in range(-rng.randrange(CONTEXT), len(tale), CONTEXT):
                 window = tale[max(0, start) : start + CONTEXT]
-                if len(window) >= 32:
+                if len(window) >= 64:
                     windows.append([self.bos, *window])
         rng.shuffle(windows)
         return windows
 
-    def _row(self, number: int) -> Example:
-        """The row with this number, CONTEXT + 1 tokens."""
-        rng = random.Random(f"row {number}")
-        row = Example([], [])
-        is_chat = rng.random() < CHAT_SHARE
-        if not is_chat:
-            epoch, index = divmod(number, self.rows_an_epoch)
-            if epoch != self.epoch:
-                self.epoch, self.windows = epoch, self._cut(epoch)
-            window = self.windows[index % len(self.windows)]
-            row.tokens += window
-            row.learned += [False] + [True] * (len(window) - 1)
-        while (room := CONTEXT + 1 - len(row)) > 40:  # dialogs also fill the rest of a short window
-            dialog = self.dialogs.draw(rng, room)
-            if dialog is not None:
+    def _filled(self, rng: random.Random, row: Example, length: int) -> Example:
+        """The row with dialogs after it, filled up to `length` tokens."""
+        row = Example(list(row.tokens), list(row.learned))
+        while (room := length - len(row)) > 40:
+            if room < SHORTEST_STORY and row.tokens and rng.random() < 0.85:
+                break  # so that answers about the model itself, which fit, stay rare
+            if dialog := self.dialogs.draw(rng, room):
                 row.tokens += dialog.tokens
                 row.learned += dialog.learned
-        row.tokens += [self.eos] * room
-        row.learned += [False] * room
-        return row
-
-    def next_batch(self) -> tuple[Tensor, Tensor]:
-        first = self.row + self.rank * self.rows
-        self.row += self.rows * self.ranks
-        return to_batch([self._row(first + i) for i in range(self.rows)])
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"row": self.row}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.row = state["row"]
+        return padded(row, length, self.eos)
 
 
 def make_optimizers(model: Transformer, muon: float, adam: float) -> list[torch.optim.Optimizer]:
@@ -137,33 +135,33 @@ def train(
     out_dir: str,
     steps: int = 1300,
     decay_steps: int = 550,
-    rows: int = 4,
-    step_rows: int = 16,
+    step_tokens: int = 8192,
     muon: float = 0.02,
     adam: float = 0.003,
     checkpoint_every: int = 50,
+    bfloat16: bool = True,
 ) -> None:
     """Start a run, or continue the run in out_dir.
 
     Args:
-        corpus: JSONL file with book, title and text.
+        corpus: folder of the two files of tales.
         out_dir: folder for the tokenizer and the checkpoints.
         steps: optimizer steps of the whole run.
         decay_steps: steps at the end, in which the learning rate falls linearly to 0.
-        rows: rows of 512 tokens that a rank computes at a time.
-        step_rows: rows of a step on all ranks together.
+        step_tokens: tokens of a step, on all ranks together.
         muon: learning rate of the layers' matrices.
         adam: learning rate of the embedding and the norms.
         checkpoint_every: steps between checkpoints.
+        bfloat16: compute matrix products in bfloat16.
     """
     parallel.TIMEOUT = timedelta(hours=2)  # a user may suspend a run in the background for hours
     parallel.initialize(1)
     ranks, rank = parallel.dp_size(), parallel.dp_rank()
     tokenizer_path = Path(out_dir, "tokenizer.model")
-    texts, _ = read_tales(corpus)
+    tales = read_corpus([Path(corpus, name) for name in FILES]).training
     if parallel.is_main_rank() and not tokenizer_path.exists():
         Path(out_dir).mkdir(parents=True, exist_ok=True)
-        train_vocabulary(texts, RANKS, tokenizer_path)
+        train_vocabulary((tale.text for tale in tales), RANKS, tokenizer_path)
     if ranks > 1:
         torch.distributed.barrier()
     tokenizer = Tokenizer(tokenizer_path)
@@ -181,13 +179,14 @@ def train(
         warmup_steps=20,
         decay_steps=decay_steps,
         final_lr=0.0,
-        accumulation=step_rows // (rows * ranks),
+        accumulation=step_tokens // (BATCH * ranks),
         checkpoint_every=checkpoint_every,
+        autocast=torch.bfloat16 if bfloat16 else None,
     )
 
     def report(trainer: Trainer, step: StepReport) -> None:
         if parallel.is_main_rank():
-            speed = step_rows * CONTEXT / step.seconds
+            speed = step_tokens / step.seconds
             print(
                 f"{time.strftime('%H:%M:%S')} step {step.step} loss {step.loss:.4f} "
                 f"norm {step.norm:.3f} {speed:.0f} tokens/s",
@@ -197,7 +196,7 @@ def train(
     trainer = Trainer(
         model,
         make_optimizers(model, muon, adam),
-        TaleLoader(texts, tokenizer, rows, rank, ranks),
+        StoryLoader(tales, tokenizer, rank, ranks),
         tokenizer.bos_id,
         options,
         out_dir,

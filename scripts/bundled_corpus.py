@@ -1,0 +1,104 @@
+"""The texts that the bundled model is trained on, and those that are held out."""
+
+import hashlib
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from llama.files import read_records
+
+HELD_OUT_TITLES = 0.05  # of the titles of the first file
+HELD_OUT_BOOKS = ("The Book of Dragons", "American Fairy Tales")
+SAME_TEXT = 0.2  # share of 8-word runs that stand in another text
+
+# Chapters that are left out, by book and title.
+PREJUDICE = {
+    ("Household Tales by Brothers Grimm", "The Jew Among Thorns"): "mocks and kills a Jew",
+    ("Household Tales by Brothers Grimm", "The Good Bargain"): "mocks a Jew",
+    ("Household Tales by Brothers Grimm", "The Bright Sun Brings It to Light"): "a Jew is killed",
+    ("The Grey Fairy Book", "'Yes, it is.'"): "the thief is 'the Jew' throughout",
+    ("The Grey Fairy Book", "Udea and Her Seven Brothers"): "a black servant is the villain",
+    ("The Grey Fairy Book", "The Story of the Three Sons of Hali"): "Jews as a people of cheats",
+    ("The Olive Fairy Book", "THE BOY WHO FOUND FEAR AT LAST"): "the murderer is 'the Jew'",
+    ("Fairy Tales of Hans Christian Andersen", "THE JEWISH MAIDEN"): "belittles a faith",
+    ("Fairy Tales of Hans Christian Andersen", "TWENTIETH EVENING"): "slurs on black people",
+    ("Brown Fairy Book", "What the Rose Did to the Cypress"): "black people as monsters",
+    ("Brown Fairy Book", "The Enchanted Head"): "a black slave is the villain",
+    ("Peter Pan", "Chapter 5 THE ISLAND COME TRUE"): "caricature of American Indians",
+    ("Peter Pan", "Chapter 10 THE HAPPY HOME"): "caricature of American Indians",
+    ("Peter Pan", "Chapter 12 THE CHILDREN ARE CARRIED OFF"): "caricature of American Indians",
+    ("The Phoenix and the Carpet", "CHAPTER 3. THE QUEEN COOK"): "caricature of islanders",
+    ("Five Children and It", "CHAPTER 10 SCALPS"): "caricature of American Indians",
+    ("The Story of Doctor Dolittle", "THE BLACK PRINCE"): "a black prince longs to be white",
+    ("The Story of Doctor Dolittle", "MEDICINE AND MAGIC"): "a black prince longs to be white",
+    ("The Voyages of Doctor Dolittle", "POLYNESIA"): "slurs on black people",
+}
+NO_TALE = re.compile(
+    r"contents|illustrations|footnotes|preface|diffusion|norse mythology|norse popular tales"
+    r"|anansi? stories|ananzi stories|to my dear little phil|introduction( to .*)?",
+    re.IGNORECASE,
+)
+# A note in brackets that stands as a paragraph of its own.
+NOTE = re.compile(r"[\[(](?:From|Adapted|Translated|Taken|Footnote)?[^\])]{3,}[\])]\.?")
+
+
+@dataclass(frozen=True)
+class Tale:
+    book: str
+    title: str
+    text: str  # a blank line is between paragraphs
+
+
+@dataclass
+class Corpus:
+    """Tales to train on, and two kinds of tales that are held out."""
+
+    training: list[Tale]
+    held_out_titles: list[Tale]  # of books that are trained on otherwise
+    held_out_books: list[Tale]
+
+
+def read_corpus(files: Sequence[str | Path]) -> Corpus:
+    """Read JSONL files with `book`, `title` and `text`, and divide their tales.
+
+    A hash of the title chooses the titles that are held out from the first file. Tales of the
+    other files with such a title are not used, nor are tales that repeat another one.
+    """
+    tales = [
+        [Tale(record["book"], record["title"], record["text"]) for _, record in read_records(file)]
+        for file in files
+    ]
+    titles = {tale.title.casefold() for tale in tales[0]}
+    order = sorted(titles, key=lambda title: hashlib.sha256(title.encode()).hexdigest())
+    held_out = set(order[: round(len(order) * HELD_OUT_TITLES)])
+    corpus = Corpus([], [], [])
+    corpus.held_out_titles += [t for t in tales[0] if t.title.casefold() in held_out]
+    known = set[int]().union(*(_runs(tale.text) for tale in corpus.held_out_titles))
+    for tale in (tale for file in tales for tale in file):
+        if tale.book in HELD_OUT_BOOKS:
+            corpus.held_out_books.append(tale)
+            known |= _runs(tale.text)
+    for tale in (tale for file in tales for tale in file):
+        if tale.title.casefold() in held_out or tale.book in HELD_OUT_BOOKS:
+            continue
+        if (tale.book, tale.title) in PREJUDICE or NO_TALE.fullmatch(tale.title.strip()):
+            # Some tales got the heading "FOOTNOTE" in print, and one the heading "CONTENTS".
+            if tale.title not in ("FOOTNOTE", "CONTENTS") or len(tale.text) < 12_000:
+                continue
+        runs = _runs(tale.text)
+        if len(runs & known) <= SAME_TEXT * len(runs):
+            known |= runs
+            corpus.training.append(replace(tale, text=_without_notes(tale.text)))
+    return corpus
+
+
+def _without_notes(text: str) -> str:
+    paragraphs = (part.strip() for part in text.split("\n\n"))
+    return "\n\n".join(part for part in paragraphs if part and not NOTE.fullmatch(part))
+
+
+def _runs(text: str) -> set[int]:
+    """The runs of 8 words of a text, as hash values."""
+    words = re.findall(r"[a-z']+", text.lower())
+    return {hash(tuple(words[i : i + 8])) for i in range(len(words) - 7)}

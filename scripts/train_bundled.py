@@ -38,7 +38,7 @@ FILES = ("fairy_tales.jsonl", "children_books.jsonl")
 RANKS = 6144
 CONTEXT = 1024
 SHAPE: dict[str, Any] = dict(
-    dim=256, n_layers=8, n_heads=4, n_kv_heads=2, hidden_dim=768, rope_theta=10000.0,
+    dim=256, n_layers=6, n_heads=4, n_kv_heads=2, hidden_dim=704, rope_theta=10000.0,
     max_seq_len=CONTEXT, context_length=CONTEXT, tied=True,
 )  # fmt: skip
 BATCH = 4096  # tokens

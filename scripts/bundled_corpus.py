@@ -14,25 +14,21 @@ SAME_TEXT = 0.2  # share of 8-word runs that stand in another text
 
 # Chapters that are left out, by book and title.
 PREJUDICE = {
-    ("Household Tales by Brothers Grimm", "The Jew Among Thorns"): "mocks and kills a Jew",
-    ("Household Tales by Brothers Grimm", "The Good Bargain"): "mocks a Jew",
+    ("Household Tales by Brothers Grimm", "The Jew Among Thorns"): "a Jew is tormented and hanged",
+    ("Household Tales by Brothers Grimm", "The Good Bargain"): "a Jew is beaten and mocked",
     ("Household Tales by Brothers Grimm", "The Bright Sun Brings It to Light"): "a Jew is killed",
-    ("The Grey Fairy Book", "'Yes, it is.'"): "the thief is 'the Jew' throughout",
-    ("The Grey Fairy Book", "Udea and Her Seven Brothers"): "a black servant is the villain",
-    ("The Grey Fairy Book", "The Story of the Three Sons of Hali"): "Jews as a people of cheats",
-    ("The Olive Fairy Book", "THE BOY WHO FOUND FEAR AT LAST"): "the murderer is 'the Jew'",
-    ("Fairy Tales of Hans Christian Andersen", "THE JEWISH MAIDEN"): "belittles a faith",
-    ("Fairy Tales of Hans Christian Andersen", "TWENTIETH EVENING"): "slurs on black people",
-    ("Brown Fairy Book", "What the Rose Did to the Cypress"): "black people as monsters",
-    ("Brown Fairy Book", "The Enchanted Head"): "a black slave is the villain",
+    ("The Grey Fairy Book", "Udea and Her Seven Brothers"): "black servants are the villains",
+    ("Fairy Tales of Hans Christian Andersen", "THE JEWISH MAIDEN"): "belittles the Jewish faith",
+    ("Brown Fairy Book", "What the Rose Did to the Cypress"): "black people as ugly enemies",
     ("Peter Pan", "Chapter 5 THE ISLAND COME TRUE"): "caricature of American Indians",
     ("Peter Pan", "Chapter 10 THE HAPPY HOME"): "caricature of American Indians",
     ("Peter Pan", "Chapter 12 THE CHILDREN ARE CARRIED OFF"): "caricature of American Indians",
-    ("The Phoenix and the Carpet", "CHAPTER 3. THE QUEEN COOK"): "caricature of islanders",
+    ("The Phoenix and the Carpet", "CHAPTER 3. THE QUEEN COOK"): "islanders as cannibals",
     ("Five Children and It", "CHAPTER 10 SCALPS"): "caricature of American Indians",
     ("The Story of Doctor Dolittle", "THE BLACK PRINCE"): "a black prince longs to be white",
     ("The Story of Doctor Dolittle", "MEDICINE AND MAGIC"): "a black prince longs to be white",
     ("The Voyages of Doctor Dolittle", "POLYNESIA"): "slurs on black people",
+    ("Just So Stories", "HOW THE LEOPARD GOT HIS SPOTS"): "skin colour explained with a slur",
 }
 NO_TALE = re.compile(
     r"contents|illustrations|footnotes|preface|diffusion|norse mythology|norse popular tales"
@@ -41,6 +37,8 @@ NO_TALE = re.compile(
 )
 # A note in brackets that stands as a paragraph of its own.
 NOTE = re.compile(r"[\[(](?:From|Adapted|Translated|Taken|Footnote)?[^\])]{3,}[\])]\.?")
+# Paragraphs with one of these words are left out.
+SLUR = re.compile(r"\b(nigger|darky|darkies|negress)", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -89,13 +87,15 @@ def read_corpus(files: Sequence[str | Path]) -> Corpus:
         runs = _runs(tale.text)
         if len(runs & known) <= SAME_TEXT * len(runs):
             known |= runs
-            corpus.training.append(replace(tale, text=_without_notes(tale.text)))
+            corpus.training.append(replace(tale, text=_cleaned(tale.text)))
     return corpus
 
 
-def _without_notes(text: str) -> str:
+def _cleaned(text: str) -> str:
+    """The text without notes, and without paragraphs that have a slur."""
     paragraphs = (part.strip() for part in text.split("\n\n"))
-    return "\n\n".join(part for part in paragraphs if part and not NOTE.fullmatch(part))
+    kept = (part for part in paragraphs if not NOTE.fullmatch(part) and not SLUR.search(part))
+    return "\n\n".join(filter(None, kept))
 
 
 def _runs(text: str) -> set[int]:

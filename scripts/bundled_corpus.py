@@ -2,12 +2,14 @@
 
 import hashlib
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from llama.errors import DataError
 from llama.files import read_records
 
+FILES = ("fairy_tales.jsonl", "children_books.jsonl")
 HELD_OUT_TITLES = 0.05  # of the titles of the first file
 HELD_OUT_BOOKS = ("The Book of Dragons", "American Fairy Tales")
 SAME_TEXT = 0.2  # share of 8-word runs that stand in another text
@@ -57,16 +59,14 @@ class Corpus:
     held_out_books: list[Tale]
 
 
-def read_corpus(files: Sequence[str | Path]) -> Corpus:
-    """Read JSONL files with `book`, `title` and `text`, and divide their tales.
+def read_corpus(folder: str | Path) -> Corpus:
+    """Read FILES, JSONL files with `book`, `title` and `text`, and divide their tales.
 
     A hash of the title chooses the titles that are held out from the first file. Tales of the
-    other files with such a title are not used, nor are tales that repeat another one.
+    second file with such a title are not used, nor are tales that repeat another one. Raises
+    DataError for a file that cannot be read, or a line without these keys.
     """
-    tales = [
-        [Tale(record["book"], record["title"], record["text"]) for _, record in read_records(file)]
-        for file in files
-    ]
+    tales = [list(_read(Path(folder, name))) for name in FILES]
     titles = {tale.title.casefold() for tale in tales[0]}
     order = sorted(titles, key=lambda title: hashlib.sha256(title.encode()).hexdigest())
     held_out = set(order[: round(len(order) * HELD_OUT_TITLES)])
@@ -80,15 +80,30 @@ def read_corpus(files: Sequence[str | Path]) -> Corpus:
     for tale in (tale for file in tales for tale in file):
         if tale.title.casefold() in held_out or tale.book in HELD_OUT_BOOKS:
             continue
-        if (tale.book, tale.title) in PREJUDICE or NO_TALE.fullmatch(tale.title.strip()):
-            # Some tales got the heading "FOOTNOTE" in print, and one the heading "CONTENTS".
-            if tale.title not in ("FOOTNOTE", "CONTENTS") or len(tale.text) < 12_000:
-                continue
+        if (tale.book, tale.title) in PREJUDICE or _is_no_tale(tale):
+            continue
         runs = _runs(tale.text)
         if len(runs & known) <= SAME_TEXT * len(runs):
             known |= runs
             corpus.training.append(replace(tale, text=_cleaned(tale.text)))
     return corpus
+
+
+def _is_no_tale(tale: Tale) -> bool:
+    """Whether the text is a list, a preface or another text about the book.
+
+    Five tales got the heading "FOOTNOTE" or "CONTENTS" in print. They are long.
+    """
+    is_misnamed = tale.title in ("FOOTNOTE", "CONTENTS") and len(tale.text) >= 12_000
+    return NO_TALE.fullmatch(tale.title.strip()) is not None and not is_misnamed
+
+
+def _read(path: Path) -> Iterator[Tale]:
+    for number, record in read_records(path):
+        keys = ("book", "title", "text")
+        if not all(isinstance(record.get(key), str) for key in keys):
+            raise DataError(f"{path}, line {number} must have the texts book, title and text")
+        yield Tale(*(record[key] for key in keys))
 
 
 def _cleaned(text: str) -> str:

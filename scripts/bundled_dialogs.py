@@ -204,7 +204,7 @@ class DialogSource:
         subjects = self._subjects(rng, text, self.lexicon.nouns, wanted)
         if len(subjects) < min(2, wanted):
             return None
-        others = {}
+        others: dict[str, str] = {}
         for noun in subjects:
             if rng.random() < EXCHANGED and (other := self._other(rng, noun, text, others)):
                 others[noun.word] = other
@@ -265,7 +265,7 @@ class DialogSource:
         question, answer = dialog
         paragraphs = answer["content"].split("\n\n")
         count = min(len(paragraphs), rng.choice([2, 2, 3]))
-        ends = sorted(rng.sample(range(1, len(paragraphs)), count - 1)) + [len(paragraphs)]
+        ends = [*sorted(rng.sample(range(1, len(paragraphs)), count - 1)), len(paragraphs)]
         turns, start = [question], 0
         for end in ends:
             if start:
@@ -322,9 +322,9 @@ class DialogSource:
         pool = self.names if noun.word[0].isupper() else self.nouns
         nouns, weights = pool[noun.kind]
         for other in rng.choices(nouns, cum_weights=weights, k=4):
-            if other.word not in text.lower() and other.word not in text:
-                if other.word not in taken.values():
-                    return other.word
+            is_new = other.word not in text.lower() and other.word not in text
+            if is_new and other.word not in taken.values():
+                return other.word
         return ""
 
     def _renamed(self, rng: random.Random, excerpt: Excerpt) -> Excerpt:

@@ -7,12 +7,15 @@ from dataclasses import dataclass
 
 # The first words of a paragraph that begins a scene.
 OPENING = re.compile(
-    r"Once|One (fine |cold |beautiful )?(day|morning|night|evening|summer|winter|spring)|There (was|"
-    r"were|lived|once|came|stood|is)|Long|In (a|an|the|those|old|olden) |A |An |It (was|happened|"
-    r"chanced)|Early|Far |Many |The next|Next |Now there|Now the|Now it|Some |At (first|last|night)|"
-    r"When the|After |On (a|the) |As the|Soon |Suddenly|By and by|Two |Three |Every "
+    r"Once|There (was|were|lived|once|came|stood|is)|Long|In (a|an|the|those|old|olden) |A |An |"
+    r"One (fine |cold |beautiful )?(day|morning|night|evening|summer|winter|spring)|"
+    r"It (was|happened|chanced)|Early|Far |Many |The next|Next |Now there|Now the|Now it|Some |"
+    r"At (first|last|night)|When the|After |On (a|the) |As the|Soon |Suddenly|By and by|Two |"
+    r"Three |Every "
 )
-NO_OPENING = re.compile(r"[\"'(]|(He|She|They|It|But|And|Then|So|This|These|That|I|We|You|His|Her)\b")
+NO_OPENING = re.compile(
+    r"[\"'(]|(He|She|They|It|But|And|Then|So|This|These|That|I|We|You|His|Her)\b"
+)
 SENTENCE_END = re.compile(r"(?<=[.!?])[\"']*(\s+)(?=[\"']*[A-Z])")
 ABBREVIATION = re.compile(r"\b(Mr|Mrs|Dr|St|Ms|No|vol|Mme|Messrs)\.$")
 LAST = re.compile(r"[.!?][\"']*$")

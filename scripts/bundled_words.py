@@ -24,8 +24,8 @@ NO_SUBJECT = set(
     "first second last next other one little great good big sudden few hurry use turn step "
     "distance length moonlight whole same present best most more very poor beginning question "
     "answer chance idea thought life death world shape size state body leg knee neck shoulder "
-    "back breast cheek lip finger thumb elbow tone feeling mile yard inch pound dozen hundred "
-    "thousand score instant spot while full old young right left wrong rich kind dead living".split()
+    "breast cheek lip thumb elbow tone feeling mile yard inch pound dozen hundred thousand score "
+    "instant spot full old young right left wrong rich dead living".split()
 )
 NO_SUBJECT_ENDINGS = ("'s", "ed", "ly", "ness", "tion", "sion", "ment", "ity", "ance", "ence")
 IRREGULAR = {
@@ -75,13 +75,13 @@ class Lexicon:
                         inside[word] += 1
                         subject = word
                     spoken[word] += before in SPEAKING or after in SPEAKING
-                elif before.lower() in ARTICLES or (
-                    words[i - 2].lower() in ARTICLES and before[0].islower()
-                ):
-                    if after in AFTER_NOUN or not after[0].isalpha():
-                        article = before if before.lower() in ARTICLES else words[i - 2]
+                elif after in AFTER_NOUN or not after[0].isalpha():  # the end of a phrase
+                    article = before.lower()
+                    if article not in ARTICLES and before[0].islower():
+                        article = words[i - 2].lower()  # an adjective is between
+                    if article in ARTICLES:
                         phrases[word] += 1
-                        indefinite[word] += article.lower() != "the"
+                        indefinite[word] += article != "the"
                         spoken[word] += words[i - 2] in SPEAKING or after in SPEAKING
                         subject = word
         self.n_tales = n_tales

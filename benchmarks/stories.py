@@ -105,7 +105,7 @@ def measure(stories: Sequence[tuple[list[str], str]], known: set[int]) -> dict[s
     }
 
 
-def main(*folders: str, texts: str, out: str | None = None, show: int = 0) -> None:
+def main(*folders: str, texts: str, out: str | None = None, pairs: int = 20, show: int = 0) -> None:
     """Measure each model and print the figures side by side.
 
     Args:
@@ -113,6 +113,7 @@ def main(*folders: str, texts: str, out: str | None = None, show: int = 0) -> No
         texts: folder that `scripts/train_bundled.py texts` wrote: training.jsonl,
             held_out_titles.jsonl and held_out_books.jsonl.
         out: a file, to which the figures are written as JSON.
+        pairs: how many pairs of things of each group to ask for.
         show: how many stories of each group to print.
     """
     if not folders:
@@ -125,7 +126,7 @@ def main(*folders: str, texts: str, out: str | None = None, show: int = 0) -> No
     figures: dict[str, dict[str, Any]] = {}
     for folder in folders:
         llama = Llama.build(folder, device="cpu", dtype="float32", max_batch_size=12)
-        groups = {name: tell(llama, pairs) for name, pairs in PAIRS.items()}
+        groups = {name: tell(llama, group[:pairs]) for name, group in PAIRS.items()}
         rows: dict[str, Any] = {name: measure(told, known) for name, told in groups.items()}
         rows["all"] = measure([story for told in groups.values() for story in told], known)
         for kind in ("held_out_titles", "held_out_books"):
@@ -141,7 +142,7 @@ def main(*folders: str, texts: str, out: str | None = None, show: int = 0) -> No
             for things, story in told[:show]:
                 print(f"\n[{name}: {', '.join(things)}]\n{story}")
     if out is not None:
-        content = {"processor": processor(), "stories": sum(map(len, PAIRS.values())) * 3}
+        content = {"processor": processor(), "stories": sum(map(len, groups.values()))}
         Path(out).write_text(json.dumps(content | {"models": figures}, indent=2) + "\n")
 
 

@@ -19,10 +19,11 @@ def made_up_tale(seed: int) -> str:
 
     def sentence() -> str:
         quality, deed, place = (rng.choice(words) for words in (QUALITIES, DEEDS, PLACES))
+        other = rng.choice(THINGS)
         first, second = rng.sample([f"a {being}", f"the {being}", f"a {rng.choice(BEINGS)}"], 2)
         return rng.choice(
             [
-                f"{first.capitalize()} {deed} the {quality} {thing}, and {second} {deed} a {thing}.",
+                f"{first.capitalize()} {deed} the {quality} {thing} and {second} had a {other}.",
                 f'"I {deed} {rng.choice(QUALITIES)} {thing}s by the {place}," said the {being}.',
                 f"In a {quality} {place} he {deed} the {thing} of {second}.",
             ]

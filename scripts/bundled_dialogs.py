@@ -291,6 +291,8 @@ class DialogSource:
             again = exchange(text, {word: f"{quality} {word}"})
         else:
             other = self._other(rng, subjects[0], text, {})
+            if not other:
+                return None
             wish = rng.choice(OTHER).format(old=word, new=with_article(other))
             again = exchange(text, {word: other})
         return [*dialog, _user(_vary(rng, wish)), _assistant(again)]

@@ -34,7 +34,7 @@ PREJUDICE = {
 }
 NO_TALE = re.compile(
     r"contents|illustrations|footnotes|preface|diffusion|norse mythology|norse popular tales"
-    r"|anansi? stories|ananzi stories|to my dear little phil|introduction( to .*)?",
+    r"|ananzi stories|to my dear little phil|introduction( to .*)?",
     re.IGNORECASE,
 )
 # A note in brackets that stands as a paragraph of its own.

@@ -1,5 +1,8 @@
-"""The dialogs that the bundled model is trained on: requests for stories, which excerpts of the
-tales answer, and questions about the model itself."""
+"""The dialogs that the bundled model is trained on.
+
+The request names what the story is about, and an excerpt of a tale is the answer. For many dialogs
+other nouns and names are put into request and excerpt, so that the model must read the request.
+"""
 
 import hashlib
 import math
@@ -10,7 +13,23 @@ from itertools import accumulate
 
 from bundled_corpus import Tale
 from bundled_excerpts import Excerpt, Excerpts, is_balanced, sentences
-from bundled_talk import SYSTEM, TALK
+from bundled_phrases import (
+    ABOUT,
+    AFTER_NAME,
+    ASK,
+    BEGIN,
+    CONTINUE,
+    MORE,
+    NAMED,
+    NAMED_KIND,
+    OTHER,
+    QUALITIES,
+    QUALITY,
+    STORY,
+    SYSTEM,
+    TALK,
+    TITLED,
+)
 from bundled_words import WORD, Lexicon, Noun, exchange, with_article
 
 from llama.chat_format import ChatFormat, Dialog, Message
@@ -24,98 +43,6 @@ EXCHANGED = 0.55  # fraction of the subjects that another noun replaces
 RENAMED = 0.35  # fraction of the stories whose persons get other names
 NEVER_ASKED = 0.04  # fraction of the rarer nouns that no request names, for the benchmark
 RARE = 60  # tales that have a rarer noun, at most
-
-ASK = """Tell me {}
-Tell me {}
-Tell me {}
-Tell me {}
-Please tell me {}
-Can you tell me {}?
-Could you tell me {}?
-Will you tell me {}?
-Tell us {}
-Write {}
-Write {}
-Write me {}
-Please write {}
-Can you write {}?
-Make up {}
-Give me {}
-Invent {}
-I want {}
-I would like {}
-I would like to hear {}
-I want to hear {}
-I'd love {}
-Let me hear {}
-Read me {}
-How about {}?
-{}
-{}, please
-Now {}""".splitlines()
-STORY = ["story"] * 6 + ["tale", "tale", "fairy tale", "bedtime story", "children's story"]
-ABOUT = """about {}
-about {}
-about {}
-about {}
-about {}
-about {}
-of {}
-with {}
-with {} in it
-that has {} in it
-in which there is {}
-where {} plays a part
-which is about {}""".splitlines()
-NAMED = """about {}
-about {}
-about {}
-with {}
-about someone called {}
-about someone named {}
-whose hero is called {}
-whose hero is {}""".splitlines()
-NAMED_KIND = """about {a} called {name}
-about {a} named {name}
-about {a} whose name is {name}
-about {name} and {a}""".splitlines()
-AFTER_NAME = """The hero's name is {}
-Call the hero {}
-The name of the hero is {}""".splitlines()
-TITLED = """Tell me the story "{}"
-Tell me the tale of {}
-Tell me {}
-Write a story with the title "{}"
-Write a story called {}
-{}""".splitlines()
-CONTINUE = """Continue this story: {}
-Continue this tale: {}
-Go on with this story: {}
-What happens next? {}
-A story begins like this: {} Go on
-Finish this story: {}
-{}""".splitlines()
-BEGIN = """Tell me a story that begins like this: {}
-Write a story. Its first sentence is: {}
-Begin a story with these words: {}""".splitlines()
-MORE = """And then?
-Go on
-Go on, please
-What happened then?
-What happened next?
-Continue
-More
-Tell me more
-Then what?
-How does it go on?""".splitlines()
-OTHER = """Make the {old} {new}
-Now with {new} instead of the {old}
-Tell it again with {new} instead of the {old}
-Replace the {old} by {new}""".splitlines()
-QUALITIES = "kind wise old young clever brave poor proud gentle merry lazy wicked".split()
-QUALITY = """Make the {noun} {quality}
-I want the {noun} to be {quality}
-Tell it again, but the {noun} is {quality}""".splitlines()
 
 
 class DialogSource:
@@ -160,6 +87,8 @@ class DialogSource:
         return example if len(example) <= room else None
 
     def _story(self, rng: random.Random, room: int) -> Dialog | None:
+        """A story of up to `room` tokens, after a request of one kind: 6% retold, 4% without a
+        subject, 9% to continue, up to 6% with a title, 11% with a name, the rest with subjects."""
         longest = (room - 50) * CHARACTERS
         shortest = longest * rng.uniform(0.4, 0.85)
         kind = rng.random()
@@ -337,7 +266,7 @@ class DialogSource:
             if other := self._other(rng, names[word], excerpt.text, others):
                 others[word] = other
         text = exchange(excerpt.text, others) if others else excerpt.text
-        return Excerpt(text, None if others else excerpt.title, excerpt.is_whole)
+        return Excerpt(text, None if others else excerpt.title)
 
 
 def _weighted(nouns: list[Noun]) -> tuple[list[Noun], list[float]]:

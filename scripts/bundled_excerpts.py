@@ -25,7 +25,6 @@ LAST = re.compile(r"[.!?][\"']*$")
 class Excerpt:
     text: str
     title: str | None  # of the tale, if the excerpt is its beginning
-    is_whole: bool  # the whole tale
 
 
 class Excerpts:
@@ -54,8 +53,7 @@ class Excerpts:
         text = cut(paragraphs, shortest, longest)
         if text is None:
             return None
-        is_whole = start == 0 and len(text) == len("\n\n".join(paragraphs))
-        return Excerpt(text, self.titles[tale] if start == 0 else None, is_whole)
+        return Excerpt(text, self.titles[tale] if start == 0 else None)
 
 
 def cut(paragraphs: Sequence[str], shortest: int, longest: int) -> str | None:

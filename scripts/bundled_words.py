@@ -51,7 +51,11 @@ class Noun:
 
 
 class Lexicon:
-    """The nouns and the names that the tales themselves show to be such, by simple counts."""
+    """The nouns and the names of the tales, found by counts.
+
+    A noun often ends a phrase after "a", "an" or "the". A name has a capital inside a sentence, no
+    other form, and speaks.
+    """
 
     def __init__(self, texts: Iterable[str]) -> None:
         total, phrases, indefinite, spoken, inside = (Counter[str]() for _ in range(5))
@@ -105,9 +109,6 @@ class Lexicon:
             if count >= 5 and spoken[word] >= 3 and total[word.lower()] == 0
             if "'" not in word and kind(word) in ("he", "she") and len(word) > 2
         }
-        self.by_form = {noun.word: noun for noun in self.nouns.values()}
-        for noun in self.nouns.values():
-            self.by_form.setdefault(plural(noun.word), noun)
 
 
 def plural(word: str) -> str:

@@ -1,4 +1,97 @@
-"""What the bundled model says about itself, and the system messages of its dialogs."""
+"""The phrases of the bundled model's dialogs: requests, system messages, and what the model says
+about itself. A phrase that stands several times is drawn more often."""
+
+ASK = """Tell me {}
+Tell me {}
+Tell me {}
+Tell me {}
+Please tell me {}
+Can you tell me {}?
+Could you tell me {}?
+Will you tell me {}?
+Tell us {}
+Write {}
+Write {}
+Write me {}
+Please write {}
+Can you write {}?
+Make up {}
+Give me {}
+Invent {}
+I want {}
+I would like {}
+I would like to hear {}
+I want to hear {}
+I'd love {}
+Let me hear {}
+Read me {}
+How about {}?
+{}
+{}, please
+Now {}""".splitlines()
+STORY = ["story"] * 6 + ["tale", "tale", "fairy tale", "bedtime story", "children's story"]
+ABOUT = """about {}
+about {}
+about {}
+about {}
+about {}
+about {}
+of {}
+with {}
+with {} in it
+that has {} in it
+in which there is {}
+where {} plays a part
+which is about {}""".splitlines()
+NAMED = """about {}
+about {}
+about {}
+with {}
+about someone called {}
+about someone named {}
+whose hero is called {}
+whose hero is {}""".splitlines()
+NAMED_KIND = """about {a} called {name}
+about {a} named {name}
+about {a} whose name is {name}
+about {name} and {a}""".splitlines()
+AFTER_NAME = """The hero's name is {}
+Call the hero {}
+The name of the hero is {}""".splitlines()
+TITLED = """Tell me the story "{}"
+Tell me the tale of {}
+Tell me {}
+Write a story with the title "{}"
+Write a story called {}
+{}""".splitlines()
+CONTINUE = """Continue this story: {}
+Continue this tale: {}
+Go on with this story: {}
+What happens next? {}
+A story begins like this: {} Go on
+Finish this story: {}
+{}""".splitlines()
+BEGIN = """Tell me a story that begins like this: {}
+Write a story. Its first sentence is: {}
+Begin a story with these words: {}""".splitlines()
+MORE = """And then?
+Go on
+Go on, please
+What happened then?
+What happened next?
+Continue
+More
+Tell me more
+Then what?
+How does it go on?""".splitlines()
+OTHER = """Make the {old} {new}
+Now with {new} instead of the {old}
+Tell it again with {new} instead of the {old}
+Replace the {old} by {new}""".splitlines()
+QUALITIES = "kind wise old young clever brave poor proud gentle merry lazy wicked".split()
+QUALITY = """Make the {noun} {quality}
+I want the {noun} to be {quality}
+Tell it again, but the {noun} is {quality}""".splitlines()
 
 SYSTEM = """You are a teller of fairy tales.
 You tell stories.

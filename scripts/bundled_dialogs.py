@@ -37,9 +37,9 @@ from llama.training.chat_data import Example, encode_dialog
 
 SHORTEST_STORY = 130  # tokens of a dialog with a story
 CHARACTERS = 3.7  # of a token, at least
-FIRST_WORDS = 50  # a subject stands among the first words of the story,
+FIRST_WORDS = 30  # a subject stands among the first words of the story,
 OFTEN = 2  # and at least so often in it
-EXCHANGED = 0.55  # fraction of the subjects that another noun replaces
+EXCHANGED = 0.7  # fraction of the subjects that another noun replaces
 RENAMED = 0.35  # fraction of the stories whose persons get other names
 NEVER_ASKED = 0.04  # fraction of the rarer nouns that no request names, for the benchmark
 RARE = 60  # tales that have a rarer noun, at most

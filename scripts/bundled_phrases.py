@@ -74,6 +74,10 @@ Finish this story: {}
 BEGIN = """Tell me a story that begins like this: {}
 Write a story. Its first sentence is: {}
 Begin a story with these words: {}""".splitlines()
+REPEAT = """Say these words: {}
+Repeat these words: {}
+Write these words again: {}
+Repeat: {}""".splitlines()
 MORE = """And then?
 Go on
 Go on, please

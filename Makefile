@@ -5,11 +5,12 @@ PYTHON ?= python3
 ARGS   ?=
 VENV   := .venv
 BIN    := $(VENV)/bin
+FAULTS := benchmarks/results/faults.json
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-slow test-gpu lint format clean
+.PHONY: help demo test test-slow test-gpu faults lint format clean
 
 help: ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1|/p' $(MAKEFILE_LIST) | \
@@ -27,6 +28,11 @@ test-slow: $(VENV)/installed-test ## run the tests that take minutes
 
 test-gpu: $(VENV)/installed-test ## run the tests that need a GPU, on this machine's
 	LLAMA_TEST_GPU=1 $(BIN)/python -m pytest -m gpu $(ARGS)
+
+faults: $(VENV)/installed-test ## try every fault of docs/reliability.md (takes an hour), and count
+	rm -f $(FAULTS)
+	LLAMA_FAULTS=$(FAULTS) $(BIN)/python -m pytest tests/faults $(ARGS); status=$$?; \
+	    PYTHONPATH=tests $(BIN)/python scripts/reliability.py; exit $$status
 
 lint: $(VENV)/installed-lint ## check style and types
 	$(BIN)/ruff check

@@ -2,8 +2,8 @@
 
 python benchmarks/quality.py TALES.jsonl --out benchmarks/results/quality.json
 
-A line of TALES.jsonl is {"text": "…"}, with a text that the model was not trained on. `read_tales`
-in scripts/train_bundled.py returns these texts.
+A line of TALES.jsonl is {"text": "…"}, with a text that the model was not trained on. The command
+`python scripts/train_bundled.py texts` writes such a file, held_out_titles.jsonl.
 """
 
 import json

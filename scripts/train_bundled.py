@@ -1,257 +1,248 @@
-"""Train the bundled model on a JSONL file of tales (`book`, `title`, `text`), and export it.
+"""Train the bundled model on two files of tales (`book`, `title`, `text`), and export it.
 
-    torchrun --nproc_per_node 2 scripts/train_bundled.py train fairy_tales.jsonl run
-    python scripts/train_bundled.py export run llama/bundled fairy_tales.jsonl 1.5 "two CPU cores"
+    python scripts/train_bundled.py train CORPUS run
+    python scripts/train_bundled.py export run llama/bundled
+    python scripts/train_bundled.py texts CORPUS texts
+    python benchmarks/stories.py llama/bundled --texts texts --out stories.json
+    python scripts/train_bundled.py card CORPUS run llama/bundled stories.json --hours 3 --machine …
 
-One process per core is faster than several threads. If a run is stopped, the same command
-continues it. The learning rate is constant until the last `decay_steps`, so a run may be continued
-with another number of `steps`.
+If a run is stopped, the same command continues it, also on another kind of machine. The learning
+rate is constant until the last `decay_steps`, so a run may be continued with another number of
+`steps`.
 """
 
-import hashlib
 import json
-import random
-import time
-from datetime import timedelta
+import sys
+from collections.abc import Iterable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import fire
 import torch
-from bundled_dialogs import DialogSource
-from torch import Tensor
+from bundled_corpus import PREJUDICE, read_corpus
+from bundled_loader import BATCH, CONTEXT, StoryLoader
 
 from llama import Llama, parallel
-from llama.chat_format import ChatFormat
 from llama.checkpoints.convert import convert
 from llama.checkpoints.folder import open_checkpoint, run_checkpoints
-from llama.evaluation.perplexity import score
+from llama.errors import DataError, LlamaError
+from llama.fast.cpu.kernels.isa import instruction_sets
 from llama.model import ModelArgs, Transformer
 from llama.tokenizer import Tokenizer
-from llama.training.chat_data import Example, to_batch
-from llama.training.loop import StepReport, Trainer, TrainingOptions
-from llama.training.optimizer import Muon
+from llama.training.log import TrainingLog
+from llama.training.loop import Trainer, TrainingOptions
+from llama.training.optimizer import muon_and_adamw
 from llama.training.vocabulary import train_vocabulary
 
-RANKS = 4096
-CONTEXT = 512
 SHAPE: dict[str, Any] = dict(
-    dim=256, n_layers=4, n_heads=4, n_kv_heads=2, hidden_dim=640, rope_theta=10000.0,
+    dim=256, n_layers=6, n_heads=4, n_kv_heads=2, hidden_dim=704, rope_theta=10000.0,
     max_seq_len=CONTEXT, context_length=CONTEXT, tied=True,
 )  # fmt: skip
-HELD_OUT = 0.05  # fraction of the titles
-CHAT_SHARE = 0.2  # fraction of the rows that begin with a dialog, not with a tale
-
-
-def read_tales(corpus: str) -> tuple[list[str], list[str]]:
-    """The texts to train on, and the held-out texts. A hash of the title chooses, so tales with the
-    same title, in several books, are either all trained on or all held out."""
-    lines = Path(corpus).read_text(encoding="utf-8").splitlines()
-    tales = [(t["title"].casefold(), t["text"]) for t in map(json.loads, lines)]
-    titles = sorted({t for t, _ in tales}, key=lambda t: hashlib.sha256(t.encode()).hexdigest())
-    held_out = set(titles[: round(len(titles) * HELD_OUT)])
-    return (
-        [text for title, text in tales if title not in held_out],
-        [text for title, text in tales if title in held_out],
-    )
-
-
-class TaleLoader:
-    """Endless batches of rows of CONTEXT + 1 tokens.
-
-    A row is bos and a window of a tale, or dialogs. Every epoch cuts the tales into other windows.
-    The content of a row depends only on its number, so that number is the state of the loader.
-    """
-
-    def __init__(self, texts: list[str], tokenizer: Tokenizer, rows: int, rank: int, ranks: int):
-        self.tales = [tokenizer.encode(text, bos=False, eos=True) for text in texts]
-        self.dialogs = DialogSource(texts, ChatFormat(tokenizer))
-        self.bos, self.eos = tokenizer.bos_id, tokenizer.eos_id
-        self.rows, self.rank, self.ranks = rows, rank, ranks
-        self.row = 0  # number of the next row, counted over all ranks
-        self.epoch, self.windows = -1, self._cut(0)
-        self.rows_an_epoch = len(self.windows)
-
-    def _cut(self, epoch: int) -> list[list[int]]:
-        """The windows of an epoch, shuffled, each with a bos before it."""
-        rng = random.Random(f"epoch {epoch}")
-        windows = []
-        for tale in self.tales:
-            for start in range(-rng.randrange(CONTEXT), len(tale), CONTEXT):
-                window = tale[max(0, start) : start + CONTEXT]
-                if len(window) >= 32:
-                    windows.append([self.bos, *window])
-        rng.shuffle(windows)
-        return windows
-
-    def _row(self, number: int) -> Example:
-        """The row with this number, CONTEXT + 1 tokens."""
-        rng = random.Random(f"row {number}")
-        row = Example([], [])
-        is_chat = rng.random() < CHAT_SHARE
-        if not is_chat:
-            epoch, index = divmod(number, self.rows_an_epoch)
-            if epoch != self.epoch:
-                self.epoch, self.windows = epoch, self._cut(epoch)
-            window = self.windows[index % len(self.windows)]
-            row.tokens += window
-            row.learned += [False] + [True] * (len(window) - 1)
-        while (room := CONTEXT + 1 - len(row)) > 40:  # dialogs also fill the rest of a short window
-            dialog = self.dialogs.draw(rng, room)
-            if dialog is not None:
-                row.tokens += dialog.tokens
-                row.learned += dialog.learned
-        row.tokens += [self.eos] * room
-        row.learned += [False] * room
-        return row
-
-    def next_batch(self) -> tuple[Tensor, Tensor]:
-        first = self.row + self.rank * self.rows
-        self.row += self.rows * self.ranks
-        return to_batch([self._row(first + i) for i in range(self.rows)])
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"row": self.row}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.row = state["row"]
-
-
-def make_optimizers(model: Transformer, muon: float, adam: float) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices of the layers, and AdamW for the embedding and the norms. Norms have no
-    weight decay."""
-    layers = [w for w in model.layers.parameters() if w.dim() == 2]
-    norms = [w for w in model.parameters() if w.dim() == 1]
-    groups = [
-        {"params": [model.tok_embeddings.weight], "weight_decay": 0.1},
-        {"params": norms, "weight_decay": 0.0},
-    ]
-    return [
-        Muon(layers, learning_rate=muon),
-        torch.optim.AdamW(groups, lr=adam, betas=(0.9, 0.95), fused=True),
-    ]
+WARMUP_STEPS = 20
+# The stories of the card.
+REQUESTS = """Tell me a story about a fox and a king
+Tell me a story about a clock and a garden
+Write a short tale with an owl in it
+Tell me a story about a sailor and an island
+A story about a girl named Rose, please
+Tell me a story about a lamp and a spider
+Write a story about a pirate and a balloon
+Tell me a fairy tale
+Continue this story: Once there was a little bear who was afraid of the dark.
+I would like to hear a long story about a giant""".splitlines()
 
 
 def train(
     corpus: str,
-    out_dir: str,
-    steps: int = 1300,
-    decay_steps: int = 550,
-    rows: int = 4,
-    step_rows: int = 16,
+    run: str,
+    steps: int = 3000,
+    decay_steps: int = 1000,
+    step_tokens: int = 2 * BATCH,
+    ranks: int = 6144,
     muon: float = 0.02,
     adam: float = 0.003,
-    checkpoint_every: int = 50,
+    checkpoint_every: int = 100,
+    device: str | None = None,
+    bfloat16: bool | None = None,
+    compiled: bool | None = None,
 ) -> None:
-    """Start a run, or continue the run in out_dir.
+    """Start a run, or continue the run in a folder.
 
     Args:
-        corpus: JSONL file with book, title and text.
-        out_dir: folder for the tokenizer and the checkpoints.
+        corpus: folder of the two files of tales.
+        run: folder for the tokenizer and the checkpoints.
         steps: optimizer steps of the whole run.
         decay_steps: steps at the end, in which the learning rate falls linearly to 0.
-        rows: rows of 512 tokens that a rank computes at a time.
-        step_rows: rows of a step on all ranks together.
+        step_tokens: tokens of a step; a multiple of 4,096.
+        ranks: byte sequences of the vocabulary.
         muon: learning rate of the layers' matrices.
         adam: learning rate of the embedding and the norms.
         checkpoint_every: steps between checkpoints.
+        device: such as cuda or cpu; by default a GPU if there is one.
+        bfloat16: compute matrix products in bfloat16; by default where the device has instructions
+            for it.
+        compiled: compile the layers by torch.compile; by default on a GPU.
     """
-    parallel.TIMEOUT = timedelta(hours=2)  # a user may suspend a run in the background for hours
-    parallel.initialize(1)
-    ranks, rank = parallel.dp_size(), parallel.dp_rank()
-    tokenizer_path = Path(out_dir, "tokenizer.model")
-    texts, _ = read_tales(corpus)
-    if parallel.is_main_rank() and not tokenizer_path.exists():
-        Path(out_dir).mkdir(parents=True, exist_ok=True)
-        train_vocabulary(texts, RANKS, tokenizer_path)
-    if ranks > 1:
-        torch.distributed.barrier()
+    target = parallel.local_device(device)
+    parallel.initialize(1, target)
+    if step_tokens % BATCH or step_tokens < BATCH:
+        raise DataError(f"step_tokens is {step_tokens}: it must be a multiple of {BATCH}")
+    tales = read_corpus(corpus).training
+    tokenizer_path = Path(run, "tokenizer.model")
+    if not tokenizer_path.exists():
+        Path(run).mkdir(parents=True, exist_ok=True)
+        train_vocabulary((tale.text for tale in tales), ranks, tokenizer_path)
     tokenizer = Tokenizer(tokenizer_path)
+    options = TrainingOptions(
+        steps=steps,
+        warmup_steps=min(WARMUP_STEPS, steps - decay_steps),
+        decay_steps=decay_steps,
+        final_lr=0.0,
+        accumulation=step_tokens // BATCH,
+        autocast=torch.bfloat16 if _or_default(bfloat16, _has_bfloat16(target)) else None,
+        checkpoint_every=checkpoint_every,
+    )
+    log = TrainingLog(tokenizer, step_tokens)
+    trainer = Trainer(
+        model := _new_model(tokenizer, target),
+        muon_and_adamw(model, muon, adam),
+        StoryLoader(tales, tokenizer),
+        tokenizer.bos_id,
+        options,
+        run,
+        tokenizer_path,
+        on_step=log,
+    )
+    if trainer.resume():
+        print(f"Continuing after step {trainer.step} of {run}")
+    if _or_default(compiled, target.type == "cuda"):
+        for layer in model.layers:
+            layer.compile()
+    try:
+        trainer.run()
+    finally:
+        log.close()
 
+
+def _new_model(tokenizer: Tokenizer, device: torch.device) -> Transformer:
+    """The untrained model. Its layers add nothing to their inputs."""
     torch.manual_seed(1)
     model = Transformer(ModelArgs(**SHAPE, vocab_size=tokenizer.n_words))
     with torch.no_grad():
         for name, weight in model.named_parameters():
-            if name.endswith(
-                ("wo.weight", "w2.weight")
-            ):  # an untrained block adds nothing to its input
+            if name.endswith(("wo.weight", "w2.weight")):
                 weight.zero_()
-    options = TrainingOptions(
-        steps=steps,
-        warmup_steps=20,
-        decay_steps=decay_steps,
-        final_lr=0.0,
-        accumulation=step_rows // (rows * ranks),
-        checkpoint_every=checkpoint_every,
-    )
-
-    def report(trainer: Trainer, step: StepReport) -> None:
-        if parallel.is_main_rank():
-            speed = step_rows * CONTEXT / step.seconds
-            print(
-                f"{time.strftime('%H:%M:%S')} step {step.step} loss {step.loss:.4f} "
-                f"norm {step.norm:.3f} {speed:.0f} tokens/s",
-                flush=True,
-            )
-
-    trainer = Trainer(
-        model,
-        make_optimizers(model, muon, adam),
-        TaleLoader(texts, tokenizer, rows, rank, ranks),
-        tokenizer.bos_id,
-        options,
-        out_dir,
-        tokenizer_path,
-        on_step=report,
-    )
-    if trainer.resume() and parallel.is_main_rank():
-        print(f"Continuing after step {trainer.step}")
-    trainer.run()
+    return model.to(device)
 
 
-def export(run: str, bundled: str, corpus: str, hours: float, machine: str) -> None:
-    """Write a run's last checkpoint as the bundled model: bfloat16, two shards, model card.
+def _has_bfloat16(device: torch.device) -> bool:
+    return device.type == "cuda" or "avx512bf16" in instruction_sets()
+
+
+def _or_default(value: bool | None, default: bool) -> bool:
+    return default if value is None else value
+
+
+def texts(corpus: str, folder: str) -> None:
+    """Write the texts to train on and the held-out ones as JSONL files, for the benchmarks.
 
     Args:
-        run: the out_dir of `train`.
-        bundled: the folder to write, llama/bundled.
-        corpus: the file that `train` read; it gives the held-out texts and the list of books.
-        hours: duration of the training, for the card.
-        machine: the machine that trained, for the card.
+        corpus: folder of the two files of tales.
+        folder: gets training.jsonl, held_out_titles.jsonl and held_out_books.jsonl.
     """
-    folder, last = Path(bundled), run_checkpoints(Path(run))[-1]
-    convert(last, folder, to="meta", mp=2, dtype="bfloat16", force=True)
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    for name, tales in vars(read_corpus(corpus)).items():
+        lines = [json.dumps(asdict(tale)) + "\n" for tale in tales]
+        Path(folder, f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
 
-    texts, held_out = read_tales(corpus)
-    result = score(Llama.build(folder, dtype="float32", device="cpu"), held_out, CONTEXT)
-    step = int(last.name.removeprefix("step_"))
-    loader = torch.load(last / "training.00.pt", weights_only=True)["loader"]
-    shapes = open_checkpoint(folder).args.parameter_shapes().values()
-    size = sum(torch.Size(shape).numel() for shape in shapes)
-    lines = Path(corpus).read_text(encoding="utf-8").splitlines()
-    books = sorted({json.loads(line)["book"] for line in lines})
-    card = Path(__file__).with_name("bundled_card.md").read_text(encoding="utf-8")
+
+def export(run: str, folder: str) -> None:
+    """Write the last checkpoint of a run as a checkpoint of two Meta shards in bfloat16.
+
+    Args:
+        run: the folder of `train`.
+        folder: the folder to write, such as llama/bundled.
+    """
+    convert(_last(run), folder, to="meta", mp=2, dtype="bfloat16", force=True)
+    total = sum(path.stat().st_size for path in Path(folder).iterdir())
+    print(f"{total:,} bytes in {folder}")
+
+
+def card(corpus: str, run: str, folder: str, figures: str, hours: float, machine: str) -> None:
+    """Write README.md of the exported model: what it is, its figures and ten stories.
+
+    Args:
+        corpus: folder of the two files of tales.
+        run: the folder of `train`.
+        folder: the folder of `export`.
+        figures: file that benchmarks/stories.py wrote; its first model is compared with this one,
+            its last.
+        hours: duration of the training.
+        machine: the machine that trained.
+    """
+    texts = read_corpus(corpus)
+    llama = Llama.build(folder, dtype="float32", device="cpu")
+    last = _last(run)
+    batches = torch.load(last / "training.00.pt", weights_only=True)["loader"]["batch"]
+    shapes = open_checkpoint(Path(folder)).args.parameter_shapes().values()
+    models = list(json.loads(Path(figures).read_text(encoding="utf-8"))["models"].values())
     facts = {
-        "parameters": f"{size / 1e6:.2f} million",
-        "ranks": f"{RANKS:,}",
-        "tales": str(len(texts) + len(held_out)),
-        "train_tales": str(len(texts)),
-        "held_out": str(len(held_out)),
-        "books": "\n".join(f"- {book}" for book in books),
-        "bits": f"{result.bits_per_byte:.3f}",
-        "perplexity": f"{result.perplexity:.1f}",
-        "bytes": f"{result.bytes:,}",
-        "steps": f"{step:,}",
-        "tokens": f"{loader['row'] * CONTEXT / 1e6:.1f} million",
+        "parameters": f"{sum(torch.Size(shape).numel() for shape in shapes) / 1e6:.2f} million",
+        "layers": str(SHAPE["n_layers"]),
+        "hidden": str(SHAPE["hidden_dim"]),
+        "ranks": f"{llama.tokenizer.n_words - 256:,}",
+        "context": f"{CONTEXT:,}",
+        "tales": f"{len(texts.training):,}",
+        "characters": f"{sum(len(tale.text) for tale in texts.training) / 1e6:.1f} million",
+        "titles": str(len(texts.held_out_titles)),
+        "held_out_books": _list({tale.book for tale in texts.held_out_books}),
+        "books": _list({tale.book for tale in texts.training}),
+        "left_out": _list(f"{book}, {title}: {why}" for (book, title), why in PREJUDICE.items()),
+        "steps": f"{int(last.name.removeprefix('step_')):,}",
+        "tokens": f"{batches * BATCH / 1e6:.1f} million",
         "hours": f"{hours:g}",
         "machine": machine,
+        "figures": _table(models[0], models[-1]),
+        "stories": "\n\n".join(_story(llama, request) for request in REQUESTS),
     }
+    text = Path(__file__).with_name("bundled_card.md").read_text(encoding="utf-8")
     for key, value in facts.items():
-        card = card.replace(f"{{{key}}}", value)
-    (folder / "README.md").write_text(card, encoding="utf-8")
-    total = sum(path.stat().st_size for path in folder.iterdir())
-    print(f"{result.bits_per_byte:.4f} bits a byte on held-out tales; {total:,} bytes in {folder}")
+        text = text.replace(f"{{{key}}}", value)
+    Path(folder, "README.md").write_text(text, encoding="utf-8")
+
+
+def _last(run: str) -> Path:
+    found = run_checkpoints(Path(run))
+    if not found:
+        raise DataError(f"{run} has no checkpoint")
+    return found[-1]
+
+
+def _list(lines: Iterable[str]) -> str:
+    return "\n".join(f"- {line}" for line in sorted(lines))
+
+
+def _table(before: dict[str, Any], after: dict[str, Any]) -> str:
+    """The figures of two models, side by side."""
+    lines = ["| | before | now |", "| --- | --- | --- |"]
+    for group, row in after.items():
+        for name, value in row.items():
+            old = before[group][name]
+            lines.append(f"| {name} ({group}) | {old:.3f} | {value:.3f} |")
+    return "\n".join(lines)
+
+
+def _story(llama: Llama, request: str) -> str:
+    dialog = [{"role": "user", "content": request}]
+    (answer,) = llama.chat_completion([dialog], temperature=0.6, seed=1)  # type: ignore[list-item]
+    quoted = answer["generation"]["content"].replace("\n", "\n> ")
+    return f"**{request}**\n\n> {quoted}"
 
 
 if __name__ == "__main__":
-    fire.Fire({"train": train, "export": export})
+    try:
+        fire.Fire({"train": train, "export": export, "texts": texts, "card": card})
+    except LlamaError as error:
+        print(f"train_bundled.py: {error}", file=sys.stderr)
+        sys.exit(2)

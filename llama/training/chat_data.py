@@ -224,15 +224,15 @@ def pack(examples: Iterable[Example], length: int, pad: int) -> Iterator[Example
     for example in examples:
         assert len(example) <= length
         if len(row) + len(example) > length:
-            yield _padded(row, length, pad)
+            yield padded(row, length, pad)
             row = Example([], [])
         row.tokens += example.tokens
         row.learned += example.learned
     if row.tokens:
-        yield _padded(row, length, pad)
+        yield padded(row, length, pad)
 
 
-def _padded(row: Example, length: int, pad: int) -> Example:
+def padded(row: Example, length: int, pad: int) -> Example:
     missing = length - len(row)
     return Example(row.tokens + [pad] * missing, row.learned + [False] * missing)
 

@@ -139,3 +139,24 @@ def orthogonalize(matrix: Tensor, iterations: int = 5) -> Tensor:
         square = x @ x.mT
         x = a * x + (b * square + c * square @ square) @ x
     return x.mT if matrix.shape[0] > matrix.shape[1] else x
+
+
+def muon_and_adamw(
+    model: Transformer, muon: float = 0.02, adamw: float = 0.003, weight_decay: float = 0.1
+) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices of the layers, and AdamW for embedding, output and norms.
+
+    muon, adamw: peak learning rates. Norms and biases have no weight decay. See `Muon` for what is
+    not supported.
+    """
+    layers = [w for w in model.layers.parameters() if w.dim() == 2]
+    in_layers = {id(w) for w in layers}
+    others = [w for w in model.parameters() if id(w) not in in_layers]
+    groups = [
+        {"params": [w for w in others if w.dim() == 2], "weight_decay": weight_decay},
+        {"params": [w for w in others if w.dim() == 1], "weight_decay": 0.0},
+    ]
+    return [
+        Muon(layers, muon, weight_decay=weight_decay),
+        torch.optim.AdamW(groups, lr=adamw, betas=(0.9, 0.95), fused=True),
+    ]

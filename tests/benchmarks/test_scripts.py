@@ -38,6 +38,7 @@ SCRIPTS: dict[str, list[str]] = {
     "ranks": ["--folder={model}", "--decode=2", "--rounds=1"],
     "speculative": ["--rounds=1"],
     "speed": ["--shape=demo", "--prefill=32", "--decode=4", "--rounds=1"],
+    "stories": ["{model}", "--texts={work}/texts", "--pairs=1"],
     "startup": ["--folder={model}", "--work={work}/startup", "--rounds=1"],
     "train_memory": ["--work={work}", "--shape=demo", "--seq_len=32", "--steps=2"],
     "train_speed": ["--shape=bundled", "--batch=1", "--seq_len=32", "--rounds=1"],
@@ -52,6 +53,9 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_tokenizer(folder / "model" / "tokenizer.model", demo_pieces())
     tale = {"text": "Once upon a time there was a king who had three sons. " * 4}
     (folder / "tales.jsonl").write_text(json.dumps(tale) + "\n", encoding="utf-8")
+    (folder / "texts").mkdir()
+    for name in ("training", "held_out_titles", "held_out_books"):
+        (folder / "texts" / f"{name}.jsonl").write_text(json.dumps(tale) + "\n", encoding="utf-8")
     return folder
 
 

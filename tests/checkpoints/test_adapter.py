@@ -247,6 +247,50 @@ def test_a_merged_checkpoint_is_rounded_from_float32(
     assert all(torch.equal(first[name], second[name]) for name in first | second)
 
 
+# ---- GGUF files ---------------------------------------------------------------------------------
+
+
+def test_a_gguf_file_as_the_base(
+    adapters: list[tuple[Path, Path, torch.Tensor]], tmp_path: Path
+) -> None:
+    for base, folder, expected in adapters:
+        file = tmp_path / f"{folder.name}.gguf"
+        convert(base, file, "gguf", dtype="float32")
+        close(logits_of(file, folder), expected)
+        merged = convert(file, tmp_path / f"{folder.name}-merged.gguf", "gguf", adapter=folder)
+        assert torch.equal(logits_of(merged, None), logits_of(file, folder))
+
+
+@pytest.mark.parametrize("kind", ["q8_0", "q4_0"])
+def test_a_quantized_gguf_file_is_unpacked_before_the_sum(
+    kind: str, adapters: list[tuple[Path, Path, torch.Tensor]], tmp_path: Path
+) -> None:
+    """A changed matrix keeps no four-bit numbers of the file; the others do."""
+    base, folder, _ = next(a for a in adapters if a[1].name == "names-untied")
+    file = convert(base, tmp_path / "base.gguf", "gguf", dtype=kind)
+    unpacked = convert(file, tmp_path / "unpacked", dtype="float32")
+    for name in ("layers.0.attention.wq.weight", "layers.0.attention.wo.weight"):
+        for place in ((1, 0), (2, 1)):
+            found = merged_part(file, folder, name, *place)
+            assert torch.equal(found, merged_part(unpacked, folder, name, *place))
+    options: dict[str, Any] = dict(mode="fast", quantize="int4", max_seq_len=64)
+    found = Llama.build(file, adapter=folder, **options).model.layers[0].attention
+    expected = Llama.build(unpacked, adapter=folder, **options).model.layers[0].attention
+    plain = Llama.build(file, **options).model.layers[0].attention
+    for field in range(2):
+        assert torch.equal(found.wq.weight[field], expected.wq.weight[field])
+        assert torch.equal(found.wo.weight[field], plain.wo.weight[field])
+
+
+def test_names_of_gguf_files(bases: dict[str, Path], small: Path, tmp_path: Path) -> None:
+    """The base's name is the beginning of the file's."""
+    checkpoint = open_checkpoint(bases["untied"])
+    adapter = checkpoint.merge(small)
+    for name, is_same in (("untied-Q8_0.gguf", True), ("Untied.gguf", True), ("x.gguf", False)):
+        file = convert(bases["untied"], tmp_path / name, "gguf")
+        assert (adapter_warning(adapter, file) is None) == is_same
+
+
 # ---- folders, names and memory ------------------------------------------------------------------
 
 

@@ -165,8 +165,9 @@ class LayerList:
         """Ids (B, S), at most `max_tokens` -> float32 (B, S, D); see `Transformer.features`.
 
         Row r of the tokens uses row r of the cache, and has the adapter numbers[r], or none if that
-        is 0. Raises GenerationError for an id outside the
-        vocabulary and for tokens that do not fit the cache.
+        is 0.
+        Raises GenerationError for an id outside the vocabulary and for tokens that do not fit the
+        cache.
         """
         n, (bsz, seqlen) = tokens.numel(), tokens.shape
         starts = [start_pos] * bsz if isinstance(start_pos, int) else start_pos.tolist()

@@ -3,8 +3,9 @@
 python benchmarks/soak.py --out benchmarks/results/soak.json
 
 Clients stream, leave, chat, ask for JSON, and make mistakes, in a random order. The script raises
-an error if an answer is wrong or a greedy text is not the text of a call that runs alone, if the resident memory grows by more than `growth` after the
-warm-up, or if the server ends with more open files than it had after the warm-up. Linux only.
+an error if an answer is wrong, if a greedy text is not that of a call that runs alone, if the
+resident memory grows by more than `growth` after the warm-up, or if the server ends with more open
+files than it had after the warm-up. Linux only.
 """
 
 import asyncio
@@ -62,9 +63,7 @@ class Client:
     async def alone(self) -> None:
         """Fill `texts`, with one call at a time."""
         for prompt in PROMPTS:
-            answer = await self.post(
-                "/v1/completions", prompt=prompt, max_tokens=32, temperature=0
-            )
+            answer = await self.post("/v1/completions", prompt=prompt, max_tokens=32, temperature=0)
             self.texts[prompt] = answer["choices"][0]["text"]
 
     async def complete(self) -> None:

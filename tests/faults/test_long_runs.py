@@ -71,17 +71,17 @@ def test_a_long_chat(trials: Trials, alone: Llama) -> None:
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
     )
-    assert process.stdin and process.stdout and process.stderr
+    typed, shown, notes = process.stdin, process.stdout, process.stderr
+    assert None not in (typed, shown, notes)
 
     def say(line: str, until: re.Pattern[bytes]) -> str:
         """Type a line, and wait for the note that ends the answer. Returns the answer."""
-        assert process.stdin and process.stdout and process.stderr
-        process.stdin.write(f"{line}\n".encode())
-        process.stdin.flush()
-        while note := process.stderr.readline():
+        typed.write(f"{line}\n".encode())
+        typed.flush()
+        while note := notes.readline():
             if until.search(note):
                 # The chat wrote the whole answer before the note.
-                return process.stdout.read1().decode() if until is ANSWERED else ""
+                return shown.read1().decode() if until is ANSWERED else ""
         raise AssertionError("the chat has ended")
 
     def one_dialog() -> None:

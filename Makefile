@@ -31,7 +31,8 @@ test-gpu: $(VENV)/installed-test ## run the tests that need a GPU, on this machi
 
 faults: $(VENV)/installed-test ## try every fault of docs/reliability.md (takes an hour), and count
 	rm -f $(FAULTS)
-	LLAMA_FAULTS=$(FAULTS) $(BIN)/python -m pytest tests/faults $(ARGS); status=$$?; \
+	LLAMA_FAULTS=$(FAULTS) $(BIN)/python -m pytest tests/faults -o faulthandler_timeout=1800 \
+	    $(ARGS); status=$$?; \
 	    PYTHONPATH=tests $(BIN)/python scripts/reliability.py; exit $$status
 
 lint: $(VENV)/installed-lint ## check style and types

@@ -54,7 +54,7 @@ def test_slow_sockets(trials: Trials, url: str) -> None:
 
 @pytest.mark.fault(19)
 def test_full_queue(trials: Trials, url: str) -> None:
-    for _ in range(trials.number(few=1, all=10)):
+    for _ in range(trials.number(few=1, all=5)):
         with trials.trial("200 calls, 72 of which fit"):
             face(url, lambda client: face_overflow(client, 200))
 

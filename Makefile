@@ -10,7 +10,7 @@ FAULTS := benchmarks/results/faults.json
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-slow test-gpu faults lint format clean
+.PHONY: help demo test test-slow test-gpu faults audit lint format clean
 
 help: ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1|/p' $(MAKEFILE_LIST) | \
@@ -31,8 +31,18 @@ test-gpu: $(VENV)/installed-test ## run the tests that need a GPU, on this machi
 
 faults: $(VENV)/installed-test ## try every fault of docs/reliability.md (takes an hour), and count
 	rm -f $(FAULTS)
-	LLAMA_FAULTS=$(FAULTS) $(BIN)/python -m pytest tests/faults $(ARGS); status=$$?; \
+	LLAMA_FAULTS=$(FAULTS) $(BIN)/python -m pytest tests/faults -o faulthandler_timeout=1800 \
+	    $(ARGS); status=$$?; \
 	    PYTHONPATH=tests $(BIN)/python scripts/reliability.py; exit $$status
+
+audit: $(VENV)/installed-audit ## list the packages of .venv, their licences and known vulnerabilities
+	mkdir -p build/audit
+	$(BIN)/cyclonedx-py environment --pyproject pyproject.toml --output-reproducible \
+	    -o build/audit/sbom.cdx.json $(BIN)/python
+	$(BIN)/pip-licenses --order license --format markdown --output-file build/audit/licences.md
+	$(BIN)/python -m pip list --exclude-editable --format freeze | sed 's/+.*//' \
+	    > build/audit/requirements.txt # without labels such as +cpu, which the database lacks
+	$(BIN)/pip-audit --strict --no-deps --disable-pip -r build/audit/requirements.txt
 
 lint: $(VENV)/installed-lint ## check style and types
 	$(BIN)/ruff check

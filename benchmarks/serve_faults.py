@@ -99,11 +99,14 @@ async def wait_until_idle(client: httpx.AsyncClient) -> None:
         await asyncio.sleep(0.005)
 
 
-async def face_malformed(client: httpx.AsyncClient, n_requests: int, n_clients: int) -> Any:
-    """Send seeded malformed requests. Returns how many got each status."""
+async def face_malformed(
+    client: httpx.AsyncClient, n_requests: int, n_clients: int, first: int = 0
+) -> Any:
+    """Send seeded malformed requests, whose seeds count up from `first`. Returns how many got each
+    status."""
     before = await greedy_text(client)
     statuses: Counter[int] = Counter()
-    numbers = iter(range(n_requests))
+    numbers = iter(range(first, first + n_requests))
     bar = tqdm(total=n_requests, desc="Malformed requests", unit="request")
 
     async def one_client() -> None:
@@ -128,7 +131,9 @@ async def face_malformed(client: httpx.AsyncClient, n_requests: int, n_clients: 
     return {str(status): count for status, count in sorted(statuses.items())}
 
 
-async def face_slow_sockets(client: httpx.AsyncClient, url: str, n_sockets: int) -> Any:
+async def face_slow_sockets(
+    client: httpx.AsyncClient, url: str, n_sockets: int, rounds: int = 5
+) -> Any:
     """Sockets send a byte a second. Returns a healthy client's time beside them and alone, in
     turns."""
     host, port = url.removeprefix("http://").split(":")
@@ -146,7 +151,7 @@ async def face_slow_sockets(client: httpx.AsyncClient, url: str, n_sockets: int)
 
     alone, beside = [], []
     await healthy()
-    for _ in range(5):
+    for _ in range(rounds):
         alone.append(await healthy())
         opened = await asyncio.gather(
             *(asyncio.open_connection(host, int(port)) for _ in range(n_sockets))

@@ -40,6 +40,11 @@ def one_line() -> Iterator[None]:
     except LlamaError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        print(f"error: {OutOfMemory(f'memory ran out: {error}')}", file=sys.stderr)
+        sys.exit(2)
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         sys.exit(130)
@@ -86,6 +91,22 @@ class TrainingError(LlamaError):
 
 class ExplainError(LlamaError):
     """A tensor name, an edit or a prompt that `llama.explain` cannot serve."""
+
+
+class OutOfMemory(LlamaError):
+    """Memory that is not there, or that ran out."""
+
+
+# In the messages of PyTorch on a CPU and on a GPU, of C++, and of the system for memory and for
+# threads. The types of most of these errors do not tell.
+SHORTAGES = ("allocate memory", "out of memory", "bad_alloc", "temporarily unavailable",
+             "can't start new thread")  # fmt: skip
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether an error says that memory could not be allocated."""
+    is_known = isinstance(error, MemoryError | OutOfMemory)
+    return is_known or any(text in str(error) for text in SHORTAGES)
 
 
 def require_number(name: str, value: Any, whole: bool = False) -> None:

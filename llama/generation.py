@@ -22,6 +22,7 @@ from llama.chat_format import (  # isort: skip
 from llama.chat_forms import AnyFormat, FormatName
 from llama.checkpoints.build import load_adapters, load_model, open_model
 from llama.checkpoints.chat_form import chat_warning
+from llama.checkpoints.doctor import naming_sizes
 from llama.checkpoints.folder import BUNDLED
 from llama.checkpoints.generation_config import read_sampling
 from llama.engine.build import make_engine
@@ -154,7 +155,7 @@ class Llama:
         )  # fmt: skip
         setup, tokenizer, draft_setup = opened
         assert tokenizer is not None
-        with parallel.failing_together(setup.device):
+        with parallel.failing_together(setup.device), naming_sizes(setup):
             beside = load_adapters(setup, adapters)
             llama = Llama(
                 load_model(setup), tokenizer, seed, mode, quantize=setup.quantize,

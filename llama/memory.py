@@ -1,5 +1,6 @@
 """Memory: how much is free, how much this process uses, and huge pages."""
 
+import contextlib
 import ctypes
 import math
 import mmap
@@ -12,6 +13,16 @@ import torch
 from torch import Tensor
 
 HUGE_PAGE = 1 << 21  # bytes
+UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
+
+
+def size(n_bytes: float) -> str:
+    """A number of bytes as text: 1536 -> 1.50 KiB."""
+    for unit in UNITS:
+        if n_bytes < 1024 or unit == UNITS[-1]:
+            return f"{n_bytes:.0f} {unit}" if unit == "B" else f"{n_bytes:.2f} {unit}"
+        n_bytes /= 1024
+    raise AssertionError
 
 
 def available_memory(device: torch.device, root: Path = Path("/")) -> float:
@@ -28,7 +39,7 @@ def available_memory(device: torch.device, root: Path = Path("/")) -> float:
     meminfo = root / "proc/meminfo"
     if meminfo.exists():
         free = _read_numbers(meminfo).get("MemAvailable:", math.inf) * 1024
-        return min([free, *_free_in_cgroups(root)])
+        return min([free, *_free_in_cgroups(root), *_free_in_limits(root)])
     if "SC_PHYS_PAGES" in getattr(os, "sysconf_names", {}):  # macOS: total memory, used or free
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     return math.inf
@@ -67,6 +78,20 @@ def with_huge_pages(tensor: Tensor) -> Tensor:
 def _read_numbers(path: Path) -> dict[str, int]:
     """Read a file whose lines are a name and a number."""
     return {words[0]: int(words[1]) for words in map(str.split, path.read_text().splitlines())}
+
+
+def _free_in_limits(root: Path) -> Iterator[float]:
+    """Free bytes below this process's limits of its address space and of its data (`ulimit`)."""
+    status = root / "proc/self/status"
+    with contextlib.suppress(ImportError, OSError):
+        import resource  # not on Windows
+
+        lines = (line.split() for line in status.read_text().splitlines())
+        used = {words[0]: int(words[1]) * 1024 for words in lines if words[0].startswith("Vm")}
+        for name, kind in (("VmSize:", resource.RLIMIT_AS), ("VmData:", resource.RLIMIT_DATA)):
+            limit, _ = resource.getrlimit(kind)
+            if limit != resource.RLIM_INFINITY:
+                yield limit - used[name]
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ Each check raises a LlamaError for what cannot work, and otherwise returns a Fin
 and `llama doctor` use the same checks.
 """
 
+import contextlib
 import logging
 import platform
 from collections.abc import Iterator
@@ -22,16 +23,15 @@ from llama.checkpoints.folder import (
     open_checkpoint,
 )
 from llama.checkpoints.generation_config import GENERATION_CONFIG, read_sampling, read_stop_tokens
-from llama.checkpoints.inspect import size
 from llama.checkpoints.setup import Setup
 from llama.checkpoints.shards import Checkpoint
 from llama.checkpoints.verify import kind_of, title_of
 from llama.config import PRESETS, ModelArgs
-from llama.errors import ConfigError, LlamaError
+from llama.errors import ConfigError, LlamaError, OutOfMemory, is_out_of_memory
 from llama.fast.mode import CacheWidth, Mode, check_draft, check_proposing
 from llama.fast.quantize import Width
 from llama.gguf_file import is_gguf
-from llama.memory import available_memory
+from llama.memory import available_memory, size
 from llama.tokenizer import Tokenizer
 
 log = logging.getLogger("llama")
@@ -93,6 +93,21 @@ def _options_that_fit(setup: Setup, available: float) -> Iterator[str]:
         if n > setup.mp_size and wider.needed_bytes() <= available:
             yield f"{n} ranks"
             break
+
+
+@contextlib.contextmanager
+def naming_sizes(setup: Setup) -> Iterator[None]:
+    """Turn an allocation that fails in the block into an error that names smaller options."""
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, LlamaError) or not is_out_of_memory(error):
+            raise
+        found = check_memory(setup, available_memory(setup.device))
+        raise OutOfMemory(
+            f"memory ran out while the model was loaded: {found.text}; a smaller max_seq_len, "
+            "max_batch_size or dtype needs less"
+        ) from error
 
 
 def check_prompts(setup: Setup, available: float) -> Finding:

@@ -13,7 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from llama.checkpoints.pickled import read_pickled
+from llama.checkpoints.pickled import read_pickled, unreadable
 from llama.config import ModelArgs
 from llama.errors import CheckpointError, ConfigError
 from llama.files import read_json, why_unreadable
@@ -299,5 +299,4 @@ def map_file(path: Path) -> dict[str, Tensor]:
         with safe_open(path, framework="pt", device="cpu") as file:
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError, ValueError, RuntimeError, TypeError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise CheckpointError(f"{path} is damaged or incomplete: {reason}") from error
+        raise unreadable(path, error) from error

@@ -20,9 +20,9 @@ from llama.config import PRESETS, ModelArgs
 from llama.errors import ConfigError, require_number
 from llama.fast.quantize import BYTES, Width, is_quantized
 from llama.gguf_file import is_gguf
+from llama.memory import size
 
 SPLITS = {0: "rows (dim 0)", 1: "columns (dim 1)", None: "copied"}
-UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 
 
 @dataclass
@@ -183,12 +183,3 @@ def describe(
         f"{args.head_dim}; feed-forward {args.ffn_dim:,}; RoPE {rope}",
     ]
     return "\n".join(lines)
-
-
-def size(n_bytes: float) -> str:
-    """A number of bytes as text: 1536 -> 1.50 KiB."""
-    for unit in UNITS:
-        if n_bytes < 1024 or unit == UNITS[-1]:
-            return f"{n_bytes:.0f} {unit}" if unit == "B" else f"{n_bytes:.2f} {unit}"
-        n_bytes /= 1024
-    raise AssertionError

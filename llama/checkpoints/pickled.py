@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llama.errors import CheckpointError
+from llama.errors import CheckpointError, is_out_of_memory
 from llama.files import why_unreadable
+from llama.memory import size
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -29,8 +30,7 @@ def read_pickled(path: Path) -> dict[str, Tensor]:
         reason = "is not a file of plain tensors: its code was not run"
         raise CheckpointError(f"{path} {reason}") from error
     except Exception as error:  # a damaged file may raise anything
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise CheckpointError(f"{path} is damaged or incomplete: {reason}") from error
+        raise unreadable(path, error) from error
     if not isinstance(state, dict) or not state:
         raise CheckpointError(f"{path} does not hold named tensors")
     for name, tensor in state.items():
@@ -51,3 +51,12 @@ def check_kind(path: Path, name: Any, tensor: Any) -> None:
         raise CheckpointError(
             f"{path}: {name} has fewer numbers than its shape {tuple(tensor.shape)} says"
         )
+
+
+def unreadable(path: Path, error: Exception) -> CheckpointError:
+    """The error of a file of weights whose reading raised `error`."""
+    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    if is_out_of_memory(error):
+        held = size(path.stat().st_size)
+        return CheckpointError(f"no memory to read {path}, a file of {held}: {reason}")
+    return CheckpointError(f"{path} is damaged or incomplete: {reason}")

@@ -107,10 +107,7 @@ class Setup:
 
     def prompt_bytes(self) -> int:
         """Estimated additional bytes of a rank for the prefill of a full batch of the longest
-        prompts: the scores of one layer (B, H, S, S) or the logits (B, S, V), whichever are more.
-        Both include their float32 copies."""
+        prompts."""
         args = self.opened.args
-        tokens = args.max_batch_size * args.max_seq_len
-        scores = tokens * args.max_seq_len * args.n_heads // self.mp_size
-        low = 0 if self.dtype == torch.float32 else self.dtype.itemsize
-        return max(scores * (low + 8), tokens * args.vocab_size * (low + 4))
+        rows, tokens = args.max_batch_size, args.max_seq_len
+        return args.prefill_bytes(rows, tokens, self.mp_size, self.dtype.itemsize)

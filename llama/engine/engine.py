@@ -22,6 +22,7 @@ from llama.engine.plan import Action, Plan, Wanted, padded
 from llama.engine.proposer import Proposer
 from llama.engine.request import Event, Request
 from llama.engine.row_sampling import RowSampler
+from llama.engine.shortage import check_fits, ending
 from llama.engine.slot import Slot, groups
 from llama.engine.speculative import MAX_PROPOSALS
 from llama.engine.text_stream import TextStream
@@ -81,8 +82,7 @@ class Engine:
             raise GenerationError(f"max_seq_len is {max_seq_len}: it must be 1 to {longest}")
         if draft is not None:
             check_draft(draft.params, model.vocab_size, max_seq_len)
-        self.model = model
-        self.tokenizer = tokenizer
+        self.model, self.tokenizer = model, tokenizer
         self.max_seq_len = max_seq_len
         self.prefill_chunk = prefill_chunk
         cache = model.make_cache(max_batch_size, max_seq_len, cache_dtype)
@@ -208,12 +208,14 @@ class Engine:
         self._steps += 1
         budget = self.prefill_chunk
         while budget > 0 and (slot := self._next_to_prefill()) is not None:
-            length, event = self._prefill(slot, budget)
-            budget -= length
-            events += [event] if event else []
+            with ending([slot], self.model, events, self._release):
+                length, event = self._prefill(slot, budget)
+                budget -= length
+                events += [event] if event else []
         decoding = groups([s for s in self._slots if s.request and s is not self._prefilling])
         for group in decoding:
-            events += self._decode(group)
+            with ending(group, self.model, events, self._release):
+                events += self._decode(group)
         if not decoding and budget == self.prefill_chunk:
             self._worker.run(Plan(Action.NOTHING))  # so that the waiting ranks do not time out
         return events
@@ -238,19 +240,18 @@ class Engine:
     def _prefill(self, slot: Slot, budget: int) -> tuple[int, Event | None]:
         """Compute the next chunk of the slot's prompt. Returns the chunk's length and, after the
         last chunk, the event of the first generated token."""
-        request = slot.running
-        prompt, start = request.prompt_tokens, len(slot.tokens)
-        scores_prompt = request.params.prompt_logprobs
+        request, start = slot.running, len(slot.tokens)
+        prompt, scores_prompt = request.prompt_tokens, request.params.prompt_logprobs
         # With max_gen_len 0 and prompt_logprobs, the prompt is fed without its last token. With
         # max_gen_len 0 and no prompt_logprobs, nothing is fed.
         n_fed = len(prompt) if request.max_gen_len > 0 else (len(prompt) - 1) * scores_prompt
         end = n_fed if request.is_exact else min(start + budget, n_fed)
         is_last = end == n_fed
-        wanted = Wanted.LAST if is_last else Wanted.NOTHING
-        if request.is_exact or scores_prompt:
-            wanted = Wanted.ALL
+        wants_all = request.is_exact or scores_prompt
+        wanted = Wanted.ALL if wants_all else Wanted.LAST if is_last else Wanted.NOTHING
         logits = None
         if end > start:
+            check_fits(request, self.model)
             plan = Plan(
                 Action.FORWARD, slot.index, n_keys=end, wanted=wanted, is_exact=request.is_exact,
                 start_pos=[start], tokens=[prompt[start:end]], adapters=[request.adapter],

@@ -18,7 +18,6 @@ from tqdm import tqdm
 
 from llama import parallel
 from llama.checkpoints.build import load_model, open_model
-from llama.checkpoints.inspect import size
 from llama.checkpoints.setup import Setup
 from llama.config import ModelArgs
 from llama.engine.admission import check_prompt
@@ -27,7 +26,7 @@ from llama.explain.difference import Difference, difference, over_ranks
 from llama.explain.oracles import OURS, find_oracle
 from llama.explain.recording import LOGITS, Run, module_names, record
 from llama.generation import Llama
-from llama.memory import available_memory
+from llama.memory import available_memory, size
 from llama.sampling import SamplingParams, logprob_of
 from llama.tokenizer import Tokenizer
 

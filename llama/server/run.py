@@ -13,10 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from llama import parallel
-from llama.checkpoints.inspect import size
 from llama.errors import ConfigError
 from llama.generation import Llama
-from llama.memory import used_memory
+from llama.memory import size, used_memory
 
 try:
     import uvicorn

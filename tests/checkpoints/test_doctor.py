@@ -15,10 +15,9 @@ from llama.__main__ import main
 from llama.checkpoints import doctor
 from llama.checkpoints.convert import convert
 from llama.checkpoints.doctor import PROBLEM, WARNING
-from llama.checkpoints.inspect import size
 from llama.config import PRESETS, ModelArgs
 from llama.errors import ConfigError
-from llama.memory import available_memory
+from llama.memory import available_memory, size
 
 CPU = torch.device("cpu")
 

@@ -25,7 +25,7 @@ def test_it_is_small_and_in_two_shards() -> None:
     assert names == [
         "README.md", "consolidated.00.pth", "consolidated.01.pth", "params.json", "tokenizer.model",
     ]  # fmt: skip
-    assert sum(path.stat().st_size for path in BUNDLED.iterdir()) <= 8_000_000
+    assert sum(path.stat().st_size for path in BUNDLED.iterdir()) <= 16_000_000
 
 
 def test_it_has_read_english(llama: Llama) -> None:
@@ -54,7 +54,7 @@ def test_it_tells_a_story_and_stops(llama: Llama) -> None:
     (answer,) = llama.chat_completion([[{"role": "user", "content": question}]], temperature=0.6)
     text = answer["generation"]["content"]
     tokens = llama.tokenizer.encode(text, bos=False, eos=False)
-    assert 40 < len(tokens) < 460  # shorter than the limit: a stop token ended it
+    assert 40 < len(tokens) < 960  # shorter than the limit: a stop token ended it
     assert text.rstrip()[-1] in ".!?'\":;-"
 
 
@@ -63,7 +63,7 @@ def test_it_tells_a_story_and_stops(llama: Llama) -> None:
     [
         ("Who are you?", "fairy tales"),
         ("What can you do?", "story"),
-        ("How big are you?", "four million"),
+        ("How big are you?", "six million"),
         ("What is the capital of France?", "do not know"),
     ],
 )

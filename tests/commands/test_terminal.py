@@ -302,7 +302,7 @@ def _chat(lines: list[str]) -> str:
 
 
 def test_two_ranks_chat_as_one_does(tmp_path: Path) -> None:
-    lines = ["Who are you?\n", "/retry\n", "What can you do?\n", "long " * 600 + "\n", "/quit\n"]
+    lines = ["Who are you?\n", "/retry\n", "What can you do?\n", "long " * 1200 + "\n", "/quit\n"]
     first, second = run_ranks(2, tmp_path, _chat, lines)
     assert second == ""
     llama = Llama.build(device="cpu", mode="fast", max_batch_size=1)

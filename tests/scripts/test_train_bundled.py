@@ -40,7 +40,12 @@ def test_train_stop_continue_export_open(tmp_path: Path) -> None:
     assert "Continuing after step 10" in done.stdout
     assert (out / "step_00000020").is_dir()
 
-    run("export", str(out), str(folder))
+    refined = tmp_path / "refined"
+    done = run("refine", str(tmp_path), str(out), str(refined), "--steps=2", "--device=cpu")
+    assert "of the tokens of 64 stories end a repeated run" in done.stdout
+    assert (refined / "step_00000022").is_dir()
+
+    run("export", str(refined), str(folder))
     names = sorted(path.name for path in folder.iterdir())
     assert names == [
         "consolidated.00.pth", "consolidated.01.pth", "params.json", "tokenizer.model",
@@ -52,10 +57,10 @@ def test_train_stop_continue_export_open(tmp_path: Path) -> None:
     run("texts", str(tmp_path), str(tmp_path / "texts"))
     figures = {"all": {"things": 0.5}}
     (tmp_path / "figures.json").write_text(json.dumps({"models": {"a": figures, "b": figures}}))
-    run("card", str(tmp_path), str(out), str(folder), str(tmp_path / "figures.json"), "--hours=0.1",
+    run("card", str(tmp_path), str(refined), str(folder), str(tmp_path / "figures.json"), "--hours=0.1",
         "--machine=a computer")  # fmt: skip
     card = (folder / "README.md").read_text(encoding="utf-8")
-    assert "20 steps" in card
+    assert "22 steps" in card
     assert "{" not in card
 
 

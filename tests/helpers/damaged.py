@@ -21,6 +21,8 @@ PARAMS: dict[str, Any] = dict(
     dim=8, n_layers=1, n_heads=2, n_kv_heads=1, vocab_size=VOCAB, multiple_of=8,
     norm_eps=1e-5, rope_theta=500000.0, use_scaled_rope=True,
 )  # fmt: skip
+# It can be split in two, quantized, and written as GGUF.
+WIDER = PARAMS | dict(dim=64, n_kv_heads=2, multiple_of=64)
 
 
 # ---- the folders ------------------------------------------------------------------------------
@@ -138,3 +140,10 @@ def spoil_header(draw: random.Random, data: bytes) -> bytes:
         return spoil_bytes(draw, data[:end]) + data[end:]
     header = draw.choice((spoil_bytes, spoil_json))(draw, data[8:end])
     return len(header).to_bytes(8, "little") + header + data[end:]
+
+
+# Settings whose values do not show in the weights. A file with another value of them is valid too.
+UNSEEN = {
+    "norm_eps", "rope_theta", "rope_scaling", "use_scaled_rope", "context_length",
+    "max_seq_len", "embedding_shard_dim",
+}  # fmt: skip

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from llama.errors import ConfigError, TokenizerError
-from llama.files import read_json
+from llama.files import parse_json, read_json
 from llama.tokenizer_files.library import (
     BYTE_OF_CHARACTER,
     BYTE_PIECE,
@@ -71,8 +71,8 @@ def open_content(
 
 def _parse(data: bytes) -> dict[str, Any]:
     try:
-        file = json.loads(data)
-    except (ValueError, RecursionError) as error:
+        file = parse_json(data)
+    except ValueError as error:
         raise TokenizerError(f"not whole JSON: {error}") from error
     model = file.get("model")
     if not isinstance(model, dict):

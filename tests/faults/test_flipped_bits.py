@@ -46,7 +46,7 @@ def place_of_a_bit(draw: random.Random, path: Path, content: bytes) -> tuple[int
 
 def write_checklist(folder: Path) -> None:
     """Write the MD5 checksums as Meta does."""
-    names = [path.name for path in sorted(folder.iterdir())]
+    names = sorted(path.name for path in folder.iterdir() if path.is_file())
     sums = [hashlib.md5((folder / name).read_bytes()).hexdigest() for name in names]
     lines = [f"{digest}  {name}\n" for digest, name in zip(sums, names, strict=True)]
     (folder / CHECKLIST).write_text("".join(lines))

@@ -5,7 +5,6 @@ Llama 3's is byte-level BPE. It is converted to tiktoken's ranks, which give the
 encodes text with it. For any other kind the library does everything; see `library.py`.
 """
 
-import json
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path

@@ -129,7 +129,7 @@ def test_a_quantized_header(quantized: Path, trials: Trials) -> None:
             assert kind == "error" or found[0] == digest
 
 
-# ---- GGUF -----------------------------------------------------------------------------------------
+# ---- GGUF ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.fault(2)

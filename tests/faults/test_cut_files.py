@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from llama import Llama
 from llama.checkpoints.convert import convert
 from llama.errors import LlamaError
+from llama.fast.mode import Mode
 from llama.memory import used_memory
 
 # About 100 MB in bfloat16, more than an error may add to the memory.
@@ -46,7 +47,7 @@ class Layout(NamedTuple):
 
     write: Callable[[Path, Path], Path]
     file: str
-    options: dict[str, Any] = {}  # of Llama.build
+    mode: Mode = "reference"
 
 
 LAYOUTS = {
@@ -61,7 +62,7 @@ LAYOUTS = {
     "quantized": Layout(
         lambda source, path: convert(source, path, quantize="int8"),
         "consolidated.00.safetensors",
-        dict(mode="fast"),
+        "fast",
     ),
     ".gguf": Layout(lambda source, path: convert(source, path.with_suffix(".gguf"), "gguf"), ""),
 }
@@ -80,14 +81,14 @@ def ends(size: int, number: int) -> Iterator[int]:
     yield from sorted({*near, *rest}, reverse=True)
 
 
-def cost_of_opening(folder: Path, options: dict[str, Any]) -> tuple[str, float, int]:
+def cost_of_opening(folder: Path, mode: Mode) -> tuple[str, float, int]:
     """The message of the error, the seconds until it came, and the bytes that the process grew by
     at its largest. The message is empty if there was no error."""
     Path("/proc/self/clear_refs").write_text("5")  # the peak becomes the present size
     before = used_memory(torch.device("cpu"))["peak"]
     start, message = time.monotonic(), ""
     try:
-        Llama.build(folder, device="cpu", **options)
+        Llama.build(folder, device="cpu", mode=mode)
     except LlamaError as error:
         message = str(error)
     seconds = time.monotonic() - start
@@ -107,9 +108,9 @@ def test_a_cut_file(
 
     def cut(end: int) -> tuple[str, float, int]:
         os.truncate(file, end)
-        return cost_of_opening(folder, layout.options)
+        return cost_of_opening(folder, layout.mode)
 
-    assert cost_of_opening(folder, layout.options)[0] == ""
+    assert cost_of_opening(folder, layout.mode)[0] == ""
     numbers = ends(file.stat().st_size, trials.number(few=12, all=32))
     outcomes = isolated({str(end): partial(cut, end) for end in numbers})
     for end, (kind_of_end, found) in outcomes.items():

@@ -6,27 +6,22 @@ The cases run in a forked child; a failure names the case.
 import hashlib
 import json
 import os
-import random
 import shutil
 import signal
-import zipfile
-from collections.abc import Callable, Iterator
-from dataclasses import asdict
-from functools import partial
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from helpers.isolated import Cases, isolated
-from make_checkpoint import demo_pieces, make_checkpoint, write_tokenizer
+from helpers.damaged import ONE_FILE, PARAMS, build, write_folder
+from helpers.isolated import isolated
 from safetensors.torch import load_file, save_file
 
-from llama import Llama, ModelArgs
+from llama import Llama
 from llama.checkpoints.convert import convert
 from llama.checkpoints.inspect import describe
-from llama.checkpoints.verify import CHECKLIST, MANIFEST, verify
+from llama.checkpoints.verify import CHECKLIST, verify
 from llama.errors import CheckpointError, ConfigError, DataError, LlamaError
+
 
 def test_what_ends_a_child_is_named() -> None:
     def killed() -> None:
@@ -48,7 +43,7 @@ def test_what_ends_a_child_is_named() -> None:
             isolated({"first": lambda: 1, "second": wrong})
 
 
-@pytest.mark.parametrize("layout", FILES)
+@pytest.mark.parametrize("layout", ["meta", "hf", "index"])
 def test_links_to_files_are_followed(folders: Path, layout: str) -> None:
     """Hugging Face's cache consists of links: snapshots/ABC/config.json -> ../../blobs/123."""
     snapshot = folders / "snapshots" / "abc"
@@ -105,10 +100,7 @@ def test_names_out_of_a_file_stay_on_one_line(folders: Path) -> None:
 
 @pytest.fixture
 def two_shards(tmp_path: Path) -> Path:
-    folder = tmp_path / "two"
-    make_checkpoint(folder, PARAMS | {"n_kv_heads": 2}, 2, torch.bfloat16)
-    write_tokenizer(folder / "tokenizer.model", demo_pieces())
-    return folder
+    return write_folder(tmp_path / "two", PARAMS | {"n_kv_heads": 2}, n_shards=2)
 
 
 def test_a_missing_shard(two_shards: Path) -> None:

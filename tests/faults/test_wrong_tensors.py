@@ -22,7 +22,9 @@ from llama.fast.mode import Mode
 State = dict[str, Tensor]
 
 
-def replace(make: Callable[[Tensor], Tensor], pick: Callable[[str], bool]) -> Callable[[State], None]:
+def replace(
+    make: Callable[[Tensor], Tensor], pick: Callable[[str], bool]
+) -> Callable[[State], None]:
     """A change of the tensors whose names `pick` accepts."""
 
     def change(state: State) -> None:
@@ -41,7 +43,7 @@ def is_matrix(name: str) -> bool:
     return "norm" not in name
 
 
-def drop(state: State, pick: Callable[[str], bool]) -> None:
+def drop(state: State, pick: Pick) -> None:
     for name in filter(pick, list(state)):
         del state[name]
 
@@ -132,7 +134,7 @@ def test_wrong_tensors(written: Path, layout: str, trials: Trials) -> None:
             assert found[1].count(".weight") + found[1].count("extra.") <= MAX_NAMES
 
 
-# ---- tensors that are there twice -----------------------------------------------------------------
+# ---- tensors that are there twice ---------------------------------------------------------------
 
 
 def twice_in_a_header(folder: Path) -> None:

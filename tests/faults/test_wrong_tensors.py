@@ -20,11 +20,10 @@ from llama.checkpoints.load import MAX_NAMES
 from llama.fast.mode import Mode
 
 State = dict[str, Tensor]
+Pick = Callable[[str], bool]  # whether the tensor of this name is changed
 
 
-def replace(
-    make: Callable[[Tensor], Tensor], pick: Callable[[str], bool]
-) -> Callable[[State], None]:
+def replace(make: Callable[[Tensor], Tensor], pick: Pick) -> Callable[[State], None]:
     """A change of the tensors whose names `pick` accepts."""
 
     def change(state: State) -> None:

@@ -7,11 +7,11 @@ import os
 import stat
 import tempfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from llama.errors import ConfigError, DataError
+from llama.errors import CheckpointError, ConfigError, DataError
 
 
 def why_unreadable(path: Path) -> str | None:
@@ -114,6 +114,32 @@ def check_can_write(path: str | Path) -> None:
         raise DataError(f"cannot write {path}: there is no folder {path.parent}")
     if not os.access(path if path.exists() else path.parent, os.W_OK):
         raise DataError(f"cannot write {path}: no permission")
+
+
+class MappedFiles:
+    """Files that are mapped into memory, as they are when this object is made.
+
+    A mapped file may be deleted, or replaced by another file that is renamed to its name: the old
+    file stays mapped. But if the mapped file itself is cut, the system ends a process that reads
+    behind its new end, by the signal SIGBUS. If it is overwritten, the process reads the new bytes.
+    """
+
+    def __init__(self, paths: Iterable[Path] = ()) -> None:
+        self._states = {path: path.stat() for path in paths}
+
+    def check(self) -> None:
+        """Raise CheckpointError if a file was cut or overwritten."""
+        for path, before in self._states.items():
+            try:
+                now = path.stat()
+            except OSError:  # it was deleted
+                continue
+            is_same = (now.st_dev, now.st_ino) == (before.st_dev, before.st_ino)
+            if is_same and (now.st_size, now.st_mtime_ns) != (before.st_size, before.st_mtime_ns):
+                raise CheckpointError(
+                    f"{path} was changed while its weights are in use: it had {before.st_size} "
+                    f"bytes and has {now.st_size}. Load the model again"
+                )
 
 
 def sync_file(path: Path) -> None:

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -24,7 +24,7 @@ from llama.fast.quantize import (
     quantize_int8,
 )
 from llama.fast.quantizers import QUANTIZERS
-from llama.files import atomic_file
+from llama.files import MappedFiles, atomic_file
 from llama.memory import with_huge_pages
 
 # The projections that RoPE rotates, and the projections of keys and values.
@@ -66,6 +66,7 @@ class Checkpoint:
     quantization: the width of the quantized matrices (see `is_quantized`) in a folder that
         `convert` wrote. For each such matrix a shard has one tensor for each field of `Int8Weight`
         or `Int4Weight`.
+    files: the files that hold the weights, as they were before they were opened.
     """
 
     folder: Path
@@ -73,6 +74,7 @@ class Checkpoint:
     shards: list[dict[str, Tensor]]
     is_hugging_face: bool = False  # Q and K have their rows in Hugging Face's order
     quantization: Width | None = None
+    files: MappedFiles = field(default_factory=MappedFiles)
 
     def name_in_file(self, name: str) -> str:
         """The name of a tensor in the folder's files."""

@@ -61,6 +61,7 @@ def _wrong_numbers(opened: Checkpoint) -> Iterator[str]:
     reference = "the output matrix" if opened.quantization is None else "the embedding"
     for weight, shape in tqdm(opened.args.parameter_shapes().items(), "Tensors", delay=2):
         dim = parallel.shard_dim(weight, opened.args.embedding_shard_dim)
+        opened.files.check()
         for name, (_, fixed) in opened.stored_tensors(weight, shape).items():
             first = opened.tensor(0, name)
             # A scale with one number a row has no dimension 1 to split.

@@ -1,5 +1,7 @@
 """A rank's networks and KV caches, and the plans that it executes on them."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -9,6 +11,7 @@ from llama.errors import ParallelError
 from llama.fast.cpu.transformer import FastTransformer
 from llama.fast.gpu.static_step import StaticStep
 from llama.fast.gpu.transformer import GpuTransformer
+from llama.files import MappedFiles
 from llama.model import Transformer
 
 Network = Transformer | FastTransformer | GpuTransformer
@@ -20,6 +23,9 @@ class Worker:
     Args:
         networks: the model with its cache and, if there is one, the draft model with its cache.
         static: the step of static shapes on a GPU; None: there is none.
+
+    Attributes:
+        files: the files that weights are mapped from. They are checked before each plan.
     """
 
     def __init__(
@@ -27,6 +33,7 @@ class Worker:
     ) -> None:
         self._networks = networks
         self._static = static
+        self.files: Sequence[MappedFiles] = ()
         self._device = networks[0][0].device
 
     def renew_caches(self) -> bool:
@@ -51,7 +58,12 @@ class Worker:
     # ---- on the first rank ----------------------------------------------------------------------
 
     def run(self, plan: Plan) -> Tensor | None:
-        """Send a plan to the other ranks and execute it here. Returns what `execute` returns."""
+        """Send a plan to the other ranks and execute it here. Returns what `execute` returns.
+
+        Raises CheckpointError if a file that weights are mapped from was changed.
+        """
+        for files in self.files:
+            files.check()
         plan.send(self._device)
         return self.execute(plan)
 

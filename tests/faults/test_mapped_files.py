@@ -6,6 +6,7 @@ line. Within a step nothing can be caught: the system ends the process by SIGBUS
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -174,3 +175,29 @@ def test_a_chat_says_it_in_one_line(folders: Path, trials: Trials) -> None:
             found = [line for line in errors.decode().splitlines() if "was changed" in line]
             assert len(found) == 1
             assert str(path) in found[0]
+
+
+@pytest.mark.fault(16)
+def test_a_cut_within_a_step_is_not_silent(folders: Path, trials: Trials) -> None:
+    """A real process is cut off while it generates, at any place. If that is between two steps, it
+    ends with an error."""
+    path = folders / ".pth" / FILES[".pth"]
+    content = path.read_bytes()
+    for i in range(trials.number(few=1, all=4)):
+        path.write_bytes(content)
+        flags = ["--ckpt_dir", str(path.parent), "--mode", "reference"]
+        flags += ["--max_gen_len", "4000", "--max_seq_len", "4096", "--ignore_eos", "true"]
+        with subprocess.Popen(
+            [sys.executable, "-m", "llama", "complete", "a", *flags],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        ) as process:
+            assert process.stdout is not None
+            process.stdout.read(1)  # it generates
+            time.sleep(0.1 * i)
+            empty(path)
+            _, errors = process.communicate(timeout=120)
+        with trials.trial(f"after {i} tenths of a second"):
+            said = "was changed while" if process.returncode == 2 else "Bus error"
+            assert process.returncode in (2, -signal.SIGBUS)
+            assert said in errors.decode()

@@ -1,5 +1,6 @@
 """The `llama` command, also `python -m llama`, and the table of its commands."""
 
+import faulthandler
 import importlib
 import importlib.metadata
 import logging
@@ -53,6 +54,9 @@ def overview() -> str:
 
 
 def main() -> None:
+    # A weight file that is cut within a step of the model ends the process by SIGBUS, which Python
+    # cannot turn into an error. This at least prints "Bus error" and the line of code.
+    faulthandler.enable(sys.__stderr__ or sys.stderr)
     # Other libraries' messages are shown from warnings on.
     logging.basicConfig(format="%(message)s", stream=sys.stderr)
     logging.getLogger("llama").setLevel(logging.INFO)

@@ -6,11 +6,12 @@ import json
 import os
 import stat
 import tempfile
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from llama.errors import ConfigError, DataError
+from llama.errors import CheckpointError, ConfigError, DataError
 
 
 def why_unreadable(path: Path) -> str | None:
@@ -51,12 +52,35 @@ def read_records(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
         if not line.strip():
             continue
         try:
-            record = json.loads(line)
-        except (ValueError, RecursionError) as error:
+            record = parse_json(line)
+        except ValueError as error:
             raise DataError(f"{path}, line {number} is not JSON: {error}") from error
         if not isinstance(record, dict):
             raise DataError(f"{path}, line {number} is not an object with keys")
         yield number, record
+
+
+def parse_json(text: str | bytes) -> Any:
+    """The content of JSON text; bytes are UTF-8 with or without a byte-order mark.
+
+    Raises ValueError for other text, and for an object that has a key twice: of its two values,
+    different programs take different ones.
+    """
+    if isinstance(text, bytes):
+        text = text.decode("utf-8-sig")
+    try:
+        return json.loads(text, object_pairs_hook=_object)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        counts = Counter(name for name, _ in pairs)
+        twice = next(name for name, count in counts.items() if count > 1)
+        raise ValueError(f"the key {twice!r:.40} is there twice")
+    return content
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -64,10 +88,10 @@ def read_json(path: Path) -> dict[str, Any]:
     if reason := why_unreadable(path):
         raise ConfigError(f"cannot read {path}: {reason}")
     try:
-        content = json.loads(path.read_text(encoding="utf-8-sig"))
+        content = parse_json(path.read_bytes())
     except OSError as error:
         raise ConfigError(f"cannot read {path}: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise ConfigError(f"{path} is not JSON: {error}") from error
     if not isinstance(content, dict):
         raise ConfigError(f"{path} holds a {type(content).__name__}, not an object with keys")
@@ -90,6 +114,32 @@ def check_can_write(path: str | Path) -> None:
         raise DataError(f"cannot write {path}: there is no folder {path.parent}")
     if not os.access(path if path.exists() else path.parent, os.W_OK):
         raise DataError(f"cannot write {path}: no permission")
+
+
+class MappedFiles:
+    """Files that are mapped into memory, as they are when this object is made.
+
+    A mapped file may be deleted, or replaced by another file that is renamed to its name: the old
+    file stays mapped. But if the mapped file itself is cut, the system ends a process that reads
+    behind its new end, by the signal SIGBUS. If it is overwritten, the process reads the new bytes.
+    """
+
+    def __init__(self, paths: Iterable[Path] = ()) -> None:
+        self._states = {path: path.stat() for path in paths}
+
+    def check(self) -> None:
+        """Raise CheckpointError if a file was cut or overwritten."""
+        for path, before in self._states.items():
+            try:
+                now = path.stat()
+            except OSError:  # it was deleted
+                continue
+            is_same = (now.st_dev, now.st_ino) == (before.st_dev, before.st_ino)
+            if is_same and (now.st_size, now.st_mtime_ns) != (before.st_size, before.st_mtime_ns):
+                raise CheckpointError(
+                    f"{path} was changed while its weights are in use: it had {before.st_size} "
+                    f"bytes and has {now.st_size}. Load the model again"
+                )
 
 
 def sync_file(path: Path) -> None:

@@ -162,6 +162,9 @@ class Llama:
                 kv_cache=kv_cache, draft=load_model(draft_setup) if draft_setup else None,
                 lookup=lookup, invariant=invariant, adapters=beside,
             )  # fmt: skip
+        setups = [setup] if draft_setup is None else [setup, draft_setup]
+        mapped = [each.opened.files for each in setups if each.weight_bytes()[1] > 0]
+        llama.engine.worker.files = mapped
         llama.suggested_sampling = read_sampling(setup.opened.folder)
         llama._chat_warning = chat_warning(setup.opened.folder, format)
         if parallel.is_main_rank():

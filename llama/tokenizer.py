@@ -5,6 +5,7 @@ Meta ships two kinds of `tokenizer.model`. Hugging Face's folders hold the same 
 `tokenizer_files/`. All backends have the same attributes and methods.
 """
 
+import codecs
 from collections.abc import Collection, Sequence
 from operator import index
 from pathlib import Path
@@ -292,7 +293,7 @@ def _open(path: Path) -> Tiktoken | SentencePiece | ByteFallback | LibraryTokeni
         raise TokenizerError(f"{path}: cannot read the tokenizer: {error.strerror}") from error
     if not data:
         raise TokenizerError(f"{path}: the tokenizer file is empty")
-    if data.lstrip().startswith(b"{"):
+    if data.removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"{"):
         return open_json(path, data)
     # A SentencePiece model is a protobuf message. It starts with 0x0A, the tag of its first field.
     # 0x0A is a newline, with which a tiktoken file does not start.

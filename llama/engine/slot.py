@@ -14,6 +14,9 @@ class Slot:
     tokens: list[int] = field(default_factory=list)
     request: Request | None = None
     last_used: int = 0
+    # Whether the keys and values may be NaN, because the last request failed or was cancelled.
+    # A NaN does harm even where the mask hides it, because 0 * NaN is NaN.
+    may_hold_nan: bool = False
     n_in_draft_cache: int = 0  # how many of the tokens the draft model's cache holds too
     lookup: Lookup | None = None  # made with the request's first proposals
     proposals: Proposals = field(default_factory=Proposals)
@@ -44,8 +47,14 @@ class Slot:
     def admit(self, request: Request, reused: int, n_in_draft_cache: int) -> None:
         """Take a request. The row holds the first `reused` tokens of its prompt already."""
         self.request, self.tokens = request, request.prompt_tokens[:reused]
-        request.n_reused = reused
+        request.n_reused, self.may_hold_nan = reused, False
         self.n_in_draft_cache, self.lookup, self.proposals = n_in_draft_cache, None, Proposals()
+
+    def release(self, step: int, kept: int) -> None:
+        """The request has ended. At most `kept` of its tokens stay, for a later request."""
+        request, self.request, self.last_used = self.running, None, step
+        self.may_hold_nan = request.finish_reason not in ("stop", "length")
+        self.cut(0 if request.is_private or request.error is not None else kept)
 
     def cut(self, length: int) -> None:
         """Keep the first `length` tokens only."""

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 from llama.commands.flags import as_text
+from llama.terminal_text import say
 
 
 @as_text
@@ -95,4 +96,4 @@ def evaluate(
         device=device, dtype=dtype,
     )  # fmt: skip
     if table:
-        print(table)
+        say(table)

@@ -103,7 +103,20 @@ def test_llama_2_as_transformers(
     make_trials(trials, trials.number(few=200, all=2000), 3, ours, oracle)
 
 
-REPEATED = ["a", " ", "\n", "0", "!", "\u3000", "é", "字", "\ud800", "\U0001f600", "ab ", "<|eot_id|>"]
+REPEATED = [
+    "a",
+    " ",
+    "\n",
+    "0",
+    "!",
+    "\u3000",
+    "é",
+    "字",
+    "\ud800",
+    "\U0001f600",
+    "ab ",
+    "<|eot_id|>",
+]
 
 
 @pytest.mark.fault(11)

@@ -1,7 +1,8 @@
 """The name of a special token in a message's text is plain text: its id never comes from there."""
 
 import json
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ from llama.tools import PYTHON_TAG
 
 Encode = Callable[[Dialog], list[int]]
 PLAIN = "word"
+ZEPHYRS = ("<|system|>", "<|user|>", "<|assistant|>")
 
 
 def dialog_with(role: str, text: str) -> Dialog:
@@ -39,8 +41,17 @@ def dialog_with(role: str, text: str) -> Dialog:
     ]
 
 
-def make_trials(trials: Trials, names: list[str], format: AnyFormat, encode: Encode) -> None:
-    """Put each name into a message of each role, between other text and alone."""
+def make_trials(
+    trials: Trials,
+    names: list[str],
+    format: AnyFormat,
+    encode: Encode,
+    refused: Sequence[str] = (),
+) -> None:
+    """Put each name into a message of each role, between other text and alone.
+
+    refused: the format's markers that are plain text, and that no message may have.
+    """
     tokenizer = format.tokenizer
     special = {*tokenizer.special_tokens.values(), tokenizer.eos_id}  # type: ignore[attr-defined]
 
@@ -53,12 +64,12 @@ def make_trials(trials: Trials, names: list[str], format: AnyFormat, encode: Enc
                 # A tag at the start of an assistant's message is a call that the model made.
                 is_call = role == "assistant" and name == PYTHON_TAG
                 texts = [f"a {name} b", f"a{name}", *([name, f"{name}x"] if not is_call else [])]
-                try:
-                    found = [specials(role, text) for text in texts]
-                except DialogError as error:  # the format has no ids for its markers
-                    assert name in str(error)
-                    assert not isinstance(format, ChatFormat)
+                if name in refused:
+                    for text in texts:
+                        with pytest.raises(DialogError, match=re.escape(name)):
+                            encode(dialog_with(role, text))
                 else:
+                    found = [specials(role, text) for text in texts]
                     assert found == [specials(role, PLAIN)] * len(texts)
 
 
@@ -78,7 +89,7 @@ def others(llama3: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Token
     library = Library(models.BPE())
     library.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     library.decoder = decoders.ByteLevel()
-    markers = ["<|im_start|>", "<|im_end|>", "<|system|>", "<|user|>", "<|assistant|>", "</s>"]
+    markers = ["<|im_start|>", "<|im_end|>", *ZEPHYRS, "</s>"]
     trainer = trainers.BpeTrainer(
         vocab_size=256 + 256 + len(markers), special_tokens=[*markers, *llama3.special_tokens],
         show_progress=False, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
@@ -118,7 +129,8 @@ def test_formats_of_other_makers(
 ) -> None:
     format = kind(others)
     names = chosen(trials, list(others.special_tokens))
-    make_trials(trials, names, format, format.encode_dialog_prompt)
+    refused = ZEPHYRS if kind is ZephyrFormat else ()
+    make_trials(trials, names, format, format.encode_dialog_prompt, refused)
 
 
 @pytest.mark.fault(10)
@@ -126,7 +138,7 @@ def test_llama_2s_format(trials: Trials, llama3: Tokenizer, tmp_path: Path) -> N
     (tmp_path / "tokenizer.model").write_bytes(sentencepiece_model())
     format = Llama2ChatFormat(Tokenizer(tmp_path / "tokenizer.model"))
     names = ["<s>", "</s>", "<unk>", "<0x0A>", *format.tags, *llama3.special_tokens]
-    make_trials(trials, chosen(trials, names), format, format.encode_dialog_prompt)
+    make_trials(trials, chosen(trials, names), format, format.encode_dialog_prompt, format.tags)
 
 
 @pytest.mark.fault(10)

@@ -129,12 +129,17 @@ def test_names_of_files_and_folders(trials: Trials, tmp_path: Path) -> None:
             ["complete", "Once", f"--ckpt_dir={folder}", "--max_gen_len=1"],
             ["convert", str(folder), f"{new}c"],
             ["batch", str(tmp_path / "in.jsonl"), f"{new}b", f"--ckpt_dir={folder}"],
-            ["tokenize", str(tmp_path / "text.txt"), f"--out={new}t",
-             f"--tokenizer={folder}/tokenizer.model"],
+            [
+                "tokenize",
+                str(tmp_path / "text.txt"),
+                f"--out={new}t",
+                f"--tokenizer={folder}/tokenizer.model",
+            ],
         ]
         for words in cases[:: trials.number(few=2, all=1)]:
             with trials.trial(f"llama {words!r}"):
-                check(screen_of(words), escaped(payload))
+                says_name = words[0] != "doctor"
+                check(screen_of(words), escaped(payload) if says_name else "all is well")
 
 
 @pytest.mark.fault(21)

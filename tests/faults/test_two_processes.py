@@ -4,7 +4,6 @@ import hashlib
 import json
 import os
 import random
-import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -14,7 +13,6 @@ import pytest
 from helpers.fault_plan import Trials
 from make_checkpoint import demo_pieces, make_checkpoint, write_tokenizer
 
-import llama
 from llama.checkpoints.folder import run_checkpoints
 from llama.checkpoints.verify import verify
 from llama.tokenizer import Tokenizer
@@ -116,21 +114,17 @@ def test_one_run_folder(trials: Trials, model: Path, tmp_path: Path) -> None:
 
 @pytest.mark.fault(18)
 def test_one_cache_of_kernels(trials: Trials, model: Path, tmp_path: Path) -> None:
-    """All processes compile at the same time into an empty cache, and say the same."""
+    """All processes say the same. In `make faults` they all compile into an empty cache."""
     words = ["complete", "the word", f"--ckpt_dir={model}", "--temperature=0", "--max_gen_len=20"]
     expected = start(words)
     text = expected.communicate(timeout=SECONDS)[0]
-    for i in range(trials.number(few=0, all=3)):
+    compiles = bool(trials.number(few=0, all=1))
+    for i in range(trials.number(few=1, all=3)):
         with trials.trial(f"{i}"):
-            cache = tmp_path / f"cache{i}"
-            several = [start(words, NUMBA_CACHE_DIR=str(cache)) for _ in range(3)]
+            cache = {"NUMBA_CACHE_DIR": str(tmp_path / f"cache{i}")} if compiles else {}
+            several = [start(words, **cache) for _ in range(2)]
             outputs = [process.communicate(timeout=2 * SECONDS) for process in several]
-            assert [process.returncode for process in several] == [0] * 3, outputs
-            assert [output for output, _ in outputs] == [text] * 3
-            after = start(words, NUMBA_CACHE_DIR=str(cache))  # it reads what the others wrote
+            assert [process.returncode for process in several] == [0] * 2, outputs
+            assert [output for output, _ in outputs] == [text] * 2
+            after = start(words, **cache)  # it reads what the others wrote
             assert after.communicate(timeout=SECONDS)[0] == text
-    # A kernel that was half written, as after a kill.
-    cache = tmp_path / "damaged"
-    if not (source := tmp_path / "cache0").exists():
-        source = Path(llama.__file__).parent / "fast" / "cpu" / "kernels" / "__pycache__"
-    del cache, source

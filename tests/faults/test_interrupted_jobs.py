@@ -2,6 +2,7 @@
 gives what an undisturbed run gives."""
 
 import contextlib
+import io
 import json
 import os
 import signal
@@ -72,7 +73,7 @@ def run(words: Words, errors: Path) -> None:
     """In a child: the command, which writes its errors to a file."""
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job ignores it
     sys.stderr = errors.open("w", buffering=1)
-    sys.stdout = open(os.devnull, "w")
+    sys.stdout = io.StringIO()
     sys.argv = ["llama", *words]
     main()
 
@@ -103,9 +104,8 @@ def content(name: str, out: Path) -> dict[str, bytes]:
     if name == "batch":
         return {"": out.read_bytes()}
     folder = out if name == "convert" else run_checkpoints(out)[-1]
-    weights = {path.name: path.read_bytes() for path in folder.iterdir() if path.suffix != ".pt"}
-    weights.pop("SHA256SUMS", None)
-    return weights
+    suffixes = {".pth", ".safetensors", ".json"}
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.suffix in suffixes}
 
 
 def check_what_is_left(name: str, out: Path, expected: dict[str, bytes]) -> None:

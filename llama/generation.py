@@ -334,6 +334,7 @@ class Llama:
             GenerationError: dialogs or options are out of their limits.
         """
         tools = self._offered(tools, tool_choice, continue_final_message)
+        check_is_list(dialogs)
         prompt_tokens = [
             self.encode_dialog(dialog, continue_final_message, tools, date) for dialog in dialogs
         ]

@@ -149,9 +149,9 @@ def test_a_signal_at_any_moment(
             assert code == 0, said
             assert content(name, out) == expected
             if name == "train":  # nothing is left of the checkpoints that were being written
-                assert {path.name for path in out.iterdir()} == set(
+                assert {path.name for path in out.iterdir()} == {
                     path.name for path in run_checkpoints(out)
-                )
+                }
 
 
 @contextlib.contextmanager

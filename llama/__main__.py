@@ -8,6 +8,7 @@ import sys
 
 from llama.commands.command_line import nearest, run
 from llama.errors import LlamaError, one_line
+from llama.terminal_text import PrintableFormatter
 
 # For each command: its file in `commands/`, and its line in `llama --help`. A file is imported only
 # when its command runs, so that a command does not wait for the imports of another.
@@ -58,7 +59,9 @@ def main() -> None:
     # cannot turn into an error. This at least prints "Bus error" and the line of code.
     faulthandler.enable(sys.__stderr__ or sys.stderr)
     # Other libraries' messages are shown from warnings on.
-    logging.basicConfig(format="%(message)s", stream=sys.stderr)
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(PrintableFormatter("%(message)s"))
+    logging.basicConfig(handlers=[handler])
     logging.getLogger("llama").setLevel(logging.INFO)
     with one_line():
         dispatch(sys.argv[1:])

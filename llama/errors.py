@@ -7,6 +7,8 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
+from llama.terminal_text import printable
+
 MAX_MESSAGE_LENGTH = 2000  # characters
 # Upper limits, far above the numbers of any Llama. The product of two whole numbers within their
 # limit fits into 64 bits.
@@ -21,9 +23,7 @@ class LlamaError(ValueError):
         # A name from a file may be very long, or hold line breaks and terminal codes.
         is_long = len(message) > MAX_MESSAGE_LENGTH
         shown = f"{message[:MAX_MESSAGE_LENGTH]}…" if is_long else message
-        if not shown.isprintable():
-            shown = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in shown)
-        super().__init__(shown)
+        super().__init__(printable(shown))
 
 
 @contextlib.contextmanager

@@ -11,6 +11,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from filelock import FileLock, Timeout
+
 from llama.errors import CheckpointError, ConfigError, DataError
 
 
@@ -140,6 +142,32 @@ class MappedFiles:
                     f"{path} was changed while its weights are in use: it had {before.st_size} "
                     f"bytes and has {now.st_size}. Load the model again"
                 )
+
+
+def lock_file(path: Path) -> Path:
+    """The file that `lock` makes."""
+    return path.with_name(f".{path.name}.lock")
+
+
+def lock(path: Path) -> FileLock:
+    """Lock the name of a file or folder, until `unlock` or the end of the process.
+
+    Raises DataError if another process has locked it, or if the lock's file cannot be written.
+    """
+    file = FileLock(lock_file(path))
+    try:
+        file.acquire(blocking=False)
+    except Timeout as error:
+        raise DataError(f"another run is writing {path}: wait until it ends, or stop it") from error
+    except OSError as error:
+        raise DataError(f"cannot write {path}: {error.strerror}") from error
+    return file
+
+
+def unlock(file: FileLock) -> None:
+    """Release the lock, and remove its file."""
+    file.release()
+    Path(file.lock_file).unlink(missing_ok=True)
 
 
 def sync_file(path: Path) -> None:

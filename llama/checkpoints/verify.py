@@ -18,6 +18,7 @@ from llama.checkpoints.shards import Checkpoint
 from llama.errors import CheckpointError, LlamaError
 from llama.files import atomic_file, read_json, read_text, why_unreadable
 from llama.gguf_file import is_gguf, parts_of, read_value
+from llama.terminal_text import printable
 
 MANIFEST = "SHA256SUMS"  # what `sha256sum --check` reads too
 CHECKLIST = "checklist.chk"  # Meta's file, with MD5 checksums
@@ -112,7 +113,7 @@ def checksum(path: Path, algorithm: str) -> str:
     size = path.stat().st_size
     with (
         path.open("rb") as file,
-        tqdm(total=size, desc=path.name, unit="B", unit_scale=True, delay=2) as bar,
+        tqdm(total=size, desc=printable(path.name), unit="B", unit_scale=True, delay=2) as bar,
     ):
         while chunk := file.read(CHUNK):
             digest.update(chunk)

@@ -4,6 +4,7 @@ import sys
 from typing import Any
 
 from llama.commands.flags import REPORTING, SAMPLING, takes
+from llama.terminal_text import say
 
 
 @takes(SAMPLING, REPORTING)
@@ -86,6 +87,6 @@ def batch(
         adapters=read_adapters(adapters), force=force,
     )  # fmt: skip
     if is_main_rank():
-        print(f"{n_lines:,} lines in {output}, {n_failed:,} of them failed")
+        say(f"{n_lines:,} lines in {output}, {n_failed:,} of them failed")
         if n_failed:  # on the main rank only, since torchrun stops the others when a rank fails
             sys.exit(1)

@@ -3,6 +3,7 @@
 import json
 
 from llama.commands.flags import as_text
+from llama.terminal_text import say
 
 
 @as_text
@@ -56,7 +57,7 @@ def bench(
     )  # fmt: skip
     if figures is None:
         return
-    print(report(figures))
+    say(report(figures))
     if out is not None:
         with atomic_file(str(out)) as file:
             file.write((json.dumps(figures, indent=2) + "\n").encode())

@@ -58,6 +58,8 @@ def checked(command: Command, words: Sequence[str], usage: str) -> list[str]:
         if match is None:
             argument = arguments[n_plain].name if n_plain < len(arguments) else None
             n_plain += 1
+            if argument is None and word.startswith("-"):  # fire would take it for a flag
+                raise LlamaError(f"unexpected {word!r}: put a text in quotes; see {usage} --help")
             # fire would read a text such as "-- he said" as a flag. So fire gets the text as the
             # value of a flag.
             result.append(f"--{argument}={word}" if argument and word.startswith("-") else word)

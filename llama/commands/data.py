@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+from llama.terminal_text import say
+
 
 def tokenize(
     *files: str, tokenizer: str, out: str, shard_tokens: int = 100_000_000, field: str = "text"
@@ -23,7 +25,7 @@ def tokenize(
 
     documents = read_documents(map(str, files), str(field))
     names, count = write_token_files(documents, Tokenizer(tokenizer), str(out), shard_tokens)
-    print(f"{count:,} tokens in {', '.join(names)}")
+    say(f"{count:,} tokens in {', '.join(names)}")
 
 
 def vocab(*files: str, ranks: int, out: str, field: str = "text") -> None:
@@ -41,4 +43,4 @@ def vocab(*files: str, ranks: int, out: str, field: str = "text") -> None:
     from llama.training.vocabulary import train_vocabulary
 
     train_vocabulary(read_documents(map(str, files), str(field)), ranks, Path(str(out)))
-    print(f"{ranks:,} ranks and 256 special tokens in {out}")
+    say(f"{ranks:,} ranks and 256 special tokens in {out}")

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 from llama.commands.flags import as_text
+from llama.terminal_text import say
 
 
 @as_text
@@ -99,4 +100,4 @@ def evaluate(
         device=device, dtype=dtype, adapter=adapter,
     )  # fmt: skip
     if table:
-        print(table)
+        say(table)

@@ -5,6 +5,7 @@ from typing import Any
 
 from llama.commands.flags import MODEL, as_text, takes
 from llama.errors import ExplainError
+from llama.terminal_text import say
 
 
 @as_text
@@ -47,4 +48,4 @@ def explain(
     llama = Llama.build(**flags, max_batch_size=1)
     text_or_dialog: Any = [{"role": "user", "content": prompt}] if chat else prompt
     size = write_page(llama, text_or_dialog, out, mp)
-    print(f"Written to {out} ({size / 1e6:.1f} MB)", file=sys.stderr)
+    say(f"Written to {out} ({size / 1e6:.1f} MB)", to_stderr=True)

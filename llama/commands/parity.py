@@ -5,6 +5,7 @@ from typing import Any
 
 from llama.commands.flags import as_text
 from llama.errors import ConfigError
+from llama.terminal_text import say
 
 
 @as_text
@@ -73,11 +74,11 @@ def parity(
         return
     certificate = certify(comparison, ckpt_dir, tokenizer_path, device)
     if stated is None:
-        print(report(certificate))
+        say(report(certificate))
         holds = comparison.holds
     else:
         figures = compare_figures(stated, certificate)
-        print(check_table(stated, certificate, figures))
+        say(check_table(stated, certificate, figures))
         holds = all(figure.holds is not False for figure in figures)
     if out is not None:
         write_certificate(certificate, out)

@@ -17,6 +17,7 @@ from llama.config import PRESETS, ModelArgs
 from llama.errors import ConfigError, TrainingError
 from llama.fast.gpu.device_weights import narrow
 from llama.model import Transformer
+from llama.terminal_text import say
 from llama.tokenizer import Tokenizer
 from llama.training.adapter_folder import AdapterFolder
 from llama.training.chat_data import DialogLoader, load_dialogs
@@ -257,7 +258,7 @@ def finetune(config: FinetuneConfig) -> Path:
     def load(path: str) -> DialogLoader:
         data = load_dialogs(path, tokenizer.chat_format(), config.seq_len + 1)
         if parallel.is_main_rank() and data.cut + data.dropped:
-            print(
+            say(
                 f"{path}: {data.cut} dialogs cut after an answer and {data.dropped} dropped, to "
                 f"fit into {config.seq_len} tokens"
             )
@@ -316,7 +317,7 @@ def _run(
         stored,
     )
     if trainer.resume() and parallel.is_main_rank():
-        print(f"Continuing after step {trainer.step} of {config.out_dir}")
+        say(f"Continuing after step {trainer.step} of {config.out_dir}")
     try:
         trainer.run()
     finally:

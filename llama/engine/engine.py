@@ -234,6 +234,8 @@ class Engine:
         slot, source, n_reused = choose_slot(request, self._slots, free)
         if slot is not source:
             self.worker.run(Plan(Action.COPY, slot.index, source.index, n_reused))
+        if slot.may_hold_nan:
+            self.worker.run(Plan(Action.CLEAR, slot.index, n_keys=n_reused))
         slot.admit(request, n_reused, min(source.n_in_draft_cache, n_reused))
         return slot
 
@@ -260,12 +262,13 @@ class Engine:
             slot.tokens = prompt[:end]
         if scores_prompt:
             request.score_prompt(logits, prompt[start + 1 : end + 1])
-        if not is_last:
+        if not is_last and request.error is None:
             return end - start, None
         self._prefilling = None
-        if request.max_gen_len == 0:
+        if request.error is not None or request.max_gen_len == 0:
+            event = request.end("error" if request.error else "length")
             self._release(slot)
-            return end - start, request.end("length")
+            return end - start, event
         assert logits is not None
         return end - start, self._next_tokens([slot], logits[:, -1])[0]
 
@@ -330,10 +333,7 @@ class Engine:
         return events
 
     def _release(self, slot: Slot) -> None:
-        request = slot.running
-        slot.request = None
-        slot.last_used = self._steps
-        slot.cut(0 if request.is_private else self._kept)
+        slot.release(self._steps, self._kept)
         if slot is self._prefilling:
             self._prefilling = None
 

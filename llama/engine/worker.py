@@ -96,6 +96,9 @@ class Worker:
         if plan.action is Action.COPY:
             for _, cache in self._networks:
                 cache.copy_row(plan.source, plan.row, plan.n_keys)
+        if plan.action is Action.CLEAR:
+            for _, cache in self._networks:
+                cache.clear_row(plan.row, plan.n_keys)
         if plan.action is not Action.FORWARD:
             return None
         model, cache = self._networks[plan.is_draft]

@@ -10,6 +10,7 @@ from tqdm import tqdm
 from llama import parallel
 from llama.generation import Llama
 from llama.tensorboard_files import summary_writer
+from llama.terminal_text import without_controls
 from llama.tokenizer import Tokenizer
 from llama.training.loop import StepReport, Trainer
 
@@ -48,7 +49,7 @@ class TrainingLog:
         if self.sample_every and report.step % self.sample_every == 0:
             for prompt, text in zip(self.prompts, self.samples(trainer), strict=True):
                 if parallel.is_main_rank():
-                    tqdm.write(f"step {report.step}: {prompt}{text}\n")
+                    tqdm.write(without_controls(f"step {report.step}: {prompt}{text}\n"))
                     if self.writer is not None:
                         self.writer.add_text(prompt, text, report.step)
 

@@ -270,8 +270,9 @@ def finetune(config: FinetuneConfig) -> Path:
 
 
 def _start(config: RunConfig) -> torch.device:
-    """Make the groups of ranks, and return this rank's device."""
+    """Check the options, make the groups of ranks, and return this rank's device."""
     device = parallel.local_device(config.device)
+    config.options(device)  # raises now for wrong options, before anything is loaded or written
     parallel.initialize(config.model_parallel_size, device)
     return device
 
@@ -316,7 +317,10 @@ def _run(
         stored,
     )
     if trainer.resume() and parallel.is_main_rank():
-        print(f"Continuing after step {trainer.step} of {config.out_dir}")
+        if trainer.step < config.steps:
+            print(f"Continuing after step {trainer.step} of {config.out_dir}")
+        else:
+            print(f"{config.out_dir} is finished at step {trainer.step}: more need larger --steps")
     try:
         trainer.run()
     finally:

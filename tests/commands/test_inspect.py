@@ -15,32 +15,6 @@ from llama.checkpoints.folder import BUNDLED
 Run = Callable[..., str]
 
 
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    """Run `llama inspect` in this process. Returns its standard output."""
-
-    def run(*arguments: object) -> str:
-        monkeypatch.setattr(sys, "argv", ["llama", "inspect", *map(str, arguments)])
-        main()
-        return capsys.readouterr().out
-
-    return run
-
-
-@pytest.fixture
-def fail(run: Run, capsys: pytest.CaptureFixture[str]) -> Run:
-    """Run a command line that must end with exit code 2. Returns its only error line."""
-
-    def fail(*arguments: object) -> str:
-        with pytest.raises(SystemExit) as exit_:
-            run(*arguments)
-        assert exit_.value.code == 2
-        (line,) = capsys.readouterr().err.splitlines()
-        return line
-
-    return fail
-
-
 def test_a_tied_matrix_counts_once(run: Run) -> None:
     total = sum(weight.numel() for weight in Llama.build().model.parameters())
     printed = run()

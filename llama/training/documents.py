@@ -29,7 +29,11 @@ def read_documents(files: Iterable[str | Path], field: str = "text") -> Iterator
 
 
 def write_token_files(
-    documents: Iterable[str], tokenizer: Tokenizer, pattern: str, shard_tokens: int, force: bool = False
+    documents: Iterable[str],
+    tokenizer: Tokenizer,
+    pattern: str,
+    shard_tokens: int,
+    force: bool = False,
 ) -> tuple[list[str], int]:
     """Encode documents, each from bos to eos, and write them as token files.
 
@@ -53,13 +57,14 @@ def write_token_files(
     if shard_tokens < 1:
         raise DataError(f"shard_tokens is {shard_tokens}: it must be 1 or more")
     check_can_write(pattern.format(0), force)
+    fingerprint = tokenizer.fingerprint()
     names: list[str] = []
     pending = np.zeros(0, dtype=np.uint32)
     count = 0
 
     def write(tokens: np.ndarray) -> None:
         names.append(pattern.format(len(names)))
-        write_token_file(names[-1], tokens)
+        write_token_file(names[-1], tokens, fingerprint)
 
     for document in documents:
         tokens = np.array(tokenizer.encode(document, bos=True, eos=True), dtype=np.uint32)

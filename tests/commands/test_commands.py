@@ -2,7 +2,6 @@
 
 import json
 import math
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,7 +10,6 @@ import torch
 from make_checkpoint import demo_pieces, write_tokenizer
 
 from llama import Llama
-from llama.__main__ import main
 from llama.checkpoints.folder import run_checkpoints
 from llama.commands.train_config import FinetuneConfig, PretrainConfig
 from llama.evaluation.perplexity import score

@@ -9,7 +9,6 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from llama import Llama
-from llama.__main__ import main
 from llama.checkpoints.folder import BUNDLED
 
 Run = Callable[..., str]

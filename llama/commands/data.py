@@ -28,15 +28,11 @@ def tokenize(
     from llama.training.documents import read_documents, write_token_files
 
     documents = read_documents(map(str, files), str(field))
-    names, count = write_token_files(
-        documents, Tokenizer(tokenizer), str(out), shard_tokens, force
-    )
+    names, count = write_token_files(documents, Tokenizer(tokenizer), str(out), shard_tokens, force)
     print(f"{count:,} tokens in {', '.join(names)}")
 
 
-def vocab(
-    *files: str, ranks: int, out: str, field: str = "text", force: bool = False
-) -> None:
+def vocab(*files: str, ranks: int, out: str, field: str = "text", force: bool = False) -> None:
     """Train a vocabulary in the format of Llama 3's tokenizer.model.
 
     Example: llama vocab tales.jsonl --ranks 4096 --out tokenizer.model

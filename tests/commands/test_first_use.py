@@ -7,6 +7,7 @@ import io
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -14,8 +15,7 @@ import pytest
 from llama.__main__ import main
 from llama.checkpoints.folder import BUNDLED
 
-from .conftest import Run
-
+Run = Callable[..., str]
 ROOT = Path(__file__).parent.parent.parent
 VOCABULARY = f"{BUNDLED}/tokenizer.model"
 SMALL = "--steps=2 --batch=1 --seq_len=16 --dim=32 --n_layers=1 --device=cpu"

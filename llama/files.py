@@ -106,9 +106,9 @@ def write_json(path: str | Path, content: dict[str, Any]) -> None:
         file.write((json.dumps(content, indent=2) + "\n").encode())
 
 
-def check_can_write(path: str | Path) -> None:
+def check_can_write(path: str | Path, force: bool = False) -> None:
     """Raise DataError if a file of this name cannot be written, so that nothing is computed in
-    vain."""
+    vain. force: a file that exists may be replaced."""
     path = Path(path)
     if path.is_dir():
         raise DataError(f"cannot write {path}: it is a folder")
@@ -116,6 +116,8 @@ def check_can_write(path: str | Path) -> None:
         raise DataError(f"cannot write {path}: there is no folder {path.parent}")
     if not os.access(path if path.exists() else path.parent, os.W_OK):
         raise DataError(f"cannot write {path}: no permission")
+    if path.is_file() and not force:
+        raise DataError(f"{path} exists: it is replaced only with --force")
 
 
 class MappedFiles:

@@ -6,6 +6,7 @@ Meta ships two kinds of `tokenizer.model`. Hugging Face's folders hold the same 
 """
 
 import codecs
+import zlib
 from collections.abc import Collection, Sequence
 from operator import index
 from pathlib import Path
@@ -171,6 +172,14 @@ class Tokenizer:
         sample = 'A king\'s 3 sons said: "Добрый день, 你好!"\n'
         own, others = (each.encode(sample, bos=True, eos=True) for each in (self, other))
         return self.n_words == other.n_words and own == others
+
+    def fingerprint(self) -> int:
+        """A checksum (CRC-32, never 0) of the bytes of all tokens in the order of their ids."""
+        checksum = 0
+        for token_id in range(self.n_words):
+            token = self.token_bytes(token_id)
+            checksum = zlib.crc32(b"%d:%b" % (len(token), token), checksum)
+        return checksum or 1
 
     @property
     def kind(self) -> str:

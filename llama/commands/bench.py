@@ -20,6 +20,7 @@ def bench(
     device: str | None = None,
     dtype: str | None = None,
     out: str | None = None,
+    force: bool = False,
 ) -> None:
     """Measure how fast a model runs on this machine.
 
@@ -46,10 +47,13 @@ def bench(
         device: cuda, mps or cpu; by default the first of these that is available.
         dtype: float32, bfloat16 or float16; by default as in Llama.build.
         out: a file, to which the figures are written as JSON.
+        force: replace OUT if it exists.
     """
     from llama.commands.measure import measure, report
-    from llama.files import atomic_file
+    from llama.files import atomic_file, check_can_write
 
+    if out is not None:
+        check_can_write(out, force)
     figures = measure(
         ckpt_dir and str(ckpt_dir), prefill, decode, rounds, tokenizer_path=tokenizer_path,
         mode=mode, quantize=quantize, kv_cache=kv_cache, device=device, dtype=dtype,

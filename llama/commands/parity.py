@@ -20,6 +20,7 @@ def parity(
     dtype: str | None = None,
     out: str | None = None,
     check: str | None = None,
+    force: bool = False,
 ) -> None:
     """Compare this library, in reference mode, with another implementation (extra [parity]).
 
@@ -43,6 +44,7 @@ def parity(
         out: a file, to which the certificate is written as JSON.
         check: a certificate; the comparison is run again with its settings, and the exit code is 1
             if one of its figures does not hold.
+        force: replace OUT if it exists.
     """
     from llama.commands.parity_tables import check_table, report
     from llama.explain.certificate import (
@@ -58,7 +60,7 @@ def parity(
     if words:
         raise ConfigError(f"unexpected {words[0]!r}: put the prompt in quotes")
     if out is not None:
-        check_can_write(out)
+        check_can_write(out, force)
     flags = dict(prompt=prompt, against=against, max_gen_len=max_gen_len, dtype=dtype)
     settings: dict[str, Any] = {name: value for name, value in flags.items() if value is not None}
     stated = None

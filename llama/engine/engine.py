@@ -223,10 +223,9 @@ class Engine:
     def _next_to_prefill(self) -> Slot | None:
         """The slot whose prompt is being prefilled. If there is none, the next request is admitted
         to a free slot, and that slot is returned. None if nothing waits or no slot is free."""
-        if self._prefilling is None and self._waiting:
-            free = [slot for slot in self._slots if slot.request is None]
-            if free:
-                self._prefilling = self._admit(self._waiting.popleft(), free)
+        free = [slot for slot in self._slots if slot.request is None]
+        if self._prefilling is None and self._waiting and free:
+            self._prefilling = self._admit(self._waiting.popleft(), free)
         return self._prefilling
 
     def _admit(self, request: Request, free: list[Slot]) -> Slot:

@@ -56,6 +56,9 @@ class TrainingLog:
     def _show(self, trainer: Trainer, report: StepReport) -> None:
         if self.bar is None:
             self.bar = tqdm(total=trainer.options.steps, initial=report.step - 1, unit="step")
+            # The bar is made after the first step, whose seconds belong to the rate it shows.
+            self.bar.start_t -= report.seconds
+            self.bar.last_print_t -= report.seconds
         speed = self.tokens_per_step / report.seconds
         self.bar.update(report.step - self.bar.n)
         self.bar.set_postfix_str(f"loss {report.loss:.3f}, {speed:,.0f} tokens/s")

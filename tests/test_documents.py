@@ -2,8 +2,7 @@
 
 The blocks of a page run in order, in one folder. It holds small random checkpoints under the names
 of Meta's folders, and texts under the names that the page uses. test_guide.py runs the blocks of
-docs/llama3_explain.md. `python -m pytest tests/test_documents.py --collect-only` is no count of the
-blocks; `PYTHONPATH=.:scripts:tests python tests/test_documents.py` prints one.
+docs/llama3_explain.md.
 """
 
 import contextlib
@@ -18,7 +17,6 @@ import subprocess
 import sys
 import time
 import tomllib
-from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -55,7 +53,6 @@ class Item(NamedTuple):
     """A Python block, or one command of a shell block."""
 
     place: str  # page:line
-    block: int  # index of the block in its page
     language: str
     code: str
     output: str | None
@@ -73,14 +70,14 @@ class Item(NamedTuple):
 
 def items(path: Path) -> Iterator[Item]:
     """What the blocks of a page run, in order. A block that shows a folder has nothing to run."""
-    for i, block in enumerate(blocks(path.read_text(encoding="utf-8"))):
+    for block in blocks(path.read_text(encoding="utf-8")):
         place = f"{path.name}:{block.line}"
         if block.language == "python":
-            yield Item(place, i, "python", block.code, block.output)
+            yield Item(place, "python", block.code, block.output)
         elif not block.language and IS_FOLDER not in block.code:
             for line in block.code.replace("\\\n", " ").splitlines():
                 if command := re.sub(r"\s+# .*", "", line).strip():
-                    yield Item(place, i, "", command, None)
+                    yield Item(place, "", command, None)
 
 
 ITEMS = {path: list(items(path)) for path in PAGES}
@@ -103,7 +100,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     question = {"role": "user", "content": "Who lives in the wood?"}
     answer = {"role": "assistant", "content": "A fox."}
     lines = {
-        "tales.jsonl": [{"text": made_up_tale(seed)} for seed in range(600)],
+        "tales.jsonl": [{"text": page.read_text(encoding="utf-8")} for page in DOCUMENTS],
         "prompts.jsonl": [{"prompt": "Once upon a time"}, {"messages": [question]}],
         "dialogs.jsonl": [{"messages": [question, answer]}] * 20,
     }
@@ -228,28 +225,3 @@ def test_a_command_is_well_formed(item: Item) -> None:
 def test_every_reason_is_needed() -> None:
     for start in NOT_RUN:
         assert any(re.match(start, item.code) for item in COMMAND_LINES), start
-
-
-# ---- the count ----------------------------------------------------------------------------------
-
-
-def count() -> Counter[str]:
-    """Blocks by what happens to them: a block of several commands counts as run if any runs."""
-    found: Counter[str] = Counter()
-    for path in PAGES:
-        by_block: dict[int, list[Item]] = {}
-        for item in ITEMS[path]:
-            by_block.setdefault(item.block, []).append(item)
-        for group in by_block.values():
-            reasons = {item.reason for item in group}
-            found["run, in full" if reasons == {None} else
-                  "run, in part" if None in reasons else "parsed only"] += 1  # fmt: skip
-    return found
-
-
-if __name__ == "__main__":
-    for kind, number in count().items():
-        print(f"{number:4} blocks {kind}")
-    for start, reason in NOT_RUN.items():
-        number = sum(re.match(start, item.code) is not None for item in COMMAND_LINES)
-        print(f"{number:4} commands {start!r} not run: {reason}")

@@ -47,7 +47,7 @@ def write_stand_in(folder: Path, tokenizer_path: Path, n_shards: int, **shape: A
     tokenizer = Tokenizer(tokenizer_path)
     model = make_model(vocab_size=tokenizer.n_words, **shape)
     with torch.no_grad():  # the first feature of every token makes the stop tokens likely
-        model.tok_embeddings.weight[:, 0] = 1
+        model.tok_embeddings.weight[:, 0] = 10
         model.output.weight[list(tokenizer.stop_tokens), 0] = 2
     write_meta(folder, model, n_shards)
     shutil.copyfile(tokenizer_path, folder / "tokenizer.model")

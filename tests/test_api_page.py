@@ -1,5 +1,4 @@
-"""docs/api.md is up to date, and the public API has complete docstrings and an example for every name.
-"""
+"""docs/api.md is up to date, and the public API has complete docstrings and an example for every name."""
 
 import re
 

@@ -32,8 +32,6 @@ from llama.__main__ import COMMANDS, main
 from llama.checkpoints.folder import BUNDLED
 from llama.commands.command_line import checked
 
-PAGES = [path for path in DOCUMENTS if path != GUIDE]
-
 # Commands that cannot run in a test, and why. The first words of a command select its line.
 NOT_RUN = {
     r"make ": "installs packages, and runs this test among others",
@@ -42,6 +40,7 @@ NOT_RUN = {
     r"(\.venv/bin/)?llama \w+ HuggingFaceTB/": "needs a network",
     r"torchrun .* -m llama serve ": "listens on the port of `llama serve`, which runs",
     r"llama train ": "trains for an hour; test_commands.py runs it with few steps",
+    r"llama serve run ": "listens on the port of the first `llama serve`, which runs",
     r"python scripts/make_certificates\.py": "rewrites the project's certificates",
 }
 # Commands that start processes or take long run by `make test-slow`.
@@ -80,7 +79,15 @@ def items(path: Path) -> Iterator[Item]:
                     yield Item(place, "", command, None)
 
 
-ITEMS = {path: list(items(path)) for path in PAGES}
+ITEMS = {path: found for path in DOCUMENTS if path != GUIDE and (found := list(items(path)))}
+QUICK, SLOW = (
+    [
+        path
+        for path, found in ITEMS.items()
+        if any(not item.reason and item.is_slow == is_slow for item in found)
+    ]
+    for is_slow in (False, True)
+)
 COMMAND_LINES = [item for found in ITEMS.values() for item in found if not item.language]
 
 
@@ -184,7 +191,7 @@ def run_page(path: Path, is_slow: bool, monkeypatch: pytest.MonkeyPatch) -> None
     assert not failures, "\n".join(failures)
 
 
-@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
+@pytest.mark.parametrize("path", QUICK, ids=lambda path: path.name)
 def test_the_blocks_of_a_page_run(
     path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -192,7 +199,7 @@ def test_the_blocks_of_a_page_run(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
+@pytest.mark.parametrize("path", SLOW, ids=lambda path: path.name)
 def test_the_slow_blocks_of_a_page_run(
     path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

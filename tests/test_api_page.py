@@ -1,4 +1,5 @@
-"""docs/api.md is up to date, and the public API has complete docstrings and an example for every name."""
+"""docs/api.md is up to date. The docstrings of the public API mention every parameter, and the
+examples use every name."""
 
 import re
 

@@ -5,10 +5,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from make_checkpoint import demo_pieces, write_tokenizer
-
 from helpers.folders import make_model, write_meta
 from helpers.texts import sentencepiece_model
+from make_checkpoint import demo_pieces, write_tokenizer
+
 from llama import Tokenizer
 from llama.tokenizer_files.meta import INFILLING_TOKENS
 

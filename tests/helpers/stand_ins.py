@@ -26,7 +26,7 @@ OF_LLAMA_2: dict[str, Any] = dict(rope_theta=10000.0, embedding_shard_dim=1)
 
 
 def write_stand_ins(place: Path) -> None:
-    """Write all folders. Llama 2's tokenizer.model lies beside its folder, as in Meta's download."""
+    """Write all folders. Llama 2's tokenizer.model lies beside its folder, as Meta ships it."""
     llama_3 = place / "llama_3_tokenizer.model"
     write_tokenizer(llama_3, demo_pieces())
     for name, n_shards in LLAMA_3.items():

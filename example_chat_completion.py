@@ -12,6 +12,7 @@ from llama import Dialog, Llama
 from llama.commands.command_line import run
 from llama.commands.terminal import in_turn
 from llama.errors import one_line
+from llama.terminal_text import without_controls
 
 DIALOGS: list[Dialog] = [
     [{"role": "user", "content": "How do I keep basil alive on a windowsill?"}],
@@ -83,7 +84,7 @@ def main(
                 print(f"{message['role'].capitalize()}: {message['content']}\n")
             print("> Assistant: ", end="")
             for event in row_events:
-                print(event.text, end="", flush=True)
+                print(without_controls(event.text), end="", flush=True)
             print("\n\n==================================\n")
 
 

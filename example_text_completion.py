@@ -12,6 +12,7 @@ from llama import Llama
 from llama.commands.command_line import run
 from llama.commands.terminal import in_turn
 from llama.errors import one_line
+from llama.terminal_text import without_controls
 
 # A pretrained model continues text. No prompt ends in a blank: the blank belongs to the next
 # word's token, and a prompt that takes it away asks for a token sequence never seen in training.
@@ -74,7 +75,7 @@ def main(
         for row, row_events in in_turn(events):  # on the first rank; the others only compute
             print(f"{prompts[row]}\n> ", end="")
             for event in row_events:
-                print(event.text, end="", flush=True)
+                print(without_controls(event.text), end="", flush=True)
             print("\n\n==================================\n")
 
 

@@ -1,5 +1,6 @@
 """The `llama` command, also `python -m llama`, and the table of its commands."""
 
+import faulthandler
 import importlib
 import importlib.metadata
 import logging
@@ -7,6 +8,7 @@ import sys
 
 from llama.commands.command_line import nearest, run
 from llama.errors import LlamaError, one_line
+from llama.terminal_text import PrintableFormatter
 
 # For each command: its file in `commands/`, and its line in `llama --help`. A file is imported only
 # when its command runs, so that a command does not wait for the imports of another.
@@ -53,8 +55,13 @@ def overview() -> str:
 
 
 def main() -> None:
+    # A weight file that is cut within a step of the model ends the process by SIGBUS, which Python
+    # cannot turn into an error. This at least prints "Bus error" and the line of code.
+    faulthandler.enable(sys.__stderr__ or sys.stderr)
     # Other libraries' messages are shown from warnings on.
-    logging.basicConfig(format="%(message)s", stream=sys.stderr)
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(PrintableFormatter("%(message)s"))
+    logging.basicConfig(handlers=[handler])
     logging.getLogger("llama").setLevel(logging.INFO)
     with one_line():
         dispatch(sys.argv[1:])

@@ -117,6 +117,11 @@ class KVCache:
         for tensor in self.tensors():
             tensor[:, destination, :n_positions] = tensor[:, source, :n_positions]
 
+    def clear_row(self, row: int, start: int) -> None:
+        """Set the keys and values of a row to zero, from position `start` on."""
+        for tensor in self.tensors():
+            tensor[:, row, start:] = 0
+
     def tensors(self) -> list[Tensor]:
         optional = [self.k, self.v, self.k_scale, self.v_scale]
         return [tensor for tensor in optional if tensor is not None]

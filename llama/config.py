@@ -166,9 +166,10 @@ class ModelArgs:
         return (self.n_kv_heads or self.n_heads) // mp_size
 
     def prefill_bytes(self, rows: int, tokens: int, mp_size: int, itemsize: int) -> int:
-        """Estimated bytes that a rank needs to compute `rows` prompts of `tokens` tokens at once:
-        the scores of one layer (B, H, S, S) or the logits (B, S, V), whichever are more. Both
-        include their float32 copies. itemsize: bytes of a number in the model's dtype."""
+        """Estimated bytes that one of mp_size ranks needs to compute `rows` prompts of `tokens`
+        tokens at once: the scores of one layer (B, H, S, S) or the logits (B, S, V), whichever are
+        more. Both include their float32 copies. itemsize: bytes of a number in the model's dtype.
+        """
         low = 0 if itemsize == 4 else itemsize
         scores = rows * tokens * tokens * self.n_heads // mp_size
         return max(scores * (low + 8), rows * tokens * self.vocab_size * (low + 4))

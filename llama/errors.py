@@ -4,10 +4,14 @@ import contextlib
 import io
 import os
 import sys
+import time
 from collections.abc import Iterator
 from typing import Any
 
+from llama.terminal_text import printable
+
 MAX_MESSAGE_LENGTH = 2000  # characters
+RANK_PAUSE = 5  # seconds; torchrun looks at its ranks ten times a second
 # Upper limits, far above the numbers of any Llama. The product of two whole numbers within their
 # limit fits into 64 bits.
 MAX_WHOLE_NUMBER = 2**31 - 1
@@ -21,9 +25,7 @@ class LlamaError(ValueError):
         # A name from a file may be very long, or hold line breaks and terminal codes.
         is_long = len(message) > MAX_MESSAGE_LENGTH
         shown = f"{message[:MAX_MESSAGE_LENGTH]}…" if is_long else message
-        if not shown.isprintable():
-            shown = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in shown)
-        super().__init__(shown)
+        super().__init__(printable(shown))
 
 
 @contextlib.contextmanager
@@ -38,6 +40,10 @@ def one_line() -> Iterator[None]:
     try:
         yield
     except LlamaError as error:
+        # If every rank fails, only the first one reports: torchrun ends the others when it leaves.
+        # A rank that is still alive after the pause has failed alone, and reports too.
+        if os.environ.get("RANK", "0") != "0":
+            time.sleep(RANK_PAUSE)
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except Exception as error:

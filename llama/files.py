@@ -6,11 +6,14 @@ import json
 import os
 import stat
 import tempfile
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from llama.errors import ConfigError, DataError
+from filelock import FileLock, Timeout
+
+from llama.errors import CheckpointError, ConfigError, DataError
 
 
 def why_unreadable(path: Path) -> str | None:
@@ -51,12 +54,35 @@ def read_records(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
         if not line.strip():
             continue
         try:
-            record = json.loads(line)
-        except (ValueError, RecursionError) as error:
+            record = parse_json(line)
+        except ValueError as error:
             raise DataError(f"{path}, line {number} is not JSON: {error}") from error
         if not isinstance(record, dict):
             raise DataError(f"{path}, line {number} is not an object with keys")
         yield number, record
+
+
+def parse_json(text: str | bytes) -> Any:
+    """The content of JSON text; bytes are UTF-8 with or without a byte-order mark.
+
+    Raises ValueError for other text, and for an object that has a key twice: of its two values,
+    different programs take different ones.
+    """
+    if isinstance(text, bytes):
+        text = text.decode("utf-8-sig")
+    try:
+        return json.loads(text, object_pairs_hook=_object)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        counts = Counter(name for name, _ in pairs)
+        twice = next(name for name, count in counts.items() if count > 1)
+        raise ValueError(f"the key {twice!r:.40} is there twice")
+    return content
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -64,10 +90,10 @@ def read_json(path: Path) -> dict[str, Any]:
     if reason := why_unreadable(path):
         raise ConfigError(f"cannot read {path}: {reason}")
     try:
-        content = json.loads(path.read_text(encoding="utf-8-sig"))
+        content = parse_json(path.read_bytes())
     except OSError as error:
         raise ConfigError(f"cannot read {path}: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise ConfigError(f"{path} is not JSON: {error}") from error
     if not isinstance(content, dict):
         raise ConfigError(f"{path} holds a {type(content).__name__}, not an object with keys")
@@ -80,9 +106,9 @@ def write_json(path: str | Path, content: dict[str, Any]) -> None:
         file.write((json.dumps(content, indent=2) + "\n").encode())
 
 
-def check_can_write(path: str | Path) -> None:
+def check_can_write(path: str | Path, force: bool = False) -> None:
     """Raise DataError if a file of this name cannot be written, so that nothing is computed in
-    vain."""
+    vain. force: a file that exists may be replaced."""
     path = Path(path)
     if path.is_dir():
         raise DataError(f"cannot write {path}: it is a folder")
@@ -90,6 +116,60 @@ def check_can_write(path: str | Path) -> None:
         raise DataError(f"cannot write {path}: there is no folder {path.parent}")
     if not os.access(path if path.exists() else path.parent, os.W_OK):
         raise DataError(f"cannot write {path}: no permission")
+    if path.is_file() and not force:
+        raise DataError(f"{path} exists: it is replaced only with --force")
+
+
+class MappedFiles:
+    """Files that are mapped into memory, as they are when this object is made.
+
+    A mapped file may be deleted, or replaced by another file that is renamed to its name: the old
+    file stays mapped. But if the mapped file itself is cut, the system ends a process that reads
+    behind its new end, by the signal SIGBUS. If it is overwritten, the process reads the new bytes.
+    """
+
+    def __init__(self, paths: Iterable[Path] = ()) -> None:
+        self._states = {path: path.stat() for path in paths}
+
+    def check(self) -> None:
+        """Raise CheckpointError if a file was cut or overwritten."""
+        for path, before in self._states.items():
+            try:
+                now = path.stat()
+            except OSError:  # it was deleted
+                continue
+            is_same = (now.st_dev, now.st_ino) == (before.st_dev, before.st_ino)
+            if is_same and (now.st_size, now.st_mtime_ns) != (before.st_size, before.st_mtime_ns):
+                raise CheckpointError(
+                    f"{path} was changed while its weights are in use: it had {before.st_size} "
+                    f"bytes and has {now.st_size}. Load the model again"
+                )
+
+
+def lock_file(path: Path) -> Path:
+    """The file that `lock` makes."""
+    return path.with_name(f".{path.name}.lock")
+
+
+def lock(path: Path) -> FileLock:
+    """Lock the name of a file or folder, until `unlock` or the end of the process.
+
+    Raises DataError if another process has locked it, or if the lock's file cannot be written.
+    """
+    file = FileLock(lock_file(path))
+    try:
+        file.acquire(blocking=False)
+    except Timeout as error:
+        raise DataError(f"another run is writing {path}: wait until it ends, or stop it") from error
+    except OSError as error:
+        raise DataError(f"cannot write {path}: {error.strerror}") from error
+    return file
+
+
+def unlock(file: FileLock) -> None:
+    """Release the lock, and remove its file."""
+    file.release()
+    Path(file.lock_file).unlink(missing_ok=True)
 
 
 def sync_file(path: Path) -> None:

@@ -41,7 +41,7 @@ from llama.predictions import (
     completion,
     echoed,
 )  # fmt: skip
-from llama.prompts import as_ids, is_dialog, is_prompt_list
+from llama.prompts import as_ids, check_is_list, is_dialog, is_prompt_list
 from llama.sampling import LogitsProcessor, SamplingParams, sample_top_p
 from llama.tokenizer import Tokenizer
 from llama.tools import Tool, ToolChoice, check_choice, check_tools
@@ -162,6 +162,9 @@ class Llama:
                 kv_cache=kv_cache, draft=load_model(draft_setup) if draft_setup else None,
                 lookup=lookup, invariant=invariant, adapters=beside,
             )  # fmt: skip
+        setups = [setup] if draft_setup is None else [setup, draft_setup]
+        mapped = [each.opened.files for each in setups if each.weight_bytes()[1] > 0]
+        llama.engine.worker.files = mapped
         llama.suggested_sampling = read_sampling(setup.opened.folder)
         llama._chat_warning = chat_warning(setup.opened.folder, format)
         if parallel.is_main_rank():
@@ -243,7 +246,9 @@ class Llama:
         options |= dict(temperature=temperature, top_p=top_p, max_gen_len=max_gen_len)
         options |= dict(prompt_logprobs=True) if echo and logprobs else {}
         params = SamplingParams.of(options)
-        requests = self.runner.complete(as_ids(prompt_tokens), params)
+        prompts = as_ids(prompt_tokens)
+        check_is_list(prompts)
+        requests = self.runner.complete(prompts, params)
         tokens = [echoed(echo, r.prompt_tokens, r.tokens) for r in requests]
         scores = [echoed(echo, r.prompt_logprobs, r.logprobs) for r in requests]
         return tokens, scores if logprobs else None
@@ -344,6 +349,7 @@ class Llama:
             GenerationError: dialogs or options are out of their limits.
         """
         tools = self._offered(tools, tool_choice, continue_final_message)
+        check_is_list(dialogs)
         prompt_tokens = [
             self.encode_dialog(dialog, continue_final_message, tools, date) for dialog in dialogs
         ]
@@ -492,8 +498,7 @@ class Llama:
         return as_ids(prompt)
 
     def _encode_all(self, prompts: Sequence[Any]) -> list[list[int]]:
-        if isinstance(prompts, str):
-            raise GenerationError("prompts is one string: give a list of strings")
+        check_is_list(prompts)
         return [self.encode_prompt(prompt) for prompt in prompts]
 
     def encode_dialog(

@@ -1,7 +1,10 @@
 """Tell the kinds of prompts apart: texts, token ids or dialogs, one or several."""
 
+import reprlib
 from collections.abc import Mapping, Sequence
 from typing import Any
+
+from llama.errors import GenerationError
 
 
 def is_dialog(prompt: Any) -> bool:
@@ -21,3 +24,11 @@ def as_ids(prompt: Any) -> Any:
     if isinstance(prompt, list | tuple):
         return [as_ids(part) for part in prompt]
     return prompt.tolist() if hasattr(prompt, "tolist") else prompt
+
+
+def check_is_list(prompts: Any) -> None:
+    """Raise GenerationError unless `prompts` is a list."""
+    if isinstance(prompts, str):
+        raise GenerationError("prompts is one string: give a list of strings")
+    if not isinstance(prompts, Sequence):
+        raise GenerationError(f"prompts is {reprlib.repr(prompts)}: it must be a list")

@@ -5,6 +5,8 @@ Meta ships two kinds of `tokenizer.model`. Hugging Face's folders hold the same 
 `tokenizer_files/`. All backends have the same attributes and methods.
 """
 
+import codecs
+import zlib
 from collections.abc import Collection, Sequence
 from operator import index
 from pathlib import Path
@@ -171,6 +173,14 @@ class Tokenizer:
         own, others = (each.encode(sample, bos=True, eos=True) for each in (self, other))
         return self.n_words == other.n_words and own == others
 
+    def fingerprint(self) -> int:
+        """A checksum (CRC-32, never 0) of the bytes of all tokens in the order of their ids."""
+        checksum = 0
+        for token_id in range(self.n_words):
+            token = self.token_bytes(token_id)
+            checksum = zlib.crc32(b"%d:%b" % (len(token), token), checksum)
+        return checksum or 1
+
     @property
     def kind(self) -> str:
         """The kind of the vocabulary, for messages."""
@@ -292,7 +302,7 @@ def _open(path: Path) -> Tiktoken | SentencePiece | ByteFallback | LibraryTokeni
         raise TokenizerError(f"{path}: cannot read the tokenizer: {error.strerror}") from error
     if not data:
         raise TokenizerError(f"{path}: the tokenizer file is empty")
-    if data.lstrip().startswith(b"{"):
+    if data.removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"{"):
         return open_json(path, data)
     # A SentencePiece model is a protobuf message. It starts with 0x0A, the tag of its first field.
     # 0x0A is a newline, with which a tiktoken file does not start.

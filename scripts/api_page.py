@@ -1,4 +1,5 @@
-"""Write docs/api.md, the page of the public Python API, from the source and its docstrings.
+"""Write docs/api.md, the page of the public Python API, from the source, its docstrings, and the
+examples in scripts/api_examples.md.
 
 python scripts/api_page.py
 """
@@ -20,6 +21,7 @@ from llama.rope_scaling import RopeScaling
 
 ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs" / "api.md"
+EXAMPLES = ROOT / "scripts" / "api_examples.md"
 WIDTH = 90  # columns; a longer signature has a line for each parameter
 PROPERTIES = ("property", "cached_property")
 SECTION = re.compile(r"(Args|Attributes|Keys|Returns|Raises):")  # of a docstring
@@ -28,8 +30,9 @@ ITEM = re.compile(r"(    )?(\w+(?:, \w+)*): (.*)")  # of a section, or of a para
 INTRODUCTION = """\
 # The Python API
 
-`scripts/api_page.py` makes this page from the docstrings. README has
-[examples](../README.md#use-it-from-python).
+`scripts/api_page.py` makes this page from the docstrings and from `scripts/api_examples.md`. Each
+section begins with an example. The blocks of a section run in order. README has
+[more examples](../README.md#use-it-from-python).
 
 In shapes, B is the number of rows, S of new tokens, and V of words in the vocabulary. D is the
 width of the model, and hd that of a head. A logprob is the natural logarithm of a probability.
@@ -157,16 +160,22 @@ def names_of(parameters: Sequence[str]) -> list[str]:
 
 def page() -> str:
     """The whole page."""
-    sections = entries()
+    sections, found_examples = entries(), examples()
     lines = [INTRODUCTION]
     for title, found in sections.items():
         names = [f"[{e.value.__name__}](#{anchor(e.value.__name__)})" for e in found]
         lines.append(f"- [{title}](#{anchor(title)}): {', '.join(names)}")
     for title, found in sections.items():
-        lines += ["", f"## {title}"]
+        lines += ["", f"## {title}", "", found_examples[title]]
         for entry in found:
             lines += ["", *describe(entry)]
     return "\n".join(lines) + "\n"
+
+
+def examples() -> dict[str, str]:
+    """The text and the blocks of code that begin each section, by its title."""
+    sections = re.split(r"^## (.+)\n", EXAMPLES.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    return dict(zip(sections[1::2], map(str.strip, sections[2::2]), strict=True))
 
 
 def describe(entry: Entry) -> Iterator[str]:

@@ -1,6 +1,7 @@
-"""The Python snippets of a Markdown page and its links to lines of code.
+"""The code blocks of a Markdown page, its Python snippets, and its links to lines of code.
 
-A snippet is a ```python block. A ```text block right after it shows what the snippet prints.
+A snippet is a ```python block. A ```text block right after it shows what the snippet prints. A
+block without a language holds commands of a shell, or shows a folder.
 """
 
 import ast
@@ -8,6 +9,7 @@ import os
 import re
 import subprocess
 import sys
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,8 +17,8 @@ from pathlib import Path
 from tqdm import tqdm
 
 ROOT = Path(__file__).parent.parent
-SNIPPET = re.compile(
-    r"^```python\n(?P<code>.*?)^```\n(?:\n?```text\n(?P<output>.*?)^```\n)?",
+BLOCK = re.compile(
+    r"^ *```(?P<language>\w*)\n(?P<code>.*?)^ *```\n(?:\n?```text\n(?P<output>.*?)^```\n)?",
     re.DOTALL | re.MULTILINE,
 )
 # [`Class.method`](../llama/file.py#L12)
@@ -29,27 +31,39 @@ class PageError(Exception):
 
 
 @dataclass(frozen=True)
-class Snippet:
-    """A snippet of a page.
+class Block:
+    """A code block of a page.
 
+    language: "" if the block names none.
     line: the number of its first line in the page.
     output: the content of the text block after it. None: there is no such block.
     """
 
+    language: str
     line: int
     code: str
     output: str | None
 
 
-def snippets(page: str) -> list[Snippet]:
-    """The snippets of a page, in order."""
+def blocks(page: str) -> list[Block]:
+    """The code blocks of a page, in order."""
     return [
-        Snippet(page[: match.start("code")].count("\n") + 1, match["code"], match["output"])
-        for match in SNIPPET.finditer(page)
+        Block(
+            match["language"],
+            page[: match.start("code")].count("\n") + 1,
+            textwrap.dedent(match["code"]),
+            match["output"],
+        )
+        for match in BLOCK.finditer(page)
     ]
 
 
-def run(some: Sequence[Snippet], **environment: str) -> list[str]:
+def snippets(page: str) -> list[Block]:
+    """The Python snippets of a page, in order."""
+    return [block for block in blocks(page) if block.language == "python"]
+
+
+def run(some: Sequence[Block], **environment: str) -> list[str]:
     """Run snippets of one page, in order, in one new process. Returns what each of them prints.
 
     The names that a snippet defines exist in the snippets after it. A traceback has the line
@@ -92,11 +106,13 @@ def with_outputs(page: str, outputs: Sequence[str]) -> str:
     """The page with these outputs after its snippets. An empty output has no text block."""
     remaining = iter(outputs)
 
-    def blocks(match: re.Match[str]) -> str:
+    def renewed(match: re.Match[str]) -> str:
+        if match["language"] != "python":
+            return match[0]
         output = next(remaining)
         return f"```python\n{match['code']}```\n" + (f"\n```text\n{output}```\n" if output else "")
 
-    return SNIPPET.sub(blocks, page)
+    return BLOCK.sub(renewed, page)
 
 
 def with_line_numbers(page: str, folder: Path) -> str:

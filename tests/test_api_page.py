@@ -1,10 +1,12 @@
-"""docs/api.md is up to date, and the docstrings of the public API mention every parameter."""
+"""docs/api.md is up to date. The docstrings of the public API mention every parameter, and the
+examples use every name."""
 
 import re
 
 import api_page
 import pytest
 from api_page import Entry, definition, names_of
+from pages import snippets
 
 import llama
 
@@ -31,6 +33,16 @@ def test_docstrings_mention_every_parameter(entry: Entry) -> None:
         assert found.docstring, found.name
         for name in names_of(found.parameters):
             assert re.search(rf"\b{name}\b", found.docstring), f"{found.name}: {name}"
+
+
+@pytest.mark.parametrize("title", api_page.entries())
+def test_the_example_of_a_section_uses_all_its_names(title: str) -> None:
+    """test_documents.py runs the examples."""
+    code = "\n".join(snippet.code for snippet in snippets(api_page.examples()[title]))
+    for entry in api_page.entries()[title]:
+        whole, methods = definition(entry)
+        for found in (whole, *methods):
+            assert re.search(rf"\b{found.name}\b", code), f"{whole.name}, {found.name}"
 
 
 def test_the_contents_lead_to_headings() -> None:

@@ -9,7 +9,7 @@ LLAMA = Path(__file__).parent.parent / "llama"
 
 # The layers from the bottom up. A file imports from its own package and from lower layers only.
 FLOORS: list[set[str]] = [
-    {"errors", "files", "memory", "processor", "tensorboard_files"},
+    {"errors", "files", "memory", "processor", "tensorboard_files", "terminal_text"},
     {
         "config",
         "rope_scaling",

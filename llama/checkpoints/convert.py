@@ -110,6 +110,7 @@ def convert(
             file = partial / destination.name
             write_gguf.write_gguf(source, file, header, matrix_type)
             sync_file(file)
+            source.files.check()
             _rename(file, destination)
             return destination
         if to == "meta":
@@ -119,6 +120,7 @@ def convert(
         else:
             _write_hugging_face(source, partial, kind)
         _write_files(files, partial)
+        source.files.check()  # a source that was changed meanwhile gives a mixture
         partial.chmod(0o755)  # mkdtemp makes it 0700
         _rename(partial, destination)
     except (OSError, SafetensorError) as error:

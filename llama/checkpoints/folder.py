@@ -3,6 +3,7 @@
 import logging
 import os
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import cast
 
@@ -24,7 +25,7 @@ from llama.fast.quantize import (
     Width,
     is_quantized,
 )
-from llama.files import read_json
+from llama.files import MappedFiles, read_json, why_unreadable
 from llama.gguf_file import is_gguf, parts_of, read_gguf
 from llama.tokenizer_files.from_gguf import has_vocabulary
 
@@ -133,6 +134,23 @@ def open_checkpoint(ckpt_dir: str | Path, rope_factor: float | None = None) -> C
     """Open a folder in Meta's or Hugging Face's layout, or a GGUF file; see `read_params` for
     rope_factor."""
     folder = find_folder(ckpt_dir)
+    files = MappedFiles(path for path in _weight_files(folder) if why_unreadable(path) is None)
+    opened = _open(folder, rope_factor)
+    opened.files = files
+    return opened
+
+
+def _weight_files(folder: Path) -> Iterator[Path]:
+    """The files that hold the weights. Some of them may be unreadable."""
+    if is_gguf(folder):
+        return iter(parts_of(folder))
+    if has_params(folder):
+        return folder.glob("consolidated.*")
+    name = Path(hugging_face.weight_files(folder) or hugging_face.WEIGHTS[0])
+    return folder.glob(f"{name.stem}*{name.suffix}")
+
+
+def _open(folder: Path, rope_factor: float | None) -> Checkpoint:
     if is_gguf(folder):
         return gguf_checkpoint.open_gguf(folder, rope_factor)
     args = read_args(folder, rope_factor)

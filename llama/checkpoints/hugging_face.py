@@ -16,7 +16,7 @@ from torch import Tensor
 from llama.checkpoints.pickled import read_pickled, unreadable
 from llama.config import ModelArgs
 from llama.errors import CheckpointError, ConfigError
-from llama.files import read_json, why_unreadable
+from llama.files import parse_json, read_json, why_unreadable
 from llama.rope_scaling import RopeScaling
 
 # The names of the weights' file, in the order in which they are looked for. The weights may also be
@@ -297,6 +297,13 @@ def map_file(path: Path) -> dict[str, Tensor]:
         raise CheckpointError(f"cannot read {path}: {reason}")
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
+            _check_header(path)
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError, ValueError, RuntimeError, TypeError) as error:
         raise unreadable(path, error) from error
+
+
+def _check_header(path: Path) -> None:
+    """Raise ValueError if a `.safetensors` file names a tensor twice, which its library accepts."""
+    with path.open("rb") as file:
+        parse_json(file.read(int.from_bytes(file.read(8), "little")))

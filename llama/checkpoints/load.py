@@ -42,7 +42,8 @@ def load_weights(
     dtype: dtype of all weights; None: the checkpoint's own.
     quantize: the width to which the matrices are quantized, now or already in the checkpoint. Only
         `FastTransformer` can run the model then.
-    Raises a CheckpointError that names missing or unexpected tensors, or those of another shape.
+    Raises a CheckpointError that names missing or unexpected tensors, those of another shape, or a
+    file that was changed since it was opened.
     """
     params = model.params
     check_complete(checkpoint)
@@ -52,6 +53,7 @@ def load_weights(
     args = checkpoint.args
     names = args.parameter_shapes() if quantize is None else args.whole_shapes()
     for name in tqdm(names, "Loading", unit="tensor", delay=2, disable=not parallel.is_main_rank()):
+        checkpoint.files.check()
         place = parallel.mp_size(), parallel.mp_rank()
         if quantize is not None and is_quantized(name):
             layer = model.get_submodule(name.removesuffix(".weight"))

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -25,7 +25,7 @@ from llama.fast.quantize import (
     quantize_int8,
 )
 from llama.fast.quantizers import QUANTIZERS
-from llama.files import atomic_file
+from llama.files import MappedFiles, atomic_file
 from llama.memory import with_huge_pages
 
 # The projections of keys and values.
@@ -69,6 +69,7 @@ class Checkpoint:
         `convert` wrote. For each such matrix a shard has one tensor for each field of `Int8Weight`
         or `Int4Weight`.
     adapter: a LoRA adapter that is merged into the parts. None: there is none.
+    files: the files that hold the weights, as they were before they were opened.
     """
 
     folder: Path
@@ -77,6 +78,7 @@ class Checkpoint:
     is_hugging_face: bool = False  # Q and K have their rows in Hugging Face's order
     quantization: Width | None = None
     adapter: Adapter | None = None
+    files: MappedFiles = field(default_factory=MappedFiles)
 
     def name_in_file(self, name: str) -> str:
         """The name of a tensor in the folder's files."""

@@ -18,6 +18,7 @@ from llama.checkpoints.shards import Checkpoint
 from llama.errors import CheckpointError, LlamaError
 from llama.files import atomic_file, read_json, read_text, why_unreadable
 from llama.gguf_file import is_gguf, parts_of, read_value
+from llama.terminal_text import printable
 
 MANIFEST = "SHA256SUMS"  # what `sha256sum --check` reads too
 CHECKLIST = "checklist.chk"  # Meta's file, with MD5 checksums
@@ -61,6 +62,7 @@ def _wrong_numbers(opened: Checkpoint) -> Iterator[str]:
     reference = "the output matrix" if opened.quantization is None else "the embedding"
     for weight, shape in tqdm(opened.args.parameter_shapes().items(), "Tensors", delay=2):
         dim = parallel.shard_dim(weight, opened.args.embedding_shard_dim)
+        opened.files.check()
         for name, (_, fixed) in opened.stored_tensors(weight, shape).items():
             first = opened.tensor(0, name)
             # A scale with one number a row has no dimension 1 to split.
@@ -111,7 +113,7 @@ def checksum(path: Path, algorithm: str) -> str:
     size = path.stat().st_size
     with (
         path.open("rb") as file,
-        tqdm(total=size, desc=path.name, unit="B", unit_scale=True, delay=2) as bar,
+        tqdm(total=size, desc=printable(path.name), unit="B", unit_scale=True, delay=2) as bar,
     ):
         while chunk := file.read(CHUNK):
             digest.update(chunk)
@@ -135,12 +137,17 @@ def _read_sums(path: Path, digits: int) -> dict[str, str]:
     return sums
 
 
-def _wrong_sums(folder: Path) -> Iterator[str]:
+def _wrong_sums(opened: Path) -> Iterator[str]:
+    """Yield a line for each file that differs from its checksum. The checksums of a GGUF file are
+    in a file beside it, which may list other models too."""
+    folder = opened.parent if is_gguf(opened) else opened
     for file, algorithm, digits in ((CHECKLIST, "md5", 32), (MANIFEST, "sha256", 64)):
         if not os.path.lexists(folder / file):
             continue
         for name, digest in _read_sums(folder / file, digits).items():
             path = folder / name
+            if is_gguf(opened) and path not in _files(opened):
+                continue
             if why_unreadable(path):
                 yield f"{folder / file} lists {name}, which is missing"
             elif checksum(path, algorithm) != digest:

@@ -1,9 +1,14 @@
 """llama batch: run a file of prompts."""
 
+import json
 import sys
+from itertools import islice
 from typing import Any
 
 from llama.commands.flags import REPORTING, SAMPLING, takes
+from llama.terminal_text import say
+
+REASONS = 3  # errors that are shown; all of them are in the output
 
 
 @takes(SAMPLING, REPORTING)
@@ -86,6 +91,22 @@ def batch(
         adapters=read_adapters(adapters), force=force,
     )  # fmt: skip
     if is_main_rank():
-        print(f"{n_lines:,} lines in {output}, {n_failed:,} of them failed")
+        say(f"{n_lines:,} lines in {output}, {n_failed:,} of them failed")
+        for reason in _first_errors(str(output)) if n_failed else ():
+            say(str(reason), to_stderr=True)
         if n_failed:  # on the main rank only, since torchrun stops the others when a rank fails
             sys.exit(1)
+
+
+def _first_errors(output: str) -> list[str]:
+    """The first failed lines of the output, each with its index and the reason."""
+    with open(output, encoding="utf-8") as file:
+        results = (json.loads(line) for line in file)
+        failed = (result for result in results if result.get("error") is not None)
+        return [f"index {result['index']}: {_reason(result)}" for result in islice(failed, REASONS)]
+
+
+def _reason(result: dict[str, Any]) -> Any:
+    """The message of an error. A line of OpenAI's Batch API has it inside an object."""
+    error = result["error"]
+    return error.get("message", error) if isinstance(error, dict) else error

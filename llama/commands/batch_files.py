@@ -17,10 +17,10 @@ from operator import itemgetter
 from pathlib import Path
 from typing import IO, Any
 
-from filelock import FileLock, Timeout
+from filelock import FileLock
 
 from llama.errors import DataError
-from llama.files import atomic_file, read_text, write_json
+from llama.files import atomic_file, lock, lock_file, read_text, unlock, write_json
 
 # Lines between two calls of fsync. A kill loses no written line, but a power cut loses the lines
 # after the last fsync.
@@ -37,6 +37,7 @@ class BatchFiles:
     def __init__(self, input: str, output: str) -> None:
         self.input, self.output = Path(input), Path(output)
         self.job = Path(f"{output}.job.json")
+        self._lock: FileLock | None = None  # of the output, from `prepare` to `merge`
 
     def prepare(self, options: dict[str, Any], force: bool) -> None:
         """Check that existing results belong to this job, and write its record. One rank calls
@@ -55,16 +56,17 @@ class BatchFiles:
         digest, n_lines = self._hash_input()
         if self.output.exists() and self.output.samefile(self.input):
             raise DataError(f"cannot write {self.output}: it is the input")
+        self._lock = lock(self.output)
         job = {"input": f"sha256:{digest}", "lines": n_lines, **options}
         job = json.loads(json.dumps(job, default=list))  # as the record is read back
         if force:
             for path in self._parts():
-                with _locked(path), _naming_the_file(path):
+                with self._locked(path), _naming_the_file(path):
                     path.unlink()
         if any(path.stat().st_size for path in self._parts()):
             self._check_same(job)
         for path in self._parts():
-            with _locked(path), _naming_the_file(path), path.open("r+b") as file:
+            with self._locked(path), _naming_the_file(path), path.open("r+b") as file:
                 file.truncate(_end_of_last_line(file))
         write_json(self.job, job)
 
@@ -95,6 +97,16 @@ class BatchFiles:
         except ValueError as error:
             raise DataError(f"{self.job} is not JSON: {error}") from error
 
+    @contextlib.contextmanager
+    def _locked(self, path: Path) -> Iterator[None]:
+        """A block in which no other process writes to the output or the part."""
+        own = None if path == self.output else lock(path)  # the output is locked already
+        try:
+            yield
+        finally:
+            if own is not None:
+                own.release()
+
     def _parts(self) -> list[Path]:
         """All files with results. Runs with different numbers of groups may have written them."""
         parts = [Path(name) for name in glob.glob(f"{glob.escape(str(self.output))}.part-*-of-*")]
@@ -102,8 +114,10 @@ class BatchFiles:
 
     def open_part(self, group: int, n_groups: int) -> "Part":
         """Open the file to which this group appends its results."""
-        is_only = n_groups == 1
-        return Part(self.output if is_only else Path(f"{self.output}.part-{group}-of-{n_groups}"))
+        if n_groups == 1:
+            return Part(self.output, None)
+        path = Path(f"{self.output}.part-{group}-of-{n_groups}")
+        return Part(path, lock(path))
 
     def states(self) -> bytearray:
         """The state of each line: PENDING, DONE or FAILED."""
@@ -123,10 +137,12 @@ class BatchFiles:
         """Merge all parts into the output, in the order of the input. One rank calls this after
         all lines are done."""
         parts = self._parts()
-        for path in parts:
-            _lock_file(path).unlink(missing_ok=True)
-        if parts == [self.output]:
-            return
+        if parts != [self.output]:
+            self._merge(parts, n_lines)
+        if self._lock is not None:
+            unlock(self._lock)
+
+    def _merge(self, parts: list[Path], n_lines: int) -> None:
         with atomic_file(self.output) as file:
             last = -1
             results = (_results(path, n_lines) for path in parts)
@@ -138,15 +154,19 @@ class BatchFiles:
         for path in parts:
             if path != self.output:
                 path.unlink()
+                lock_file(path).unlink(missing_ok=True)
 
 
 class Part:
-    """A file of results, one line each, to which only this process appends."""
+    """A file of results, one line each, to which only this process appends.
 
-    def __init__(self, path: Path) -> None:
+    lock: is released when the file is closed; None: the caller has the lock.
+    """
+
+    def __init__(self, path: Path, lock: FileLock | None) -> None:
         self._path = path
         self._n_written = 0
-        self._lock = _lock(path)
+        self._lock = lock
         with _naming_the_file(path):
             self._file = path.open("ab")
 
@@ -163,33 +183,8 @@ class Part:
     def close(self) -> None:
         with _naming_the_file(self._path), self._file:
             os.fsync(self._file.fileno())
-        self._lock.release()
-
-
-def _lock_file(path: Path) -> Path:
-    return path.with_name(f".{path.name}.lock")
-
-
-def _lock(path: Path) -> FileLock:
-    """Lock a file of results until the process ends. Raises DataError if another has the lock."""
-    lock = FileLock(_lock_file(path))
-    with _naming_the_file(path):
-        try:
-            lock.acquire(blocking=False)
-        except Timeout as error:
-            raise DataError(
-                f"another run is writing {path}: wait until it ends, or stop it"
-            ) from error
-    return lock
-
-
-@contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    lock = _lock(path)
-    try:
-        yield
-    finally:
-        lock.release()
+        if self._lock is not None:
+            self._lock.release()
 
 
 @contextlib.contextmanager

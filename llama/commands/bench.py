@@ -3,6 +3,7 @@
 import json
 
 from llama.commands.flags import as_text
+from llama.terminal_text import say
 
 
 @as_text
@@ -19,6 +20,7 @@ def bench(
     device: str | None = None,
     dtype: str | None = None,
     out: str | None = None,
+    force: bool = False,
 ) -> None:
     """Measure how fast a model runs on this machine.
 
@@ -45,10 +47,13 @@ def bench(
         device: cuda, mps or cpu; by default the first of these that is available.
         dtype: float32, bfloat16 or float16; by default as in Llama.build.
         out: a file, to which the figures are written as JSON.
+        force: replace OUT if it exists.
     """
     from llama.commands.measure import measure, report
-    from llama.files import atomic_file
+    from llama.files import atomic_file, check_can_write
 
+    if out is not None:
+        check_can_write(out, force)
     figures = measure(
         ckpt_dir and str(ckpt_dir), prefill, decode, rounds, tokenizer_path=tokenizer_path,
         mode=mode, quantize=quantize, kv_cache=kv_cache, device=device, dtype=dtype,
@@ -56,7 +61,7 @@ def bench(
     )  # fmt: skip
     if figures is None:
         return
-    print(report(figures))
+    say(report(figures))
     if out is not None:
         with atomic_file(str(out)) as file:
             file.write((json.dumps(figures, indent=2) + "\n").encode())

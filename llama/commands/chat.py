@@ -1,6 +1,7 @@
 """llama chat: talk with a model in a terminal."""
 
 import os
+import sys
 from typing import Any
 
 from llama.commands.flags import MODEL, SPECULATION, SUGGESTED_SAMPLING, as_text, takes
@@ -15,7 +16,8 @@ def chat(model: str | None = None, *words: str, **flags: Any) -> None:
     Example: llama chat HuggingFaceTB/SmolLM2-360M-Instruct
 
     A turn computes only its own tokens, because the KV cache keeps the earlier turns. Under
-    torchrun the first rank reads and writes the terminal, and Ctrl-C ends all ranks.
+    torchrun the first rank reads and writes the terminal, and Ctrl-C ends all ranks. Lines from a
+    pipe are answered one after the other; if one of them is wrong, the exit code is 2.
 
     Args:
         model: a checkpoint folder, GGUF file or id on the Hub; by default --ckpt_dir.
@@ -40,4 +42,6 @@ def chat(model: str | None = None, *words: str, **flags: Any) -> None:
     llama = Llama.build(**build, max_batch_size=1)
     with terminal.on_first_rank(llama) as is_first_rank:
         if is_first_rank:
-            Chat(llama, terminal.suggested(llama, params, flags)).run()
+            is_well = Chat(llama, terminal.suggested(llama, params, flags)).run()
+            if not is_well:
+                sys.exit(2)

@@ -51,8 +51,10 @@ class Chat:
             "/quit": self._quit,
         }
 
-    def run(self) -> None:
-        """Read and answer until the input ends."""
+    def run(self) -> bool:
+        """Read and answer until the input ends. Returns False if a line that did not come from a
+        terminal was wrong."""
+        is_well = True
         with contextlib.suppress(ImportError):
             import readline  # noqa: F401  # makes input() offer editing and history
         if sys.stdin.isatty():
@@ -66,10 +68,13 @@ class Chat:
                 print()
             except UnicodeDecodeError:
                 print("error: the input is not UTF-8 text", file=sys.stderr)
+                is_well = is_well and sys.stdin.isatty()
             except LlamaError as error:
                 print(f"error: {error}", file=sys.stderr)
+                is_well = is_well and sys.stdin.isatty()
         if sys.stdin.isatty():
             print()
+        return is_well
 
     def _handle_line(self, line: str) -> None:
         """Run a command, or read the rest of a message that begins with this line, and answer."""

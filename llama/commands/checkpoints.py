@@ -4,6 +4,7 @@ import sys
 
 from llama.commands.flags import as_text
 from llama.errors import ConfigError
+from llama.terminal_text import say
 
 MOST_LAYERS = 1000  # of which `inspect` draws a tree or a graph
 
@@ -64,20 +65,20 @@ def inspect(
     if train:
         lora = None if lora_r is None else LoraOptions.read(lora_r, None, 0.0, lora_targets)
         options = batch, seq_len, lora, dtype, quantize, checkpoint_activations, mp
-        print(describe_training(name, *options))  # type: ignore[arg-type]
+        say(describe_training(name, *options))  # type: ignore[arg-type]
     else:
-        print(describe(name, mp, max_seq_len, max_batch_size, dtype))
+        say(describe(name, mp, max_seq_len, max_batch_size, dtype))
     _, args, _ = resolve(name)
     if (tree or tensorboard is not None) and args.n_layers > MOST_LAYERS:
         raise ConfigError(f"n_layers is {args.n_layers}: at most {MOST_LAYERS} can be drawn")
     if tree:
-        print("\n" + module_tree(args, mp))
+        say("\n" + module_tree(args, mp))
     if tensorboard is not None:
         from llama.explain.graph import model_graph
         from llama.tensorboard_files import write_graph
 
         write_graph(str(tensorboard), model_graph(args, parse_dtype(dtype)))
-        print(f"\nThe graph is in {tensorboard}; to see it: tensorboard --logdir {tensorboard}")
+        say(f"\nThe graph is in {tensorboard}; to see it: tensorboard --logdir {tensorboard}")
 
 
 @as_text
@@ -113,7 +114,7 @@ def convert(
     from llama.checkpoints.convert import convert as run
 
     written = run(str(src), str(dst), to, mp, dtype, force, quantize, adapter)  # type: ignore[arg-type]
-    print(f"Written to {written}")
+    say(f"Written to {written}")
 
 
 def verify(folder: str | None = None, manifest: bool = True) -> None:
@@ -131,9 +132,9 @@ def verify(folder: str | None = None, manifest: bool = True) -> None:
     from llama.checkpoints.verify import verify as run
 
     title, problems = run(str(folder or BUNDLED), manifest and folder is not None)
-    print(title)
+    say(title)
     for problem in problems:
-        print(f"problem: {problem}")
+        say(f"problem: {problem}")
     print(f"{len(problems)} problem(s)" if problems else "all is well")
     if problems:
         sys.exit(1)
@@ -188,6 +189,6 @@ def doctor(
         mode, quantize, kv_cache, draft, adapter,  # type: ignore[arg-type]
     )  # fmt: skip
     if is_main_rank():
-        print(report(findings))
+        say(report(findings))
     if any(found.level == PROBLEM for found in findings):
         sys.exit(1)

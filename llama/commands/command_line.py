@@ -15,6 +15,13 @@ from llama.errors import LlamaError
 
 WIDTH = 100
 SWITCH_VALUES = {"yes": True, "true": True, "no": False, "false": False}
+EXIT_CODES = """\
+Exit codes:
+  0    done
+  1    the command ran, but failed or found a problem, as described above; torchrun always ends with
+       1 if a rank fails
+  2    a mistake in the command or in a file; one line says which
+  130  stopped with Ctrl-C"""
 IS_FLAG = re.compile(r"--?([A-Za-z][\w-]*)(=.*)?", re.DOTALL)
 
 
@@ -58,6 +65,8 @@ def checked(command: Command, words: Sequence[str], usage: str) -> list[str]:
         if match is None:
             argument = arguments[n_plain].name if n_plain < len(arguments) else None
             n_plain += 1
+            if argument is None and word.startswith("-"):  # fire would take it for a flag
+                raise LlamaError(f"unexpected {word!r}: put a text in quotes; see {usage} --help")
             # fire would read a text such as "-- he said" as a flag. So fire gets the text as the
             # value of a flag.
             result.append(f"--{argument}={word}" if argument and word.startswith("-") else word)
@@ -140,6 +149,7 @@ def help_text(command: Command, usage: str) -> str:
         if members:
             rows = [_row(f"--{flag.name}", flag) for flag in members]
             parts.append("\n".join([f"{title}:", *rows]))
+    parts.append(EXIT_CODES)
     return "\n\n".join(parts)
 
 

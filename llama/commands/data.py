@@ -2,9 +2,16 @@
 
 from pathlib import Path
 
+from llama.terminal_text import say
+
 
 def tokenize(
-    *files: str, tokenizer: str, out: str, shard_tokens: int = 100_000_000, field: str = "text"
+    *files: str,
+    tokenizer: str,
+    out: str,
+    shard_tokens: int = 100_000_000,
+    field: str = "text",
+    force: bool = False,
 ) -> None:
     """Write token files for training. Every document begins with bos and ends with eos.
 
@@ -17,16 +24,17 @@ def tokenize(
             one file if the name has no {}.
         shard_tokens: most tokens of a file.
         field: key of the text in a .jsonl line.
+        force: replace the token files if they exist.
     """
     from llama.tokenizer import Tokenizer
     from llama.training.documents import read_documents, write_token_files
 
     documents = read_documents(map(str, files), str(field))
-    names, count = write_token_files(documents, Tokenizer(tokenizer), str(out), shard_tokens)
-    print(f"{count:,} tokens in {', '.join(names)}")
+    names, count = write_token_files(documents, Tokenizer(tokenizer), str(out), shard_tokens, force)
+    say(f"{count:,} tokens in {', '.join(names)}")
 
 
-def vocab(*files: str, ranks: int, out: str, field: str = "text") -> None:
+def vocab(*files: str, ranks: int, out: str, field: str = "text", force: bool = False) -> None:
     """Train a vocabulary in the format of Llama 3's tokenizer.model.
 
     Example: llama vocab tales.jsonl --ranks 4096 --out tokenizer.model
@@ -36,9 +44,12 @@ def vocab(*files: str, ranks: int, out: str, field: str = "text") -> None:
         ranks: number of tokens, 257 or more; Llama 3's 256 special tokens are added to them.
         out: the file to write.
         field: key of the text in a .jsonl line.
+        force: replace OUT if it exists.
     """
+    from llama.files import check_can_write
     from llama.training.documents import read_documents
     from llama.training.vocabulary import train_vocabulary
 
+    check_can_write(str(out), force)
     train_vocabulary(read_documents(map(str, files), str(field)), ranks, Path(str(out)))
-    print(f"{ranks:,} ranks and 256 special tokens in {out}")
+    say(f"{ranks:,} ranks and 256 special tokens in {out}")

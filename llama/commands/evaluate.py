@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 from llama.commands.flags import as_text
+from llama.terminal_text import say
 
 
 @as_text
@@ -64,6 +65,7 @@ def evaluate(
     limit: float | None = None,
     num_fewshot: int | None = None,
     out: str | None = None,
+    force: bool = False,
     max_seq_len: int | None = None,
     batch_size: int = 4,
     device: str | None = None,
@@ -85,13 +87,17 @@ def evaluate(
         limit: most documents of a task; below 1, the fraction of its documents.
         num_fewshot: examples in front of each question; by default the task's own number.
         out: a file, to which the results are written as JSON.
+        force: replace OUT if it exists.
         max_seq_len: most tokens of prompt and answer together; by default as in Llama.build.
         batch_size: prompts that are computed together.
         device: cuda, mps or cpu; by default the first of these that is available.
         dtype: float32, bfloat16 or float16; by default as in Llama.build.
     """
     from llama.evaluation.harness import evaluate as run
+    from llama.files import check_can_write
 
+    if out is not None:
+        check_can_write(out, force)
     names = tasks.split(",") if isinstance(tasks, str) else list(map(str, tasks))
     table = run(
         names, include_path, limit, num_fewshot, out and str(out), ckpt_dir=ckpt_dir,
@@ -99,4 +105,4 @@ def evaluate(
         device=device, dtype=dtype, adapter=adapter,
     )  # fmt: skip
     if table:
-        print(table)
+        say(table)

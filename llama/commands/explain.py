@@ -5,6 +5,7 @@ from typing import Any
 
 from llama.commands.flags import MODEL, as_text, takes
 from llama.errors import ExplainError
+from llama.terminal_text import say
 
 
 @as_text
@@ -15,6 +16,7 @@ def explain(
     out: str = "explain.html",
     mp: int = 1,
     chat: bool = False,
+    force: bool = False,
     **flags: Any,
 ) -> None:
     """Write a page that follows a prompt through every tensor of the model.
@@ -27,9 +29,10 @@ def explain(
 
     Args:
         prompt: the text, in quotes; - stands for standard input; by default standard input.
-        out: the file to write; a file of this name is replaced.
+        out: the file to write.
         mp: number of ranks for which the page shows which rank has which part of each tensor.
         chat: the text is a user's message, in the model's chat format.
+        force: replace OUT if it exists.
     """
     from llama.commands.terminal import read_input
     from llama.explain.page import write_page
@@ -42,9 +45,9 @@ def explain(
         raise ExplainError("--format is a chat format, which needs --chat")
     if prompt is None and sys.stdin.isatty():
         raise ExplainError("no prompt: give a text in quotes, or pipe one to standard input")
-    check_can_write(out)
+    check_can_write(out, force)
     prompt = read_input() if prompt is None or prompt == "-" else prompt
     llama = Llama.build(**flags, max_batch_size=1)
     text_or_dialog: Any = [{"role": "user", "content": prompt}] if chat else prompt
     size = write_page(llama, text_or_dialog, out, mp)
-    print(f"Written to {out} ({size / 1e6:.1f} MB)", file=sys.stderr)
+    say(f"Written to {out} ({size / 1e6:.1f} MB)", to_stderr=True)

@@ -5,6 +5,7 @@ from typing import Any
 
 from llama.commands.flags import as_text
 from llama.errors import ConfigError
+from llama.terminal_text import say
 
 
 @as_text
@@ -19,6 +20,7 @@ def parity(
     dtype: str | None = None,
     out: str | None = None,
     check: str | None = None,
+    force: bool = False,
 ) -> None:
     """Compare this library, in reference mode, with another implementation (extra [parity]).
 
@@ -42,6 +44,7 @@ def parity(
         out: a file, to which the certificate is written as JSON.
         check: a certificate; the comparison is run again with its settings, and the exit code is 1
             if one of its figures does not hold.
+        force: replace OUT if it exists.
     """
     from llama.commands.parity_tables import check_table, report
     from llama.explain.certificate import (
@@ -57,7 +60,7 @@ def parity(
     if words:
         raise ConfigError(f"unexpected {words[0]!r}: put the prompt in quotes")
     if out is not None:
-        check_can_write(out)
+        check_can_write(out, force)
     flags = dict(prompt=prompt, against=against, max_gen_len=max_gen_len, dtype=dtype)
     settings: dict[str, Any] = {name: value for name, value in flags.items() if value is not None}
     stated = None
@@ -73,11 +76,11 @@ def parity(
         return
     certificate = certify(comparison, ckpt_dir, tokenizer_path, device)
     if stated is None:
-        print(report(certificate))
+        say(report(certificate))
         holds = comparison.holds
     else:
         figures = compare_figures(stated, certificate)
-        print(check_table(stated, certificate, figures))
+        say(check_table(stated, certificate, figures))
         holds = all(figure.holds is not False for figure in figures)
     if out is not None:
         write_certificate(certificate, out)

@@ -23,6 +23,7 @@ from llama.engine.request import Event, Request
 from llama.errors import ConfigError, GenerationError
 from llama.generation import Llama
 from llama.sampling import SamplingParams
+from llama.terminal_text import printable, without_controls
 
 # Flags that go to `Llama.build`. The seed goes there, and not to the SamplingParams of a request.
 # So the same command gives the same texts, but a question that is asked twice in one chat gets two
@@ -36,9 +37,6 @@ BUILD_FLAGS = (
 KEEP_ALIVE_SECONDS = parallel.TIMEOUT.total_seconds() / 5
 
 DIM, YELLOW, MAGENTA = 2, 33, 35  # styles of ECMA-48
-
-# Control characters in generated text are removed, because they could change the terminal's state.
-_CONTROLS = {code: None for code in (*range(32), *range(127, 160)) if chr(code) not in "\t\n"}
 
 
 def read_flags(
@@ -92,7 +90,8 @@ def complete(llama: Llama, prompt: str | None, params: SamplingParams) -> None:
         try:
             with stream(llama, prompt, params) as events:
                 for row, of_row in in_turn(events):
-                    print("\n" * (row > 0), end=dim(prompt, sys.stdout) * sys.stdout.isatty())
+                    shown = dim(without_controls(prompt), sys.stdout) * sys.stdout.isatty()
+                    print("\n" * (row > 0), end=shown)
                     for event in of_row:
                         show(event.text)
                         requests.add(event.request)
@@ -141,13 +140,13 @@ def in_turn(events: Iterator[Event]) -> Iterator[tuple[int, Iterator[Event]]]:
 def show(text: str) -> None:
     """Print a part of a generated text at once, without a newline."""
     if sys.stdout.isatty():
-        text = text.translate(_CONTROLS)
+        text = without_controls(text)
     print(text, end="", flush=True)
 
 
 def note(text: str) -> None:
     """Print a dim line on standard error."""
-    print(dim(text, sys.stderr), file=sys.stderr, flush=True)
+    print(dim(printable(text, keep="\n"), sys.stderr), file=sys.stderr, flush=True)
 
 
 def speed(n_tokens: int, start: float) -> str:

@@ -8,6 +8,7 @@ from itertools import groupby, zip_longest
 
 from llama.commands.terminal import MAGENTA, YELLOW, dim, styled
 from llama.explain.tokens import Span, Token, plain_text, spelled_names
+from llama.terminal_text import printable
 
 WIDTH = 100  # columns, if the output is no terminal
 SIDE = 16  # columns of a side of a comparison, at least
@@ -47,7 +48,7 @@ def notes(tokens: Sequence[Token], special_tokens: Mapping[str, int]) -> Iterato
     )
     for name, first, last in spelled_names(tokens, special_tokens.keys()):
         yield (
-            f"Tokens {first} to {last} spell {_printable(name)} as plain text. The special token "
+            f"Tokens {first} to {last} spell {printable(name)} as plain text. The special token "
             f"is {special_tokens[name]}."
         )
 
@@ -128,7 +129,7 @@ def _cell(token: Token) -> str:
     """A special token's name, or the bytes: text in quotes, and hex if they are not printable, as
     in '\\n'=0A."""
     if token.name is not None:
-        return _printable(token.name)
+        return printable(token.name)
     try:
         text = token.data.decode()
     except UnicodeDecodeError:
@@ -139,7 +140,7 @@ def _cell(token: Token) -> str:
 def _inline(token: Token) -> str:
     """The name or the text without quotes, or hex for bytes that are part of a character."""
     try:
-        return _printable(token.name or token.data.decode())
+        return printable(token.name or token.data.decode())
     except UnicodeDecodeError:
         return _hex(token.data)
 
@@ -150,11 +151,6 @@ def _coloured(shown: str, token: Token) -> str:
 
 def _hex(data: bytes) -> str:
     return data.hex().upper()
-
-
-def _printable(text: str) -> str:
-    """The text with an escape for each character that is not printable."""
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def _columns(text: str) -> int:

@@ -3,6 +3,7 @@
 from typing import Any
 
 from llama.commands.flags import FINETUNING, LORA, PRETRAINING, RUN, as_text, takes, with_defaults
+from llama.terminal_text import say
 
 FINETUNING_RUN = with_defaults(
     RUN, steps="100", learning_rate="0.0001", warmup_steps="10", weight_decay="0.0"
@@ -22,7 +23,7 @@ def train(config: str | None = None, **flags: Any) -> None:
     """
     from llama.commands.train_config import PretrainConfig, pretrain
 
-    print(f"Saved in {pretrain(PretrainConfig.read(config, flags))}")
+    say(f"Saved in {pretrain(PretrainConfig.read(config, flags))}")
 
 
 @as_text
@@ -45,4 +46,4 @@ def finetune(config: str | None = None, **flags: Any) -> None:
     from llama.commands.train_config import FinetuneConfig
     from llama.commands.train_config import finetune as run
 
-    print(f"Saved in {run(FinetuneConfig.read(config, flags))}")
+    say(f"Saved in {run(FinetuneConfig.read(config, flags))}")

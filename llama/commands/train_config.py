@@ -17,6 +17,7 @@ from llama.config import PRESETS, ModelArgs
 from llama.errors import ConfigError, TrainingError
 from llama.fast.gpu.device_weights import narrow
 from llama.model import Transformer
+from llama.terminal_text import say
 from llama.tokenizer import Tokenizer
 from llama.training.adapter_folder import AdapterFolder
 from llama.training.chat_data import DialogLoader, load_dialogs
@@ -29,7 +30,7 @@ from llama.training.loop import (
     shard_model,
 )
 from llama.training.lora import LoraOptions, add_lora, check_base, lora_optimizer
-from llama.training.token_files import DistributedShardedDataLoader
+from llama.training.token_files import DistributedShardedDataLoader, check_vocabulary
 
 log = logging.getLogger("llama")
 
@@ -215,12 +216,14 @@ def pretrain(config: PretrainConfig) -> Path:
     args.max_seq_len = config.seq_len
     args.check()
     rank, ranks = parallel.dp_rank(), parallel.dp_size()
-    loader = DistributedShardedDataLoader(config.data, config.batch, config.seq_len, rank, ranks)
-    eval_loader = None
-    if config.eval_data is not None:
-        eval_loader = DistributedShardedDataLoader(
-            config.eval_data, config.batch, config.seq_len, rank, ranks
-        )
+
+    def load(pattern: str) -> DistributedShardedDataLoader:
+        loader = DistributedShardedDataLoader(pattern, config.batch, config.seq_len, rank, ranks)
+        check_vocabulary(loader.files, tokenizer)
+        return loader
+
+    loader = load(config.data)
+    eval_loader = None if config.eval_data is None else load(config.eval_data)
     torch.manual_seed(config.seed)
     with device:
         model = Transformer(args)
@@ -244,6 +247,22 @@ def finetune(config: FinetuneConfig) -> Path:
     assert tokenizer is not None
     if lora is not None:
         check_base(setup.opened.args, setup.quantize)
+    pad = max(tokenizer.eos_id, 0)  # any id will do: padding has no loss
+
+    def load(path: str) -> DialogLoader:
+        data = load_dialogs(path, tokenizer.chat_format(), config.seq_len + 1)
+        if parallel.is_main_rank() and data.cut + data.dropped:
+            say(
+                f"{path}: {data.cut} dialogs cut after an answer and {data.dropped} dropped, to "
+                f"fit into {config.seq_len} tokens"
+            )
+        rank, ranks = parallel.dp_rank(), parallel.dp_size()
+        sizes = (config.batch, config.seq_len, rank, ranks)
+        return DialogLoader(data.examples, pad, *sizes, seed=config.seed)
+
+    # The data is read before the weights, so that a mistake in it is told at once.
+    loader = load(config.data)
+    eval_loader = None if config.eval_data is None else load(config.eval_data)
     with parallel.failing_together(device):
         model = load_model(setup)
     stored = None
@@ -252,26 +271,13 @@ def finetune(config: FinetuneConfig) -> Path:
             narrow(model, setup.quantize, device)
         add_lora(model, lora, config.seed)
         stored = AdapterFolder(lora, config.ckpt_dir)
-    pad = max(tokenizer.eos_id, 0)  # any id will do: padding has no loss
-
-    def load(path: str) -> DialogLoader:
-        data = load_dialogs(path, tokenizer.chat_format(), config.seq_len + 1)
-        if parallel.is_main_rank() and data.cut + data.dropped:
-            print(
-                f"{path}: {data.cut} dialogs cut after an answer and {data.dropped} dropped, to "
-                f"fit into {config.seq_len} tokens"
-            )
-        rank, ranks = parallel.dp_rank(), parallel.dp_size()
-        sizes = (config.batch, config.seq_len, rank, ranks)
-        return DialogLoader(data.examples, pad, *sizes, seed=config.seed)
-
-    eval_loader = None if config.eval_data is None else load(config.eval_data)
-    return _run(config, model, tokenizer, load(config.data), eval_loader, stored)
+    return _run(config, model, tokenizer, loader, eval_loader, stored)
 
 
 def _start(config: RunConfig) -> torch.device:
-    """Make the groups of ranks, and return this rank's device."""
+    """Check the options, make the groups of ranks, and return this rank's device."""
     device = parallel.local_device(config.device)
+    config.options(device)  # raises now for wrong options, before anything is loaded or written
     parallel.initialize(config.model_parallel_size, device)
     return device
 
@@ -316,7 +322,10 @@ def _run(
         stored,
     )
     if trainer.resume() and parallel.is_main_rank():
-        print(f"Continuing after step {trainer.step} of {config.out_dir}")
+        if trainer.step < config.steps:
+            say(f"Continuing after step {trainer.step} of {config.out_dir}")
+        else:
+            say(f"{config.out_dir} is finished at step {trainer.step}: more need larger --steps")
     try:
         trainer.run()
     finally:

@@ -31,7 +31,7 @@ def check_prompt(
     row: the prompt's number, for the message.
     """
     params.check_vocabulary(vocab_size)
-    if isinstance(prompt_tokens, str) or not isinstance(prompt_tokens, Sequence):
+    if isinstance(prompt_tokens, str | bytes) or not isinstance(prompt_tokens, Sequence):
         raise GenerationError(f"prompt {row} is {prompt_tokens!r}, not a list of token ids")
     if not prompt_tokens:
         raise GenerationError(f"prompt {row} is empty: it needs at least one token")

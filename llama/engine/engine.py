@@ -100,13 +100,13 @@ class Engine:
                 # The lookahead feeds tokens that are still on the GPU. Other ranks lack them.
                 if not lookup and parallel.mp_size() == 1:
                     self._lookahead = Lookahead(self._static)
-        self._worker = Worker(networks, self._static, adapters)
+        self.worker = Worker(networks, self._static, adapters)
         self.adapters = adapters or RowAdapters({})
         self._choose = TokenChooser(n_words, sampler)
         self._proposer: Proposer | None = None
         if draft is not None or lookup:
             sizes = max_seq_len, prefill_chunk, n_words
-            self._proposer = Proposer(self._worker.run, *sizes, has_draft=draft is not None)
+            self._proposer = Proposer(self.worker.run, *sizes, has_draft=draft is not None)
         # The most tokens that an idle row may keep. The last positions stay free, because a decode
         # step for other rows writes padding to idle rows too, after their kept tokens.
         self._kept = max_seq_len - 1 - (MAX_PROPOSALS if self._proposer else 0)
@@ -120,7 +120,7 @@ class Engine:
     @property
     def cache(self) -> KVCache:
         """Keys and values of all slots."""
-        return self._worker.cache
+        return self.worker.cache
 
     @property
     def has_work(self) -> bool:
@@ -170,7 +170,7 @@ class Engine:
             prompt, params, row, is_private, is_exact, generator, stop_tokens_of(params, words),
             min(wanted, room), stream, self.adapters.number(params.adapter),
         )  # fmt: skip
-        if not self.has_work and self._worker.renew_caches():
+        if not self.has_work and self.worker.renew_caches():
             for slot in self._slots:
                 slot.cut(0)
         self._submitted += 1
@@ -217,23 +217,24 @@ class Engine:
             with ending(group, self.model, events, self._release):
                 events += self._decode(group)
         if not decoding and budget == self.prefill_chunk:
-            self._worker.run(Plan(Action.NOTHING))  # so that the waiting ranks do not time out
+            self.worker.run(Plan(Action.NOTHING))  # so that the waiting ranks do not time out
         return events
 
     def _next_to_prefill(self) -> Slot | None:
         """The slot whose prompt is being prefilled. If there is none, the next request is admitted
         to a free slot, and that slot is returned. None if nothing waits or no slot is free."""
-        if self._prefilling is None and self._waiting:
-            free = [slot for slot in self._slots if slot.request is None]
-            if free:
-                self._prefilling = self._admit(self._waiting.popleft(), free)
+        free = [slot for slot in self._slots if slot.request is None]
+        if self._prefilling is None and self._waiting and free:
+            self._prefilling = self._admit(self._waiting.popleft(), free)
         return self._prefilling
 
     def _admit(self, request: Request, free: list[Slot]) -> Slot:
         """Give the request a free slot. A prefix that it reuses from another slot is copied."""
         slot, source, n_reused = choose_slot(request, self._slots, free)
         if slot is not source:
-            self._worker.run(Plan(Action.COPY, slot.index, source.index, n_reused))
+            self.worker.run(Plan(Action.COPY, slot.index, source.index, n_reused))
+        if slot.may_hold_nan:
+            self.worker.run(Plan(Action.CLEAR, slot.index, n_keys=n_reused))
         slot.admit(request, n_reused, min(source.n_in_draft_cache, n_reused))
         return slot
 
@@ -256,16 +257,17 @@ class Engine:
                 Action.FORWARD, slot.index, n_keys=end, wanted=wanted, is_exact=request.is_exact,
                 start_pos=[start], tokens=[prompt[start:end]], adapters=[request.adapter],
             )  # fmt: skip
-            logits = self._worker.run(plan)
+            logits = self.worker.run(plan)
             slot.tokens = prompt[:end]
         if scores_prompt:
             request.score_prompt(logits, prompt[start + 1 : end + 1])
-        if not is_last:
+        if not is_last and request.error is None:
             return end - start, None
         self._prefilling = None
-        if request.max_gen_len == 0:
+        if request.error is not None or request.max_gen_len == 0:
+            event = request.end("error" if request.error else "length")
             self._release(slot)
-            return end - start, request.end("length")
+            return end - start, event
         assert logits is not None
         return end - start, self._next_tokens([slot], logits[:, -1])[0]
 
@@ -292,7 +294,7 @@ class Engine:
             is_exact = decoding[0].running.is_exact
             adapters = [slot.running.adapter if slot in fed else 0 for slot in rows]
             plan = Plan.decode(first, start_pos, tokens, is_exact, adapters)
-            logits = self._worker.run(plan)
+            logits = self.worker.run(plan)
         assert logits is not None
         events: list[Event] = []
         for at in range(seqlen):
@@ -330,10 +332,7 @@ class Engine:
         return events
 
     def _release(self, slot: Slot) -> None:
-        request = slot.running
-        slot.request = None
-        slot.last_used = self._steps
-        slot.cut(0 if request.is_private else self._kept)
+        slot.release(self._steps, self._kept)
         if slot is self._prefilling:
             self._prefilling = None
 
@@ -344,8 +343,8 @@ class Engine:
         Every rank has submitted the same requests. The first rank runs them, so the other ranks
         clear their queues."""
         self._waiting.clear()
-        self._worker.follow()
+        self.worker.follow()
 
     def dismiss(self, failed: bool = False) -> None:
         """On the first rank: end `follow` on the others, with a ParallelError there if `failed`."""
-        self._worker.dismiss(failed)
+        self.worker.dismiss(failed)

@@ -16,8 +16,9 @@ class Action(IntEnum):
     NOTHING = 0
     FORWARD = 1
     COPY = 2  # copy the first positions of one cache row to another row
-    DONE = 3
-    FAILED = 4
+    CLEAR = 3  # set the positions of one cache row to zero, from `n_keys` on
+    DONE = 4
+    FAILED = 5
 
 
 class Wanted(IntEnum):

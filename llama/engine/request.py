@@ -10,7 +10,7 @@ from torch import Tensor
 
 from llama import parallel, sampling
 from llama.engine.text_stream import TextStream
-from llama.errors import ParallelError, TokenizerError
+from llama.errors import GenerationError, ParallelError, TokenizerError
 from llama.sampling import SamplingParams
 
 FinishReason = Literal["stop", "length", "cancelled", "error"]
@@ -71,14 +71,17 @@ class Request:
         """Score the prompt's next tokens, `targets`.
 
         logits (1, S, V): those at index i predict targets[i]. None: the prompt has only one token,
-        and no logits predict it."""
+        and no logits predict it. If they are not finite, `error` is set."""
         if not self.prompt_logprobs:  # no logits predict the first token
             self.prompt_logprobs, self.prompt_is_greedy = [0.0], [False]
             self.prompt_top_logprobs = [[]] if self.params.logprobs is not None else []
         if logits is None:
             return
         scored, ids = logits[0, : len(targets)], torch.tensor(targets, device=logits.device)
-        self.prompt_logprobs += sampling.logprob_of(scored, ids).tolist()
+        logprobs = sampling.logprob_of(scored, ids)
+        if logprobs.isnan().any():
+            self.error = GenerationError("the logits of the prompt's tokens are not finite")
+        self.prompt_logprobs += logprobs.tolist()
         self.prompt_is_greedy += (scored.argmax(dim=-1) == ids).tolist()
         if self.params.logprobs is not None:
             top = (sampling.top_logprobs(row, self.params.logprobs) for row in scored)

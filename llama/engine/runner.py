@@ -186,20 +186,15 @@ class Runner:
             self._generator = torch.Generator(device).manual_seed(self._seed)
         is_alone = len(prompts) * params.n == 1 and not self.engine.has_work
         generator = self._generator if is_alone and params.seed is None else None
+        for row, prompt in enumerate(prompts):  # none is submitted if one is wrong
+            self.engine.check(prompt, params, row)
         requests: list[Request] = []
-        try:
-            for prompt, continued in zip(
-                prompts, is_continued or [False] * len(prompts), strict=True
-            ):
-                for sample in params.samples():
-                    request = self.engine.submit(
-                        prompt, sample, len(requests), generator, is_private, is_exact, continued
-                    )
-                    requests.append(request)
-        except GenerationError:
-            for request in requests:
-                self.engine.cancel(request)
-            raise
+        for prompt, continued in zip(prompts, is_continued or [False] * len(prompts), strict=True):
+            for sample in params.samples():
+                request = self.engine.submit(
+                    prompt, sample, len(requests), generator, is_private, is_exact, continued
+                )
+                requests.append(request)
         return requests
 
     def _is_exact(self, prompts: Sequence[Sequence[int]], params: SamplingParams) -> bool:

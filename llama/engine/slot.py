@@ -15,6 +15,9 @@ class Slot:
     request: Request | None = None
     adapter: int = 0  # the number of the adapter that the keys and values belong to; 0: none
     last_used: int = 0
+    # Whether the keys and values may be NaN, because the last request failed or was cancelled.
+    # A NaN does harm even where the mask hides it, because 0 * NaN is NaN.
+    may_hold_nan: bool = False
     n_in_draft_cache: int = 0  # how many of the tokens the draft model's cache holds too
     lookup: Lookup | None = None  # made with the request's first proposals
     proposals: Proposals = field(default_factory=Proposals)
@@ -46,8 +49,14 @@ class Slot:
         """Take a request. The row holds the first `reused` tokens of its prompt already."""
         self.request, self.tokens = request, request.prompt_tokens[:reused]
         self.adapter = request.adapter
-        request.n_reused = reused
+        request.n_reused, self.may_hold_nan = reused, False
         self.n_in_draft_cache, self.lookup, self.proposals = n_in_draft_cache, None, Proposals()
+
+    def release(self, step: int, kept: int) -> None:
+        """The request has ended. At most `kept` of its tokens stay, for a later request."""
+        request, self.request, self.last_used = self.running, None, step
+        self.may_hold_nan = request.finish_reason not in ("stop", "length")
+        self.cut(0 if request.is_private or request.error is not None else kept)
 
     def cut(self, length: int) -> None:
         """Keep the first `length` tokens only."""

@@ -1,6 +1,7 @@
 """A rank's networks and KV caches, and the plans that it executes on them."""
 
 import contextlib
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -12,6 +13,7 @@ from llama.errors import ParallelError
 from llama.fast.cpu.transformer import FastTransformer
 from llama.fast.gpu.static_step import StaticStep
 from llama.fast.gpu.transformer import GpuTransformer
+from llama.files import MappedFiles
 from llama.model import Transformer
 
 Network = Transformer | FastTransformer | GpuTransformer
@@ -24,6 +26,9 @@ class Worker:
         networks: the model with its cache and, if there is one, the draft model with its cache.
         static: the step of static shapes on a GPU; None: there is none.
         adapters: LoRA changes of the model; None: there are none.
+
+    Attributes:
+        files: the files that weights are mapped from. They are checked before each plan.
     """
 
     def __init__(
@@ -35,6 +40,7 @@ class Worker:
         self._networks = networks
         self._static = static
         self._adapters = adapters
+        self.files: Sequence[MappedFiles] = ()
         self._device = networks[0][0].device
 
     def renew_caches(self) -> bool:
@@ -59,7 +65,12 @@ class Worker:
     # ---- on the first rank ----------------------------------------------------------------------
 
     def run(self, plan: Plan) -> Tensor | None:
-        """Send a plan to the other ranks and execute it here. Returns what `execute` returns."""
+        """Send a plan to the other ranks and execute it here. Returns what `execute` returns.
+
+        Raises CheckpointError if a file that weights are mapped from was changed.
+        """
+        for files in self.files:
+            files.check()
         plan.send(self._device)
         return self.execute(plan)
 
@@ -85,6 +96,9 @@ class Worker:
         if plan.action is Action.COPY:
             for _, cache in self._networks:
                 cache.copy_row(plan.source, plan.row, plan.n_keys)
+        if plan.action is Action.CLEAR:
+            for _, cache in self._networks:
+                cache.clear_row(plan.row, plan.n_keys)
         if plan.action is not Action.FORWARD:
             return None
         model, cache = self._networks[plan.is_draft]

@@ -22,6 +22,7 @@ from llama.generation import Llama
 from llama.sampling import SamplingParams
 
 try:
+    import lm_eval.evaluator
     import lm_eval.models  # registers the harness's own models; ours is added below
     from datasets.exceptions import DatasetsError
     from lm_eval.api.model import TemplateLM
@@ -40,6 +41,10 @@ except ImportError as error:
     ) from error
 
 log = logging.getLogger("llama")
+
+# The harness asks git for the commit of the current folder, which is not part of its results here.
+# Outside a repository git would print an error.
+lm_eval.evaluator.get_git_commit_hash = lambda: None
 
 MAX_GEN_LEN = 256  # tokens, if a task sets no limit
 SUBMITTED_AT_ONCE = 256  # prompts

@@ -12,6 +12,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 
 from llama import parallel
 from llama.engine.request import Event, Request
+from llama.errors import LlamaError
 from llama.generation import Llama
 from llama.sampling import SamplingParams
 from llama.server.errors import ApiError
@@ -160,8 +161,11 @@ class Service:
                 while not self._is_ended:
                     self._run_commands()
                     self._deliver(self.llama.engine.step())
-        except Exception:
-            log.exception("the engine has failed")
+        except Exception as error:
+            if isinstance(error, LlamaError):
+                log.error("the engine has failed: %s", error)
+            else:
+                log.exception("the engine has failed")
             self.is_alive = False
             failed = ApiError(500, "the engine has failed: the server is ending")
             self._send([(call, failed) for call in set(self._calls.values())])

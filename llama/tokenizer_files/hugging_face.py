@@ -5,14 +5,13 @@ Llama 3's is byte-level BPE. It is converted to tiktoken's ranks, which give the
 encodes text with it. For any other kind the library does everything; see `library.py`.
 """
 
-import json
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from llama.errors import ConfigError, TokenizerError
-from llama.files import read_json
+from llama.files import parse_json, read_json
 from llama.tokenizer_files.library import (
     BYTE_OF_CHARACTER,
     BYTE_PIECE,
@@ -71,8 +70,8 @@ def open_content(
 
 def _parse(data: bytes) -> dict[str, Any]:
     try:
-        file = json.loads(data)
-    except (ValueError, RecursionError) as error:
+        file = parse_json(data)
+    except ValueError as error:
         raise TokenizerError(f"not whole JSON: {error}") from error
     model = file.get("model")
     if not isinstance(model, dict):

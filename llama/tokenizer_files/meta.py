@@ -190,9 +190,10 @@ class SentencePiece:
     ):
         try:
             self.processor = sentencepiece.SentencePieceProcessor(model_proto=data)
-        except RuntimeError:
+            self.n_words = self.processor.vocab_size()
+            self.processor.id_to_piece(list(range(self.n_words)))
+        except (RuntimeError, UnicodeDecodeError):  # a piece, or the error's text, is not UTF-8
             raise TokenizerError(f"{path}: not a whole SentencePiece model") from None
-        self.n_words = self.processor.vocab_size()
         self.bos_id = self.processor.bos_id()
         self.eos_id = self.processor.eos_id()
         if min(self.bos_id, self.eos_id) < 0:

@@ -4,13 +4,16 @@ A checkpoint is written to a folder `partial_…`, which becomes `step_…` when
 written. So every folder `step_…` is complete. A kill or a full disk does not harm older ones.
 """
 
+import contextlib
 import shutil
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
+from filelock import FileLock
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -21,7 +24,7 @@ from llama.checkpoints.beside_weights import files_of_gguf
 from llama.checkpoints.folder import run_checkpoints
 from llama.checkpoints.params import write_params
 from llama.errors import CheckpointError, LlamaError, TrainingError
-from llama.files import atomic_file
+from llama.files import atomic_file, lock, unlock
 from llama.gguf_file import is_gguf
 from llama.model import Transformer
 from llama.tokenizer import Tokenizer
@@ -111,12 +114,42 @@ def save(run: Run) -> Path:
         raise TrainingError(f"step {run.step} could not be saved: {caught}") from caught
     if parallel.is_main_rank():
         if final.exists():  # this step was saved before, by this run or another
-            shutil.rmtree(final)
+            _remove(final)
         partial.rename(final)
         for old in run_checkpoints(run.out_dir)[: -run.keep]:
-            shutil.rmtree(old)
+            _remove(old)
     _wait_for_all()
     return final
+
+
+def _remove(folder: Path) -> None:
+    """Delete a checkpoint. Its name goes first, because a kill may leave some of the files."""
+    old = folder.with_name(folder.name.replace("step_", "old_"))
+    folder.rename(old)
+    shutil.rmtree(old)
+
+
+@contextlib.contextmanager
+def only_run_in(out_dir: Path, device: torch.device) -> Iterator[None]:
+    """A block in which no other run writes to the folder. Leftovers of killed runs are removed.
+
+    Raises a LlamaError on every rank if there is another run, or if the folder cannot be written.
+    """
+    held: FileLock | None = None
+    with parallel.failing_together(device):
+        if parallel.is_main_rank():
+            try:
+                out_dir.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise TrainingError(f"cannot write {out_dir}: {error.strerror}") from error
+            held = lock(out_dir / "run")
+            for leftover in (*out_dir.glob("partial_*"), *out_dir.glob("old_*")):
+                shutil.rmtree(leftover)
+    try:
+        yield
+    finally:
+        if held is not None:
+            unlock(held)
 
 
 def _write_tokenizer(source: Path, folder: Path) -> None:

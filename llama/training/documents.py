@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from llama.errors import DataError
-from llama.files import read_records, read_text
+from llama.files import check_can_write, read_records, read_text
 from llama.tokenizer import Tokenizer
 from llama.training.token_files import write_token_file
 
@@ -29,7 +29,11 @@ def read_documents(files: Iterable[str | Path], field: str = "text") -> Iterator
 
 
 def write_token_files(
-    documents: Iterable[str], tokenizer: Tokenizer, pattern: str, shard_tokens: int
+    documents: Iterable[str],
+    tokenizer: Tokenizer,
+    pattern: str,
+    shard_tokens: int,
+    force: bool = False,
 ) -> tuple[list[str], int]:
     """Encode documents, each from bos to eos, and write them as token files.
 
@@ -37,9 +41,10 @@ def write_token_files(
         pattern: a file name with one {}, which the number of the file replaces. A name without {}
             is one file for all tokens.
         shard_tokens: the most tokens of a file, if the name has {}.
+        force: files of these names may be replaced.
 
     Returns the files' names and the number of tokens. Raises DataError for a wrong pattern or
-    limit, and if there are no documents.
+    limit, for a file that exists or cannot be written, and if there are no documents.
     """
     try:
         numbered = pattern.format(0) != pattern.format(1)
@@ -51,13 +56,15 @@ def write_token_files(
         )
     if shard_tokens < 1:
         raise DataError(f"shard_tokens is {shard_tokens}: it must be 1 or more")
+    check_can_write(pattern.format(0), force)
+    fingerprint = tokenizer.fingerprint()
     names: list[str] = []
     pending = np.zeros(0, dtype=np.uint32)
     count = 0
 
     def write(tokens: np.ndarray) -> None:
         names.append(pattern.format(len(names)))
-        write_token_file(names[-1], tokens)
+        write_token_file(names[-1], tokens, fingerprint)
 
     for document in documents:
         tokens = np.array(tokenizer.encode(document, bos=True, eos=True), dtype=np.uint32)

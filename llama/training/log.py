@@ -10,6 +10,7 @@ from tqdm import tqdm
 from llama import parallel
 from llama.generation import Llama
 from llama.tensorboard_files import summary_writer
+from llama.terminal_text import without_controls
 from llama.tokenizer import Tokenizer
 from llama.training.loop import StepReport, Trainer
 
@@ -48,13 +49,16 @@ class TrainingLog:
         if self.sample_every and report.step % self.sample_every == 0:
             for prompt, text in zip(self.prompts, self.samples(trainer), strict=True):
                 if parallel.is_main_rank():
-                    tqdm.write(f"step {report.step}: {prompt}{text}\n")
+                    tqdm.write(without_controls(f"step {report.step}: {prompt}{text}\n"))
                     if self.writer is not None:
                         self.writer.add_text(prompt, text, report.step)
 
     def _show(self, trainer: Trainer, report: StepReport) -> None:
         if self.bar is None:
             self.bar = tqdm(total=trainer.options.steps, initial=report.step - 1, unit="step")
+            # The bar is made after the first step, whose seconds belong to the rate it shows.
+            self.bar.start_t -= report.seconds
+            self.bar.last_print_t -= report.seconds
         speed = self.tokens_per_step / report.seconds
         self.bar.update(report.step - self.bar.n)
         self.bar.set_postfix_str(f"loss {report.loss:.3f}, {speed:,.0f} tokens/s")

@@ -145,8 +145,13 @@ class Trainer:
     def run(self) -> list[float]:
         """Train to the last step. Returns the loss of each step of this call, in nats a token.
 
-        Raises what `train_step` and `save` raise.
+        Raises what `train_step` and `save` raise, and DataError if another process is running in
+        `out_dir`.
         """
+        with checkpoint.only_run_in(self.out_dir, self.device):
+            return self._train()
+
+    def _train(self) -> list[float]:
         losses = []
         while self.step < self.options.steps:
             start = time.perf_counter()

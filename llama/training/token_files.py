@@ -1,4 +1,8 @@
-"""Token files for training: a header of 256 int32 (magic, version, count), then uint32 tokens."""
+"""Token files for training: a header of 256 int32, then uint32 tokens.
+
+The header has magic, version, count of the tokens, and the fingerprint of the vocabulary. The other
+numbers are 0. So is the fingerprint in files of other programs.
+"""
 
 import glob
 from collections.abc import Iterable
@@ -11,6 +15,7 @@ from torch import Tensor
 
 from llama.errors import DataError
 from llama.files import atomic_file
+from llama.tokenizer import Tokenizer
 
 MAGIC = 20240801
 VERSION = 7
@@ -20,8 +25,12 @@ HEADER_BYTES = 256 * 4
 IGNORED = -100  # a target that has no loss
 
 
-def write_token_file(path: str | Path, tokens: Iterable[int] | np.ndarray) -> int:
+def write_token_file(
+    path: str | Path, tokens: Iterable[int] | np.ndarray, fingerprint: int = 0
+) -> int:
     """Write one token file, atomically. Returns the number of tokens.
+
+    fingerprint: `Tokenizer.fingerprint()`; 0: the vocabulary is unknown.
 
     Raises DataError for an id below 0 or above 2**32 - 1, for more than 2**31 - 1 tokens, and if
     the file cannot be written.
@@ -36,6 +45,7 @@ def write_token_file(path: str | Path, tokens: Iterable[int] | np.ndarray) -> in
         )
     header = np.zeros(HEADER[1], dtype=HEADER[0])
     header[:3] = MAGIC, VERSION, array.size
+    header[3:4].view("<u4")[0] = fingerprint
     with atomic_file(path) as file:
         file.write(header.tobytes())
         file.write(array.astype(TOKEN).tobytes())
@@ -72,6 +82,19 @@ def read_token_file(path: str | Path) -> np.ndarray:
     if count == 0:
         return np.zeros(0, dtype=TOKEN)
     return np.memmap(path, dtype=TOKEN, mode="r", offset=HEADER_BYTES)
+
+
+def check_vocabulary(paths: Iterable[str | Path], tokenizer: Tokenizer) -> None:
+    """Raise DataError if one of the token files, which `read_token_file` accepts, has the
+    fingerprint of another vocabulary than the tokenizer's."""
+    expected = tokenizer.fingerprint()
+    for path in paths:
+        with Path(path).open("rb") as file:
+            found = np.frombuffer(file.read(HEADER_BYTES), dtype=TOKEN)[3]
+        if found not in (0, expected):
+            raise DataError(
+                f"{path} was written with another vocabulary than that of {tokenizer.model_path}"
+            )
 
 
 class Loader(Protocol):

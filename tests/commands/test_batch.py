@@ -17,9 +17,10 @@ from make_checkpoint import demo_pieces, make_checkpoint, write_tokenizer
 
 from llama import Llama
 from llama.__main__ import main
-from llama.commands.batch_files import BatchFiles, Part
+from llama.commands.batch_files import Part
 from llama.commands.batch_run import Task, _progress_bar, _run_tasks, run_batch
 from llama.errors import DataError, LlamaError
+from llama.files import lock, unlock
 
 OPTIONS = {"temperature": 0.8, "max_gen_len": 12}
 DIALOG = [{"role": "user", "content": "what is the word?"}]
@@ -195,7 +196,7 @@ def test_the_window_bounds_what_is_read_ahead(tmp_path: Path, ckpt_dir: str) -> 
             yield Task(llama, i, json.dumps({"prompt": f"word {i}"}).encode(), OPTIONS, 1)
 
     with _progress_bar(bytearray(30), 0, 1) as bar:
-        assert _run_tasks(llama, tasks(), Part(out), 5, bar) == 0
+        assert _run_tasks(llama, tasks(), Part(out, None), 5, bar) == 0
     assert [result["index"] for result in read_results(tmp_path)] == list(range(30))
 
 
@@ -280,10 +281,10 @@ def test_another_job_is_refused(batch: Batch, tmp_path: Path) -> None:
 
 def test_two_runs_at_a_time_are_refused(batch: Batch, tmp_path: Path) -> None:
     batch([{"prompt": "a"}])
-    part = BatchFiles(str(tmp_path / "in.jsonl"), str(tmp_path / "out.jsonl")).open_part(0, 1)
+    held = lock(tmp_path / "out.jsonl")
     with pytest.raises(DataError, match="another run is writing"):
         batch()
-    part.close()
+    unlock(held)
     assert batch() == (1, 0)
     names = {path.name for path in tmp_path.iterdir()}
     assert names == {"in.jsonl", "out.jsonl", "out.jsonl.job.json"}  # no lock is left

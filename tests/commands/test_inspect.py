@@ -9,54 +9,27 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from llama import Llama
-from llama.__main__ import main
 from llama.checkpoints.folder import BUNDLED
 
 Run = Callable[..., str]
 
 
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    """Run `llama inspect` in this process. Returns its standard output."""
-
-    def run(*arguments: object) -> str:
-        monkeypatch.setattr(sys, "argv", ["llama", "inspect", *map(str, arguments)])
-        main()
-        return capsys.readouterr().out
-
-    return run
-
-
-@pytest.fixture
-def fail(run: Run, capsys: pytest.CaptureFixture[str]) -> Run:
-    """Run a command line that must end with exit code 2. Returns its only error line."""
-
-    def fail(*arguments: object) -> str:
-        with pytest.raises(SystemExit) as exit_:
-            run(*arguments)
-        assert exit_.value.code == 2
-        (line,) = capsys.readouterr().err.splitlines()
-        return line
-
-    return fail
-
-
 def test_a_tied_matrix_counts_once(run: Run) -> None:
     total = sum(weight.numel() for weight in Llama.build().model.parameters())
-    printed = run()
+    printed = run("inspect")
     assert f"bundled: {total:,} parameters" in printed
     assert "is tok_embeddings" in printed
 
 
 def test_the_tree_follows_the_table(run: Run) -> None:
-    table, tree = run("llama-3.1-70b", "--mp", 8, "--tree").split("\n\nTransformer(\n")
-    assert table + "\n" == run("llama-3.1-70b", "--mp", 8)
+    table, tree = run("inspect", "llama-3.1-70b", "--mp", 8, "--tree").split("\n\nTransformer(\n")
+    assert table + "\n" == run("inspect", "llama-3.1-70b", "--mp", 8)
     assert tree.startswith("  70,553,706,496 parameters, 8,820,367,360 a rank\n")
     assert "(0-79): 80 x TransformerBlock(" in tree
 
 
 def test_the_graph_of_a_folder(run: Run, tmp_path: Path) -> None:
-    printed = run(BUNDLED, "--tensorboard", tmp_path / "graph")
+    printed = run("inspect", BUNDLED, "--tensorboard", tmp_path / "graph")
     assert f"tensorboard --logdir {tmp_path / 'graph'}" in printed
     events = EventAccumulator(str(tmp_path / "graph"))
     events.Reload()
@@ -69,16 +42,16 @@ def test_a_graph_that_cannot_be_written(
 ) -> None:
     file = tmp_path / "file"
     file.touch()
-    assert fail("--tensorboard", file) == f"error: cannot write {file}: File exists"
+    assert fail("inspect", "--tensorboard", file) == f"error: cannot write {file}: File exists"
     monkeypatch.setitem(sys.modules, "tensorboard.compat.proto.event_pb2", None)
     message = "error: TensorBoard is missing: pip install 'llama-reference[train]'"
-    assert fail("--tensorboard", tmp_path / "new") == message
+    assert fail("inspect", "--tensorboard", tmp_path / "new") == message
 
 
 def test_more_layers_than_can_be_drawn(run: Run, fail: Run, tmp_path: Path) -> None:
     params = json.loads((BUNDLED / "params.json").read_text()) | {"n_layers": 10**9}
     (tmp_path / "params.json").write_text(json.dumps(params))
-    assert "1000000000 layers" in run(tmp_path)
+    assert "1000000000 layers" in run("inspect", tmp_path)
     for flag in (["--tree"], ["--tensorboard", tmp_path / "new"]):
         message = "error: n_layers is 1000000000: at most 1000 can be drawn"
-        assert fail(tmp_path, *flag) == message
+        assert fail("inspect", tmp_path, *flag) == message

@@ -148,13 +148,13 @@ def test_rows_in_use_lie_together(model: Transformer, monkeypatch: pytest.Monkey
     least recently used slots lie at both ends after the first request."""
     engine = Engine(model, 32, MAX_SEQ_LEN)
     n_rows = []
-    run = engine._worker.run
+    run = engine.worker.run
 
     def spy(plan: Any) -> Any:
         n_rows.append(len(plan.tokens))
         return run(plan)
 
-    monkeypatch.setattr(engine._worker, "run", spy)
+    monkeypatch.setattr(engine.worker, "run", spy)
     params = SamplingParams(temperature=0, max_gen_len=4)
     for seed, n_requests in enumerate((1, 8, 8, 8, 8)):
         for prompt in random_prompts(n_requests, seed=seed):  # no prefix is reused

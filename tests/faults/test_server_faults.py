@@ -19,7 +19,7 @@ Part = Callable[[httpx.AsyncClient], Awaitable[Any]]
 
 @pytest.fixture(scope="module")
 def url() -> Iterator[str]:
-    flags = ["--max_seq_len", "256", "--max_waiting", "64"]
+    flags = ["--max_seq_len", "256", "--max_waiting", "16"]
     with server("llama/bundled", 8, flags) as served:
         yield served.url
 
@@ -55,7 +55,7 @@ def test_slow_sockets(trials: Trials, url: str) -> None:
 @pytest.mark.fault(19)
 def test_full_queue(trials: Trials, url: str) -> None:
     for _ in range(trials.number(few=1, all=5)):
-        with trials.trial("200 calls, 72 of which fit"):
+        with trials.trial("200 calls, 24 of which fit"):
             face(url, lambda client: face_overflow(client, 200))
 
 

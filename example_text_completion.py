@@ -30,7 +30,7 @@ window => ventana
 good night => buenas noches
 library =>""",
 ]
-# The small model that comes with the package has read nothing but fairy tales.
+# The small model that comes with the package has read nothing but tales.
 TALES = [
     "Once upon a time there was a king who had three sons.",
     "The fox looked up at the bird and said:",

@@ -238,8 +238,8 @@ def card(corpus: str, run: str, folder: str, figures: str, hours: float, machine
         corpus: folder of the two files of tales.
         run: the folder of `train`.
         folder: the folder of `export`.
-        figures: file that benchmarks/stories.py wrote; its first model is compared with this one,
-            its last.
+        figures: file that benchmarks/stories.py wrote, of the model before, of this one before
+            `refine`, and of this one.
         hours: duration of the training.
         machine: the machine that trained.
     """
@@ -265,6 +265,8 @@ def card(corpus: str, run: str, folder: str, figures: str, hours: float, machine
         "tokens": f"{batches * BATCH / 1e6:.1f} million",
         "hours": f"{hours:g}",
         "machine": machine,
+        "loops": f"{models[-2]['all']['distinct 4-grams']:.0%}",
+        "distinct": f"{models[-1]['all']['distinct 4-grams']:.0%}",
         "figures": _table(models[0], models[-1]),
         "stories": "\n\n".join(_story(llama, request) for request in REQUESTS),
     }

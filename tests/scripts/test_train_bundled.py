@@ -55,8 +55,10 @@ def test_train_stop_continue_export_open(tmp_path: Path) -> None:
     assert 0 < len(told["tokens"]) <= 8
 
     run("texts", str(tmp_path), str(tmp_path / "texts"))
-    figures = {"all": {"things": 0.5}}
-    (tmp_path / "figures.json").write_text(json.dumps({"models": {"a": figures, "b": figures}}))
+    figures = {"all": {"things": 0.5, "distinct 4-grams": 0.9}}
+    (tmp_path / "figures.json").write_text(
+        json.dumps({"models": {"a": figures, "b": figures, "c": figures}})
+    )
     run("card", str(tmp_path), str(refined), str(folder), str(tmp_path / "figures.json"), "--hours=0.1",
         "--machine=a computer")  # fmt: skip
     card = (folder / "README.md").read_text(encoding="utf-8")

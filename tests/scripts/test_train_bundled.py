@@ -59,8 +59,8 @@ def test_train_stop_continue_export_open(tmp_path: Path) -> None:
     (tmp_path / "figures.json").write_text(
         json.dumps({"models": {"a": figures, "b": figures, "c": figures}})
     )
-    run("card", str(tmp_path), str(refined), str(folder), str(tmp_path / "figures.json"), "--hours=0.1",
-        "--machine=a computer")  # fmt: skip
+    card_of = [str(tmp_path), str(refined), str(folder), str(tmp_path / "figures.json")]
+    run("card", *card_of, "--hours=0.1", "--machine=a computer")
     card = (folder / "README.md").read_text(encoding="utf-8")
     assert "22 steps" in card
     assert "{" not in card

@@ -17,7 +17,7 @@ from llama.sampling import hide_unknown
 
 # About how many numbers the page holds, besides those of attention, at two bytes each. If a trace
 # has more, the page has every n-th feature only.
-MOST_NUMBERS = 1_300_000
+MOST_NUMBERS = 1_500_000
 MOST_ATTENTION = 1_050_000  # weights of all heads together: 32 tokens of Llama 3 8B
 MOST_TOKENS = 256
 N_BINS = 24  # of a histogram

@@ -305,7 +305,7 @@ def test_mistakes_end_before_the_model_is_loaded(
     assert fail(file, out) == f"error: cannot read {file}: No such file or directory\n"
     write_lines(file, [{"prompt": "a"}])
     missing = tmp_path / "missing" / "out.jsonl"
-    assert "cannot write" in fail(file, missing)
+    assert "no such checkpoint folder" in fail(file, missing)
     assert "it is the input" in fail(file, file, "--force")
     assert "temperature is -1" in fail(file, out, "--temperature=-1")
     assert "unknown option --speed" in fail(file, out, "--speed=3")

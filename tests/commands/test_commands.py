@@ -254,6 +254,6 @@ def test_a_short_run_has_a_short_warm_up(
 
 
 def test_the_bundled_model_where_no_folder_is_named(run: Run) -> None:
-    assert "feed-forward 640" in run("inspect")
+    assert "feed-forward 704" in run("inspect")
     assert "all is well" in run("verify")
     assert "all is well" in run("doctor")

@@ -132,7 +132,7 @@ def test_16_a_chat_from_a_pipe_fails_with_its_exit_code(
     with pytest.raises(SystemExit) as exit_:
         main()
     assert exit_.value.code == 2
-    assert "tokens, but max_seq_len is 512" in capsys.readouterr().err
+    assert "tokens, but max_seq_len is 1024" in capsys.readouterr().err
 
 
 def test_17_the_harness_does_not_ask_git(capfd: pytest.CaptureFixture[str]) -> None:

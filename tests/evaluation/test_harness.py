@@ -186,7 +186,7 @@ def test_a_task_of_the_harness(
     assert "limit is 'all'" in fail("tale_choose", *where, "--limit=all")
     assert "num_fewshot is -1" in fail("tale_choose", *where, "--num_fewshot=-1")
     assert "no such folder: " in fail("tale_choose", "--include_path", tasks / "none")
-    assert "no such folder: " in fail("tale_choose", *where, "--out", tasks / "none" / "r.json")
+    assert "there is no folder" in fail("tale_choose", *where, "--out", tasks / "none" / "r.json")
     assert "it is a folder" in fail("tale_choose", *where, "--out", tasks)
     (tasks / "questions.jsonl").unlink()
     assert "cannot read the data" in fail("tale_choose", *where)

@@ -18,7 +18,7 @@ from llama.explain.page import write_page
 from llama.sampling import distribution
 
 # The text has what HTML and JSON could take for markup.
-PROMPT = "Once upon a time there was a fox </script><b>&amp; “so” who said: \\n \U0001f98a"
+PROMPT = "Once upon a time a fox </script><b>&amp; “so”: \\n \U0001f98a"
 
 
 @pytest.fixture(scope="module")
@@ -159,7 +159,7 @@ def test_sampling_is_that_of_the_library(
     want = distribution(traced["output"][0, -1], params, [], []).sort(descending=True).values
     if temperature > 0:
         n_kept = int((want > 0).sum())
-        sentence = "Only the likeliest of 4,352 tokens" if n_kept == 1 else f"{n_kept:,} of 4,352"
+        sentence = "Only the likeliest of 6,400 tokens" if n_kept == 1 else f"{n_kept:,} of 6,400"
         assert page.inner_text("#kept").startswith(sentence)
     rows = page.query_selector_all("#candidates > span:not(.text):not(.bar):not(.line)")
     for row, probability in zip(rows, want.tolist(), strict=False):
@@ -211,13 +211,13 @@ def test_keys_and_controls(page: Any, traced: Trace) -> None:
 
 def test_every_rank_and_exchange_is_drawn(page: Any) -> None:
     text = page.inner_text("#split")
-    assert "9 exchanges" in text
+    assert "13 exchanges" in text
     drawn = page.evaluate("[...document.querySelectorAll('#split text')].map(t => t.textContent)")
     assert {"rank 0", "rank 1", "wq: query heads 0 to 1", "wk, wv: head 1"} <= set(drawn)
     assert sum("all-reduce" in line for line in drawn) == 2
     rows = [row.inner_text() for row in page.query_selector_all("#table tr")]
     (gate,) = (row for row in rows if row.startswith("layers.N.feed_forward.w1"))
-    assert "0: 0–319, 1: 320–639" in gate
+    assert "0: 0–351, 1: 352–703" in gate
 
 
 @pytest.mark.parametrize("width", [360, 390, 1200])
@@ -234,14 +234,14 @@ def test_no_width_makes_the_page_scroll_sideways(
 
 def test_wrong_pages(llama: Llama, tmp_path: Path) -> None:
     path = tmp_path / "explain.html"
-    with pytest.raises(LlamaError, match="300 tokens: for this model the page has room for 256"):
+    with pytest.raises(LlamaError, match="300 tokens: for this model the page has room for 209"):
         write_page(llama, [5] * 300, path)
     with pytest.raises(LlamaError, match="cannot be split over 3 ranks"):
         write_page(llama, PROMPT, path, mp_size=3)
     with pytest.raises(LlamaError, match="cannot write"):
         write_page(llama, PROMPT, tmp_path / "missing" / "explain.html")
     assert not path.exists()
-    assert write_page(llama, [5] * 256, path) < 10_000_000
+    assert write_page(llama, [5] * 209, path) < 10_000_000
 
 
 def page_of_rank(folder: str) -> str:
@@ -262,7 +262,7 @@ def test_a_larger_model_has_every_nth_feature(heads: tuple[int, int], tmp_path: 
     from llama.checkpoints.folder import BUNDLED
 
     torch.manual_seed(1)
-    args = ModelArgs(dim=512, n_layers=8, n_heads=heads[0], n_kv_heads=heads[1], vocab_size=4400,
+    args = ModelArgs(dim=512, n_layers=8, n_heads=heads[0], n_kv_heads=heads[1], vocab_size=6500,
                      max_seq_len=64, max_batch_size=1)  # fmt: skip
     model = Llama(Transformer(args), Tokenizer(BUNDLED / "tokenizer.model"))
     path = tmp_path / "explain.html"

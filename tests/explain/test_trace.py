@@ -173,7 +173,7 @@ def test_a_head_that_is_knocked_out(llama: Llama, traced: Trace) -> None:
 def test_a_pattern_edits_every_layer(llama: Llama) -> None:
     edited = trace(llama, PROMPT, edits={"layers.*.attention.wo": scale(0),
                                          "layers.*.feed_forward.w2": scale(0)})  # fmt: skip
-    assert torch.equal(edited["layers.3"], edited["tok_embeddings"])
+    assert torch.equal(edited["layers.5"], edited["tok_embeddings"])
 
 
 @pytest.mark.parametrize(
@@ -187,7 +187,7 @@ def test_a_pattern_edits_every_layer(llama: Llama) -> None:
         ({"layers.1": replace(torch.zeros(3))}, r"of shape \[3\] cannot replace"),
         ({"layers.1": knock_out(0)}, "knock_out is for"),
         ({"layers.1.attention.heads": knock_out(9)}, "head 9: the layer has heads 0 to 3"),
-        ({"layers.9.attention.heads": knock_out(1)}, "the layers are 0 to 3"),
+        ({"layers.9.attention.heads": knock_out(1)}, "the layers are 0 to 5"),
     ],
 )
 def test_wrong_edits(llama: Llama, edits: dict[str, Any], message: str) -> None:
@@ -201,7 +201,7 @@ def test_wrong_edits(llama: Llama, edits: dict[str, Any], message: str) -> None:
     [
         (PROMPT, {"max_gen_len": 0}, "max_gen_len is 0"),
         (PROMPT, {"max_gen_len": 1000}, "max_seq_len is 64"),
-        ([5000], {}, "token id 5000"),
+        ([7000], {}, "token id 7000"),
         ([], {}, "no tokens"),
         (5, {}, "must be a text, a dialog or a list of token ids"),
         ([1, "fox"], {}, "must be a text, a dialog or a list of token ids"),
@@ -261,7 +261,7 @@ def test_names(traced: Trace) -> None:
     with pytest.raises(LlamaError, match=r"did you mean layers\.1\.attention\.queries"):
         traced["layers.1.attention.querys"]
     assert "layers.1.attention.queries" in traced
-    assert len(traced) == len(list(traced)) == 3 + 1 + 19 * 4
+    assert len(traced) == len(list(traced)) == 3 + 1 + 19 * 6
 
 
 def test_save(traced: Trace, tmp_path: Path) -> None:
@@ -283,14 +283,14 @@ def test_what_a_notebook_shows(llama: Llama, traced: Trace) -> None:
     assert "<td>–</td>" in broken._repr_html_()
     shown = traced._repr_html_()
     assert all(f"<td>{name}</td>" in shown for name in traced)
-    assert shown.count("<details>") == 4
+    assert shown.count("<details>") == 6
     assert f"{traced['layers.1'].max():.3g}" in shown
-    assert repr(traced) == "<Trace of 9 prompt tokens and 5 decode steps, 80 tensors each>"
+    assert repr(traced) == "<Trace of 9 prompt tokens and 5 decode steps, 118 tensors each>"
 
 
 def test_the_logit_lens_ends_with_the_model_itself(llama: Llama, traced: Trace) -> None:
     ids, probs = logit_lens(llama.model, traced, k=4)
-    assert ids.shape == probs.shape == (5, len(traced.tokens), 4)
+    assert ids.shape == probs.shape == (7, len(traced.tokens), 4)
     want = traced["output"][0].softmax(-1).topk(4)
     assert torch.equal(ids[-1], want.indices)
     assert torch.equal(probs[-1], want.values)

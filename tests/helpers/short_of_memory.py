@@ -85,7 +85,7 @@ def raise_error(request: Request) -> None:
 
 
 def loads(kind: str) -> None:
-    for mib in (40, 64, 300):
+    for mib in (64, 100, 300):
         with room(kind, mib * MIB):
             report(f"load with {mib} MiB", lambda: Llama.build(max_batch_size=500))
 

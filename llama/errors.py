@@ -46,17 +46,17 @@ def one_line() -> Iterator[None]:
             time.sleep(RANK_PAUSE)
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-    except Exception as error:
-        if not is_out_of_memory(error):
-            raise
-        print(f"error: {OutOfMemory(f'memory ran out: {error}')}", file=sys.stderr)
-        sys.exit(2)
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         sys.exit(130)
     except BrokenPipeError:  # the reader of our output, such as `head`, has stopped
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes at exit
         sys.exit(141)
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        print(f"error: {OutOfMemory(f'memory ran out: {error}')}", file=sys.stderr)
+        sys.exit(2)
 
 
 class ConfigError(LlamaError):

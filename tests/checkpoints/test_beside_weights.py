@@ -261,7 +261,7 @@ def test_tokenizer_model_from_tokenizer_json(source: Path, written: Path, tmp_pa
 @pytest.mark.parametrize(
     ("name", "changes", "message"),
     [
-        ("<|im_start|>", {}, "its token 4098 is '<|im_start|>', not <|reserved_special_token_0|>"),
+        ("<|im_start|>", {}, "its token 6146 is '<|im_start|>', not <|reserved_special_token_0|>"),
         ("<|reserved_special_token_0|>", {"special": False}, "is not special"),
         ("<|reserved_special_token_250|>", {}, None),  # Llama 3.0 numbers them otherwise
     ],
@@ -306,7 +306,7 @@ def test_files_of_a_hugging_face_folder_are_kept(tmp_path: Path) -> None:
     assert card.endswith((BUNDLED / "README.md").read_text())
     (source / "README.md").write_text("---\nlicense: llama3\n---\n")
     (source / "LICENSE").write_text("a licence")
-    generation = {"eos_token_id": [4105], "temperature": 0.6}
+    generation = {"eos_token_id": [6153], "temperature": 0.6}
     (source / "generation_config.json").write_text(json.dumps(generation))
     again = convert(source, tmp_path / "b", "hf")
     for path in source.rglob("*"):
@@ -395,5 +395,5 @@ def test_infilling_markers_may_be_user_defined(tmp_path: Path) -> None:
 def test_a_tokenizer_of_another_model(tmp_path: Path) -> None:
     source = write_meta(tmp_path / "source", make_model(), 1)
     shutil.copyfile(BUNDLED / "tokenizer.model", source / "tokenizer.model")
-    with pytest.raises(CheckpointError, match="has 4352 tokens, but the model's vocab_size is 640"):
+    with pytest.raises(CheckpointError, match="has 6400 tokens, but the model's vocab_size is 640"):
         convert(source, tmp_path / "hf", "hf")

@@ -384,19 +384,19 @@ def test_the_keys_that_other_programs_read(bundled: Path) -> None:
     values = {key: f.contents() for key, f in gguf.GGUFReader(bundled).fields.items()}
     expected = {
         "general.architecture": "llama", "general.type": "model", "general.name": "tales",
-        "general.size_label": "3.9M", "general.file_type": 0, "general.quantization_version": 2,
-        "llama.block_count": 4, "llama.context_length": 512, "llama.embedding_length": 256,
-        "llama.feed_forward_length": 640, "llama.attention.head_count": 4,
+        "general.size_label": "6.1M", "general.file_type": 0, "general.quantization_version": 2,
+        "llama.block_count": 6, "llama.context_length": 1024, "llama.embedding_length": 256,
+        "llama.feed_forward_length": 704, "llama.attention.head_count": 4,
         "llama.attention.head_count_kv": 2, "llama.rope.dimension_count": 64,
-        "llama.rope.freq_base": 10000.0, "llama.vocab_size": 4352,
+        "llama.rope.freq_base": 10000.0, "llama.vocab_size": 6400,
         "tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": "llama-bpe",
-        "tokenizer.ggml.bos_token_id": 4096, "tokenizer.ggml.eos_token_id": 4097,
-        "tokenizer.ggml.eot_token_id": 4105, "tokenizer.ggml.eom_token_id": 4104,
+        "tokenizer.ggml.bos_token_id": 6144, "tokenizer.ggml.eos_token_id": 6145,
+        "tokenizer.ggml.eot_token_id": 6153, "tokenizer.ggml.eom_token_id": 6152,
         "tokenizer.ggml.add_bos_token": True, "tokenizer.ggml.add_eos_token": False,
     }  # fmt: skip
     assert {key: values.get(key) for key in expected} == expected
     assert "<|start_header_id|>" in values["tokenizer.chat_template"]
-    assert len(values["tokenizer.ggml.tokens"]) == len(values["tokenizer.ggml.token_type"]) == 4352
+    assert len(values["tokenizer.ggml.tokens"]) == len(values["tokenizer.ggml.token_type"]) == 6400
 
 
 # ---- errors -----------------------------------------------------------------------------------

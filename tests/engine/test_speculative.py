@@ -545,12 +545,12 @@ def test_what_cannot_be(options: dict[str, Any], message: str) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (dict(vocab_size=VOCAB + 64), f"vocab_size is {VOCAB + 64}, the model's 4352"),
+        (dict(vocab_size=VOCAB + 64), f"vocab_size is {VOCAB + 64}, the model's 6400"),
         (
-            dict(vocab_size=4352, context_length=200),
-            "max_seq_len 512 is above the model's context, 200",
+            dict(vocab_size=6400, context_length=200),
+            "max_seq_len 1024 is above the model's context, 200",
         ),
-        (dict(vocab_size=4352), "its tokenizer is not the model's"),
+        (dict(vocab_size=6400), "its tokenizer is not the model's"),
     ],
 )
 def test_a_draft_model_that_does_not_fit(

@@ -44,7 +44,9 @@ NOT_RUN = {
     r"python scripts/make_certificates\.py": "rewrites the project's certificates",
 }
 # Commands that start processes or take long run by `make test-slow`.
-IS_SLOW = re.compile(r"torchrun|[|>]|127\.0\.0\.1|llama (serve|finetune|parity|bench)|compare\(")
+IS_SLOW = re.compile(
+    r"torchrun|[|>]|127\.0\.0\.1|llama (serve|finetune|parity|bench)|--adapter sailor|compare\("
+)
 IS_FOLDER = "├──"
 
 

@@ -140,7 +140,7 @@ def test_shards_and_ranks(
 
 
 class Perturbed(LlamaModels):
-    """Meta's model with one bit of one weight flipped: one of the last bits of a bfloat16 number."""
+    """Meta's model with one bit of a weight flipped, one of the last bits of a bfloat16 number."""
 
     name = "layers.2.attention.wk"
     rank = 0

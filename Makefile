@@ -10,7 +10,7 @@ FAULTS := benchmarks/results/faults.json
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-slow test-gpu faults audit lint format clean
+.PHONY: help demo test test-slow test-gpu test-peers faults audit lint format clean
 
 help: ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1|/p' $(MAKEFILE_LIST) | \
@@ -28,6 +28,9 @@ test-slow: $(VENV)/installed-test ## run the tests that take minutes
 
 test-gpu: $(VENV)/installed-test ## run the tests that need a GPU, on this machine's
 	LLAMA_TEST_GPU=1 $(BIN)/python -m pytest -m gpu $(ARGS)
+
+test-peers: $(VENV)/installed-test $(VENV)/installed-bench ## compare with llama.cpp (needs a C++ compiler)
+	$(BIN)/python -m pytest -m llama_cpp $(ARGS)
 
 faults: $(VENV)/installed-test ## try every fault of docs/reliability.md (takes an hour), and count
 	rm -f $(FAULTS)

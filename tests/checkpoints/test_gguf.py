@@ -36,7 +36,8 @@ SHAPES: dict[str, dict[str, Any]] = MODELS | {
 
 def llama_cpp_model(path: Path) -> Any:
     """llama.cpp's model, with keys and values in float32."""
-    llama_cpp = pytest.importorskip("llama_cpp", reason="needs llama-cpp-python")
+    import llama_cpp
+
     return llama_cpp.Llama(
         str(path), n_ctx=512, logits_all=True, verbose=False, type_k=0, type_v=0, flash_attn=False
     )
@@ -90,7 +91,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("name", SHAPES)
-def test_logits_are_those_of_the_folder_and_of_llama_cpp(name: str, tmp_path: Path) -> None:
+def test_logits_are_those_of_the_folder(name: str, tmp_path: Path) -> None:
     source = write_meta(tmp_path / "meta", make_model(**SHAPES[name]), 1)
     path = convert(source, tmp_path / "model.gguf", "gguf")
     opened, before = open_checkpoint(path).args, open_checkpoint(source).args
@@ -106,9 +107,18 @@ def test_logits_are_those_of_the_folder_and_of_llama_cpp(name: str, tmp_path: Pa
         assert getattr(opened, field) == getattr(before, field), field
     logits = logits_of(path)
     assert torch.equal(logits, logits_of(source))
-    torch.testing.assert_close(llama_cpp_logits(path, TOKENS), logits, atol=2e-4, rtol=1e-4)
 
 
+@pytest.mark.llama_cpp
+@pytest.mark.parametrize("name", SHAPES)
+def test_logits_are_those_of_llama_cpp(name: str, tmp_path: Path) -> None:
+    source = write_meta(tmp_path / "meta", make_model(**SHAPES[name]), 1)
+    path = convert(source, tmp_path / "model.gguf", "gguf")
+    logits = llama_cpp_logits(path, TOKENS)
+    torch.testing.assert_close(logits, logits_of(path), atol=2e-4, rtol=1e-4)
+
+
+@pytest.mark.llama_cpp
 def test_the_bundled_model_says_the_same_in_llama_cpp(bundled: Path) -> None:
     prompt = "Once upon a time"
     ours = Llama.build(bundled, dtype="float32")
@@ -120,6 +130,7 @@ def test_the_bundled_model_says_the_same_in_llama_cpp(bundled: Path) -> None:
     assert text == folder.text_completion([prompt], max_gen_len=100, temperature=0)[0]["generation"]
 
 
+@pytest.mark.llama_cpp
 def test_a_dialog_is_written_as_llama_cpp_writes_it(bundled: Path) -> None:
     """By the template in the file, which is run there and only recognized here."""
     ours, theirs = Llama.build(bundled), llama_cpp_model(bundled)
@@ -133,12 +144,14 @@ def test_a_dialog_is_written_as_llama_cpp_writes_it(bundled: Path) -> None:
     assert theirs.input_ids[: len(ids)].tolist() == ids
 
 
+@pytest.mark.llama_cpp
 @pytest.mark.parametrize(
     "width", "Q8_0 Q4_0 Q4_1 Q5_0 Q5_1 Q2_K Q3_K_M Q4_K_M Q5_K_M Q6_K IQ4_NL IQ4_XS".split()
 )
 def test_files_that_llama_cpp_quantizes(width: str, bundled: Path, tmp_path: Path) -> None:
     """llama.cpp rounds activations too, so its logits differ by about a hundredth."""
-    llama_cpp = pytest.importorskip("llama_cpp", reason="needs llama-cpp-python")
+    import llama_cpp
+
     options = llama_cpp.llama_model_quantize_default_params()
     options.ftype = int(gguf.LlamaFileType[f"MOSTLY_{width}"])
     path = tmp_path / f"{width}.gguf"
@@ -364,9 +377,16 @@ def test_a_file_without_a_vocabulary(small: Path, tmp_path: Path) -> None:
     path = convert(source, tmp_path / "a.gguf", "gguf")
     with pytest.raises(CheckpointError, match=r"a.gguf has no tokenizer.model or tokenizer.json"):
         Llama.build(path)
-    assert len(llama_cpp_logits(path, TOKENS)) == 2
     write_tokenizer(tmp_path / "tokenizer.model", demo_pieces())
     assert Llama.build(path).tokenizer.n_words == VOCAB
+
+
+@pytest.mark.llama_cpp
+def test_llama_cpp_opens_a_file_without_a_vocabulary(tmp_path: Path) -> None:
+    source = write_meta(tmp_path / "meta", make_model(n_layers=1), 1)
+    (source / "tokenizer.model").unlink()
+    path = convert(source, tmp_path / "a.gguf", "gguf")
+    assert len(llama_cpp_logits(path, TOKENS)) == 2
 
 
 def test_a_file_replaces_a_file_only_if_told(small: Path, tmp_path: Path) -> None:

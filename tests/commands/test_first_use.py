@@ -136,7 +136,6 @@ def test_16_a_chat_from_a_pipe_fails_with_its_exit_code(
 
 
 def test_17_the_harness_does_not_ask_git(capfd: pytest.CaptureFixture[str]) -> None:
-    pytest.importorskip("lm_eval")
     from lm_eval import evaluator
 
     import llama.evaluation.harness  # noqa: F401

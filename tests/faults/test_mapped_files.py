@@ -93,17 +93,24 @@ def load_after(path: Path, change: Change) -> object:
     return load_model(setup).params.dim
 
 
-@pytest.mark.fault(16)
-def test_a_change_after_loading(folders: Path, trials: Trials) -> None:
+def copy_for(change: Change, folders: Path, layout: str) -> Path:
+    """A copy of the layout's folder, for one change."""
+    return Path(shutil.copytree(folders / layout, folders / f"{layout} {change.__name__}"))
+
+
+def cases_of(call: Callable[[Path, Change], object], folders: Path) -> Cases:
+    """The call with each harmful change of each layout's file, by the change and the file."""
     cases: Cases = {}
     for layout, file in FILES.items():
         for change in HARMFUL:
-            folder = Path(
-                shutil.copytree(folders / layout, folders / f"{layout} {change.__name__}")
-            )
-            cases[f"{change.__name__}: {folder / file}"] = partial(
-                generate_around, folder / file, change
-            )
+            path = copy_for(change, folders, layout) / file
+            cases[f"{change.__name__}: {path}"] = partial(call, path, change)
+    return cases
+
+
+@pytest.mark.fault(16)
+def test_a_change_after_loading(folders: Path, trials: Trials) -> None:
+    cases = cases_of(generate_around, folders)
     for name, (kind, *found) in isolated(cases).items():
         with trials.trial(name):
             path = name.split(": ")[1]
@@ -120,9 +127,7 @@ def test_a_file_that_gets_another_one_in_its_place(folders: Path, trials: Trials
     """The mapped file stays what it was."""
     for layout, file in FILES.items():
         for change in HARMLESS:
-            folder = Path(
-                shutil.copytree(folders / layout, folders / f"{layout} {change.__name__}")
-            )
+            folder = copy_for(change, folders, layout)
             name = f"{change.__name__}: {layout}"
             outcome = isolated({name: partial(generate_around, folder / file, change)})[name]
             with trials.trial(name):
@@ -133,15 +138,7 @@ def test_a_file_that_gets_another_one_in_its_place(folders: Path, trials: Trials
 
 @pytest.mark.fault(16)
 def test_a_change_before_the_weights_are_read(folders: Path, trials: Trials) -> None:
-    cases: Cases = {}
-    for layout, file in FILES.items():
-        for change in HARMFUL:
-            folder = Path(
-                shutil.copytree(folders / layout, folders / f"{layout} {change.__name__}")
-            )
-            cases[f"{change.__name__}: {folder / file}"] = partial(
-                load_after, folder / file, change
-            )
+    cases = cases_of(load_after, folders)
     for name, (kind, *found) in isolated(cases).items():
         with trials.trial(name):
             assert kind == "error"

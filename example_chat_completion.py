@@ -57,15 +57,25 @@ def main(
 ) -> None:
     """Answer four dialogs with an instruction-tuned Llama model.
 
+    Reads:
+        CKPT_DIR: the model. The dialogs are in example_chat_completion.py.
+
+    Writes:
+        Standard output: the dialogs, and the generated texts.
+
+    Examples:
+        python example_chat_completion.py
+        python example_chat_completion.py --ckpt_dir Meta-Llama-3-8B-Instruct/original
+
     Args:
         ckpt_dir: folder with params.json and the consolidated.*.pth shards; by default the small
             model that comes with the package is asked four things it can answer.
         tokenizer_path: tokenizer.model; by default the one in ckpt_dir.
         temperature: randomness of the choice; 0 always takes the likeliest token.
         top_p: choose among the likeliest tokens that together reach this probability.
-        max_seq_len: longest dialog plus answer, in tokens.
-        max_gen_len: longest answer, in tokens; by default up to max_seq_len.
-        max_batch_size: how many dialogs the model has room for at once; there are four.
+        max_seq_len (tokens): longest dialog plus answer.
+        max_gen_len (tokens): longest answer; by default up to max_seq_len.
+        max_batch_size (dialogs): how many dialogs the model has room for at once; there are four.
     """
     dialogs = TALES if ckpt_dir is None else DIALOGS
     generator = Llama.build(

@@ -50,15 +50,25 @@ def main(
 ) -> None:
     """Complete four prompts with a pretrained Llama model.
 
+    Reads:
+        CKPT_DIR: the model. The prompts are in example_text_completion.py.
+
+    Writes:
+        Standard output: the prompts, and the generated texts.
+
+    Examples:
+        python example_text_completion.py
+        python example_text_completion.py --ckpt_dir Meta-Llama-3-8B/original
+
     Args:
         ckpt_dir: folder with params.json and the consolidated.*.pth shards; by default the small
             model that comes with the package continues four beginnings of tales.
         tokenizer_path: tokenizer.model; by default the one in ckpt_dir.
         temperature: randomness of the choice; 0 always takes the likeliest token.
         top_p: choose among the likeliest tokens that together reach this probability.
-        max_seq_len: longest prompt plus answer, in tokens.
-        max_gen_len: longest answer, in tokens.
-        max_batch_size: how many prompts the model has room for at once; there are four.
+        max_seq_len (tokens): longest prompt plus answer.
+        max_gen_len (tokens): longest answer.
+        max_batch_size (prompts): how many prompts the model has room for at once; there are four.
     """
     prompts = TALES if ckpt_dir is None else PROMPTS
     generator = Llama.build(

@@ -7,6 +7,7 @@ import logging
 import sys
 
 from llama.commands.command_line import nearest, run
+from llama.commands.help_page import NAMES, exit_codes
 from llama.errors import LlamaError, one_line
 from llama.terminal_text import PrintableFormatter
 
@@ -37,20 +38,34 @@ COMMANDS: dict[str, tuple[str, str]] = {
 }
 
 
+OVERVIEW = """\
+usage: llama COMMAND …
+
+Run, check, convert, train and measure Meta's Llama text models.
+
+Commands:
+{commands}
+
+llama COMMAND --help shows what a command reads and writes, its arguments and flags, and examples.
+llama --version shows the version.
+
+Names of models, in the order in which they are tried:
+{models}
+Without a name most commands take the bundled model.
+
+Examples:
+  llama chat
+  llama complete "Once upon a time" --max_gen_len 100
+  llama doctor Llama3.2-1B
+
+{exit_codes}"""
+
+
 def overview() -> str:
-    rows = [f"  {name:<12} {text}" for name, (_, text) in COMMANDS.items()]
-    return "\n".join(
-        [
-            "usage: llama COMMAND …",
-            "",
-            "Run, check, convert, train and measure Meta's Llama text models.",
-            "",
-            "Commands:",
-            *rows,
-            "",
-            "llama COMMAND --help shows a command's arguments and flags.",
-            "llama --version shows the version.",
-        ]
+    commands = (f"  {name:<12} {text}" for name, (_, text) in COMMANDS.items())
+    models = (f"  {number}. {text}" for number, text in enumerate(NAMES, start=1))
+    return OVERVIEW.format(
+        commands="\n".join(commands), models="\n".join(models), exit_codes=exit_codes()
     )
 
 

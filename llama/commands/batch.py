@@ -36,31 +36,42 @@ def batch(
 ) -> None:
     """Run a file of prompts and dialogs. After a stop or a kill the same command continues the job.
 
-    Example: llama batch prompts.jsonl results.jsonl --ckpt_dir Llama3.2-1B-Instruct
-
-    A line of INPUT is {"prompt": "…"} or {"messages": [{"role": "user", "content": "…"}]}. It may
-    also have "id" or "custom_id", and any of the sampling options. If the messages end with the
-    beginning of the assistant's answer, "continue_final_message": true continues it.
-
-    A line of OpenAI's Batch API has "custom_id", "method", "url" and "body". It gets a result in
-    the form of that API.
-
-    Each line of INPUT gives one line of OUTPUT, in the same order: index, id, text (or message),
-    finish_reason, generated_tokens … If a line fails, its result has "error" instead of a text, and
-    the exit code is 1. The file OUTPUT.job.json records the input and the options of the job.
-
     A sampling flag is the default for lines that do not have that option. In this command --stop
     is a list: '["…"]'.
+
+    Reads:
+        INPUT: JSON, a prompt or a dialog a line, such as
+            {"prompt": "Once upon a time", "max_gen_len": 50}
+            {"messages": [{"role": "user", "content": "Who are you?"}], "id": "q1"}
+        A line may also have "custom_id", and any of the sampling options. If the messages end with
+        the beginning of the assistant's answer, "continue_final_message": true continues it. A line
+        of OpenAI's Batch API, with "custom_id", "method", "url" and "body", is read too.
+
+    Writes:
+        OUTPUT: a line for each line of INPUT, in the same order, such as
+            {"index": 0, "prompt_tokens": 5, "text": "…", "finish_reason": "stop",
+             "generated_tokens": 12}
+        A dialog gets "message" instead of "text", and a line that failed gets "error". A line of
+        OpenAI's Batch API gets a result in the form of that API.
+        OUTPUT.job.json: the input and the options of the job.
+
+    Examples:
+        llama batch prompts.jsonl results.jsonl --max_gen_len 64
+        llama batch prompts.jsonl answers.jsonl --ckpt_dir Llama3.2-1B-Instruct --temperature 0
+
+    Exit codes:
+        1: a line of INPUT failed
 
     Args:
         input: the JSONL file to read.
         output: the JSONL file to write.
         ckpt_dir: a checkpoint folder, GGUF file or id on the Hub; by default the bundled model.
         tokenizer_path: tokenizer.model or tokenizer.json; by default the one in ckpt_dir.
-        max_seq_len: most tokens of prompt and answer together; by default as in Llama.build.
-        max_batch_size: lines that are computed together.
-        model_parallel_size: ranks that share a model; if torchrun started more, the lines are
-            divided among several models; by default all ranks share one model.
+        max_seq_len (tokens): most tokens of prompt and answer together; by default as in
+            Llama.build.
+        max_batch_size (lines): lines that are computed together.
+        model_parallel_size (ranks): ranks that share a model; if torchrun started more, the lines
+            are divided among several models; by default all ranks share one model.
         seed: a line without a seed gets one that is computed from this number and its index.
         mode: fast or reference.
         quantize: round the weights to int8 or int4, on a newer GPU also fp8; mode fast; by default

@@ -24,8 +24,6 @@ def bench(
 ) -> None:
     """Measure how fast a model runs on this machine.
 
-    Example: llama bench Llama3.2-1B --quantize int8
-
     The report has the time of loading, the time until the first token, the speed of prefill and of
     decoding one, four and eight prompts at a time, and the memory used. Memory bandwidth limits
     decoding, so the report compares the bytes that a step reads with the measured bandwidth.
@@ -33,12 +31,24 @@ def bench(
     The figures are medians over rounds. A first round warms up and does not count. Under torchrun
     the ranks share the model.
 
+    Reads:
+        CKPT_DIR: the model. The prompts are random token ids.
+
+    Writes:
+        Standard output: the report.
+        OUT: the same figures as JSON, if the flag is given; "load_s" is the time of loading in
+        seconds.
+
+    Examples:
+        llama bench --rounds 1
+        llama bench --ckpt_dir Llama3.2-1B --quantize int8 --out bench.json
+
     Args:
         ckpt_dir: a checkpoint folder, GGUF file or id on the Hub; by default the bundled model.
         tokenizer_path: tokenizer.model or tokenizer.json; by default the one in ckpt_dir.
-        prefill: tokens of the prompt that is prefilled.
-        decode: tokens decoded for each prompt.
-        rounds: how often everything is measured.
+        prefill (tokens): tokens of the prompt that is prefilled.
+        decode (tokens): tokens decoded for each prompt.
+        rounds (rounds): how often everything is measured.
         mode: fast or reference.
         quantize: round the weights to int8 or int4, on a newer GPU also fp8; mode fast; by default
             as the folder is saved.

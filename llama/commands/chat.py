@@ -13,11 +13,26 @@ from llama.errors import GenerationError
 def chat(model: str | None = None, *words: str, **flags: Any) -> None:
     """Talk with a model. In the chat, /help lists the commands.
 
-    Example: llama chat HuggingFaceTB/SmolLM2-360M-Instruct
-
     A turn computes only its own tokens, because the KV cache keeps the earlier turns. Under
-    torchrun the first rank reads and writes the terminal, and Ctrl-C ends all ranks. Lines from a
-    pipe are answered one after the other; if one of them is wrong, the exit code is 2.
+    torchrun the first rank reads and writes the terminal, and Ctrl-C ends all ranks.
+
+    Reads:
+        Standard input: a message or a command of the chat on each line, such as
+            Tell me a story about a fox and a king.
+            /save dialog.jsonl
+
+    Writes:
+        Standard output: the answers.
+        Standard error: speed, warnings and errors.
+        /save FILE: a line of JSON with the dialog, which `llama finetune` reads.
+
+    Examples:
+        llama chat
+        llama chat HuggingFaceTB/SmolLM2-360M-Instruct --max_seq_len 4096
+
+    Exit codes:
+        2: a mistake in the command or in a file, or in a line from a pipe; one line on standard
+            error says which
 
     Args:
         model: a checkpoint folder, GGUF file or id on the Hub; by default --ckpt_dir.

@@ -30,16 +30,25 @@ def inspect(
 
     With --train it tells the memory of a training step instead, without autocast and FSDP.
 
-    Example: llama inspect llama-3.1-70b --mp 8 --tree
-    Example: llama inspect llama-3.1-8b --train --lora_r 16 --quantize int4
+    Reads:
+        MODEL: its params.json or config.json, or the header of a GGUF file. A line of params.json:
+            {"dim": 2048, "n_layers": 16, "n_heads": 32, "vocab_size": 128256, "norm_eps": 1e-05, …}
+
+    Writes:
+        Standard output: a table of the modules, and the sizes.
+        TENSORBOARD: a folder with an event file, if the flag is given.
+
+    Examples:
+        llama inspect llama-3.1-70b --mp 8 --tree
+        llama inspect llama-3.1-8b --train --lora_r 16 --quantize int4
 
     Args:
         model: a published model (llama-2-7b, llama-3-8b, llama-3.1-405b, llama-3.2-1b, …) or a
             checkpoint folder or GGUF file, whose weights are not loaded; by default the bundled
             model.
-        mp: ranks that share the model.
-        max_seq_len: most tokens in a row of the KV cache; by default the model's context.
-        max_batch_size: rows of the KV cache.
+        mp (ranks): ranks that share the model.
+        max_seq_len (tokens): most tokens in a row of the KV cache; by default the model's context.
+        max_batch_size (rows): rows of the KV cache.
         dtype: dtype for the sizes in bytes: float32, bfloat16 or float16; weights that are trained
             are float32.
         tree: also print the tree of modules, as print(model) does, with the parameters of each
@@ -47,8 +56,8 @@ def inspect(
         tensorboard: a folder for the graph of the operations, which TensorBoard shows. It is the
             graph of a prompt of 8 tokens on one rank. It needs the extra [train].
         train: tell the memory of a training step.
-        batch: rows of the step.
-        seq_len: tokens of a row.
+        batch (rows): rows of the step.
+        seq_len (tokens): tokens of a row.
         lora_r: rank of the changes that LoRA trains; by default all weights are trained.
         lora_targets: matrices that get a change; by default all seven of a layer.
         quantize: int8 or int4, for the frozen weights with LoRA; by default as the folder is saved.
@@ -95,14 +104,25 @@ def convert(
     """Write a checkpoint in another layout, in other shards, quantized, as a GGUF file, or with a
     LoRA adapter.
 
-    Example: llama convert Llama-2-70b Llama-2-70b-hf --to hf
+    Reads:
+        SRC: a folder with params.json and consolidated.NN.pth, a folder with config.json and
+        .safetensors, or a GGUF file; and the tokenizer's files in it. A line of params.json:
+            {"dim": 2048, "n_layers": 16, "n_heads": 32, "vocab_size": 128256, "norm_eps": 1e-05, …}
+
+    Writes:
+        DST: a folder in the layout that --to names, or a GGUF file. It appears when all of it is on
+        disk.
+
+    Examples:
+        llama convert Llama3.2-1B Llama3.2-1B-hf --to hf
+        llama convert Llama3.2-1B-hf Llama3.2-1B-int8 --quantize int8
 
     Args:
         src: a checkpoint folder of either layout, or a GGUF file.
         dst: the folder or GGUF file to write.
         to: meta (params.json and consolidated.NN.pth), hf (config.json, .safetensors, and the
             other files that transformers needs) or gguf (the file of llama.cpp).
-        mp: number of shards of a Meta folder.
+        mp (shards): number of shards of a Meta folder.
         dtype: float32, bfloat16 or float16, and for gguf also q8_0 or q4_0; by default the dtype
             of the weights, or bfloat16 for those of a quantized GGUF file.
         force: replace dst if it exists.
@@ -120,11 +140,24 @@ def convert(
 def verify(folder: str | None = None, manifest: bool = True) -> None:
     """Check a checkpoint: the shapes of all tensors, finite numbers, checksums of the files.
 
-    The exit code is 1 if a problem is found.
+    Reads:
+        FOLDER: weights, params.json or config.json, and the checksums in SHA256SUMS or in Meta's
+        checklist.chk. A line of checklist.chk:
+            d41d8cd98f00b204e9800998ecf8427e  consolidated.00.pth
+
+    Writes:
+        Standard output: what the folder is, a line for each problem, and their number.
+        SHA256SUMS in FOLDER, if there is none and no problem is found; later runs compare with it.
+
+    Examples:
+        llama verify Llama3.2-1B
+        llama verify Llama3.2-1B-hf --nomanifest
+
+    Exit codes:
+        1: a problem was found
 
     Args:
-        folder: a checkpoint folder, Meta's or Hugging Face's, or a GGUF file; by default the
-            bundled model.
+        folder: a checkpoint folder, GGUF file or id on the Hub; by default the bundled model.
         manifest: write SHA256SUMS if the folder has none and no problem is found; not for the
             bundled model or a GGUF file.
     """
@@ -157,16 +190,29 @@ def doctor(
 ) -> None:
     """Check whether a checkpoint runs on this machine: memory, tokenizer, kind of model, device.
 
-    The exit code is 1 if it does not.
+    Reads:
+        FOLDER: params.json or config.json, the tokenizer, and the names and shapes of the weights.
+        A line of params.json:
+            {"dim": 2048, "n_layers": 16, "n_heads": 32, "vocab_size": 128256, "norm_eps": 1e-05, …}
 
-    Example: llama doctor Meta-Llama-3-8B --max_seq_len 8192
+    Writes:
+        Standard output: a line for each check: its subject; ok, warning or problem; and what was
+        found, such as
+            tokenizer  ok       Llama 3's kind, 6,400 tokens, as many as the model's
+
+    Examples:
+        llama doctor Llama3.2-1B --max_seq_len 8192
+        llama doctor Llama3.2-1B --mode fast --quantize int8 --mp 2
+
+    Exit codes:
+        1: a check found a problem: the checkpoint does not run here
 
     Args:
         folder: a checkpoint folder, Meta's or Hugging Face's, a GGUF file, or the id of a model
             on the Hub; by default the bundled model.
-        mp: ranks of this machine that share the model.
-        max_seq_len: most tokens in a row of the KV cache; by default as in Llama.build.
-        max_batch_size: rows of the KV cache.
+        mp (ranks): ranks of this machine that share the model.
+        max_seq_len (tokens): most tokens in a row of the KV cache; by default as in Llama.build.
+        max_batch_size (rows): rows of the KV cache.
         tokenizer_path: tokenizer.model; by default the one in the folder.
         mode: reference or fast.
         quantize: round the weights to int8 or int4, on a newer GPU also fp8; mode fast; by default

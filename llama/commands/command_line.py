@@ -1,27 +1,18 @@
-"""Run a command with the words of a command line. This file prints the help and checks the words.
-The library fire converts them to the command's arguments.
+"""Run a command with the words of a command line. This file checks the words. The library fire
+converts them to the command's arguments.
 """
 
 import difflib
-import inspect
 import re
-import textwrap
 from collections.abc import Iterable, Sequence
 
 import fire
 
-from llama.commands.flags import Command, Flag, all_flags, groups_of, own_flags
+from llama.commands.flags import Command, Flag, all_flags, own_flags
+from llama.commands.help_page import help_text
 from llama.errors import LlamaError
 
-WIDTH = 100
 SWITCH_VALUES = {"yes": True, "true": True, "no": False, "false": False}
-EXIT_CODES = """\
-Exit codes:
-  0    done
-  1    the command ran, but failed or found a problem, as described above; torchrun always ends with
-       1 if a rank fails
-  2    a mistake in the command or in a file; one line says which
-  130  stopped with Ctrl-C"""
 IS_FLAG = re.compile(r"--?([A-Za-z][\w-]*)(=.*)?", re.DOTALL)
 
 
@@ -41,9 +32,6 @@ def nearest(name: str, known: Iterable[str], prefix: str = "") -> str:
     """The suggestion ", did you mean …?" if a known name is similar, else ""."""
     found = difflib.get_close_matches(name, list(known), 1)
     return f", did you mean {prefix}{found[0]}?" if found else ""
-
-
-# ---- checks -------------------------------------------------------------------------------------
 
 
 def checked(command: Command, words: Sequence[str], usage: str) -> list[str]:
@@ -129,43 +117,3 @@ def _find(name: str, flags: dict[str, Flag], usage: str) -> Flag:
     if len(name) == 1 and len(matches) == 1:
         return matches[0]
     raise LlamaError(f"unknown option --{name}{nearest(name, flags, '--')}; see {usage} --help")
-
-
-# ---- help ---------------------------------------------------------------------------------------
-
-
-def help_text(command: Command, usage: str) -> str:
-    """Usage, description, example and every flag with its type, default and unit."""
-    arguments, flags = own_flags(command)
-    shown = [_argument(flag, command) for flag in arguments]
-    has_flags = bool(flags or groups_of(command))
-    parts = [" ".join(["usage:", usage, *shown, *["[--FLAG VALUE …]"] * has_flags])]
-    parts.append((inspect.getdoc(command) or "").partition("Args:")[0].rstrip())
-    if arguments:
-        rows = [_row(flag.name.upper(), flag) for flag in arguments]
-        parts.append("\n".join(["Arguments:", *rows]))
-    groups = [("Flags", flags), *((group.title, group.flags) for group in groups_of(command))]
-    for title, members in groups:
-        if members:
-            rows = [_row(f"--{flag.name}", flag) for flag in members]
-            parts.append("\n".join([f"{title}:", *rows]))
-    parts.append(EXIT_CODES)
-    return "\n\n".join(parts)
-
-
-def _argument(flag: Flag, command: Command) -> str:
-    """An argument in the usage line: in brackets if optional, and with … if it may be repeated."""
-    kind = inspect.signature(command).parameters[flag.name].kind
-    name = flag.name.upper() + (" …" if kind is inspect.Parameter.VAR_POSITIONAL else "")
-    return name if flag.default is None else f"[{name}]"
-
-
-def _row(name: str, flag: Flag) -> str:
-    """A flag's lines in the help: its name, meaning, type and default."""
-    default = "required" if flag.default is None else f"default: {flag.default}"
-    text = f"{flag.meaning} ({flag.kind}; {default})"
-    indent = " " * 26
-    lines = textwrap.wrap(text, WIDTH - len(indent))
-    first, *rest = lines
-    gap = f"  {name:<23} " if len(name) <= 23 else f"  {name}\n{indent}"
-    return "\n".join([gap + first, *(indent + line for line in rest)])

@@ -12,9 +12,17 @@ from llama.errors import GenerationError
 def complete(prompt: str | None = None, *words: str, **flags: Any) -> None:
     """Continue a text. The continuation is shown while it is generated. Ctrl-C stops it.
 
-    Example: llama complete "Once upon a time" --max_gen_len 100
+    Reads:
+        PROMPT, or standard input up to its end if there is no PROMPT: UTF-8 text, such as
+            Once upon a time there was a fox who
 
-    In a pipe, standard output gets only the generated texts.
+    Writes:
+        Standard output: PROMPT and the generated texts; in a pipe only the generated texts.
+        Standard error: the number of tokens, and the speed.
+
+    Examples:
+        llama complete "Once upon a time" --max_gen_len 100
+        llama complete "The sea is" --ckpt_dir Llama3.2-1B --temperature 0 --n 1 --stop .
 
     Args:
         prompt: the text, in quotes; by default standard input.

@@ -15,14 +15,25 @@ def tokenize(
 ) -> None:
     """Write token files for training. Every document begins with bos and ends with eos.
 
-    Example: llama tokenize a.jsonl --tokenizer tokenizer.model --out 'a_{:04d}.bin'
+    Reads:
+        FILES: UTF-8 texts, each of which is one document, or .jsonl files with one document a line:
+            {"text": "Once upon a time there was a fox."}
+        TOKENIZER: a tokenizer.model, which `llama vocab` or Meta made.
+
+    Writes:
+        OUT: token files, which `llama train` reads: a header of 256 int32 with the number of
+        tokens, then the ids as uint32.
+
+    Examples:
+        llama tokenize tale.txt --tokenizer tales_tokenizer.model --out tale.bin
+        llama tokenize tales.jsonl --tokenizer tales_tokenizer.model --out 'tales_{:04d}.bin'
 
     Args:
         files: UTF-8 texts, each of which is a document, or .jsonl files with one document a line.
         tokenizer: the tokenizer.model.
         out: name of the token files; the number of a file replaces {} or {:04d}; all tokens go into
             one file if the name has no {}.
-        shard_tokens: most tokens of a file.
+        shard_tokens (tokens): most tokens of a file.
         field: key of the text in a .jsonl line.
         force: replace the token files if they exist.
     """
@@ -37,11 +48,21 @@ def tokenize(
 def vocab(*files: str, ranks: int, out: str, field: str = "text", force: bool = False) -> None:
     """Train a vocabulary in the format of Llama 3's tokenizer.model.
 
-    Example: llama vocab tales.jsonl --ranks 4096 --out tokenizer.model
+    Reads:
+        FILES: UTF-8 texts, each of which is one document, or .jsonl files with one document a line:
+            {"text": "Once upon a time there was a fox."}
+
+    Writes:
+        OUT: a tokenizer.model. A line is the bytes of a token in base64, and its rank:
+            dGhl 278
+
+    Examples:
+        llama vocab tale.txt --ranks 300 --out tales_tokenizer.model
+        llama vocab tales.jsonl tale.txt --ranks 4096 --out tales_tokenizer.model --force
 
     Args:
         files: UTF-8 texts, each of which is a document, or .jsonl files with one document a line.
-        ranks: number of tokens, 257 or more; Llama 3's 256 special tokens are added to them.
+        ranks (tokens): 257 or more; Llama 3's 256 special tokens are added to them.
         out: the file to write.
         field: key of the text in a .jsonl line.
         force: replace OUT if it exists.

@@ -21,11 +21,23 @@ def perplexity(
 ) -> None:
     """Score a text: nats a token, perplexity, and bits a byte.
 
+    Reads:
+        FILE: UTF-8 text, such as
+            Once upon a time there was a fox.
+
+    Writes:
+        Standard output: four lines, such as
+            perplexity      12.345
+
+    Examples:
+        llama perplexity tale.txt
+        llama perplexity tale.txt --ckpt_dir Llama3.2-1B --window 1024
+
     Args:
         file: any UTF-8 text.
         ckpt_dir: a checkpoint folder, GGUF file or id on the Hub; by default the bundled model.
         tokenizer_path: tokenizer.model or tokenizer.json; by default the one in ckpt_dir.
-        window: the text is scored in windows of this many tokens, each after bos; by
+        window (tokens): the text is scored in windows of this many tokens, each after bos; by
             default 512, or the context if smaller.
         mode: reference or fast.
         quantize: round the weights to int8 or int4, on a newer GPU also fp8; mode fast; by default
@@ -73,10 +85,21 @@ def evaluate(
 ) -> None:
     """Run tasks of the lm-evaluation-harness (extra [eval]) and show its table of results.
 
-    Example: llama evaluate hellaswag,arc_easy --ckpt_dir Meta-Llama-3-8B --limit 100
-
     The harness downloads the data of its tasks from the Hugging Face Hub. A context longer than
     max_seq_len loses its beginning. No chat format is applied.
+
+    Reads:
+        TASKS: their data, from the Hub or its cache.
+        INCLUDE_PATH: YAML files of your own tasks, if the flag is given. A line of one:
+            task: my_task
+
+    Writes:
+        Standard output: a table with a line for each task and metric.
+        OUT: the results as JSON, if the flag is given.
+
+    Examples:
+        llama evaluate arc_easy --limit 100
+        llama evaluate hellaswag,arc_easy --ckpt_dir Meta-Llama-3-8B --num_fewshot 5 --out r.json
 
     Args:
         tasks: names of tasks, groups or tags, separated by commas.
@@ -84,12 +107,13 @@ def evaluate(
         tokenizer_path: tokenizer.model or tokenizer.json; by default the one in ckpt_dir.
         adapter: folder of a LoRA adapter of this model in PEFT's format, or its id on the Hub.
         include_path: a folder with your own tasks, as YAML files; they may run Python code.
-        limit: most documents of a task; below 1, the fraction of its documents.
-        num_fewshot: examples in front of each question; by default the task's own number.
+        limit (documents): most documents of a task; below 1, the fraction of its documents.
+        num_fewshot (examples): examples in front of each question; by default as the task says.
         out: a file, to which the results are written as JSON.
         force: replace OUT if it exists.
-        max_seq_len: most tokens of prompt and answer together; by default as in Llama.build.
-        batch_size: prompts that are computed together.
+        max_seq_len (tokens): most tokens of prompt and answer together; by default as in
+            Llama.build.
+        batch_size (prompts): prompts that are computed together.
         device: cuda, mps or cpu; by default the first of these that is available.
         dtype: float32, bfloat16 or float16; by default as in Llama.build.
     """

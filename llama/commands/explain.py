@@ -21,16 +21,25 @@ def explain(
 ) -> None:
     """Write a page that follows a prompt through every tensor of the model.
 
-    Example: llama explain "Once upon a time there was a fox" --mp 2 --out fox.html
-
     The page is one HTML file, which a browser opens from the disk. It shows the tokens, each tensor
     of each layer with its formula and its line of code, attention, predictions, sampling, and what
     the KV cache saves for the next token. The model runs as in mode reference, on one rank.
 
+    Reads:
+        PROMPT, or standard input up to its end: UTF-8 text, such as
+            Once upon a time there was a fox
+
+    Writes:
+        OUT: the page.
+
+    Examples:
+        llama explain "Once upon a time there was a fox" --mp 2 --out fox.html
+        llama explain "Who are you?" --chat --ckpt_dir Llama3.2-1B-Instruct
+
     Args:
         prompt: the text, in quotes; - stands for standard input; by default standard input.
         out: the file to write.
-        mp: number of ranks for which the page shows which rank has which part of each tensor.
+        mp (ranks): the page shows which of so many ranks has which part of each tensor.
         chat: the text is a user's message, in the model's chat format.
         force: replace OUT if it exists.
     """

@@ -24,26 +24,40 @@ def parity(
 ) -> None:
     """Compare this library, in reference mode, with another implementation (extra [parity]).
 
-    Example: llama parity --ckpt_dir Meta-Llama-3-8B --out parity.json
-
     Both compute the same prompt with the same weights, and the outputs of all modules are compared.
     Then both decode the likeliest tokens, each with its own KV cache.
 
-    The exit code is 1 if the two are not bit-equal. transformers rounds at other places, so against
-    it the exit code is 1 if the logits differ by more than a limit, which the output states. Under
-    torchrun each rank compares its own part of the tensors with llama-models.
+    Against llama-models the two must be bit-equal. transformers rounds at other places, so against
+    it the logits may differ up to a limit, which the output states. Under torchrun each rank
+    compares its own part of the tensors with llama-models.
+
+    Reads:
+        PROMPT: the text, such as
+            Once upon a time there was a fox
+        CHECK: a certificate that an earlier run wrote to OUT, if the flag is given.
+
+    Writes:
+        Standard output: a line for each module, and the verdict.
+        OUT: the certificate as JSON, if the flag is given.
+
+    Examples:
+        llama parity "Once upon a time" --ckpt_dir Meta-Llama-3-8B --out certificate.json
+        llama parity --ckpt_dir Meta-Llama-3-8B --check certificate.json
+
+    Exit codes:
+        1: the two differ, or a figure of the certificate CHECK does not hold
 
     Args:
         prompt: the text, in quotes; by default the beginning of a tale.
         ckpt_dir: a checkpoint folder, GGUF file or id on the Hub; by default the bundled model.
         tokenizer_path: tokenizer.model or tokenizer.json; by default the one in ckpt_dir.
         against: llama-models (Meta's own code) or transformers; by default llama-models.
-        max_gen_len: tokens that both decode; by default 32.
+        max_gen_len (tokens): tokens that both decode; by default 32.
         device: cuda, mps or cpu; by default the first of these that is available.
         dtype: float32, bfloat16 or float16; by default as in Llama.build.
         out: a file, to which the certificate is written as JSON.
-        check: a certificate; the comparison is run again with its settings, and the exit code is 1
-            if one of its figures does not hold.
+        check: a certificate; the comparison is run again with its settings, and the figures are
+            compared.
         force: replace OUT if it exists.
     """
     from llama.commands.parity_tables import check_table, report

@@ -27,11 +27,27 @@ def serve(
 ) -> None:
     """Serve a model to OpenAI's clients, and a chat page to browsers.
 
-    Example: llama serve HuggingFaceTB/SmolLM2-360M-Instruct --port 8000
-
     The chat page is at http://127.0.0.1:8000, the API under /v1. Calls that come together run in
     one batch. Under torchrun the ranks share the model. Ctrl-C or SIGTERM lets running calls finish
     within 25 seconds. A second one ends them.
+
+    Reads:
+        Calls of OpenAI's API. The body of a call to /v1/chat/completions is JSON, such as
+            {"model": "bundled", "messages": [{"role": "user", "content": "Tell me a tale."}]}
+
+    Writes:
+        Answers in the form of OpenAI's API.
+        Standard error: the address, warnings, and with --log_calls a line for each call, such as
+            {"time": "…", "method": "POST", "path": "/v1/chat/completions", "status": 200, …}
+
+    Examples:
+        llama serve --port 8080
+        llama serve HuggingFaceTB/SmolLM2-360M-Instruct --max_seq_len 4096 --max_batch_size 16
+
+    Exit codes:
+        0: stopped by Ctrl-C or SIGTERM
+        3: the engine or a rank failed
+        130: stopped by Ctrl-C before it served
 
     Args:
         model: a checkpoint folder, GGUF file or id on the Hub; by default --ckpt_dir.
@@ -42,9 +58,9 @@ def serve(
         name: the model's name in the API; by default that of its folder.
         adapters: NAME=FOLDER,NAME=FOLDER, LoRA adapters of the model; a call may name one as its
             model.
-        max_batch_size: calls that are computed at the same time.
-        max_waiting: calls that may wait; one more gets status 429.
-        timeout: most seconds of a call.
+        max_batch_size (calls): calls that are computed at the same time.
+        max_waiting (calls): calls that may wait; one more gets status 429.
+        timeout (seconds): longest time of a call.
         allow_origin: origins of other pages that may call, with commas between.
         metrics: give Prometheus its numbers at /metrics.
         log_calls: write a line of JSON for each call to standard error, without any text of it.

@@ -30,11 +30,21 @@ def tokens(
     """Show the tokens of a text: index, id and bytes. Bytes are text in quotes, or hex if they are
     not printable.
 
-    Example: llama tokens "Once upon a time" --diff Meta-Llama-3-8B
-
     The tokens are those of a prompt, which begins with bos. A special token is shown by its name,
     without quotes. A name of a special token in the text is plain text; a line after the table says
     so.
+
+    Reads:
+        TEXT, or standard input up to its end: UTF-8 text, or with --chat a dialog, such as
+            [{"role": "user", "content": "Who are you?"}]
+
+    Writes:
+        Standard output: a line for each token, such as
+            2    673  ' upon'
+
+    Examples:
+        llama tokens "Once upon a time" --diff Meta-Llama-3-8B
+        llama tokens "Who are you?" --chat --ckpt_dir Llama3.2-1B-Instruct
 
     Args:
         text: the text, in quotes; - stands for standard input; by default standard input.

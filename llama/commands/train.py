@@ -14,9 +14,22 @@ FINETUNING_RUN = with_defaults(
 def train(config: str | None = None, **flags: Any) -> None:
     """Train a new model from token files. After a stop the same command continues the run.
 
-    Example: llama train --data 'tales_*.bin' --tokenizer tokenizer.model --out_dir run
+    Reads:
+        DATA and EVAL_DATA: token files, which `llama tokenize` writes.
+        TOKENIZER: the tokenizer.model with which they were written.
+        CONFIG: a TOML file with flags as keys. A flag on the command line takes precedence:
+            steps = 2000
+            data = "tales_*.bin"
 
-    The TOML file CONFIG may have every flag as a key. A flag on the command line takes precedence.
+    Writes:
+        OUT_DIR/step_NNNNNNNN: a checkpoint folder in Meta's layout, with the state of the
+        optimizer. Other commands take OUT_DIR as the model: the newest checkpoint.
+        Standard error: loss and speed.
+        LOG_DIR: event files for TensorBoard, if the flag is given.
+
+    Examples:
+        llama train --data 'tales_*.bin' --tokenizer tales_tokenizer.model --out_dir run
+        llama train config.toml --steps 40 --dim 64 --n_layers 2 --batch 2 --seq_len 128
 
     Args:
         config: TOML file with the flags' names as keys; by default none.
@@ -31,14 +44,28 @@ def train(config: str | None = None, **flags: Any) -> None:
 def finetune(config: str | None = None, **flags: Any) -> None:
     """Fine-tune a checkpoint on dialogs. Only the assistant's messages are learned.
 
-    Example: llama finetune --ckpt_dir Llama3.2-1B-Instruct --data dialogs.jsonl --out_dir run
+    A dialog longer than --seq_len is cut after an answer. After a stop the same command continues
+    the run.
 
-    A line of DATA is a dialog: {"messages": [{"role": "user", "content": "…"}, {"role":
-    "assistant", "content": "…"}]}. A dialog longer than --seq_len is cut after an answer. After a
-    stop the same command continues the run.
+    Reads:
+        DATA and EVAL_DATA: JSON, a dialog a line:
+            {"messages": [{"role": "user", "content": "Hi"},
+                          {"role": "assistant", "content": "Hello"}]}
+        (in the file, a dialog has one line).
+        Lines with "conversations", or with "instruction", "input" and "output", are read too.
+        CONFIG: a TOML file with flags as keys. A flag on the command line takes precedence:
+            steps = 200
 
-    With --lora_r the checkpoints in OUT_DIR are LoRA adapters in PEFT's format. --adapter OUT_DIR
-    uses the newest one in other commands. `llama convert` merges it.
+    Writes:
+        OUT_DIR/step_NNNNNNNN: a checkpoint folder in Meta's layout. With --lora_r it is a LoRA
+        adapter in PEFT's format, which --adapter OUT_DIR uses in other commands, and which
+        `llama convert` merges.
+        Standard error: loss and speed.
+        LOG_DIR: event files for TensorBoard, if the flag is given.
+
+    Examples:
+        llama finetune --ckpt_dir Llama3.2-1B-Instruct --data dialogs.jsonl --out_dir tuned
+        llama finetune --data dialogs.jsonl --out_dir fox --lora_r 8 --steps 40 --seq_len 64
 
     Args:
         config: TOML file with the flags' names as keys; by default none.

@@ -15,7 +15,7 @@ def train(config: str | None = None, **flags: Any) -> None:
     """Train a new model from token files. After a stop the same command continues the run.
 
     Reads:
-        DATA and EVAL_DATA: token files, which `llama tokenize` writes.
+        DATA, EVAL_DATA: token files, which `llama tokenize` writes.
         TOKENIZER: the tokenizer.model with which they were written.
         CONFIG: a TOML file with flags as keys. A flag on the command line takes precedence:
             steps = 2000
@@ -48,7 +48,7 @@ def finetune(config: str | None = None, **flags: Any) -> None:
     the run.
 
     Reads:
-        DATA and EVAL_DATA: JSON, a dialog a line:
+        DATA, EVAL_DATA: JSON, a dialog a line:
             {"messages": [{"role": "user", "content": "Hi"},
                           {"role": "assistant", "content": "Hello"}]}
         (in the file, a dialog has one line).

@@ -204,7 +204,7 @@ def test_a_damaged_file_is_one_line(content: bytes, message: str, tmp_path: Path
 def test_a_file_that_cannot_be_read(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"cannot read .*none.gguf: No such file"):
         Llama.build(tmp_path / "none.gguf")
-    with pytest.raises(CheckpointError, match="no such checkpoint folder"):
+    with pytest.raises(CheckpointError, match="no such folder"):
         Llama.build(tmp_path / "none")
 
 

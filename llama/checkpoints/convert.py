@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from llama.checkpoints import beside_weights, hugging_face, shards, write_gguf
+from llama.checkpoints import beside_weights, hub, hugging_face, shards, write_gguf
 from llama.checkpoints.folder import adapter_warning, find_adapter, open_checkpoint
 from llama.checkpoints.load import check_complete, parse_dtype
 from llama.checkpoints.params import write_params
@@ -68,6 +68,7 @@ def convert(
     destination = Path(dst)
     if os.path.lexists(destination) and not force:
         raise CheckpointError(f"{dst} exists: it is replaced only with --force")
+    src = hub.local_folder(src)
     source = open_checkpoint(src)
     if source.quantization is not None:
         raise CheckpointError(f"{src} is quantized to {source.quantization}: convert the original")
@@ -80,7 +81,7 @@ def convert(
     check_complete(source)
     if is_gguf(source.folder):  # its tensors are of several types
         kind = kind or source.dtype
-    tokenizer = beside_weights.source_tokenizer(source, Path(src))
+    tokenizer = beside_weights.source_tokenizer(source, src)
     if to == "meta":
         if len(source.shards) == 1 and tokenizer is not None and tokenizer.is_llama_2:
             # A single shard does not tell along which dimension the embedding is to be split.
@@ -89,8 +90,8 @@ def convert(
         # With more shards than key/value heads, each head is stored more than once. n_kv_heads
         # counts all copies.
         args = replace(source.args, n_kv_heads=max(source.args.local_kv_heads(1), mp))
-        files = beside_weights.meta_files(source, tokenizer, Path(src))
-        if quantize is None and (params := beside_weights.metas_params(source, Path(src), args)):
+        files = beside_weights.meta_files(source, tokenizer, src)
+        if quantize is None and (params := beside_weights.metas_params(source, src, args)):
             files["params.json"] = params
     elif to == "gguf":
         matrix_type = write_gguf.parse_type(dtype, source)
@@ -98,7 +99,7 @@ def convert(
     else:
         last = list(source.args.parameter_shapes())[-1]
         files = beside_weights.hugging_face_files(
-            source, tokenizer, Path(src), kind or source.shards[0][last].dtype, destination.name
+            source, tokenizer, src, kind or source.shards[0][last].dtype, destination.name
         )
     try:
         destination.parent.mkdir(parents=True, exist_ok=True)

@@ -48,14 +48,28 @@ def run_checkpoints(out_dir: Path) -> list[Path]:
 
 
 def find_folder(ckpt_dir: str | Path) -> Path:
-    """The folder that holds the weights: `ckpt_dir` with Meta's or Hugging Face's files, or the
-    `original/` inside it, where Hugging Face's repositories keep Meta's files. For a GGUF file, or
-    a folder with the file or the parts of one such model, it is the path of the first part."""
-    folder = Path(ckpt_dir)
+    """The folder that holds the weights. A name stands for the first of these that there is:
+
+    1. a GGUF file, which ends in .gguf;
+    2. a folder with Meta's params.json;
+    3. a folder with Hugging Face's config.json and weights;
+    4. the `original/` in a folder, where Hugging Face's repositories keep Meta's files;
+    5. the newest checkpoint of a training run;
+    6. the one GGUF model in a folder;
+    7. an id on the Hugging Face Hub, if there is no such path; see `hub.local_folder`.
+
+    Every function that takes the name of a model comes here. For a GGUF model the result is the
+    path of its first part. Raises CheckpointError if there is none of these.
+    """
+    folder = hub.local_folder(ckpt_dir)
     if is_gguf(folder):
         return parts_of(folder)[0]
-    if not os.path.isdir(folder):  # also False for a name that is no valid file name
-        raise CheckpointError(f"no such checkpoint folder: {folder}")
+    if not os.path.lexists(folder):  # also False for a name that is no valid file name
+        raise CheckpointError(
+            f"no such folder: {folder}; nor is it an id on the Hugging Face Hub, OWNER/NAME"
+        )
+    if not os.path.isdir(folder):
+        raise CheckpointError(f"{folder} is neither a folder nor a GGUF file, NAME.gguf")
     if has_params(folder):
         return folder
     if os.path.lexists(folder / "config.json") and hugging_face.weight_files(folder):

@@ -60,7 +60,7 @@ def local_folder(name: str | Path) -> Path:
     try:
         from huggingface_hub import errors, snapshot_download
     except ImportError:
-        raise CheckpointError(f"no such checkpoint folder: {name}; {INSTALL}") from None
+        raise CheckpointError(f"no such folder: {name}; {INSTALL}") from None
     is_main = parallel.is_main_rank()
     try:
         folder = Path(

@@ -3,7 +3,6 @@
 import os
 from dataclasses import dataclass, replace
 from operator import mul
-from pathlib import Path
 
 import torch
 
@@ -17,9 +16,8 @@ from llama.checkpoints.folder import (
 )
 from llama.checkpoints.load import parse_dtype
 from llama.config import PRESETS, ModelArgs
-from llama.errors import ConfigError, require_number
+from llama.errors import CheckpointError, ConfigError, require_number
 from llama.fast.quantize import BYTES, Width, is_quantized
-from llama.gguf_file import is_gguf
 from llama.memory import size
 
 SPLITS = {0: "rows (dim 0)", 1: "columns (dim 1)", None: "copied"}
@@ -102,18 +100,21 @@ def resolve(name: str) -> tuple[str, ModelArgs, Width | None]:
     """The name to show, the shape and the quantization of a preset or a checkpoint."""
     if name in PRESETS:
         return name, PRESETS[name], None
-    if os.path.isdir(name) or is_gguf(Path(name)):
+    try:
         folder = find_folder(name)
-        args = read_args(folder)
-        if any(folder.glob(shards.shard_name(0))):
-            # params.json says neither that a model is tied nor, for Llama 2, its vocab_size.
-            opened = open_checkpoint(folder)
-            opened.set_vocab_size()
-            args = opened.args
-        elif args.vocab_size == -1:
-            args.vocab_size = PRESETS[next(iter(args.published()), "llama-2-7b")].vocab_size
-        return next(iter(args.published()), name), args, read_quantization(folder)
-    raise ConfigError(f"{name} is no folder, no GGUF file and no preset: {', '.join(PRESETS)}")
+    except CheckpointError as error:
+        if os.path.lexists(name):
+            raise
+        raise ConfigError(f"{error}; published models are {', '.join(PRESETS)}") from error
+    args = read_args(folder)
+    if any(folder.glob(shards.shard_name(0))):
+        # params.json says neither that a model is tied nor, for Llama 2, its vocab_size.
+        opened = open_checkpoint(folder)
+        opened.set_vocab_size()
+        args = opened.args
+    elif args.vocab_size == -1:
+        args.vocab_size = PRESETS[next(iter(args.published()), "llama-2-7b")].vocab_size
+    return next(iter(args.published()), name), args, read_quantization(folder)
 
 
 def describe(

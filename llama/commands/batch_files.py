@@ -20,7 +20,7 @@ from typing import IO, Any
 from filelock import FileLock
 
 from llama.errors import DataError
-from llama.files import atomic_file, lock, lock_file, read_text, unlock, write_json
+from llama.files import atomic_file, check_can_write, lock, lock_file, read_text, unlock, write_json
 
 # Lines between two calls of fsync. A kill loses no written line, but a power cut loses the lines
 # after the last fsync.
@@ -56,6 +56,7 @@ class BatchFiles:
         digest, n_lines = self._hash_input()
         if self.output.exists() and self.output.samefile(self.input):
             raise DataError(f"cannot write {self.output}: it is the input")
+        check_can_write(self.output, force=True)
         self._lock = lock(self.output)
         job = {"input": f"sha256:{digest}", "lines": n_lines, **options}
         job = json.loads(json.dumps(job, default=list))  # as the record is read back

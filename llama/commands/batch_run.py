@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from llama import parallel
 from llama.chat_forms import FormatName
+from llama.checkpoints.folder import BUNDLED, find_folder
 from llama.commands.batch_files import FAILED, PENDING, BatchFiles, Part
 from llama.engine.request import Request
 from llama.errors import DataError, GenerationError, LlamaError
@@ -77,6 +78,8 @@ def run_batch(
     group, n_groups = parallel.dp_rank(), parallel.dp_size()
     all_ranks = parallel.make_group_without_timeout()
     files = BatchFiles(input, output)
+    with parallel.failing_together(target):
+        find_folder(ckpt_dir or BUNDLED)  # a wrong name is told before a file is written
     with parallel.failing_together(target):
         if parallel.is_main_rank():
             model: dict[str, Any] = dict(

@@ -44,15 +44,11 @@ def chat(model: str | None = None, *words: str, **flags: Any) -> None:
     from llama.commands.chat_session import Chat
     from llama.generation import Llama
 
-    if model is not None:
-        if "ckpt_dir" in flags:
-            raise GenerationError(f"two models: {model} and --ckpt_dir {flags['ckpt_dir']}")
-        if not os.path.exists(model) and not ID.fullmatch(model):
-            raise GenerationError(
-                f"{model!r} is no folder and no id on the Hub: type messages after the chat has "
-                "started"
-            )
-        flags["ckpt_dir"] = model
+    if model is not None and not os.path.exists(model) and not ID.fullmatch(model):
+        raise GenerationError(
+            f"{model!r} is no folder and no id on the Hub: type messages after the chat has started"
+        )
+    terminal.name_model(model, flags)
     build, params = terminal.read_flags(words, flags)
     llama = Llama.build(**build, max_batch_size=1)
     with terminal.on_first_rank(llama) as is_first_rank:

@@ -1,5 +1,6 @@
 """llama inspect, convert, verify, doctor: describe, convert and check checkpoints."""
 
+import os
 import sys
 
 from llama.commands.flags import as_text
@@ -43,9 +44,8 @@ def inspect(
         llama inspect llama-3.1-8b --train --lora_r 16 --quantize int4
 
     Args:
-        model: a published model (llama-2-7b, llama-3-8b, llama-3.1-405b, llama-3.2-1b, …) or a
-            checkpoint folder or GGUF file, whose weights are not loaded; by default the bundled
-            model.
+        model: a published model (llama-2-7b, llama-3-8b, llama-3.1-405b, llama-3.2-1b, …), else a
+            checkpoint folder, GGUF file or id on the Hub; by default the bundled model.
         mp (ranks): ranks that share the model.
         max_seq_len (tokens): most tokens in a row of the KV cache; by default the model's context.
         max_batch_size (rows): rows of the KV cache.
@@ -118,7 +118,7 @@ def convert(
         llama convert Llama3.2-1B-hf Llama3.2-1B-int8 --quantize int8
 
     Args:
-        src: a checkpoint folder of either layout, or a GGUF file.
+        src: a checkpoint folder, GGUF file or id on the Hub.
         dst: the folder or GGUF file to write.
         to: meta (params.json and consolidated.NN.pth), hf (config.json, .safetensors, and the
             other files that transformers needs) or gguf (the file of llama.cpp).
@@ -159,12 +159,13 @@ def verify(folder: str | None = None, manifest: bool = True) -> None:
     Args:
         folder: a checkpoint folder, GGUF file or id on the Hub; by default the bundled model.
         manifest: write SHA256SUMS if the folder has none and no problem is found; not for the
-            bundled model or a GGUF file.
+            bundled model, a GGUF file or an id.
     """
     from llama.checkpoints.folder import BUNDLED
     from llama.checkpoints.verify import verify as run
 
-    title, problems = run(str(folder or BUNDLED), manifest and folder is not None)
+    is_own = folder is not None and os.path.isdir(str(folder))
+    title, problems = run(str(folder or BUNDLED), manifest and is_own)
     say(title)
     for problem in problems:
         say(f"problem: {problem}")
@@ -208,8 +209,7 @@ def doctor(
         1: a check found a problem: the checkpoint does not run here
 
     Args:
-        folder: a checkpoint folder, Meta's or Hugging Face's, a GGUF file, or the id of a model
-            on the Hub; by default the bundled model.
+        folder: a checkpoint folder, GGUF file or id on the Hub; by default the bundled model.
         mp (ranks): ranks of this machine that share the model.
         max_seq_len (tokens): most tokens in a row of the KV cache; by default as in Llama.build.
         max_batch_size (rows): rows of the KV cache.

@@ -178,7 +178,7 @@ PRETRAINING = group(
 FINETUNING = group(
     "Data and model",
     ("data", "text", None, "JSONL file with one dialog a line"),
-    ("ckpt_dir", "text", "the bundled model", "checkpoint folder or GGUF file to start from"),
+    ("ckpt_dir", "text", "the bundled model", "checkpoint folder, GGUF file, or id on the Hub"),
     ("tokenizer", "text", "the one in ckpt_dir", "tokenizer.model"),
     ("eval_data", "text", "none", "JSONL file of dialogs to evaluate on"),
     ("adapter", "text", "none",

@@ -16,7 +16,7 @@ EXIT_CODES = {
     141: "the program that reads the output through a pipe has stopped",
 }
 
-# What may name a model, in the order of `llama.checkpoints.folder.find_model`. This file does not
+# What may name a model, in the order of `llama.checkpoints.folder.find_folder`. This file does not
 # import it, because that would import PyTorch.
 NAMES = (
     "a GGUF file, NAME.gguf; of a model in several files, any of them",

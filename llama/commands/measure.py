@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from llama import parallel
-from llama.checkpoints import hub
 from llama.checkpoints.build import load_model, open_model
 from llama.checkpoints.folder import BUNDLED, find_folder, read_args
 from llama.commands.limits import check_count, check_rate, count_tokens, product_rate, read_rate
@@ -49,7 +48,7 @@ def measure(
     for name, number in (("prefill", prefill), ("decode", decode), ("rounds", rounds)):
         if not isinstance(number, int) or number < 1:
             raise ConfigError(f"{name} is {number!r}: it must be 1 or above")
-    folder = find_folder(hub.local_folder(ckpt_dir or BUNDLED))
+    folder = find_folder(ckpt_dir or BUNDLED)
     context = read_args(folder).context
     longest = PROMPT_LENGTH + decode + 2
     if longest > context:

@@ -76,10 +76,7 @@ def serve(
 
     if words:
         raise GenerationError(f"unexpected {words[0]!r}: one model is served")
-    if model is not None:
-        if "ckpt_dir" in flags:
-            raise GenerationError(f"two models: {model} and --ckpt_dir {flags['ckpt_dir']}")
-        flags["ckpt_dir"] = model
+    terminal.name_model(model, flags)
     api_key = api_key or os.environ.get("LLAMA_API_KEY") or None
     check_access(host, api_key)
     build, _ = terminal.read_flags(words, flags)

@@ -58,6 +58,16 @@ def read_flags(
     return {"mode": "fast", **build}, SamplingParams(**options)
 
 
+def name_model(model: str | None, flags: dict[str, Any]) -> None:
+    """Put the model that a command names as its argument among the flags, as `ckpt_dir`. Raises
+    GenerationError if --ckpt_dir is there already."""
+    if model is None:
+        return
+    if "ckpt_dir" in flags:
+        raise GenerationError(f"two models: {model} and --ckpt_dir {flags['ckpt_dir']}")
+    flags["ckpt_dir"] = model
+
+
 def read_adapters(text: str | None) -> dict[str, str]:
     """The adapters in a text such as "pirate=tuned,poet=owner/name": folders or ids, by name."""
     pairs = [pair.partition("=") for pair in text.split(",")] if text else []

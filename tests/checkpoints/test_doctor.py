@@ -231,7 +231,7 @@ def test_problems_and_the_exit_code(
     assert run(monkeypatch, bad, "--mp=3") == 1
     assert f"set-up     {PROBLEM}  this model cannot be split over 3" in capsys.readouterr().out
     assert run(monkeypatch, tmp_path / "none") == 2
-    assert "error: no such checkpoint folder" in capsys.readouterr().err
+    assert "error: no such folder" in capsys.readouterr().err
 
 
 def test_a_draft_model_beside_it(

@@ -278,7 +278,7 @@ def second_shard(folder: Path, name: str = "consolidated.01.pth") -> None:
 
 
 BAD_FOLDERS: dict[str, tuple[Callable[[Path], Any], type[LlamaError], str]] = {
-    "no folder": (shutil.rmtree, CheckpointError, "no such checkpoint folder"),
+    "no folder": (shutil.rmtree, CheckpointError, "no such folder"),
     "no params": (lambda f: (f / "params.json").unlink(), CheckpointError, "no params.json"),
     "no shards": (
         lambda f: (f / "consolidated.00.pth").unlink(),

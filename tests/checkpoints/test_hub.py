@@ -208,5 +208,5 @@ def test_names_that_are_folders_or_no_ids(
     monkeypatch.setattr("sys.argv", ["llama", "doctor", "owner/other"])
     with pytest.raises(SystemExit):
         main()
-    error = "error: no such checkpoint folder: owner/other; to fetch it from the Hugging Face Hub"
+    error = "error: no such folder: owner/other; to fetch it from the Hugging Face Hub"
     assert error in capsys.readouterr().err

@@ -16,7 +16,6 @@ from helpers.ranks import context, run_ranks
 from make_checkpoint import demo_pieces, make_checkpoint, write_tokenizer
 
 from llama import Llama
-from llama.__main__ import main
 from llama.commands.batch_files import Part
 from llama.commands.batch_run import Task, _progress_bar, _run_tasks, run_batch
 from llama.errors import DataError, LlamaError
@@ -290,30 +289,27 @@ def test_two_runs_at_a_time_are_refused(batch: Batch, tmp_path: Path) -> None:
     assert names == {"in.jsonl", "out.jsonl", "out.jsonl.job.json"}  # no lock is left
 
 
-def test_mistakes_end_before_the_model_is_loaded(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def fail(*arguments: object) -> str:
-        command = ["llama", "batch", *map(str, arguments), "--ckpt_dir", "nowhere"]
-        monkeypatch.setattr(sys, "argv", command)
-        with pytest.raises(SystemExit) as exit_:
-            main()
-        assert exit_.value.code == 2
-        return capsys.readouterr().err
+def test_mistakes_end_before_the_model_is_loaded(tmp_path: Path, fail: Callable[..., str]) -> None:
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "params.json").write_text("{}")  # loading it would fail
+
+    def fails(*arguments: object) -> str:
+        return fail("batch", *arguments, "--ckpt_dir", model)
 
     file, out = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
-    assert fail(file, out) == f"error: cannot read {file}: No such file or directory\n"
+    assert fails(file, out) == f"error: cannot read {file}: No such file or directory"
     write_lines(file, [{"prompt": "a"}])
     missing = tmp_path / "missing" / "out.jsonl"
-    assert "no such checkpoint folder" in fail(file, missing)
-    assert "it is the input" in fail(file, file, "--force")
-    assert "temperature is -1" in fail(file, out, "--temperature=-1")
-    assert "unknown option --speed" in fail(file, out, "--speed=3")
-    assert "no such checkpoint folder" in fail(file, out)
+    assert f"there is no folder {missing.parent}" in fails(file, missing)
+    assert "it is the input" in fails(file, file, "--force")
+    assert "temperature is -1" in fails(file, out, "--temperature=-1")
+    assert "unknown option --speed" in fails(file, out, "--speed=3")
+    assert "no such folder" in fail("batch", file, out, "--ckpt_dir", "nowhere")
     assert file.read_text() == '{"prompt": "a"}\n'
-    out.unlink()
+    assert not out.exists()
     os.mkfifo(out)
-    assert fail(file, out) == fail(out, file) == f"error: {out} is not a regular file\n"
+    assert fails(file, out) == fails(out, file) == f"error: {out} is not a regular file"
 
 
 # ---- more ranks -------------------------------------------------------------------------------

@@ -44,7 +44,7 @@ def test_a_page(words: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
         (["a", "--out", "."], "cannot write .: it is a folder"),
         (["a", "--mp", "two"], "--mp is 'two': it must be a whole number"),
         (["a", "--format", "llama3"], "--format is a chat format, which needs --chat"),
-        (["a", "--ckpt_dir", "nowhere"], "no such checkpoint folder: nowhere"),
+        (["a", "--ckpt_dir", "nowhere"], "no such folder: nowhere"),
         (["a", "--layers", "2"], "unknown option --layers; see llama explain --help"),
     ],
 )

@@ -42,7 +42,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ("complete Hi --ckpt_dir --max_gen_len 10", "--ckpt_dir needs a value (text)"),
         # 5, 6: words in the wrong place, words that are missing
         ("chat Hello", "'Hello' is no folder and no id on the Hub: type messages after the chat"),
-        ("convert", "SRC is missing: a checkpoint folder of either layout, or a GGUF file"),
+        ("convert", "SRC is missing: a checkpoint folder, GGUF file or id on the Hub"),
         ("perplexity", "FILE is missing: any UTF-8 text; see llama perplexity --help"),
         ("evaluate", "TASKS is missing: names of tasks, groups or tags, separated by commas"),
         # 7: no output is replaced without a word

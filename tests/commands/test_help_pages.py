@@ -128,7 +128,7 @@ def test_a_command_adds_to_the_exit_codes() -> None:
     assert [line.split()[0] for line in table[1:]] == ["0", "1", "2", "3", "130", "141"]
 
 
-# ---- the examples run -----------------------------------------------------------------------------
+# ---- the examples run ----------------------------------------------------------------------------
 
 
 def write_texts() -> None:

@@ -166,7 +166,7 @@ def test_whoever_has_enough_of_it_ends_it() -> None:
             "complete hi --tempreature=1",
             "unknown option --tempreature, did you mean --temperature?; see llama complete --help",
         ),
-        ("complete hi --ckpt_dir=nowhere", "no such checkpoint folder: nowhere"),
+        ("complete hi --ckpt_dir=nowhere", "no such folder: nowhere"),
         ("complete two words", "unexpected 'words': put a text in quotes"),
         ("chat --nn=2", "unknown option --nn; see llama chat --help"),
         (

@@ -67,9 +67,9 @@ def test_a_place_that_cannot_be_written(folders: Path) -> None:
 
 def test_a_name_that_no_folder_can_have() -> None:
     for name in ("long" * 100, "nul\0"):
-        with pytest.raises(CheckpointError, match="no such checkpoint folder"):
+        with pytest.raises(CheckpointError, match="no such folder"):
             Llama.build(name)
-        with pytest.raises(ConfigError, match="no folder, no GGUF file and no preset"):
+        with pytest.raises(ConfigError, match="no such folder"):
             describe(name)
 
 

@@ -111,7 +111,7 @@ def test_the_report() -> None:
         (("llama-3.2-1b", 1, 9, None, "bfloat16", "int8", True, 1), "give lora_r"),
         (("llama-3.2-1b", 1, 9, lora, "bfloat16", "fp8", True, 1), "quantize is 'fp8'"),
         (("llama-3.2-1b", 1, 9, lora, "bfloat16", None, True, 3), "cannot be split over 3 ranks"),
-        (("nothing", 1, 9, lora, "bfloat16", None, True, 1), "no folder, no GGUF file"),
+        (("nothing", 1, 9, lora, "bfloat16", None, True, 1), "no such folder: nothing"),
     ):
         with pytest.raises(LlamaError, match=message):
             describe_training(*bad)  # type: ignore[arg-type]

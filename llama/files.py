@@ -120,6 +120,17 @@ def check_can_write(path: str | Path, force: bool = False) -> None:
         raise DataError(f"{path} exists: it is replaced only with --force")
 
 
+def check_can_make_folder(path: str | Path) -> None:
+    """Raise DataError if a folder of this name cannot be made or written to, so that nothing is
+    computed in vain."""
+    path = Path(path)
+    place = next(place for place in (path, *path.absolute().parents) if os.path.lexists(place))
+    if not place.is_dir():
+        raise DataError(f"cannot write {path}: {place} is not a folder")
+    if not os.access(place, os.W_OK):
+        raise DataError(f"cannot write {path}: no permission")
+
+
 class MappedFiles:
     """Files that are mapped into memory, as they are when this object is made.
 

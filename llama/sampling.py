@@ -113,7 +113,7 @@ class SamplingParams:
             "stop_tokens",
             self.stop_tokens is None
             or (isinstance(self.stop_tokens, Collection) and all(map(_integer, self.stop_tokens))),
-            "a collection of token ids",
+            "a list of token ids, such as [1, 2]",
         )
         require("ignore_eos", isinstance(self.ignore_eos, bool), "True or False")
         require("logprobs", self.logprobs is None or _integer(self.logprobs), "0 or above")

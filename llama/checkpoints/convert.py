@@ -25,7 +25,7 @@ from llama.checkpoints.shards import Checkpoint
 from llama.errors import CheckpointError, ConfigError
 from llama.fast.quantize import Width, is_quantized
 from llama.fast.quantizers import QUANTIZERS
-from llama.files import sync_file, write_json
+from llama.files import check_can_make_folder, sync_file, write_json
 from llama.gguf_file import is_gguf
 
 log = logging.getLogger("llama")
@@ -66,10 +66,15 @@ def convert(
         raise ConfigError(f"to is {to!r}: with quantize it must be meta")
     kind = None if dtype is None or to == "gguf" else parse_dtype(dtype)
     destination = Path(dst)
+    if (destination.suffix == ".gguf") != (to == "gguf"):
+        raise ConfigError(f"to is {to}, but dst is {dst}: a GGUF file, and only it, ends in .gguf")
+    check_can_make_folder(destination.parent)
     if os.path.lexists(destination) and not force:
         raise CheckpointError(f"{dst} exists: it is replaced only with --force")
     src = hub.local_folder(src)
     source = open_checkpoint(src)
+    if destination.exists() and destination.samefile(src):
+        raise CheckpointError(f"cannot write {dst}: it is the source")
     if source.quantization is not None:
         raise CheckpointError(f"{src} is quantized to {source.quantization}: convert the original")
     source.set_vocab_size()

@@ -23,11 +23,18 @@ from llama.checkpoints.folder import (
     open_checkpoint,
 )
 from llama.checkpoints.generation_config import GENERATION_CONFIG, read_sampling, read_stop_tokens
+from llama.checkpoints.load import parse_dtype
 from llama.checkpoints.setup import Setup
 from llama.checkpoints.shards import Checkpoint
 from llama.checkpoints.verify import kind_of, title_of
 from llama.config import PRESETS, ModelArgs
-from llama.errors import ConfigError, LlamaError, OutOfMemory, is_out_of_memory
+from llama.errors import (
+    ConfigError,
+    LlamaError,
+    OutOfMemory,
+    is_out_of_memory,
+    require_number,
+)
 from llama.fast.mode import CacheWidth, Mode, check_draft, check_proposing
 from llama.fast.quantize import Width
 from llama.gguf_file import is_gguf
@@ -269,6 +276,12 @@ def examine(
 
     Raises a LlamaError if a folder or the device cannot be opened at all.
     """
+    sizes = {"mp": mp, "max_seq_len": max_seq_len, "max_batch_size": max_batch_size}
+    for name, value in sizes.items():
+        if value is not None:
+            require_number(name, value, whole=True)
+    if dtype is not None:
+        parse_dtype(dtype)
     check_proposing(mode, draft is not None, lookup=False)
     target = parallel.local_device(device)
     folder = hub.local_folder(folder)

@@ -18,7 +18,7 @@ from llama.checkpoints.params import read_params
 from llama.checkpoints.pickled import check_kind
 from llama.checkpoints.shards import Checkpoint, find_shards, read_shard
 from llama.config import ModelArgs
-from llama.errors import CheckpointError
+from llama.errors import CheckpointError, require_number
 from llama.fast.quantize import (
     KINDS,
     LAYOUT,
@@ -47,6 +47,13 @@ def run_checkpoints(out_dir: Path) -> list[Path]:
     return sorted(path for path in out_dir.iterdir() if STEP.fullmatch(path.name))
 
 
+def missing(name: str | Path) -> CheckpointError:
+    """The error for the name of a model or an adapter that is neither here nor an id."""
+    return CheckpointError(
+        f"no such folder: {name}; nor is it an id on the Hugging Face Hub, OWNER/NAME"
+    )
+
+
 def find_folder(ckpt_dir: str | Path) -> Path:
     """The folder that holds the weights. A name stands for the first of these that there is:
 
@@ -65,9 +72,7 @@ def find_folder(ckpt_dir: str | Path) -> Path:
     if is_gguf(folder):
         return parts_of(folder)[0]
     if not os.path.lexists(folder):  # also False for a name that is no valid file name
-        raise CheckpointError(
-            f"no such folder: {folder}; nor is it an id on the Hugging Face Hub, OWNER/NAME"
-        )
+        raise missing(folder)
     if not os.path.isdir(folder):
         raise CheckpointError(f"{folder} is neither a folder nor a GGUF file, NAME.gguf")
     if has_params(folder):
@@ -120,6 +125,8 @@ def has_params(folder: Path) -> bool:
 
 def read_args(folder: Path, rope_factor: float | None = None) -> ModelArgs:
     """The model's shape, from params.json, config.json or a GGUF file."""
+    if rope_factor is not None:
+        require_number("rope_factor", rope_factor)
     if is_gguf(folder):
         return gguf_checkpoint.read_args(read_gguf(folder), rope_factor)
     if has_params(folder):
@@ -207,6 +214,8 @@ def find_adapter(name: str | Path) -> Path:
         Hub.
     """
     folder = hub.local_folder(name)
+    if not os.path.isdir(folder):
+        raise missing(folder)
     steps = run_checkpoints(folder)
     return steps[-1] if steps and not os.path.lexists(folder / CONFIG) else folder
 

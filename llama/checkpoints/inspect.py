@@ -131,7 +131,7 @@ def describe(
     kind = parse_dtype(dtype)
     context = args.context if max_seq_len is None else max_seq_len
     if not 0 < context <= args.context:
-        raise ConfigError(f"max_seq_len {context}: the model's context is {args.context}")
+        raise ConfigError(f"max_seq_len is {context}: it must be 1 to the context, {args.context}")
     weights = weights_of(args, mp)
     total = sum(w.parameters for w in weights)
     total_per_rank = sum(w.per_rank(mp) for w in weights)

@@ -37,15 +37,16 @@ class BatchFiles:
     def __init__(self, input: str, output: str) -> None:
         self.input, self.output = Path(input), Path(output)
         self.job = Path(f"{output}.job.json")
-        self._lock: FileLock | None = None  # of the output, from `prepare` to `merge`
+        self._lock: FileLock | None = None  # of the output, from `check` to `close`
+        self._content: dict[str, Any] = {}  # of the record
 
-    def prepare(self, options: dict[str, Any], force: bool) -> None:
-        """Check that existing results belong to this job, and write its record. One rank calls
-        this, before any rank opens a part.
+    def check(self, options: dict[str, Any], force: bool) -> bool:
+        """Check that existing results belong to this job, and lock the output. Nothing is written.
+        Returns whether a line has to be computed. One rank calls this, before `begin`.
 
         Args:
             options: all options that the results depend on, as JSON values.
-            force: remove existing results.
+            force: existing results do not count.
 
         Raises DataError if the input cannot be read, or if the output cannot be written, belongs to
         another job, or is being written by another run.
@@ -59,17 +60,29 @@ class BatchFiles:
         check_can_write(self.output, force=True)
         self._lock = lock(self.output)
         job = {"input": f"sha256:{digest}", "lines": n_lines, **options}
-        job = json.loads(json.dumps(job, default=list))  # as the record is read back
-        if force:
-            for path in self._parts():
-                with self._locked(path), _naming_the_file(path):
-                    path.unlink()
-        if any(path.stat().st_size for path in self._parts()):
-            self._check_same(job)
+        self._content = json.loads(json.dumps(job, default=list))  # as the record is read back
+        if force or not any(path.stat().st_size for path in self._parts()):
+            return n_lines > 0
+        self._check_same(self._content)
+        return PENDING in self.states()
+
+    def begin(self, force: bool) -> None:
+        """Remove existing results if `force`, and write the record. The rank that called `check`
+        calls this, before any rank opens a part."""
         for path in self._parts():
-            with self._locked(path), _naming_the_file(path), path.open("r+b") as file:
-                file.truncate(_end_of_last_line(file))
-        write_json(self.job, job)
+            with self._locked(path), _naming_the_file(path):
+                if force:
+                    path.unlink()
+                    continue
+                with path.open("r+b") as file:
+                    file.truncate(_end_of_last_line(file))
+        write_json(self.job, self._content)
+
+    def close(self) -> None:
+        """Release the lock of the output."""
+        if self._lock is not None:
+            unlock(self._lock)
+            self._lock = None
 
     def _hash_input(self) -> tuple[str, int]:
         """The SHA-256 hash of the input's lines, and their number."""
@@ -140,8 +153,6 @@ class BatchFiles:
         parts = self._parts()
         if parts != [self.output]:
             self._merge(parts, n_lines)
-        if self._lock is not None:
-            unlock(self._lock)
 
     def _merge(self, parts: list[Path], n_lines: int) -> None:
         with atomic_file(self.output) as file:
@@ -215,6 +226,8 @@ def _results(path: Path, n_lines: int) -> Iterator[tuple[int, bytes, dict[str, A
     """
     last = -1
     for number, line in enumerate(_lines(path), start=1):
+        if not line.endswith(b"\n"):
+            return  # the last line, which a kill has cut
         try:
             result = json.loads(line)
             index = result["index"]

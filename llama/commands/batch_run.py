@@ -1,5 +1,6 @@
 """Run a batch job: read a file of prompts and dialogs, and write the results in the same order."""
 
+import contextlib
 import json
 import reprlib
 from collections import deque
@@ -12,7 +13,6 @@ from tqdm import tqdm
 
 from llama import parallel
 from llama.chat_forms import FormatName
-from llama.checkpoints.folder import BUNDLED, find_folder
 from llama.commands.batch_files import FAILED, PENDING, BatchFiles, Part
 from llama.engine.request import Request
 from llama.errors import DataError, GenerationError, LlamaError
@@ -77,41 +77,43 @@ def run_batch(
     parallel.initialize(model_parallel_size, target)
     group, n_groups = parallel.dp_rank(), parallel.dp_size()
     all_ranks = parallel.make_group_without_timeout()
-    files = BatchFiles(input, output)
-    with parallel.failing_together(target):
-        find_folder(ckpt_dir or BUNDLED)  # a wrong name is told before a file is written
-    with parallel.failing_together(target):
+    model: dict[str, Any] = dict(ckpt_dir=ckpt_dir, tokenizer_path=tokenizer_path, dtype=dtype)
+    model |= dict(mode=mode, quantize=quantize, kv_cache=kv_cache)
+    model |= dict(format=format) if format is not None else {}
+    model |= dict(adapter=adapter) if adapter is not None else {}
+    model |= dict(adapters=adapters) if adapters else {}
+    job = model | {"max_seq_len": max_seq_len, "seed": seed, **options}
+    with contextlib.closing(BatchFiles(input, output)) as files:
+        with parallel.failing_together(target):
+            has_work = parallel.is_main_rank() and files.check(job, force)
+        llama = None
+        # The model comes before anything is written: a mistake in its options leaves all as it was.
+        if parallel.sum_without_timeout(int(has_work), all_ranks):
+            llama = Llama.build(
+                ckpt_dir, tokenizer_path, max_seq_len, max_batch_size, model_parallel_size, seed,
+                mode=mode, quantize=quantize, kv_cache=kv_cache, device=device, dtype=dtype,
+                draft=draft, lookup=lookup, format=format, adapter=adapter,
+                adapters=adapters,
+            )  # fmt: skip
+        with parallel.failing_together(target):
+            if parallel.is_main_rank():
+                files.begin(force)
+        with parallel.failing_together(target):
+            part = files.open_part(group, n_groups) if parallel.mp_rank() == 0 else None
+            states = files.states()
+        n_failed = 0
+        if llama is not None:
+            lines = files.pending(states, group, n_groups)
+            tasks = (Task(llama, index, line, options, seed) for index, line in lines)
+            with llama.runner.leading(), _progress_bar(states, group, n_groups) as bar:
+                if part is not None:
+                    window = IN_FLIGHT_PER_ROW * max_batch_size
+                    n_failed = _run_tasks(llama, tasks, part, window, bar)
+        if part is not None:
+            part.close()
+        n_failed = parallel.sum_without_timeout(n_failed, all_ranks) + states.count(FAILED)
         if parallel.is_main_rank():
-            model: dict[str, Any] = dict(
-                ckpt_dir=ckpt_dir, tokenizer_path=tokenizer_path, dtype=dtype
-            )
-            model |= dict(mode=mode, quantize=quantize, kv_cache=kv_cache)
-            model |= dict(format=format) if format is not None else {}
-            model |= dict(adapter=adapter) if adapter is not None else {}
-            model |= dict(adapters=adapters) if adapters else {}
-            files.prepare(model | {"max_seq_len": max_seq_len, "seed": seed, **options}, force)
-    with parallel.failing_together(target):
-        part = files.open_part(group, n_groups) if parallel.mp_rank() == 0 else None
-        states = files.states()
-    n_failed = 0
-    if PENDING in states:
-        llama = Llama.build(
-            ckpt_dir, tokenizer_path, max_seq_len, max_batch_size, model_parallel_size, seed,
-            mode=mode, quantize=quantize, kv_cache=kv_cache, device=device, dtype=dtype,
-            draft=draft, lookup=lookup, format=format, adapter=adapter,
-            adapters=adapters,
-        )  # fmt: skip
-        lines = files.pending(states, group, n_groups)
-        tasks = (Task(llama, index, line, options, seed) for index, line in lines)
-        with llama.runner.leading(), _progress_bar(states, group, n_groups) as bar:
-            if part is not None:
-                window = IN_FLIGHT_PER_ROW * max_batch_size
-                n_failed = _run_tasks(llama, tasks, part, window, bar)
-    if part is not None:
-        part.close()
-    n_failed = parallel.sum_without_timeout(n_failed, all_ranks) + states.count(FAILED)
-    if parallel.is_main_rank():
-        files.merge(len(states))
+            files.merge(len(states))
     return len(states), n_failed
 
 

@@ -21,7 +21,7 @@ def inspect(
     tensorboard: str | None = None,
     train: bool = False,
     batch: int = 1,
-    seq_len: int = 2048,
+    seq_len: int | None = None,
     lora_r: int | None = None,
     lora_targets: str | None = None,
     quantize: str | None = None,
@@ -57,7 +57,7 @@ def inspect(
             graph of a prompt of 8 tokens on one rank. It needs the extra [train].
         train: tell the memory of a training step.
         batch (rows): rows of the step.
-        seq_len (tokens): tokens of a row.
+        seq_len (tokens): tokens of a row; by default 2048, or the context if smaller.
         lora_r: rank of the changes that LoRA trains; by default all weights are trained.
         lora_targets: matrices that get a change; by default all seven of a layer.
         quantize: int8 or int4, for the frozen weights with LoRA; by default as the folder is saved.
@@ -67,9 +67,20 @@ def inspect(
     from llama.checkpoints.inspect import describe, resolve
     from llama.checkpoints.load import parse_dtype
     from llama.checkpoints.module_tree import module_tree
+    from llama.files import check_can_make_folder
     from llama.training.lora import LoraOptions
     from llama.training.memory import describe_training
 
+    of_training = {
+        "batch": batch != 1, "seq_len": seq_len is not None, "lora_r": lora_r is not None,
+        "lora_targets": lora_targets is not None, "quantize": quantize is not None,
+        "checkpoint_activations": checkpoint_activations,
+    }  # fmt: skip
+    if not train and any(of_training.values()):
+        given = next(name for name, is_given in of_training.items() if is_given)
+        raise ConfigError(f"--{given} is about a training step: give --train too")
+    if tensorboard is not None:
+        check_can_make_folder(tensorboard)
     name = str(model or BUNDLED)
     if train:
         lora = None if lora_r is None else LoraOptions.read(lora_r, None, 0.0, lora_targets)

@@ -8,11 +8,12 @@ from collections.abc import Iterable, Sequence
 
 import fire
 
-from llama.commands.flags import Command, Flag, all_flags, own_flags
+from llama.commands.flags import Command, Flag, all_flags, own_flags, takes_more_words
 from llama.commands.help_page import help_text
 from llama.errors import LlamaError
 
 SWITCH_VALUES = {"yes": True, "true": True, "no": False, "false": False}
+ARGUMENTS = ("model", "folder", "src")  # that name a model
 IS_FLAG = re.compile(r"--?([A-Za-z][\w-]*)(=.*)?", re.DOTALL)
 
 
@@ -53,14 +54,17 @@ def checked(command: Command, words: Sequence[str], usage: str) -> list[str]:
         if match is None:
             argument = arguments[n_plain].name if n_plain < len(arguments) else None
             n_plain += 1
-            if argument is None and word.startswith("-"):  # fire would take it for a flag
-                raise LlamaError(f"unexpected {word!r}: put a text in quotes; see {usage} --help")
+            if argument is None and (word.startswith("-") or not takes_more_words(command)):
+                # fire would take the word for a flag, or for the value of the next parameter.
+                raise LlamaError(_unexpected(word, len(arguments), flags, usage))
             # fire would read a text such as "-- he said" as a flag. So fire gets the text as the
             # value of a flag.
             result.append(f"--{argument}={word}" if argument and word.startswith("-") else word)
             continue
         name = match[1].replace("-", "_")
         flag = _find(name, flags, usage)
+        if flag.name in given:
+            raise LlamaError(f"--{flag.name} is given twice; see {usage} --help")
         given.add(flag.name)
         following = words[index : index + 1]
         if match[2] is not None:
@@ -86,6 +90,16 @@ def checked(command: Command, words: Sequence[str], usage: str) -> list[str]:
             shown = f"--{flag.name}" if flag not in arguments else flag.name.upper()
             raise LlamaError(f"{shown} is missing: {flag.meaning}; see {usage} --help")
     return result
+
+
+def _unexpected(word: str, n_arguments: int, flags: dict[str, Flag], usage: str) -> str:
+    """The message for a word that is neither an argument nor the value of a flag."""
+    if word.startswith("-"):
+        return f"unexpected {word!r}: put a text in quotes; see {usage} --help"
+    if n_arguments == 0 and "ckpt_dir" in flags:
+        return f"unexpected {word!r}, did you mean --ckpt_dir {word}? See {usage} --help"
+    most = {0: "no argument", 1: "one argument"}.get(n_arguments, f"{n_arguments} arguments")
+    return f"unexpected {word!r}: {usage} takes {most}; see {usage} --help"
 
 
 def _is_on(flag: Flag, value: str) -> bool:
@@ -116,4 +130,7 @@ def _find(name: str, flags: dict[str, Flag], usage: str) -> Flag:
     matches = [flag for flag in flags.values() if flag.name.startswith(name)]
     if len(name) == 1 and len(matches) == 1:
         return matches[0]
-    raise LlamaError(f"unknown option --{name}{nearest(name, flags, '--')}; see {usage} --help")
+    hint = nearest(name, flags, "--")
+    if name == "ckpt_dir":  # in these commands the model is an argument
+        hint = next((f": the model is {arg.upper()}" for arg in ARGUMENTS if arg in flags), hint)
+    raise LlamaError(f"unknown option --{name}{hint}; see {usage} --help")

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 from llama.commands.flags import as_text
+from llama.errors import DataError, require_number
 from llama.terminal_text import say
 
 
@@ -53,6 +54,10 @@ def perplexity(
     from llama.parallel import is_main_rank
 
     text = read_text(str(file))
+    if not text:
+        raise DataError(f"{file} is empty: there is nothing to score")
+    if window is not None:
+        require_number("window", window, whole=True)
     max_seq_len = window if isinstance(window, int) and window > WINDOW else None
     llama = Llama.build(
         ckpt_dir, tokenizer_path, max_seq_len, max_batch_size=1,

@@ -43,6 +43,8 @@ def explain(
         chat: the text is a user's message, in the model's chat format.
         force: replace OUT if it exists.
     """
+    from llama.checkpoints.folder import BUNDLED
+    from llama.checkpoints.inspect import resolve
     from llama.commands.terminal import read_input
     from llama.explain.page import write_page
     from llama.files import check_can_write
@@ -55,6 +57,7 @@ def explain(
     if prompt is None and sys.stdin.isatty():
         raise ExplainError("no prompt: give a text in quotes, or pipe one to standard input")
     check_can_write(out, force)
+    resolve(flags.get("ckpt_dir", str(BUNDLED)))[1].check_split(mp)
     prompt = read_input() if prompt is None or prompt == "-" else prompt
     llama = Llama.build(**flags, max_batch_size=1)
     text_or_dialog: Any = [{"role": "user", "content": prompt}] if chat else prompt

@@ -252,6 +252,12 @@ def own_flags(command: Command) -> tuple[list[Flag], list[Flag]]:
     return arguments, flags
 
 
+def takes_more_words(command: Command) -> bool:
+    """Whether a command has `*words`. It then says itself what is wrong with a further word."""
+    parameters = inspect.signature(command).parameters.values()
+    return any(parameter.kind is parameter.VAR_POSITIONAL for parameter in parameters)
+
+
 def all_flags(command: Command) -> dict[str, Flag]:
     """All flags and arguments of a command, by name. An argument can also be given as a flag."""
     arguments, flags = own_flags(command)

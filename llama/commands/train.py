@@ -34,7 +34,8 @@ def train(config: str | None = None, **flags: Any) -> None:
     Args:
         config: TOML file with the flags' names as keys; by default none.
     """
-    from llama.commands.train_config import PretrainConfig, pretrain
+    from llama.commands.train_config import PretrainConfig
+    from llama.commands.train_run import pretrain
 
     say(f"Saved in {pretrain(PretrainConfig.read(config, flags))}")
 
@@ -71,6 +72,6 @@ def finetune(config: str | None = None, **flags: Any) -> None:
         config: TOML file with the flags' names as keys; by default none.
     """
     from llama.commands.train_config import FinetuneConfig
-    from llama.commands.train_config import finetune as run
+    from llama.commands.train_run import finetune as run
 
     say(f"Saved in {run(FinetuneConfig.read(config, flags))}")

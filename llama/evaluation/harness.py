@@ -15,8 +15,10 @@ from typing import Any
 from tqdm import tqdm
 
 from llama import parallel
+from llama.checkpoints.folder import BUNDLED, find_folder
+from llama.checkpoints.load import parse_dtype
 from llama.engine.request import Request
-from llama.errors import ConfigError, DataError, GenerationError
+from llama.errors import ConfigError, DataError, GenerationError, require_number
 from llama.files import atomic_file
 from llama.generation import Llama
 from llama.sampling import SamplingParams
@@ -215,6 +217,15 @@ def evaluate(
         raise ConfigError(f"limit is {limit!r}: it must be a number above 0")
     if num_fewshot is not None and not (isinstance(num_fewshot, int) and num_fewshot >= 0):
         raise ConfigError(f"num_fewshot is {num_fewshot!r}: it must be a whole number, 0 or above")
+    if not all(tasks):
+        raise DataError(f"tasks is {','.join(tasks)!r}: a name is empty")
+    # These are checked before the index of tasks is made, which takes ten seconds.
+    require_number("batch_size", options.get("batch_size", 4), whole=True)
+    if options.get("max_seq_len") is not None:
+        require_number("max_seq_len", options["max_seq_len"], whole=True)
+    if options.get("dtype") is not None:
+        parse_dtype(options["dtype"])
+    find_folder(options.get("ckpt_dir") or BUNDLED)
     for folder in (include_path, out and Path(out).parent):
         if folder is not None and not Path(folder).is_dir():
             raise DataError(f"no such folder: {folder}")

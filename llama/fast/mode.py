@@ -29,9 +29,9 @@ def check_mode(
     Raises ConfigError for an unknown mode or width, and where the width cannot run here.
     """
     if mode not in get_args(Mode):
-        raise ConfigError(f"mode is {mode!r}: {' or '.join(get_args(Mode))}")
+        raise ConfigError(f"mode is {mode!r}: it must be {' or '.join(get_args(Mode))}")
     if quantize not in (None, *get_args(Width)):
-        raise ConfigError(f"quantize is {quantize!r}: {' or '.join(get_args(Width))}")
+        raise ConfigError(f"quantize is {quantize!r}: it must be {' or '.join(get_args(Width))}")
     can = device.type == "cpu" and dtype in FLOATS and is_installed()
     if quantize is not None and (mode != "fast" or device.type not in ("cpu", "cuda")):
         raise ConfigError("quantized weights are for mode fast on the CPU or a CUDA GPU")
@@ -74,7 +74,8 @@ def cache_dtype(mode: Mode, kv_cache: CacheWidth | None) -> torch.dtype | None:
     """The dtype of the KV cache; None: the dtype of the activations. Raises ConfigError for an int8
     cache in mode reference."""
     if kv_cache not in (None, *get_args(CacheWidth)):
-        raise ConfigError(f"kv_cache is {kv_cache!r}: {' or '.join(get_args(CacheWidth))}")
+        known = " or ".join(get_args(CacheWidth))
+        raise ConfigError(f"kv_cache is {kv_cache!r}: it must be {known}")
     if kv_cache is not None and mode != "fast":
         raise ConfigError(f"a KV cache in {kv_cache} is for mode fast")
     return None if kv_cache is None else torch.int8

@@ -20,7 +20,10 @@ def read_documents(files: Iterable[str | Path], field: str = "text") -> Iterator
     """
     for file in files:
         if Path(file).suffix != ".jsonl":
-            yield read_text(file)
+            text = read_text(file)
+            if not text:
+                raise DataError(f"{file} is empty")
+            yield text
             continue
         for number, record in read_records(file):
             if not isinstance(record.get(field), str):

@@ -119,16 +119,17 @@ def _matrices(args: ModelArgs) -> dict[str, tuple[int, ...]]:
 def describe_training(
     name: str,
     batch: int,
-    seq_len: int,
+    seq_len: int | None,
     lora: LoraOptions | None,
     dtype: str,
     quantize: Width | None,
     checkpointed: bool,
     mp_size: int,
 ) -> str:
-    """The report of `llama inspect --train`."""
+    """The report of `llama inspect --train`. seq_len None: 2048, or the context if smaller."""
     title, args, saved = resolve(name)
     args.check_split(mp_size)
+    seq_len = min(2048, args.context) if seq_len is None else seq_len
     for option, value in (("batch", batch), ("seq_len", seq_len)):
         if type(value) is not int or value < 1:
             raise ConfigError(f"{option} is {value!r}: it must be 1 or more")

@@ -301,7 +301,8 @@ def test_a_metas_folder_gets_its_tokenizer_model(
 
 
 def test_tuning_a_gguf_file_writes_a_folder(bundled: Path, tmp_path: Path) -> None:
-    from llama.commands.train_config import FinetuneConfig, finetune
+    from llama.commands.train_config import FinetuneConfig
+    from llama.commands.train_run import finetune
 
     dialog = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}]
     data = tmp_path / "dialogs.jsonl"

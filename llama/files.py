@@ -106,10 +106,14 @@ def write_json(path: str | Path, content: dict[str, Any]) -> None:
         file.write((json.dumps(content, indent=2) + "\n").encode())
 
 
-def check_can_write(path: str | Path, force: bool = False) -> None:
+def check_can_write(
+    path: str | Path, force: bool = False, inputs: Iterable[str | Path] = ()
+) -> None:
     """Raise DataError if a file of this name cannot be written, so that nothing is computed in
-    vain. force: a file that exists may be replaced."""
+    vain. force: a file that exists may be replaced, but none of the inputs."""
     path = Path(path)
+    if path.exists() and any(Path(file).exists() and path.samefile(file) for file in inputs):
+        raise DataError(f"cannot write {path}: it is the input")
     if path.is_dir():
         raise DataError(f"cannot write {path}: it is a folder")
     if not path.parent.is_dir():

@@ -55,9 +55,7 @@ class BatchFiles:
             if path.exists() and not path.is_file():  # a pipe cannot be read twice
                 raise DataError(f"{path} is not a regular file")
         digest, n_lines = self._hash_input()
-        if self.output.exists() and self.output.samefile(self.input):
-            raise DataError(f"cannot write {self.output}: it is the input")
-        check_can_write(self.output, force=True)
+        check_can_write(self.output, force=True, inputs=[self.input])
         self._lock = lock(self.output)
         job = {"input": f"sha256:{digest}", "lines": n_lines, **options}
         self._content = json.loads(json.dumps(job, default=list))  # as the record is read back

@@ -2,14 +2,17 @@
 
 from pathlib import Path
 
+from llama.errors import DataError
 from llama.terminal_text import say
+
+SHARD_TOKENS = 100_000_000  # most tokens of a file, the default
 
 
 def tokenize(
     *files: str,
     tokenizer: str,
     out: str,
-    shard_tokens: int = 100_000_000,
+    shard_tokens: int = SHARD_TOKENS,
     field: str = "text",
     force: bool = False,
 ) -> None:
@@ -35,13 +38,20 @@ def tokenize(
             one file if the name has no {}.
         shard_tokens (tokens): most tokens of a file.
         field: key of the text in a .jsonl line.
-        force: replace the token files if they exist.
+        force: replace the token files of this name if they exist, and delete those of higher
+            numbers.
     """
+    from llama.files import check_can_write
     from llama.tokenizer import Tokenizer
-    from llama.training.documents import read_documents, write_token_files
+    from llama.training.documents import numbered, read_documents, write_token_files
 
-    documents = read_documents(map(str, files), str(field))
-    names, count = write_token_files(documents, Tokenizer(tokenizer), str(out), shard_tokens, force)
+    out, paths = str(out), list(map(str, files))
+    is_numbered = out != numbered(out, 0)
+    if not is_numbered and shard_tokens != SHARD_TOKENS:
+        raise DataError(f"shard_tokens needs {{}} in out, for the number of a file: {out}")
+    check_can_write(numbered(out, 0), force, inputs=[*paths, tokenizer])
+    documents = read_documents(paths, str(field))
+    names, count = write_token_files(documents, Tokenizer(tokenizer), out, shard_tokens, force)
     say(f"{count:,} tokens in {', '.join(names)}")
 
 
@@ -71,6 +81,6 @@ def vocab(*files: str, ranks: int, out: str, field: str = "text", force: bool = 
     from llama.training.documents import read_documents
     from llama.training.vocabulary import train_vocabulary
 
-    check_can_write(str(out), force)
+    check_can_write(str(out), force, inputs=map(str, files))
     train_vocabulary(read_documents(map(str, files), str(field)), ranks, Path(str(out)))
     say(f"{ranks:,} ranks and 256 special tokens in {out}")

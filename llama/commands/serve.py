@@ -1,5 +1,6 @@
 """llama serve: OpenAI's API and a chat page for one model."""
 
+from contextlib import nullcontext
 from typing import Any
 
 from llama.commands.flags import MODEL, SPECULATION, as_text, takes
@@ -71,7 +72,8 @@ def serve(
 
     from llama.commands import terminal
     from llama.generation import Llama
-    from llama.server.run import check_access, exit_with, model_name
+    from llama.parallel import is_main_rank
+    from llama.server.run import bound_socket, check_access, check_limits, exit_with, model_name
     from llama.server.run import serve as run
 
     if words:
@@ -81,11 +83,15 @@ def serve(
     check_access(host, api_key)
     build, _ = terminal.read_flags(words, flags)
     origins = tuple(origin.strip() for origin in allow_origin.split(",") if origin.strip())
+    check_limits(port, max_waiting, timeout, origins)
     served, beside = name or model_name(build.get("ckpt_dir")), terminal.read_adapters(adapters)
     if served in beside:
         raise GenerationError(f"the model and an adapter have the name {served}: give another one")
-    llama = Llama.build(**build, adapters=beside, max_batch_size=max_batch_size)
-    code = run(
-        llama, served, host, port, api_key, max_waiting, timeout, origins, metrics, log_calls, date,
-    )  # fmt: skip
+    # An address in use is told before the model is loaded.
+    with bound_socket(host, port) if is_main_rank() else nullcontext() as bound:
+        llama = Llama.build(**build, adapters=beside, max_batch_size=max_batch_size)
+        code = run(
+            llama, served, host, bound, api_key, max_waiting, timeout, origins, metrics, log_calls,
+            date,
+        )  # fmt: skip
     exit_with(code)

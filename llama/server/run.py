@@ -5,6 +5,7 @@ import contextlib
 import ipaddress
 import logging
 import os
+import re
 import socket
 import sys
 import threading
@@ -12,8 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from llama import parallel
-from llama.errors import ConfigError
+from llama.errors import MAX_WHOLE_NUMBER, ConfigError, require_number
 from llama.generation import Llama
 from llama.memory import size, used_memory
 
@@ -36,6 +36,7 @@ log = logging.getLogger("llama")
 GRACE = 25.0  # seconds that running calls have after a signal
 REQUEST_TIMEOUT = 30.0  # seconds in which the head of a connection's first request must arrive
 DEATH_EXIT_CODE = 3
+ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^/\s,]+")
 
 
 class _Protocol(H11Protocol):
@@ -90,9 +91,23 @@ def check_access(host: str, api_key: str | None) -> None:
     """Raise ConfigError if other machines can reach the address and there is no API key."""
     if not is_loopback(host) and not api_key:
         raise ConfigError(
-            f"host {host} can be reached from other machines: give an --api-key, or serve on "
+            f"host {host} can be reached from other machines: give an --api_key, or serve on "
             "127.0.0.1"
         )
+
+
+def check_limits(port: int, max_waiting: int, timeout: float, origins: tuple[str, ...]) -> None:
+    """Raise ConfigError for a number out of its range, and for an origin that no browser sends."""
+    if not 0 <= port < 65536:
+        raise ConfigError(f"port is {port}: it must be 0 to 65535")
+    if not 0 <= max_waiting <= MAX_WHOLE_NUMBER:
+        raise ConfigError(f"max_waiting is {max_waiting}: it must be 0 or above")
+    require_number("timeout", timeout)
+    for origin in origins:
+        if not ORIGIN.fullmatch(origin):
+            raise ConfigError(
+                f"allow_origin has {origin!r}: an origin is such as https://example.org:8443"
+            )
 
 
 def is_loopback(host: str) -> bool:
@@ -105,8 +120,8 @@ def is_loopback(host: str) -> bool:
 def serve(
     llama: Llama,
     name: str,
-    host: str = "127.0.0.1",
-    port: int = 8000,
+    host: str,
+    bound: socket.socket | None,
     api_key: str | None = None,
     max_waiting: int = 64,
     timeout: float = 600.0,
@@ -118,21 +133,23 @@ def serve(
     """Serve a model until a signal comes or the engine fails. The first rank serves, and the other
     ranks follow its engine. Returns the exit code.
 
-    name: the model's name in the API. See `llama serve --help` for the other arguments.
-    Raises ConfigError for an address that cannot be used.
+    name: the model's name in the API. bound: the first rank's socket, from `bound_socket`. See
+        `llama serve --help` for the other arguments.
     """
-    check_access(host, api_key)
-    if parallel.mp_rank() > 0:
+    if bound is None:
         with llama.runner.leading():
             return 0
+    hosts = LOOPBACK if is_loopback(host) else None
     settings = Settings(name, timeout, date=date)
-    with bound_socket(host, port) as bound:
-        hosts = LOOPBACK if is_loopback(host) else None
-        server = make_server(
-            llama, settings, max_waiting, api_key, hosts, origins, has_metrics, has_log
-        )
-        log.info(start_line(llama, name, bound))
-        run_server(server, bound)
+    server = make_server(
+        llama, settings, max_waiting, api_key, hosts, origins, has_metrics, has_log
+    )
+    try:
+        bound.listen()  # a client that connects from now on waits, and is not refused
+    except OSError as error:  # another program listens since the socket was bound
+        raise ConfigError(f"cannot serve on {host}: {error.strerror}") from error
+    log.info(start_line(llama, name, bound))
+    run_server(server, bound)
     return 0 if server.service.is_alive else DEATH_EXIT_CODE
 
 
@@ -184,9 +201,7 @@ def start_line(llama: Llama, name: str, bound: socket.socket) -> str:
 
 @contextlib.contextmanager
 def bound_socket(host: str, port: int) -> Iterator[socket.socket]:
-    """A listening socket. Raises ConfigError if the address cannot be used."""
-    if not 0 <= port < 65536:
-        raise ConfigError(f"port is {port}: it must be 0 to 65535")
+    """A socket that does not listen yet. Raises ConfigError if the address cannot be used."""
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
@@ -199,7 +214,6 @@ def bound_socket(host: str, port: int) -> Iterator[socket.socket]:
             if os.name == "posix":  # on Windows this option would let two servers share a port
                 bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             bound.bind(address)
-            bound.listen()  # a client that connects from now on waits, and is not refused
         except OSError as error:
             raise ConfigError(f"cannot serve on {host}:{port}: {error.strerror}") from error
         yield bound

@@ -18,6 +18,7 @@ def running(llama: Llama, timeout: float = 60.0, **options: Any) -> Iterator[tup
     settings = Settings(MODEL, timeout, max_body=1 << 20, read_timeout=options.pop("read", 5.0))
     server = make_server(llama, settings, **options)
     with bound_socket("127.0.0.1", 0) as bound:
+        bound.listen()
         thread = threading.Thread(target=run_server, args=(server, bound))
         thread.start()
         try:

@@ -7,8 +7,9 @@ torchrun --nproc_per_node 2 example_chat_completion.py --ckpt_dir llama-2-13b-ch
 
 import sys
 from contextlib import closing
+from typing import Any
 
-from llama import Dialog, Llama
+from llama import Dialog, Llama, SamplingParams
 from llama.commands.command_line import run
 from llama.commands.terminal import in_turn
 from llama.errors import one_line
@@ -78,6 +79,8 @@ def main(
         max_batch_size (dialogs): how many dialogs the model has room for at once; there are four.
     """
     dialogs = TALES if ckpt_dir is None else DIALOGS
+    options: dict[str, Any] = dict(max_gen_len=max_gen_len, temperature=temperature, top_p=top_p)
+    SamplingParams(**options)  # raises for a wrong option, before the model is loaded
     generator = Llama.build(
         # fire hands over a number where a name looks like one
         ckpt_dir=None if ckpt_dir is None else str(ckpt_dir),
@@ -85,9 +88,7 @@ def main(
         max_seq_len=max_seq_len,
         max_batch_size=max_batch_size,
     )
-    events = generator.stream(
-        dialogs, max_gen_len=max_gen_len, temperature=temperature, top_p=top_p
-    )
+    events = generator.stream(dialogs, **options)
     with closing(events):
         for row, row_events in in_turn(events):  # on the first rank; the others only compute
             for message in dialogs[row]:

@@ -7,8 +7,9 @@ torchrun --nproc_per_node 2 example_text_completion.py --ckpt_dir llama-2-13b
 
 import sys
 from contextlib import closing
+from typing import Any
 
-from llama import Llama
+from llama import Llama, SamplingParams
 from llama.commands.command_line import run
 from llama.commands.terminal import in_turn
 from llama.errors import one_line
@@ -71,6 +72,8 @@ def main(
         max_batch_size (prompts): how many prompts the model has room for at once; there are four.
     """
     prompts = TALES if ckpt_dir is None else PROMPTS
+    options: dict[str, Any] = dict(max_gen_len=max_gen_len, temperature=temperature, top_p=top_p)
+    SamplingParams(**options)  # raises for a wrong option, before the model is loaded
     generator = Llama.build(
         # fire hands over a number where a name looks like one
         ckpt_dir=None if ckpt_dir is None else str(ckpt_dir),
@@ -78,9 +81,7 @@ def main(
         max_seq_len=max_seq_len,
         max_batch_size=max_batch_size,
     )
-    events = generator.text_completion(
-        prompts, max_gen_len=max_gen_len, temperature=temperature, top_p=top_p, stream=True
-    )
+    events = generator.text_completion(prompts, **options, stream=True)
     with closing(events):
         for row, row_events in in_turn(events):  # on the first rank; the others only compute
             print(f"{prompts[row]}\n> ", end="")

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from llama.commands.flags import as_text
-from llama.errors import DataError, require_number
+from llama.errors import ConfigError, DataError, require_number
 from llama.terminal_text import say
 
 
@@ -48,6 +48,7 @@ def perplexity(
         device: cuda, mps or cpu; by default the first of these that is available.
         dtype: float32, bfloat16 or float16; by default as in Llama.build.
     """
+    from llama.checkpoints.folder import BUNDLED, find_folder, read_args
     from llama.evaluation.perplexity import WINDOW, score
     from llama.files import read_text
     from llama.generation import Llama
@@ -58,6 +59,9 @@ def perplexity(
         raise DataError(f"{file} is empty: there is nothing to score")
     if window is not None:
         require_number("window", window, whole=True)
+        context = read_args(find_folder(ckpt_dir or BUNDLED)).context
+        if window > context:
+            raise ConfigError(f"window is {window}, but the model's context is {context} tokens")
     max_seq_len = window if isinstance(window, int) and window > WINDOW else None
     llama = Llama.build(
         ckpt_dir, tokenizer_path, max_seq_len, max_batch_size=1,

@@ -99,6 +99,8 @@ class RunConfig:
             if not 0 <= getattr(self, name) <= MAX_NUMBER:
                 raise ConfigError(f"{name} is {getattr(self, name)}: it must be 0 or above")
         require_number("learning_rate", self.learning_rate)
+        if not 0 <= self.seed < 2**63:
+            raise ConfigError(f"seed is {self.seed}: it must be 0 to 2**63 - 1")
         for name in ("beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}: it must be 0 to below 1")

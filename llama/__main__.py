@@ -92,9 +92,8 @@ def dispatch(words: list[str]) -> None:
         print(f"llama-reference {importlib.metadata.version('llama-reference')}")
         return
     if name not in COMMANDS:
-        raise LlamaError(
-            f"unknown command {name!r}{nearest(name, [*COMMANDS, '--help', '--version'])}; see llama --help"
-        )
+        hint = nearest(name, [*COMMANDS, "--help", "--version"])
+        raise LlamaError(f"unknown command {name!r}{hint}; see llama --help")
     module = importlib.import_module(f"llama.commands.{COMMANDS[name][0]}")
     run(getattr(module, name), rest, f"llama {name}")
 

@@ -201,7 +201,7 @@ def test_adapters_that_cannot_stay_beside_the_weights(root: Path, tmp_path: Path
     for name, what in (("head", "output.weight"), ("norm", "norm.weight")):
         with pytest.raises(LlamaError, match=rf"{name} changes .*{what}: only changes of the"):
             Llama.build(base, adapters={"a": tmp_path / name})
-    with pytest.raises(LlamaError, match="no such adapter folder: nowhere"):
+    with pytest.raises(LlamaError, match="no such folder: nowhere"):
         Llama.build(base, adapters={"a": "nowhere"})
     with pytest.raises(LlamaError, match="give one of them"):
         build(root, "first")

@@ -82,8 +82,6 @@ def open_adapter(folder: Path, args: ModelArgs) -> Adapter:
     Raises ConfigError or CheckpointError for an adapter that is damaged, is not plain LoRA, or does
     not fit the shape.
     """
-    if not os.path.isdir(folder):
-        raise CheckpointError(f"no such adapter folder: {folder}")
     shapes = args.whole_shapes()
     matrices = {
         hugging_face.hugging_face_name(name).removesuffix(".weight"): name

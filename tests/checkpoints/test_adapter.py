@@ -422,7 +422,7 @@ def test_tensors_that_are_refused(
 
 def test_folders_that_are_refused(bases: dict[str, Path], small: Path, tmp_path: Path) -> None:
     base = bases["untied"]
-    with pytest.raises(LlamaError, match=r"no such adapter folder: .*/nowhere"):
+    with pytest.raises(LlamaError, match=r"no such folder: .*/nowhere"):
         Llama.build(base, adapter=tmp_path / "nowhere")
     with pytest.raises(LlamaError, match=r"cannot read .*adapter_config.json: No such file"):
         Llama.build(base, adapter=base)

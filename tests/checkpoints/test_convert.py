@@ -385,5 +385,5 @@ def test_inspect_opens_folders_and_names_what_it_cannot(sources: dict[str, Path]
         describe("llama-9")
     with pytest.raises(ConfigError, match="cannot be split over 3 ranks"):
         describe("llama-3-8b", mp=3)
-    with pytest.raises(ConfigError, match="max_seq_len 8193: the model's context is 8192"):
+    with pytest.raises(ConfigError, match="max_seq_len is 8193: it must be 1 to the context, 8192"):
         describe("llama-3-8b", max_seq_len=8193)

@@ -23,6 +23,21 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
 
 
 @pytest.fixture
+def exit_code(monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
+    """Run a command line in this process. Returns its exit code."""
+
+    def exit_code(*arguments: object) -> int:
+        monkeypatch.setattr(sys, "argv", ["llama", *map(str, arguments)])
+        try:
+            main()
+        except SystemExit as end:
+            return int(end.code or 0)
+        return 0
+
+    return exit_code
+
+
+@pytest.fixture
 def fail(run: Run, capsys: pytest.CaptureFixture[str]) -> Run:
     """Run a command line that must end with exit code 2. Returns its error line."""
 

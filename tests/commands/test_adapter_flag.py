@@ -2,7 +2,6 @@
 
 import json
 import re
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,7 +9,6 @@ import pytest
 from helpers.adapters import write_adapter, write_base
 
 from llama import Llama
-from llama.__main__ import main
 
 TEXT = "the word is the word"
 
@@ -25,22 +23,16 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 
 @pytest.fixture
-def run(
-    folders: tuple[Path, Path],
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> Callable[..., str]:
+def run(folders: tuple[Path, Path], run: Callable[..., str]) -> Callable[..., str]:
     """Run a command with the base model and the adapter. Returns its standard output."""
 
-    def run(*arguments: object) -> str:
-        options = ["--adapter", folders[1]]
+    def run_with_both(*arguments: object) -> str:
+        options: list[object] = ["--adapter", folders[1]]
         if arguments[0] not in ("doctor", "convert"):
             options += ["--ckpt_dir", folders[0]]
-        monkeypatch.setattr(sys, "argv", ["llama", *map(str, [*arguments, *options])])
-        main()
-        return capsys.readouterr().out
+        return run(*arguments, *options)
 
-    return run
+    return run_with_both
 
 
 def test_complete_and_batch(
@@ -62,16 +54,14 @@ def test_complete_and_batch(
 
 
 def test_lines_of_a_batch_name_their_adapters(
-    folders: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    folders: tuple[Path, Path], exit_code: Callable[..., int], tmp_path: Path
 ) -> None:
     base, adapter = folders
     lines = [{"prompt": TEXT}, {"prompt": TEXT, "adapter": "a"}, {"prompt": TEXT, "adapter": "b"}]
     (tmp_path / "in.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    words = ["llama", "batch", tmp_path / "in.jsonl", tmp_path / "out.jsonl", "--ckpt_dir", base,
+    words = ["batch", tmp_path / "in.jsonl", tmp_path / "out.jsonl", "--ckpt_dir", base,
              "--adapters", f"a={adapter}", "--temperature=0", "--max_gen_len=6"]  # fmt: skip
-    monkeypatch.setattr(sys, "argv", [str(word) for word in words])
-    with pytest.raises(SystemExit):  # because one line failed
-        main()
+    assert exit_code(*words) == 1  # because one line failed
     plain, with_adapter, failed = map(json.loads, (tmp_path / "out.jsonl").read_text().splitlines())
     for result, chosen in ((plain, None), (with_adapter, adapter)):
         llama = Llama.build(base, adapter=chosen, mode="fast")
@@ -82,14 +72,9 @@ def test_lines_of_a_batch_name_their_adapters(
 
 
 @pytest.mark.parametrize("adapters", ["a", "=b", "a=", "a=b,c"])
-def test_malformed_adapters(
-    adapters: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(sys, "argv", ["llama", "serve", "--adapters", adapters])
-    with pytest.raises(SystemExit):
-        main()
+def test_malformed_adapters(adapters: str, fail: Callable[..., str]) -> None:
     error = f"adapters is '{adapters}': it must be NAME=FOLDER,NAME=FOLDER"
-    assert error in capsys.readouterr().err
+    assert error in fail("serve", "--adapters", adapters)
 
 
 def test_perplexity(folders: tuple[Path, Path], run: Callable[..., str], tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """`llama bench` on a real model: the figures are consistent, and wrong figures are errors."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,6 @@ import torch
 from make_checkpoint import SHAPES, make_checkpoint
 
 from llama import Llama
-from llama.__main__ import main
 from llama.commands.limits import check_rate, product_rate, read_rate
 from llama.commands.measure import _steps, measure, read_bytes, report
 from llama.engine.build import make_engine
@@ -88,16 +88,13 @@ def _is_product(module: Any) -> bool:
     return isinstance(getattr(module, "weight", None), tuple)
 
 
-def test_command(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_command(tmp_path: Path, run: Callable[..., str]) -> None:
     out = tmp_path / "figures.json"
     flags = ["--prefill", "20", "--decode", "2", "--rounds", "1", "--out", str(out)]
-    monkeypatch.setattr("sys.argv", ["llama", "bench", *flags])
-    main()
+    shown = run("bench", *flags)
     figures = json.loads(out.read_text())
     assert figures["ranks"] == 1
-    assert "tokens/s" in capsys.readouterr().out
+    assert "tokens/s" in shown
 
 
 @pytest.mark.parametrize(

@@ -2,32 +2,24 @@
 
 import io
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-
-from llama.__main__ import main
-
-Output = pytest.CaptureFixture[str]
-
-
-def run(monkeypatch: pytest.MonkeyPatch, *words: str) -> int:
-    """Run `llama explain` in this process. Returns the exit code."""
-    monkeypatch.setattr(sys, "argv", ["llama", "explain", *words])
-    try:
-        main()
-    except SystemExit as exit_:
-        return int(exit_.code or 0)
-    return 0
 
 
 @pytest.mark.parametrize(
     "words", [["A fox"], ["A fox", "--mp", "4"], ["A fox", "--chat", "--dtype", "bfloat16"], ["-"]]
 )
-def test_a_page(words: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_page(
+    words: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    exit_code: Callable[..., int],
+    tmp_path: Path,
+) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"A fox")))
-    assert run(monkeypatch, *words, "-o", "5") == 0
+    assert exit_code("explain", *words, "-o", "5") == 0
     page = (tmp_path / "5").read_text(encoding="utf-8")
     assert page.startswith("<!doctype html>")
     assert '"text":" fox"' in page
@@ -49,9 +41,9 @@ def test_a_page(words: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
     ],
 )
 def test_mistakes(
-    words: list[str], message: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: Output
-) -> None:
+    words: list[str], message: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
+    fail: Callable[..., str],
+) -> None:  # fmt: skip
     monkeypatch.chdir(tmp_path)
-    assert run(monkeypatch, *words) == 2
-    assert capsys.readouterr().err.splitlines() == [f"error: {message}"]
+    assert fail("explain", *words).startswith(f"error: {message}")
     assert list(tmp_path.iterdir()) == []

@@ -42,7 +42,9 @@ def test_a_graph_that_cannot_be_written(
 ) -> None:
     file = tmp_path / "file"
     file.touch()
-    assert fail("inspect", "--tensorboard", file) == f"error: cannot write {file}: File exists"
+    assert fail("inspect", "--tensorboard", file) == (
+        f"error: cannot write {file}: {file} is not a folder"
+    )
     monkeypatch.setitem(sys.modules, "tensorboard.compat.proto.event_pb2", None)
     message = "error: TensorBoard is missing: pip install 'llama-reference[train]'"
     assert fail("inspect", "--tensorboard", tmp_path / "new") == message

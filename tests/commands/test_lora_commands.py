@@ -15,7 +15,6 @@ import torch
 from helpers.ranks import free_port
 
 from llama import Llama
-from llama.__main__ import main
 from llama.checkpoints.convert import convert
 from llama.checkpoints.folder import BUNDLED, run_checkpoints
 
@@ -33,13 +32,14 @@ def dialogs(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+def run(exit_code: Callable[..., int], capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
     """Run a command line in this process. Returns its standard output and error."""
 
     def run(*arguments: object) -> str:
-        monkeypatch.setattr(sys, "argv", ["llama", *map(str, arguments)])
-        main()
-        return "".join(capsys.readouterr())
+        code = exit_code(*arguments)
+        shown = "".join(capsys.readouterr())
+        assert code == 0, shown
+        return shown
 
     return run
 
@@ -139,7 +139,7 @@ def test_ranks_that_share_a_model(dialogs: Path, run: Callable[..., str], tmp_pa
         (["--lora_r=4", "--quantize=fp8"], "quantize is 'fp8': int8 or int4"),
         (["--quantize=int8"], "quantize is for LoRA: give lora_r too"),
         (["--lora_alpha=8"], "lora_alpha is for LoRA: give lora_r too"),
-        (["--adapter=nowhere"], "no such adapter folder: nowhere"),
+        (["--adapter=nowhere"], "no such folder: nowhere"),
     ],
 )
 def test_mistakes(

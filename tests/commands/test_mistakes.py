@@ -1,5 +1,5 @@
-"""Plausible mistakes of a new user, tried for every command: each ends with one line and exit code 2
-before a model is loaded or a file is written.
+"""Plausible mistakes of a new user: each ends with one line and exit code 2, before a model is
+loaded or a file is written.
 """
 
 import json

@@ -3,13 +3,13 @@
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from llama.__main__ import main
 from llama.checkpoints.folder import BUNDLED, open_checkpoint
 from llama.commands.parity_tables import report
 from llama.explain import oracles
@@ -17,17 +17,18 @@ from llama.explain.certificate import read_certificate
 from llama.explain.oracles import LlamaModels
 
 ROOT = Path(__file__).parent.parent.parent
+Parity = Callable[..., int]
 
 
-def run(monkeypatch: pytest.MonkeyPatch, *words: str) -> int:
+@pytest.fixture
+def parity(exit_code: Callable[..., int]) -> Parity:
     """The exit code of `llama parity` with these words, on the CPU and with few tokens."""
-    few = () if {"--check", "--max_gen_len"} & set(words) else ("--max_gen_len", "4")
-    monkeypatch.setattr(sys, "argv", ["llama", "parity", *words, "--device", "cpu", *few])
-    try:
-        main()
-    except SystemExit as end:
-        return int(end.code or 0)
-    return 0
+
+    def parity(*words: str) -> int:
+        few = () if {"--check", "--max_gen_len"} & set(words) else ("--max_gen_len", "4")
+        return exit_code("parity", *words, "--device", "cpu", *few)
+
+    return parity
 
 
 Output = pytest.CaptureFixture[str]
@@ -35,21 +36,19 @@ Output = pytest.CaptureFixture[str]
 
 @pytest.mark.parametrize("against", ["llama-models", "transformers"])
 def test_a_certificate_is_written_and_checked(
-    against: str, monkeypatch: pytest.MonkeyPatch, capsys: Output, tmp_path: Path
+    against: str, parity: Parity, capsys: Output, tmp_path: Path
 ) -> None:
     path = str(tmp_path / "c.json")
-    assert run(monkeypatch, "A king", "--against", against, "--out", path) == 0
+    assert parity("A king", "--against", against, "--out", path) == 0
     assert capsys.readouterr().out == report(read_certificate(path)) + "\n"
-    assert run(monkeypatch, "--check", path) == 0
+    assert parity("--check", path) == 0
     shown = capsys.readouterr().out.splitlines()
     assert shown[-1] == "the certificate holds here"
     assert sum("  holds" in line for line in shown) == (6 if against == "llama-models" else 4)
 
 
-def test_the_table_has_a_line_for_each_layer(
-    monkeypatch: pytest.MonkeyPatch, capsys: Output
-) -> None:
-    assert run(monkeypatch) == 0
+def test_the_table_has_a_line_for_each_layer(parity: Parity, capsys: Output) -> None:
+    assert parity() == 0
     shown = capsys.readouterr().out.splitlines()
     layers = [f"layers.{i}" for i in range(open_checkpoint(BUNDLED).args.n_layers)]
     for name in ("tok_embeddings", *layers, "norm", "logits"):
@@ -70,26 +69,26 @@ class Perturbed(LlamaModels):
 
 
 def test_a_difference_is_exit_code_1(
-    monkeypatch: pytest.MonkeyPatch, capsys: Output, tmp_path: Path
+    monkeypatch: pytest.MonkeyPatch, parity: Parity, capsys: Output, tmp_path: Path
 ) -> None:
     path = str(tmp_path / "c.json")
-    assert run(monkeypatch, "--out", path) == 0
+    assert parity("--out", path) == 0
     monkeypatch.setitem(oracles.ORACLES, "llama-models", Perturbed)
     capsys.readouterr()
-    assert run(monkeypatch, "--out", str(tmp_path / "d.json")) == 1
+    assert parity("--out", str(tmp_path / "d.json")) == 1
     verdict = capsys.readouterr().out.splitlines()[-1]
     assert verdict.startswith(
         "NOT bit-equal to llama-models: layers.2.feed_forward.w3 is the first"
     )
     assert not read_certificate(tmp_path / "d.json").comparison.holds
-    assert run(monkeypatch, "--check", path) == 1
+    assert parity("--check", path) == 1
     shown = capsys.readouterr().out
     assert "logits, ulps" in shown
     assert shown.endswith("the certificate does NOT hold here\n")
 
 
 def test_a_changed_weight_file_is_exit_code_1(
-    monkeypatch: pytest.MonkeyPatch, capsys: Output, tmp_path: Path
+    parity: Parity, capsys: Output, tmp_path: Path
 ) -> None:
     folder = Path(shutil.copytree(BUNDLED, tmp_path / "copy"))
     path = folder / "consolidated.00.pth"
@@ -97,7 +96,7 @@ def test_a_changed_weight_file_is_exit_code_1(
     state["layers.0.attention.wq.weight"][0, 0] += 1
     torch.save(state, path)
     committed = str(ROOT / "docs" / "parity" / "bundled_llama_models.json")
-    assert run(monkeypatch, "--check", committed, "--ckpt_dir", str(folder)) == 1
+    assert parity("--check", committed, "--ckpt_dir", str(folder)) == 1
     assert "changed: consolidated.00.pth" in capsys.readouterr().out
 
 
@@ -114,27 +113,27 @@ def test_a_changed_weight_file_is_exit_code_1(
         (["--dtype", "int8"], "dtype is int8: it must be float32, bfloat16 or float16"),
     ],
 )  # fmt: skip
-def test_mistakes(
-    words: list[str], message: str, monkeypatch: pytest.MonkeyPatch, capsys: Output
-) -> None:
-    assert run(monkeypatch, *words) == 2
+def test_mistakes(words: list[str], message: str, parity: Parity, capsys: Output) -> None:
+    assert parity(*words) == 2
     assert capsys.readouterr().err.splitlines() == [f"error: {message}"]
 
 
 @pytest.mark.parametrize("content", ["{", "[]", "{}", '{"comparison": {"tokens": 1}}'])
 def test_a_damaged_certificate_is_exit_code_2(
-    content: str, monkeypatch: pytest.MonkeyPatch, capsys: Output, tmp_path: Path
+    content: str, parity: Parity, capsys: Output, tmp_path: Path
 ) -> None:
     path = tmp_path / "c.json"
     path.write_text(content)
-    assert run(monkeypatch, "--check", str(path)) == 2
+    assert parity("--check", str(path)) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"error: {path} ")
 
 
-def test_a_missing_package_is_exit_code_2(monkeypatch: pytest.MonkeyPatch, capsys: Output) -> None:
+def test_a_missing_package_is_exit_code_2(
+    monkeypatch: pytest.MonkeyPatch, parity: Parity, capsys: Output
+) -> None:
     monkeypatch.setitem(sys.modules, "llama_models", None)
-    assert run(monkeypatch) == 2
+    assert parity() == 2
     assert "pip install 'llama-reference[parity]'" in capsys.readouterr().err
 
 

@@ -178,20 +178,13 @@ def test_whoever_has_enough_of_it_ends_it() -> None:
             "unexpected 'hello': type messages after the chat has started",
         ),
         ("chat llama/bundled --ckpt_dir x", "two models: llama/bundled and --ckpt_dir x"),
-        ("chat --mode=slow", "mode is 'slow': reference or fast"),
+        ("chat --mode=slow", "mode is 'slow': it must be reference or fast"),
     ],
 )
 def test_a_mistake_is_one_line_and_exit_code_2(
-    arguments: str,
-    message: str,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    arguments: str, message: str, fail: Callable[..., str]
 ) -> None:
-    monkeypatch.setattr(sys, "argv", ["llama", *arguments.split()])
-    with pytest.raises(SystemExit) as exit_:
-        main()
-    assert exit_.value.code == 2
-    assert capsys.readouterr() == ("", f"error: {message}\n")
+    assert fail(*arguments.split()).startswith(f"error: {message}")
 
 
 # ---- chat ---------------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """`llama tokens`: what it prints for texts and dialogs, in a pipe and in a terminal."""
 
+import functools
 import json
 import os
 import subprocess
@@ -11,7 +12,6 @@ import pytest
 from make_checkpoint import demo_pieces, write_tokenizer
 
 from llama import ChatFormat, Tokenizer
-from llama.__main__ import main
 from llama.checkpoints.folder import BUNDLED
 
 Run = Callable[..., str]
@@ -19,16 +19,10 @@ MAGENTA = "\033[35m"
 
 
 @pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+def run(monkeypatch: pytest.MonkeyPatch, run: Run) -> Run:
     """Run `llama tokens` in this process. Returns its standard output."""
-
-    def run(*arguments: object) -> str:
-        monkeypatch.setattr(sys, "argv", ["llama", "tokens", *map(str, arguments)])
-        monkeypatch.setenv("COLUMNS", "100")
-        main()
-        return capsys.readouterr().out
-
-    return run
+    monkeypatch.setenv("COLUMNS", "100")
+    return functools.partial(run, "tokens")
 
 
 @pytest.fixture
@@ -191,10 +185,5 @@ def test_a_comparison_with_a_folder(run: Run) -> None:
          "message 1 must be a mapping with role and content, not int"),
     ],
 )  # fmt: skip
-def test_mistakes(
-    words: list[str], message: str, run: Run, capsys: pytest.CaptureFixture[str]
-) -> None:
-    with pytest.raises(SystemExit) as exit_:
-        run(*words)
-    assert exit_.value.code == 2
-    assert capsys.readouterr().err.splitlines() == [f"error: {message}"]
+def test_mistakes(words: list[str], message: str, fail: Run) -> None:
+    assert fail("tokens", *words).startswith(f"error: {message}")

@@ -200,5 +200,5 @@ class FinetuneConfig(RunConfig):
                 "lora_r trains changes of the model in ckpt_dir: leave out train and adapter"
             )
         if self.quantize not in (None, "int8", "int4"):
-            raise ConfigError(f"quantize is {self.quantize!r}: int8 or int4")
+            raise ConfigError(f"quantize is {self.quantize!r}: it must be int8 or int4")
         return LoraOptions.read(self.lora_r, self.lora_alpha, self.lora_dropout, self.lora_targets)

@@ -163,7 +163,7 @@ def test_mistakes_in_training(folder: Path, fail: Run) -> None:
     many = fail("train", *where, *out, "--steps=many")
     assert many == "error: --steps is 'many': it must be a whole number"
     small = ["--ckpt_dir", make_base(folder), "--data", folder / "dialogs.jsonl", *out]
-    assert "learning rate: -1" in fail("finetune", *small, "--learning_rate=-1")
+    assert "learning_rate is -1" in fail("finetune", *small, "--learning_rate=-1")
     short = [*small, "--steps=2", "--warmup_steps=10"]
     assert "warmup_steps 10 do not fit into 2 steps" in fail("finetune", *short)
     assert "dialogs.jsonl is not a TOML file of options; did you mean --data" in fail(

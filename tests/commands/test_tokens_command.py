@@ -186,4 +186,4 @@ def test_a_comparison_with_a_folder(run: Run) -> None:
     ],
 )  # fmt: skip
 def test_mistakes(words: list[str], message: str, fail: Run) -> None:
-    assert fail("tokens", *words).startswith(f"error: {message}")
+    assert fail(*words).startswith(f"error: {message}")

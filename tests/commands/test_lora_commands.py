@@ -54,7 +54,8 @@ def test_an_adapter_of_the_bundled_model(
     dialogs: Path, show: Callable[..., str], tmp_path: Path
 ) -> None:
     out = tmp_path / "run"
-    shown = show(
+    flags = ("--data", dialogs, "--out_dir", out, "--lora_r=8", "--steps=25", *FLAGS)
+    shown = show("finetune", *flags)
         "finetune", "--data", dialogs, "--out_dir", out, "--lora_r=8", "--steps=25", *FLAGS
     )
     assert losses(shown)[-1] < 0.2 * losses(shown)[0]

@@ -57,7 +57,7 @@ def connect(rank: int, world_size: int, address: str, port: int) -> dist.Store:
     in_torchrun = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     limit = timeout()
     try:
-        store = dist.TCPStore(
+        server = dist.TCPStore(
             address, port, world_size, is_master=rank == 0 and not in_torchrun, timeout=limit,
             wait_for_workers=False, multi_tenant=True,
         )  # fmt: skip
@@ -66,6 +66,8 @@ def connect(rank: int, world_size: int, address: str, port: int) -> dist.Store:
         raise ParallelError(
             f"{place} was not found at {address}:{port} within {_limit()}", rank
         ) from error
+    # Ranks that torchrun has started again do not see what the first ones wrote.
+    store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), server)
     store.set(f"llama/started/{rank}", "")
     end = time.monotonic() + limit.total_seconds()
     missing = list(range(world_size))

@@ -20,6 +20,7 @@ from llama.fast.mode import CacheWidth, Mode
 from llama.fast.quantize import Width
 from llama.generation import Llama
 from llama.sampling import SamplingParams
+from llama.slow_ranks import SlowRanks
 
 # Lines in flight for each row of the cache. Results are written in the order of the input, so a
 # finished line may have to wait for an earlier line. With 16 lines a row, the engine has other
@@ -76,7 +77,7 @@ def run_batch(
     target = parallel.local_device(device)
     parallel.initialize(model_parallel_size, target)
     group, n_groups = parallel.dp_rank(), parallel.dp_size()
-    all_ranks = parallel.make_group_without_timeout()
+    slow_ranks = SlowRanks()
     model: dict[str, Any] = dict(ckpt_dir=ckpt_dir, tokenizer_path=tokenizer_path, dtype=dtype)
     model |= dict(mode=mode, quantize=quantize, kv_cache=kv_cache)
     model |= dict(format=format) if format is not None else {}
@@ -88,7 +89,7 @@ def run_batch(
             has_work = parallel.is_main_rank() and files.check(job, force)
         llama = None
         # The model comes before anything is written: a mistake in its options leaves all as it was.
-        if parallel.sum_without_timeout(int(has_work), all_ranks):
+        if any(parallel.all_texts("work" if has_work else "", target)):
             llama = Llama.build(
                 ckpt_dir, tokenizer_path, max_seq_len, max_batch_size, model_parallel_size, seed,
                 mode=mode, quantize=quantize, kv_cache=kv_cache, device=device, dtype=dtype,
@@ -111,7 +112,7 @@ def run_batch(
                     n_failed = _run_tasks(llama, tasks, part, window, bar)
         if part is not None:
             part.close()
-        n_failed = parallel.sum_without_timeout(n_failed, all_ranks) + states.count(FAILED)
+        n_failed = slow_ranks.sum(n_failed) + states.count(FAILED)
         if parallel.is_main_rank():
             files.merge(len(states))
     return len(states), n_failed

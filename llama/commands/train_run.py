@@ -7,7 +7,7 @@ import torch
 from llama import parallel
 from llama.checkpoints.build import load_model, open_model
 from llama.checkpoints.folder import run_checkpoints
-from llama.commands.train_config import FinetuneConfig, PretrainConfig, RunConfig
+from llama.commands.train_config import PLACES, FinetuneConfig, PretrainConfig, RunConfig
 from llama.config import PRESETS, ModelArgs
 from llama.errors import ConfigError, TrainingError
 from llama.fast.gpu.device_weights import narrow
@@ -107,6 +107,8 @@ def _start(config: RunConfig) -> torch.device:
     config.check()
     config.options(device)
     parallel.initialize(config.model_parallel_size, device)
+    same = {name: value for name, value in vars(config).items() if name not in PLACES}
+    parallel.require_same(same, device)
     return device
 
 

@@ -56,8 +56,6 @@ def test_an_adapter_of_the_bundled_model(
     out = tmp_path / "run"
     flags = ("--data", dialogs, "--out_dir", out, "--lora_r=8", "--steps=25", *FLAGS)
     shown = show("finetune", *flags)
-        "finetune", "--data", dialogs, "--out_dir", out, "--lora_r=8", "--steps=25", *FLAGS
-    )
     assert losses(shown)[-1] < 0.2 * losses(shown)[0]
     adapted = Llama.build(adapter=out)
     dialog: Any = [{"role": "user", "content": QUESTION}]

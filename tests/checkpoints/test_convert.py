@@ -156,7 +156,8 @@ def test_what_cannot_be_converted(
     options: dict[str, Any], message: str, sources: dict[str, Path], tmp_path: Path
 ) -> None:
     with pytest.raises(ConfigError, match=message):
-        convert(sources["mha"], tmp_path / "out", **options)
+        name = "out.gguf" if options.get("to") == "gguf" else "out"
+        convert(sources["mha"], tmp_path / name, **options)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -184,7 +185,7 @@ def convert_on_a_full_disk(source: Path, out: Path, to: str) -> str:
 def test_a_full_disk_leaves_nothing(to: str, sources: dict[str, Path], tmp_path: Path) -> None:
     folder = tmp_path / "full"
     folder.mkdir()
-    arguments = (sources["mha"], folder / "out", to)
+    arguments = (sources["mha"], folder / ("out.gguf" if to == "gguf" else "out"), to)
     (error,) = run_ranks(1, tmp_path, convert_on_a_full_disk, *arguments)
     assert "\n" not in error
     assert list(folder.iterdir()) == []

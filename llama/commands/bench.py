@@ -8,6 +8,8 @@ from llama.terminal_text import say
 
 @as_text
 def bench(
+    model: str | None = None,
+    *,
     ckpt_dir: str | None = None,
     tokenizer_path: str | None = None,
     prefill: int = 512,
@@ -32,7 +34,7 @@ def bench(
     the ranks share the model.
 
     Reads:
-        CKPT_DIR: the model. The prompts are random token ids.
+        MODEL: the model. The prompts are random token ids.
 
     Writes:
         Standard output: the report.
@@ -41,10 +43,11 @@ def bench(
 
     Examples:
         llama bench --rounds 1
-        llama bench --ckpt_dir Llama3.2-1B --quantize int8 --out bench.json
+        llama bench Llama3.2-1B --quantize int8 --out bench.json
 
     Args:
-        ckpt_dir: a checkpoint folder, GGUF file or id on the Hub; by default the bundled model.
+        model: a checkpoint folder, GGUF file or id on the Hub; by default --ckpt_dir.
+        ckpt_dir: the same; by default the bundled model.
         tokenizer_path: tokenizer.model or tokenizer.json; by default the one in ckpt_dir.
         prefill (tokens): tokens of the prompt that is prefilled.
         decode (tokens): tokens decoded for each prompt.
@@ -60,12 +63,15 @@ def bench(
         force: replace OUT if it exists.
     """
     from llama.commands.measure import measure, report
+    from llama.commands.terminal import name_model
     from llama.files import atomic_file, check_can_write
 
     if out is not None:
         check_can_write(out, force)
+    named = {} if ckpt_dir is None else {"ckpt_dir": ckpt_dir}
+    name_model(model, named)
     figures = measure(
-        ckpt_dir and str(ckpt_dir), prefill, decode, rounds, tokenizer_path=tokenizer_path,
+        named.get("ckpt_dir"), prefill, decode, rounds, tokenizer_path=tokenizer_path,
         mode=mode, quantize=quantize, kv_cache=kv_cache, device=device, dtype=dtype,
         adapter=adapter,
     )  # fmt: skip

@@ -155,8 +155,8 @@ def test_nothing_is_replaced_unless_told(sources: dict[str, Path], tmp_path: Pat
 def test_what_cannot_be_converted(
     options: dict[str, Any], message: str, sources: dict[str, Path], tmp_path: Path
 ) -> None:
+    name = "out.gguf" if options.get("to") == "gguf" else "out"
     with pytest.raises(ConfigError, match=message):
-        name = "out.gguf" if options.get("to") == "gguf" else "out"
         convert(sources["mha"], tmp_path / name, **options)
     assert list(tmp_path.iterdir()) == []
 

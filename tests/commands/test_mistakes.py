@@ -29,7 +29,8 @@ CASES = [
     ("convert {B} new other", "unexpected 'other': llama convert takes 2 arguments"),
     ("perplexity tale.txt other", "unexpected 'other': llama perplexity takes one argument"),
     ("train run.toml other", "unexpected 'other': llama train takes one argument"),
-    ("bench other", "unexpected 'other', did you mean --ckpt_dir other? See llama bench --help"),
+    ("bench {B} other", "unexpected 'other': llama bench takes one argument"),
+    ("bench {B} --ckpt_dir other", "two models: "),
     ("complete Hi --n 1 --n 2", "--n is given twice; see llama complete --help"),
     ("inspect --ckpt_dir x", "unknown option --ckpt_dir: the model is MODEL; see llama inspect"),
     ("doctor --ckpt_dir x", "unknown option --ckpt_dir: the model is FOLDER; see llama doctor"),
@@ -152,6 +153,7 @@ def test_a_mistake_is_told_before_anything_is_done(
         ("--temperature=-1", "temperature is -1: it must be 0 (greedy) or above"),
         ("--top_p=2", "top_p is 2: it must be between 0 and 1"),
         ("--max_gen_len=-1", "max_gen_len is -1: it must be 0 or above"),
+        ("other", "unexpected 'other', did you mean --ckpt_dir other? See python example_"),
     ],
 )
 def test_a_mistake_in_an_example(
@@ -162,7 +164,10 @@ def test_a_mistake_in_an_example(
     with pytest.raises(SystemExit) as exit_:
         runpy.run_path(str(ROOT / name), run_name="__main__")
     assert exit_.value.code == 2
-    assert capsys.readouterr() == ("", f"error: {message}\n")
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert shown.err.startswith(f"error: {message}")
+    assert shown.err.count("\n") == 1
 
 
 def test_force_deletes_the_token_files_of_higher_numbers(run: Run) -> None:

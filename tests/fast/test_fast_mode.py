@@ -132,7 +132,7 @@ def test_two_ranks(tmp_path: Path, quantize: Any) -> None:
     ("options", "message"),
     [
         (dict(mode="quick"), "mode is 'quick': it must be reference or fast"),
-        (dict(mode="fast", quantize="int3"), "quantize is 'int3': int8 or int4"),
+        (dict(mode="fast", quantize="int3"), "quantize is 'int3': it must be int8 or int4"),
         (dict(quantize="int8"), "quantized weights are for mode fast on the CPU or a CUDA GPU"),
         (dict(mode="fast", quantize="fp8", device="cpu"), "quantize is 'fp8': it needs an Ada"),
     ],

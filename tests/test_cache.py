@@ -166,5 +166,5 @@ def test_its_memory_is_counted(folder: Path) -> None:
 def test_reference_mode_has_none() -> None:
     with pytest.raises(ConfigError, match="a KV cache in int8 is for mode fast"):
         Llama.build(kv_cache="int8")
-    with pytest.raises(ConfigError, match="kv_cache is 'int4': int8"):
+    with pytest.raises(ConfigError, match="kv_cache is 'int4': it must be int8"):
         Llama.build(mode="fast", kv_cache="int4")  # type: ignore[arg-type]

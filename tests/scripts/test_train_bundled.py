@@ -10,6 +10,8 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from helpers.folders import make_model, write_meta
 from helpers.tales import write_corpus
 
 from llama import Llama
@@ -54,6 +56,14 @@ def test_train_stop_continue_export_open(tmp_path: Path) -> None:
     (told,) = llama.text_completion(["Once"], max_gen_len=8, logprobs=True)
     assert 0 < len(told["tokens"]) <= 8
 
+    again = tmp_path / "again"
+    run("train", str(tmp_path), str(again), f"--init={folder}", "--steps=1", "--decay_steps=0",
+        "--step_tokens=4096", "--muon=0", "--adam=0")  # fmt: skip
+    assert (again / "tokenizer.model").read_bytes() == (folder / "tokenizer.model").read_bytes()
+    begun = Llama.build(again / "step_00000001", device="cpu", dtype="float32")
+    for name, weight in Llama.build(folder, device="cpu", dtype="float32").model.named_parameters():
+        torch.testing.assert_close(begun.model.get_parameter(name), weight)
+
     run("texts", str(tmp_path), str(tmp_path / "texts"))
     figures = {"all": {"things": 0.5, "distinct 4-grams": 0.9}}
     (tmp_path / "figures.json").write_text(
@@ -71,6 +81,17 @@ def test_a_wrong_option_is_one_line(tmp_path: Path) -> None:
     done = run("train", str(tmp_path), str(tmp_path / "run"), "--step_tokens=100", code=2)
     assert done.stderr.count("\n") == 1
     assert "4096" in done.stderr
+
+
+def test_a_folder_of_another_shape_is_one_line(tmp_path: Path) -> None:
+    write_corpus(tmp_path)
+    small, out = write_meta(tmp_path / "small", make_model(), 1), tmp_path / "run"
+    done = run("train", str(tmp_path), str(out), f"--init={small}", code=2)
+    assert "small is of another model: layers.0" in done.stderr
+    assert "Traceback" not in done.stderr
+    done = run("train", str(tmp_path), str(out), f"--init={tmp_path}", code=2)
+    assert "tokenizer.model" in done.stderr
+    assert not out.exists()
 
 
 def test_a_missing_corpus_is_one_line(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from helpers.folders import make_model, write_meta
 from helpers.tales import write_corpus
 
 from llama import Llama
+from llama.checkpoints.folder import BUNDLED
 
 ROOT = Path(__file__).parent.parent.parent
 SCRIPT = ROOT / "scripts" / "train_bundled.py"
@@ -56,14 +57,6 @@ def test_train_stop_continue_export_open(tmp_path: Path) -> None:
     (told,) = llama.text_completion(["Once"], max_gen_len=8, logprobs=True)
     assert 0 < len(told["tokens"]) <= 8
 
-    again = tmp_path / "again"
-    run("train", str(tmp_path), str(again), f"--init={folder}", "--steps=1", "--decay_steps=0",
-        "--step_tokens=4096", "--muon=0", "--adam=0")  # fmt: skip
-    assert (again / "tokenizer.model").read_bytes() == (folder / "tokenizer.model").read_bytes()
-    begun = Llama.build(again / "step_00000001", device="cpu", dtype="float32")
-    for name, weight in Llama.build(folder, device="cpu", dtype="float32").model.named_parameters():
-        torch.testing.assert_close(begun.model.get_parameter(name), weight)
-
     run("texts", str(tmp_path), str(tmp_path / "texts"))
     figures = {"all": {"things": 0.5, "distinct 4-grams": 0.9}}
     (tmp_path / "figures.json").write_text(
@@ -74,6 +67,18 @@ def test_train_stop_continue_export_open(tmp_path: Path) -> None:
     card = (folder / "README.md").read_text(encoding="utf-8")
     assert "22 steps" in card
     assert "{" not in card
+
+
+@pytest.mark.slow
+def test_a_run_begins_with_a_folders_weights(tmp_path: Path) -> None:
+    write_corpus(tmp_path)
+    run("train", str(tmp_path), str(tmp_path / "run"), f"--init={BUNDLED}", "--steps=1",
+        "--decay_steps=0", "--step_tokens=4096", "--muon=0", "--adam=0")  # fmt: skip
+    folder = tmp_path / "run" / "step_00000001"
+    assert (folder / "tokenizer.model").read_bytes() == (BUNDLED / "tokenizer.model").read_bytes()
+    begun, given = (Llama.build(path, device="cpu", dtype="float32") for path in (folder, BUNDLED))
+    for name, weight in given.model.named_parameters():
+        assert torch.equal(begun.model.get_parameter(name), weight)
 
 
 def test_a_wrong_option_is_one_line(tmp_path: Path) -> None:

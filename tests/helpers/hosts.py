@@ -1,0 +1,126 @@
+"""Several hosts on this machine: namespaces with a name, an address and shared memory of their own.
+
+The hosts share the file system, as machines do that mount the same folder. Only root can make them.
+"""
+
+import contextlib
+import ctypes
+import os
+import shutil
+import subprocess
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from helpers.network import Network, make_device
+from helpers.ranks import run_ranks
+
+needs_root = pytest.mark.skipif(
+    os.name != "posix" or os.geteuid() != 0 or not Path("/dev/net/tun").exists()
+    or shutil.which("ip") is None,
+    reason="only root may make network namespaces, and iproute2 must be installed",
+)  # fmt: skip
+
+# What the first process of a host does. It ends with this process, because its input ends then, and
+# with it all processes of the host end.
+START = """
+set -e
+mount -t tmpfs tmpfs /dev/shm
+mount --bind "$2" /etc/hosts
+hostname "$1"
+ip link set lo up
+echo ready
+exec cat > /dev/null
+"""
+
+
+class Hosts:
+    """Hosts with the names host0, host1 and so on. `network` connects them."""
+
+    def __init__(self, n: int, folder: Path) -> None:
+        self.addresses = [f"10.77.0.{i + 1}" for i in range(n)]
+        names = folder / "hosts"
+        lines = ["127.0.0.1 localhost"]
+        lines += [f"{address} host{i}" for i, address in enumerate(self.addresses)]
+        names.write_text("\n".join(lines) + "\n")
+        self._inits: list[subprocess.Popen[str]] = []
+        devices = []
+        try:
+            for i, address in enumerate(self.addresses):
+                self._inits.append(_start(f"host{i}", names))
+                device, name = make_device()
+                devices.append(device)
+                pid = str(self._inits[i].pid)
+                _run("ip", "link", "set", name, "netns", pid, "name", "net0")
+                _run(*self.on(i, "ip", "address", "add", f"{address}/24", "dev", "net0"))
+                _run(*self.on(i, "ip", "link", "set", "net0", "up"))
+        except BaseException:
+            self._end()
+            raise
+        self.network = Network(devices, self.addresses)
+
+    def close(self) -> None:
+        self._end()
+        self.network.close()
+
+    def _end(self) -> None:
+        for init in self._inits:
+            init.communicate()  # closes its input
+
+    def on(self, host: int, *words: str) -> list[str]:
+        """A command that runs the given command on a host, in the present folder."""
+        proc = f"/proc/{self._inits[host].pid}/ns"
+        spaces = [f"--{kind}={proc}/{file}" for kind, file in
+                  (("net", "net"), ("mount", "mnt"), ("uts", "uts"), ("pid", "pid_for_children"))]  # fmt: skip
+        return ["nsenter", *spaces, "env", f"--chdir={os.getcwd()}", *words]
+
+    def lose(self, host: int) -> None:
+        """The power of a host fails: its network is down, and all its processes are killed."""
+        self.network.line.down.add(host)
+        self._inits[host].communicate()
+
+    def run_ranks(self, folder: Path, function: Any, *args: Any) -> list[Any]:
+        """`helpers.ranks.run_ranks` with one rank on each host."""
+        pids = [init.pid for init in self._inits]
+        return run_ranks(len(pids), folder, _on_its_host, pids, self.addresses[0], function, args)
+
+
+def _start(name: str, names: Path) -> subprocess.Popen[str]:
+    spaces = ("--net", "--mount", "--uts", "--pid", "--fork")
+    init = subprocess.Popen(
+        ["unshare", *spaces, "sh", "-c", START, "sh", name, str(names)],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert init.stdout is not None
+    assert init.stdout.readline() == "ready\n", f"{name} did not start"
+    return init
+
+
+def _run(*words: str) -> None:
+    subprocess.run(words, check=True)
+
+
+def _on_its_host(pids: Sequence[int], first: str, function: Any, args: Any) -> Any:
+    """In a rank: enter the host of its number, and call the function there."""
+    pid, folder = pids[int(os.environ["RANK"])], os.getcwd()
+    libc = ctypes.CDLL(None, use_errno=True)
+    spaces = [os.open(f"/proc/{pid}/ns/{kind}", os.O_RDONLY) for kind in ("net", "uts", "mnt")]
+    for space in spaces:
+        if libc.setns(space, 0):
+            raise OSError(ctypes.get_errno(), "setns")
+        os.close(space)
+    os.chdir(folder)
+    os.environ |= {"MASTER_ADDR": first, "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
+    return function(*args)
+
+
+@contextlib.contextmanager
+def running(n: int, folder: Path) -> Iterator[Hosts]:
+    """Hosts that exist during the block."""
+    hosts = Hosts(n, folder)
+    try:
+        yield hosts
+    finally:
+        hosts.close()

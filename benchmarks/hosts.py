@@ -57,16 +57,18 @@ def main(
     words = [folder, f"--prefill={prefill}", f"--decode={decode}", f"--rounds={rounds}"]
     figures: dict[str, Any] = {
         "processor": processor(), "date": date.today().isoformat(), "model": Path(folder).name,
-        "prefill": prefill, "rounds": rounds, "lines": {},
+        "rounds": rounds, "lines": {},
     }  # fmt: skip
     for name, line in tqdm(LINES.items(), unit="line"):
         found = bench(line, [*words, "--device=cpu"])
-        seconds = {"prefill_s": found["prefill"]["first_token_s"]}
+        seconds = {f"prefill {prefill}": found["prefill"]["first_token_s"]}
         for rows, row in found["decode"].items():
-            seconds[f"decode_{rows}_s"] = int(rows) / row["tokens_per_s"]
-        figures["lines"][name] = {"delay_s": line.delay, "bytes_per_s": line.rate, **seconds}
+            seconds[f"decode {rows}"] = int(rows) / row["tokens_per_s"]
+        figures["lines"][name] = {
+            "delay_s": line.delay, "bytes_per_s": line.rate, "seconds": seconds
+        }  # fmt: skip
     for name, row in figures["lines"].items():
-        print(f"{name:18}", *(f"{key} {value:8.4f}" for key, value in list(row.items())[2:]))
+        print(f"{name:18}", *(f"{key} {value:.4f} s" for key, value in row["seconds"].items()))
     if out is not None:
         Path(out).write_text(json.dumps(figures, indent=2) + "\n")
 

@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 from helpers.hosts import Hosts, needs_root, running
 from helpers.jobs import (
-    N_LINES,
     batch_words,
     complete_words,
     run_command,

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
 from helpers.network import Network, make_device
 from helpers.ranks import run_ranks
 
@@ -71,10 +70,10 @@ class Hosts:
 
     def on(self, host: int, *words: str) -> list[str]:
         """A command that runs the given command on a host, in the present folder."""
-        proc = f"/proc/{self._inits[host].pid}/ns"
-        spaces = [f"--{kind}={proc}/{file}" for kind, file in
-                  (("net", "net"), ("mount", "mnt"), ("uts", "uts"), ("pid", "pid_for_children"))]  # fmt: skip
-        return ["nsenter", *spaces, "env", f"--chdir={os.getcwd()}", *words]
+        spaces = f"/proc/{self._inits[host].pid}/ns"
+        files = {"net": "net", "mount": "mnt", "uts": "uts", "pid": "pid_for_children"}
+        entered = [f"--{kind}={spaces}/{file}" for kind, file in files.items()]
+        return ["nsenter", *entered, "env", f"--chdir={os.getcwd()}", *words]
 
     def lose(self, host: int) -> None:
         """The power of a host fails: its network is down, and all its processes are killed."""

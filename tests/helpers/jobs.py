@@ -1,4 +1,4 @@
-"""Commands that work on files, what they work on, and how a process that a test starts runs them."""
+"""Commands that work on files, the files, and how a rank runs a command."""
 
 import io
 import json

@@ -94,7 +94,9 @@ class Network:
             return
         sent = time.monotonic()
         if line.rate is not None:
-            sent = self._free_at[source] = max(sent, self._free_at[source]) + len(packet) / line.rate
+            sent = self._free_at[source] = (
+                max(sent, self._free_at[source]) + len(packet) / line.rate
+            )
         heapq.heappush(self._waiting, (sent + line.delay, self._n_packets, target, packet))
 
     def _deliver(self, target: int, packet: bytes) -> None:

@@ -16,11 +16,10 @@ import pytest
 from helpers.network import Network, make_device
 from helpers.ranks import run_ranks
 
+IS_POSSIBLE = Path("/dev/net/tun").exists() and os.geteuid() == 0 and shutil.which("ip") is not None
 needs_root = pytest.mark.skipif(
-    os.name != "posix" or os.geteuid() != 0 or not Path("/dev/net/tun").exists()
-    or shutil.which("ip") is None,
-    reason="only root may make network namespaces, and iproute2 must be installed",
-)  # fmt: skip
+    not IS_POSSIBLE, reason="only root may make network namespaces, and needs iproute2"
+)
 
 # What the first process of a host does. It ends with this process, because its input ends then, and
 # with it all processes of the host end.

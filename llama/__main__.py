@@ -55,15 +55,15 @@ def overview() -> str:
 
 
 def main() -> None:
-    # A weight file that is cut within a step of the model ends the process by SIGBUS, which Python
-    # cannot turn into an error. This at least prints "Bus error" and the line of code.
-    faulthandler.enable(sys.__stderr__ or sys.stderr)
-    # Other libraries' messages are shown from warnings on.
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(PrintableFormatter("%(message)s"))
-    logging.basicConfig(handlers=[handler])
-    logging.getLogger("llama").setLevel(logging.INFO)
     with one_line():
+        # A weight file that is cut within a step of the model ends the process by SIGBUS, which
+        # Python cannot turn into an error. This at least prints "Bus error" and the line of code.
+        faulthandler.enable(sys.__stderr__ or sys.stderr)
+        # Other libraries' messages are shown from warnings on.
+        handler = logging.StreamHandler(sys.stderr)
+        handler.setFormatter(PrintableFormatter("%(message)s"))
+        logging.basicConfig(handlers=[handler])
+        logging.getLogger("llama").setLevel(logging.INFO)
         dispatch(sys.argv[1:])
 
 

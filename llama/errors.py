@@ -40,9 +40,10 @@ def one_line() -> Iterator[None]:
     try:
         yield
     except LlamaError as error:
-        # If every rank fails, only the first one reports: torchrun ends the others when it leaves.
-        # A rank that is still alive after the pause has failed alone, and reports too.
-        if os.environ.get("RANK", "0") != "0":
+        # If every rank fails, only one reports: torchrun ends the others when it leaves. A rank
+        # that is still alive after the pause has failed alone, and reports too.
+        reporter = error.reporter if isinstance(error, ParallelError) else 0
+        if os.environ.get("RANK", "0") != str(reporter):
             time.sleep(RANK_PAUSE)
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
@@ -80,7 +81,14 @@ class GenerationError(LlamaError):
 
 
 class ParallelError(LlamaError):
-    """A process group that does not fit the model, or a rank that failed."""
+    """A process group that does not fit the model, or a rank that failed.
+
+    reporter: the rank that prints the message, if all ranks have this error.
+    """
+
+    def __init__(self, message: str, reporter: int = 0) -> None:
+        super().__init__(message)
+        self.reporter = reporter
 
 
 class DataError(LlamaError):

@@ -7,10 +7,11 @@ needs no network.
 
 import atexit
 import contextlib
+import importlib.metadata
 import io
+import json
 import os
-from collections.abc import Iterator
-from datetime import timedelta
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -21,10 +22,7 @@ from torch.distributed.distributed_c10d import _set_pg_timeout
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from llama.errors import ParallelError
-
-# How long a collective waits for a rank that runs but does not join it. A rank that died is noticed
-# at once, because its connection closes.
-TIMEOUT = timedelta(minutes=5)
+from llama.lost_ranks import connect, introduce, naming_lost_ranks, timeout
 
 # How many numbers the first message of `broadcast_numbers` carries. The plan of a decode step with
 # few rows fits into this message, so it needs no second one.
@@ -74,11 +72,12 @@ def initialize(model_parallel_size: int | None = None, device: torch.device | No
         )
     if not dist.is_initialized():
         _init_process_group(world_size, device)
-    with contextlib.redirect_stdout(io.StringIO()):  # fairscale prints three lines on rank 0
-        fs_init.initialize_model_parallel(size)
+    introduce()
+    with contextlib.redirect_stdout(io.StringIO()), naming_lost_ranks():
+        fs_init.initialize_model_parallel(size)  # prints three lines on rank 0
     # fairscale makes its groups without a timeout, which means half an hour for gloo.
     for group in (fs_init.get_model_parallel_group(), fs_init.get_data_parallel_group()):
-        _set_pg_timeout(TIMEOUT, group)
+        _set_pg_timeout(timeout(), group)
 
 
 _made_in: int | None = None  # id of the process that made the groups; its children inherit it
@@ -114,10 +113,12 @@ def _init_process_group(world_size: int, device: torch.device) -> None:
                 raise ParallelError(
                     f"WORLD_SIZE is {world_size} but {name} is not set: use torchrun"
                 )
-        on_gpu = device.type == "cuda"
+        rank, on_gpu = _environment("RANK", 0), device.type == "cuda"
+        address, port = os.environ["MASTER_ADDR"], _environment("MASTER_PORT", 0)
         dist.init_process_group(
-            "nccl" if on_gpu else "gloo", timeout=TIMEOUT, device_id=device if on_gpu else None
-        )
+            "nccl" if on_gpu else "gloo", rank=rank, world_size=world_size, timeout=timeout(),
+            store=connect(rank, world_size, address, port), device_id=device if on_gpu else None,
+        )  # fmt: skip
     atexit.register(_shut_down)
 
 
@@ -190,9 +191,9 @@ def is_main_rank() -> bool:
 def broadcast_from_first(tensor: Tensor) -> Tensor:
     """Broadcast `tensor` in place from the first model-parallel rank to the others."""
     if mp_size() > 1:
-        dist.broadcast(
-            tensor, fs_init.get_model_parallel_src_rank(), fs_init.get_model_parallel_group()
-        )
+        group = fs_init.get_model_parallel_group()
+        with naming_lost_ranks(group):
+            dist.broadcast(tensor, fs_init.get_model_parallel_src_rank(), group)
     return tensor
 
 
@@ -217,14 +218,19 @@ def broadcast_numbers(
 
 def raise_together(error: Exception | None, device: torch.device) -> None:
     """Raise on every rank if any rank has an error. Otherwise the other ranks would wait in their
-    next collective. A rank that has an error raises its own."""
-    failed = torch.tensor([int(error is not None)], device=device)
+    next collective. A rank that has an error raises its own. The others raise ParallelError with
+    the message of the first rank that has one."""
     if dist.get_world_size() > 1:
-        dist.all_reduce(failed)
+        first = torch.tensor([dist.get_world_size() if error is None else dist.get_rank()])
+        first = first.to(device)
+        with naming_lost_ranks():
+            dist.all_reduce(first, dist.ReduceOp.MIN)
+            if first.item() < dist.get_world_size():
+                own = "" if error is None else str(error) or type(error).__name__
+                message = all_texts(own, device)[int(first.item())]
+                error = error or ParallelError(f"rank {first.item()}: {message}")
     if error is not None:
         raise error
-    if failed.item():
-        raise ParallelError(f"{failed.item()} other rank(s) failed: their own messages say why")
 
 
 @contextlib.contextmanager
@@ -238,23 +244,46 @@ def failing_together(device: torch.device) -> Iterator[None]:
     raise_together(error, device)
 
 
-def make_group_without_timeout() -> dist.ProcessGroup | None:
-    """The group for `sum_without_timeout`. All ranks must call it. None if there is one rank."""
+def all_texts(text: str, device: torch.device) -> list[str]:
+    """The text that each rank gives, in the order of the ranks. All ranks call it together."""
+    data = torch.tensor(list(text.encode()), dtype=torch.uint8, device=device)
+    size = torch.tensor([len(data)], device=device)
+    sizes = [torch.zeros_like(size) for _ in range(dist.get_world_size())]
+    with naming_lost_ranks():
+        dist.all_gather(sizes, size)
+        longest = max(1, *(int(each.item()) for each in sizes))
+        padded = torch.zeros(longest, dtype=torch.uint8, device=device)
+        padded[: len(data)] = data
+        rows = [torch.zeros_like(padded) for _ in sizes]
+        dist.all_gather(rows, padded)
+    return [
+        bytes(row[: int(size.item())].tolist()).decode()
+        for row, size in zip(rows, sizes, strict=True)
+    ]
+
+
+def require_same(facts: Mapping[str, object], device: torch.device) -> None:
+    """Raise ParallelError, with the same message on every rank, unless all ranks have the same
+    versions and the same facts. The values are compared as texts."""
     if dist.get_world_size() == 1:
-        return None
-    return dist.new_group(backend="gloo", timeout=timedelta(days=365))
+        return
+    versions = {"PyTorch's version": torch.__version__, "llama-reference's version": _version()}
+    own = {name: str(value) for name, value in {**versions, **facts}.items()}
+    first, *others = (json.loads(text) for text in all_texts(json.dumps(own), device))
+    for rank, other in enumerate(others, start=1):
+        for name, value in first.items():
+            if other.get(name) != value:
+                raise ParallelError(
+                    f"{name} is {other.get(name)} on rank {rank}, but {value} on rank 0: all ranks "
+                    "need the same versions, files and options"
+                )
 
 
-def sum_without_timeout(number: int, group: dist.ProcessGroup | None) -> int:
-    """The sum of all ranks' numbers. It waits for slow ranks without a time limit. Raises
-    ParallelError when a rank has died."""
-    total = torch.tensor(number)
-    if group is not None:
-        try:
-            dist.all_reduce(total, group=group)
-        except RuntimeError as error:
-            raise ParallelError("another rank has died: its own message says why") from error
-    return int(total.item())
+def _version() -> str:
+    try:
+        return importlib.metadata.version("llama-reference")
+    except importlib.metadata.PackageNotFoundError:  # it runs from its source, not installed
+        return "unknown"
 
 
 class _MetaDeviceMode(TorchDispatchMode):

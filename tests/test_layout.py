@@ -14,6 +14,8 @@ FLOORS: list[set[str]] = [
         "config",
         "rope_scaling",
         "parallel",
+        "lost_ranks",
+        "slow_ranks",
         "cache",
         "sampling",
         "chat_format",

@@ -11,7 +11,7 @@ from llama import parallel
 from llama.adapters import Change, RowAdapters
 from llama.chat_forms import FormatName
 from llama.checkpoints import hub
-from llama.checkpoints.adapter import open_adapter
+from llama.checkpoints.adapter import WEIGHTS, open_adapter
 from llama.checkpoints.chat_form import read_form
 from llama.checkpoints.doctor import require, require_draft
 from llama.checkpoints.folder import (
@@ -28,6 +28,7 @@ from llama.errors import ConfigError
 from llama.fast.gpu.device_weights import narrow
 from llama.fast.mode import CacheWidth, Mode
 from llama.fast.quantize import Width
+from llama.files import MappedFiles
 from llama.model import Transformer
 from llama.tokenizer import Tokenizer
 
@@ -83,7 +84,26 @@ def open_model(
         if draft_folder is not None:
             assert tokenizer is not None
             draft_setup = require_draft(draft_folder, setup, tokenizer)
+        facts: dict[str, object] = {}
+        if parallel.mp_size() * parallel.dp_size() > 1:
+            facts = {"mode": mode, "the draft model": draft_setup and _facts(draft_setup)}
+            facts |= _facts(setup)
+            facts["the vocabulary's checksum"] = tokenizer and tokenizer.fingerprint()
+    parallel.require_same(facts, target)
     return setup, tokenizer, draft_setup
+
+
+def _facts(setup: Setup) -> dict[str, object]:
+    """What must be the same on all ranks, by the names in the error."""
+    opened = setup.opened
+    facts: dict[str, object] = {**vars(opened.args)}
+    facts |= dict(quantize=setup.quantize, kv_cache=setup.kv_cache, dtype=setup.dtype)
+    facts["the weight files' checksum"] = opened.files.fingerprint()
+    if opened.adapter is not None:
+        files = (opened.adapter.folder / name for name in WEIGHTS)
+        found = MappedFiles(file for file in files if file.exists())
+        facts["the adapter's checksum"] = found.fingerprint()
+    return facts
 
 
 def load_adapters(setup: Setup, names: Mapping[str, str | Path] | None) -> RowAdapters | None:

@@ -19,6 +19,7 @@ from llama.fast.mode import CacheWidth, Mode
 from llama.fast.quantize import Width
 from llama.generation import Llama
 from llama.sampling import SamplingParams
+from llama.slow_ranks import SlowRanks
 
 # Lines in flight for each row of the cache. Results are written in the order of the input, so a
 # finished line may have to wait for an earlier line. With 16 lines a row, the engine has other
@@ -75,7 +76,7 @@ def run_batch(
     target = parallel.local_device(device)
     parallel.initialize(model_parallel_size, target)
     group, n_groups = parallel.dp_rank(), parallel.dp_size()
-    all_ranks = parallel.make_group_without_timeout()
+    slow_ranks = SlowRanks()
     files = BatchFiles(input, output)
     with parallel.failing_together(target):
         if parallel.is_main_rank():
@@ -106,7 +107,7 @@ def run_batch(
                 n_failed = _run_tasks(llama, tasks, part, window, bar)
     if part is not None:
         part.close()
-    n_failed = parallel.sum_without_timeout(n_failed, all_ranks) + states.count(FAILED)
+    n_failed = slow_ranks.sum(n_failed) + states.count(FAILED)
     if parallel.is_main_rank():
         files.merge(len(states))
     return len(states), n_failed

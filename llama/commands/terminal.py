@@ -22,6 +22,7 @@ from llama.chat_format import Dialog
 from llama.engine.request import Event, Request
 from llama.errors import ConfigError, GenerationError
 from llama.generation import Llama
+from llama.lost_ranks import timeout
 from llama.sampling import SamplingParams
 from llama.terminal_text import printable, without_controls
 
@@ -32,10 +33,6 @@ BUILD_FLAGS = (
     "ckpt_dir", "tokenizer_path", "max_seq_len", "seed", "mode", "quantize", "kv_cache", "device",
     "dtype", "rope_factor", "format", "adapter", "draft", "lookup",
 )  # fmt: skip
-# The interval of the messages that the first rank sends to the others while it waits for a typed
-# line. The others raise an error if no message comes within parallel.TIMEOUT.
-KEEP_ALIVE_SECONDS = parallel.TIMEOUT.total_seconds() / 5
-
 DIM, YELLOW, MAGENTA = 2, 33, 35  # styles of ECMA-48
 
 
@@ -224,9 +221,10 @@ def read_line(llama: Llama, prompt: str) -> str:
     if parallel.mp_size() == 1:
         return input(prompt)
     is_read = threading.Event()
+    interval = timeout().total_seconds() / 5  # the others wait for a message, up to the timeout
 
     def keep_waiting() -> None:
-        while not is_read.wait(KEEP_ALIVE_SECONDS):
+        while not is_read.wait(interval):
             _send(llama, _Signal.WAIT)
 
     thread = threading.Thread(target=keep_waiting, daemon=True)

@@ -34,6 +34,9 @@ from llama.training.token_files import DistributedShardedDataLoader, check_vocab
 
 log = logging.getLogger("llama")
 
+# Options that may differ between machines.
+PLACES = {"data", "eval_data", "tokenizer", "ckpt_dir", "adapter", "out_dir", "log_dir", "device"}
+
 
 @dataclass(kw_only=True)
 class RunConfig:
@@ -63,9 +66,7 @@ class RunConfig:
     seed: int = 1
     device: str | None = None  # None: this rank's GPU, else the CPU
     model_parallel_size: int = 1  # ranks that share one model
-    fsdp: bool | None = (
-        None  # split the model over data-parallel ranks; None: if a GPU is too small
-    )
+    fsdp: bool | None = None  # split the model over replicas; None: if a GPU is too small
     log_dir: str | None = None  # for TensorBoard; None: nothing is written
     sample_every: int = 0  # steps between sample texts; 0: none
     sample_prompt: str = "Once upon a time"
@@ -179,9 +180,7 @@ class FinetuneConfig(RunConfig):
 
     @property
     def lora(self) -> LoraOptions | None:
-        """The options for LoRA; None: the weights are trained.
-
-        Raises a LlamaError for options that do not fit together."""
+        """The options for LoRA; None: train the weights. Raises a LlamaError if they clash."""
         if self.lora_r is None:
             for name in ("lora_alpha", "quantize"):
                 if getattr(self, name) is not None:
@@ -279,6 +278,8 @@ def _start(config: RunConfig) -> torch.device:
     device = parallel.local_device(config.device)
     config.options(device)  # raises now for wrong options, before anything is loaded or written
     parallel.initialize(config.model_parallel_size, device)
+    same = {name: value for name, value in vars(config).items() if name not in PLACES}
+    parallel.require_same(same, device)
     return device
 
 

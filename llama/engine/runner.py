@@ -18,7 +18,7 @@ from llama import parallel
 from llama.engine.engine import Engine
 from llama.engine.request import Event, Request
 from llama.engine.turns import Turns
-from llama.errors import GenerationError
+from llama.errors import GenerationError, ParallelError
 from llama.sampling import SamplingParams
 
 
@@ -139,12 +139,15 @@ class Runner:
         with self._guard:
             self._n_leading += 1
             self._is_hosting |= not requests
-        failed = True
+        failed, is_connected = True, True
         try:
             yield True
             failed = False
         except GeneratorExit:  # a stream that is closed early is no failure
             failed = False
+            raise
+        except ParallelError:  # a rank is lost, so the others have this error too
+            is_connected = False
             raise
         finally:
             self._cancel(requests)
@@ -152,7 +155,7 @@ class Runner:
                 self._n_leading -= 1
                 is_last = self._n_leading == 0
                 self._is_hosting &= bool(requests)
-            if is_last:
+            if is_last and is_connected:
                 self.engine.dismiss(failed)
 
     def _check_ranks(self) -> bool:

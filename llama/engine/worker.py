@@ -4,6 +4,7 @@ import contextlib
 from collections.abc import Sequence
 
 import torch
+from fairscale.nn.model_parallel import initialize as fs_init
 from torch import Tensor
 
 from llama.adapters import RowAdapters
@@ -14,6 +15,7 @@ from llama.fast.cpu.transformer import FastTransformer
 from llama.fast.gpu.static_step import StaticStep
 from llama.fast.gpu.transformer import GpuTransformer
 from llama.files import MappedFiles
+from llama.lost_ranks import naming_lost_ranks
 from llama.model import Transformer
 
 Network = Transformer | FastTransformer | GpuTransformer
@@ -92,7 +94,12 @@ class Worker:
 
     def execute(self, plan: Plan) -> Tensor | None:
         """Execute a plan. Returns the logits that it asks for, if any: (B, S, V), or (B, 1, V) for
-        the last token of each row. V is the whole vocabulary."""
+        the last token of each row. V is the whole vocabulary. Raises ParallelError if a rank is
+        lost."""
+        with naming_lost_ranks(fs_init.get_model_parallel_group()):
+            return self._execute(plan)
+
+    def _execute(self, plan: Plan) -> Tensor | None:
         if plan.action is Action.COPY:
             for _, cache in self._networks:
                 cache.copy_row(plan.source, plan.row, plan.n_keys)

@@ -26,6 +26,7 @@ from llama.explain.difference import Difference, difference, over_ranks
 from llama.explain.oracles import OURS, find_oracle
 from llama.explain.recording import LOGITS, Run, module_names, record
 from llama.generation import Llama
+from llama.lost_ranks import naming_lost_ranks
 from llama.memory import available_memory, size
 from llama.sampling import SamplingParams, logprob_of
 from llama.tokenizer import Tokenizer
@@ -222,11 +223,12 @@ def _run_ours(
     """Our run in reference mode, and, if they are kept, our weights by name on the CPU."""
     with parallel.failing_together(setup.device):
         model = load_model(setup)
+    forward = naming_lost_ranks()(model)
     llama = Llama(model, tokenizer)
     options: dict[str, Any] = dict(temperature=0, ignore_eos=True)
     run = record(
         {name: model.get_submodule(name) for name in module_names(model.n_layers)},
-        lambda: model(torch.tensor([prompt_tokens], device=setup.device), 0),
+        lambda: forward(torch.tensor([prompt_tokens], device=setup.device), 0),
         lambda: llama.generate([prompt_tokens], max_gen_len, **options)[0][0],
         bar,
     )

@@ -22,6 +22,7 @@ from llama.explain import tensors
 from llama.explain.edits import Edit
 from llama.explain.trace import Step, Trace, unknown_name
 from llama.generation import Llama
+from llama.lost_ranks import naming_lost_ranks
 from llama.model import Transformer
 from llama.sampling import hide_unknown
 from llama.tokenizer import Dialog
@@ -120,7 +121,7 @@ def _record(
 ) -> dict[str, Tensor]:
     """Run one forward. Returns its tensors by name, in the order of `tensors.names`."""
     recorder = _Recorder(model, edits)
-    with recorder.hooks(), recorder:
+    with recorder.hooks(), recorder, naming_lost_ranks():
         model(torch.tensor([ids], device=model.device), start_pos, cache)
     end = start_pos + len(ids)
     found = recorder.found

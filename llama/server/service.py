@@ -10,18 +10,14 @@ import threading
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Sequence
 
-from llama import parallel
 from llama.engine.request import Event, Request
 from llama.errors import LlamaError
 from llama.generation import Llama
+from llama.lost_ranks import timeout
 from llama.sampling import SamplingParams
 from llama.server.errors import ApiError
 
 log = logging.getLogger("llama")
-
-# Without work, the engine still steps after this many seconds. Otherwise the other ranks would time
-# out.
-IDLE = parallel.TIMEOUT.total_seconds() / 5
 
 
 class Call:
@@ -174,9 +170,10 @@ class Service:
     def _run_commands(self) -> None:
         """Run the commands. If the engine has no work, wait for a command first, but not so long
         that the other ranks time out."""
+        idle = timeout().total_seconds() / 5
         with self._changed:
             if not self._commands and not self.llama.engine.has_work:
-                self._changed.wait(IDLE)
+                self._changed.wait(idle)
             commands, self._commands = self._commands, []
         for command in commands:
             command()

@@ -28,6 +28,7 @@ from torch.utils.checkpoint import checkpoint as recomputed
 
 from llama import parallel
 from llama.errors import DataError, TrainingError
+from llama.lost_ranks import naming_lost_ranks
 from llama.model import Transformer
 from llama.training import checkpoint
 from llama.training.objective import (
@@ -145,10 +146,10 @@ class Trainer:
     def run(self) -> list[float]:
         """Train to the last step. Returns the loss of each step of this call, in nats a token.
 
-        Raises what `train_step` and `save` raise, and DataError if another process is running in
-        `out_dir`.
+        Raises what `train_step` and `save` raise, DataError if another process is running in
+        `out_dir`, and ParallelError if a rank is lost.
         """
-        with checkpoint.only_run_in(self.out_dir, self.device):
+        with checkpoint.only_run_in(self.out_dir, self.device), naming_lost_ranks():
             return self._train()
 
     def _train(self) -> list[float]:

@@ -347,7 +347,7 @@ def test_a_group_that_cannot_write_stops_all(tmp_path: Path, ckpt_dir: str) -> N
     write_lines(tmp_path / "in.jsonl", [{"prompt": "a"}])
     (tmp_path / "out.jsonl.part-1-of-2").symlink_to(tmp_path / "missing" / "file")
     first, second = run_ranks(2, tmp_path, batch_on_rank, tmp_path, ckpt_dir, 1)
-    assert first == "1 other rank(s) failed: their own messages say why"
+    assert first == f"rank 1: {second}"
     assert "cannot write" in second
 
 
@@ -368,7 +368,7 @@ def test_a_group_that_dies_is_noticed_and_its_lines_are_done_later(
     out.unlink()
     with pytest.raises(FileNotFoundError):  # no rank returns a result
         run_ranks(2, tmp_path, lose_a_group, tmp_path, ckpt_dir)
-    assert (tmp_path / "said").read_text() == "another rank has died: its own message says why"
+    assert (tmp_path / "said").read_text() == "rank 1 ended before the others"
     assert not out.exists()
     assert batch() == (15, 3)
     assert out.read_bytes() == whole

@@ -13,6 +13,7 @@ import termios
 import threading
 import time
 from collections.abc import Callable, Iterator
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -287,7 +288,7 @@ def _chat(lines: list[str]) -> str:
     Each line is typed after a pause, in which the first rank sends several keep-alive messages. The
     lines are typed on every rank, but only the first rank reads them.
     """
-    terminal.KEEP_ALIVE_SECONDS = 0.02
+    terminal.timeout = lambda: timedelta(seconds=0.1)
     sys.argv = ["llama", "chat", "--temperature=0", "--max_gen_len=16", "--device=cpu"]
     typed, keyboard = os.pipe()
     sys.stdin, sys.stdout = os.fdopen(typed), io.StringIO()

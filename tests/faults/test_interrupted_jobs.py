@@ -61,7 +61,9 @@ class Job:
         self._process.start()
 
     def send_after(self, seconds: float, number: signal.Signals) -> None:
-        """Send a signal, unless the job ends before."""
+        """Send a signal so long after the command's start, unless the job ends before."""
+        while not self._errors.exists() and self._process.is_alive():
+            time.sleep(0.001)
         self._process.join(seconds)
         if self._process.is_alive() and self._process.pid is not None:
             os.kill(self._process.pid, number)

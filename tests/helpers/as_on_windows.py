@@ -38,6 +38,7 @@ MODULES = {"fcntl", "resource", "termios", "tty", "readline", "grp", "pwd", "sys
 FUNCTIONS = (
     "fork",
     "posix_fallocate",
+    "memfd_create",
     "sysconf",
     "sysconf_names",
     "sched_getaffinity",
@@ -45,7 +46,7 @@ FUNCTIONS = (
     "mkfifo",
     "killpg",
 )
-SIGNALS = ("SIGKILL", "SIGHUP", "SIGQUIT", "SIGUSR1", "SIGUSR2", "SIGALRM")
+SIGNALS = ("SIGKILL", "SIGHUP", "SIGQUIT", "SIGUSR1", "SIGUSR2", "SIGALRM", "SIGCONT")
 HIDDEN = ("/proc", "/sys", "/dev/shm")
 
 

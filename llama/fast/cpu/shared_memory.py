@@ -1,8 +1,9 @@
 """A block of memory that the ranks of one machine share."""
 
+import contextlib
 import mmap
 import os
-import tempfile
+import secrets
 from pathlib import Path
 from typing import BinaryIO, Self
 
@@ -12,6 +13,7 @@ import torch.distributed as dist
 from fairscale.nn.model_parallel import initialize as fs_init
 
 from llama import parallel
+from llama.lost_ranks import naming_lost_ranks
 
 
 class SharedMemory:
@@ -35,22 +37,20 @@ class SharedMemory:
 
         Returns None if a rank is on another machine, or the system has no shared memory left.
         """
-        file, name = None, None
+        file, numbers = None, None
         if parallel.mp_rank() == 0:
-            file = _make(n_bytes)
-            name = list(os.fsencode(file.name)) if file else []
-        name = parallel.broadcast_numbers(name, torch.int64, torch.device("cpu"))
-        path = Path(os.fsdecode(bytes(name)))
-        try:
-            memory = cls(file or path.open("r+b")) if name else None
-        except (OSError, ImportError):
-            memory = None
+            key = secrets.randbits(62)
+            file = _make(n_bytes, key)
+            numbers = [os.getpid(), file.fileno(), key] if file else []
+        numbers = parallel.broadcast_numbers(numbers, torch.int64, torch.device("cpu"))
+        memory = None
+        if numbers:
+            with contextlib.suppress(OSError, ImportError):
+                memory = cls(file or _open_of_first_rank(*numbers))
         n_found = torch.tensor(int(memory is not None), device="cpu")
-        try:
-            dist.all_reduce(n_found, group=fs_init.get_model_parallel_group())
-        finally:
-            if file is not None:
-                path.unlink()  # all ranks have opened it
+        group = fs_init.get_model_parallel_group()
+        with naming_lost_ranks(group):
+            dist.all_reduce(n_found, group=group)
         return memory if n_found.item() == parallel.mp_size() else None
 
     def has_ended(self, rank: int) -> bool:
@@ -65,23 +65,29 @@ class SharedMemory:
         return True
 
 
-def _make(n_bytes: int) -> BinaryIO | None:
-    """A new file of that size, in memory if the system has /dev/shm. Returns None if there is no
-    room, or if the system cannot reserve space for a file, as on Windows and macOS."""
-    if not hasattr(os, "posix_fallocate"):
+def _make(n_bytes: int, key: int) -> BinaryIO | None:
+    """A new file in memory, of that size. It has no name in a folder, so a crash leaves nothing.
+
+    Returns None if there is no room, or if the system has no such files, as Windows and macOS.
+    """
+    if not hasattr(os, "memfd_create"):
         return None
-    folder = Path("/dev/shm")
     try:
-        descriptor, path = tempfile.mkstemp(
-            prefix="llama-", dir=folder if folder.is_dir() else None
-        )
+        file = os.fdopen(os.memfd_create(f"llama-{key}"), "r+b")
     except OSError:
         return None
     try:
-        os.posix_fallocate(descriptor, 0, n_bytes)  # reserve the space now, not at the first write
-        return Path(path).open("r+b")
+        os.posix_fallocate(file.fileno(), 0, n_bytes)  # reserve the room now, not at the first use
+        return file
     except OSError:
-        os.unlink(path)
+        file.close()
         return None
-    finally:
-        os.close(descriptor)
+
+
+def _open_of_first_rank(pid: int, descriptor: int, key: int) -> BinaryIO:
+    """Open the file that the first rank has made. Raises OSError on another machine, where the path
+    may be another process's file."""
+    path = Path(f"/proc/{pid}/fd/{descriptor}")
+    if not os.readlink(path).startswith(f"/memfd:llama-{key} "):
+        raise FileNotFoundError(path)
+    return path.open("r+b")

@@ -10,6 +10,7 @@ import functools
 import time
 
 import numpy as np
+from fairscale.nn.model_parallel import initialize as fs_init
 from fairscale.nn.model_parallel.mappings import (
     gather_from_model_parallel_region,
     reduce_from_model_parallel_region,
@@ -18,13 +19,13 @@ from numba import carray
 from torch import Tensor
 
 from llama import parallel
-from llama.errors import ParallelError
 from llama.fast.cpu.kernels import pool
 from llama.fast.cpu.kernels.buffer import float_buffer
 from llama.fast.cpu.kernels.compile import VERSION, compile_task
 from llama.fast.cpu.kernels.instructions import pointer
 from llama.fast.cpu.kernels.task_list import SPINS, Task, atomic_add, atomic_load, call
 from llama.fast.cpu.shared_memory import SharedMemory
+from llama.lost_ranks import lost_ranks_error, timeout
 
 RANK, RANKS, FLAGS, BUFFERS, BUFFER_BYTES = range(5)
 COUNT, ROWS, WIDTH, X, OUT, YIELD, IS_WRITTEN, IS_DONE = range(5, 13)
@@ -140,7 +141,7 @@ class Exchange:
         job[ROWS], job[WIDTH] = x.shape
         job[X], job[OUT] = x.data_ptr(), 0 if out is None else out.data_ptr()
         job[IS_WRITTEN] = job[IS_DONE] = 0
-        end = time.monotonic() + parallel.TIMEOUT.total_seconds()
+        end = time.monotonic() + timeout().total_seconds()
         ended: list[int] = []
         while True:
             self._task(ctypes.addressof(job))
@@ -148,11 +149,8 @@ class Exchange:
                 return
             # `ended` was found before the call above. A rank may set its flag and then end without
             # an error, so that call polled its flag once more.
-            if ended:
-                raise ParallelError(f"rank {ended[0]} has ended: its own message says why")
-            if time.monotonic() > end:
-                raise ParallelError(
-                    f"a rank did not respond in {parallel.TIMEOUT.total_seconds()} s"
-                )
+            if ended or time.monotonic() > end:
+                cause = "a rank did not write to the shared memory"
+                raise lost_ranks_error(fs_init.get_model_parallel_group(), cause)
             others = [rank for rank in range(self._ranks) if rank != job[RANK]]
             ended = [rank for rank in others if memory.has_ended(rank)]

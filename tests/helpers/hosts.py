@@ -1,4 +1,4 @@
-"""Several hosts on this machine: namespaces with a name, an address and shared memory of their own.
+"""Several hosts on this machine: namespaces with names, addresses and processes of their own.
 
 The hosts share the file system, as machines do that mount the same folder. Only root can make them.
 """
@@ -25,6 +25,7 @@ needs_root = pytest.mark.skipif(
 # with it all processes of the host end.
 START = """
 set -e
+mount -t proc proc /proc
 mount -t tmpfs tmpfs /dev/shm
 mount --bind "$2" /etc/hosts
 hostname "$1"
@@ -69,9 +70,7 @@ class Hosts:
 
     def on(self, host: int, *words: str) -> list[str]:
         """A command that runs the given command on a host, in the present folder."""
-        spaces = f"/proc/{self._inits[host].pid}/ns"
-        files = {"net": "net", "mount": "mnt", "uts": "uts", "pid": "pid_for_children"}
-        entered = [f"--{kind}={spaces}/{file}" for kind, file in files.items()]
+        entered = [f"--{kind}={path}" for kind, path in _spaces(self._inits[host].pid).items()]
         return ["nsenter", *entered, "env", f"--chdir={os.getcwd()}", *words]
 
     def lose(self, host: int) -> None:
@@ -96,6 +95,12 @@ def _start(name: str, names: Path) -> subprocess.Popen[str]:
     return init
 
 
+def _spaces(pid: int) -> dict[str, str]:
+    """The files of a host's namespaces. The process is the parent of the host's first one."""
+    files = {"net": "net", "uts": "uts", "pid": "pid_for_children", "mount": "mnt"}
+    return {kind: f"/proc/{pid}/ns/{file}" for kind, file in files.items()}
+
+
 def _run(*words: str) -> None:
     subprocess.run(words, check=True)
 
@@ -104,11 +109,12 @@ def _on_its_host(pids: Sequence[int], first: str, function: Any, args: Any) -> A
     """In a rank: enter the host of its number, and call the function there."""
     pid, folder = pids[int(os.environ["RANK"])], os.getcwd()
     libc = ctypes.CDLL(None, use_errno=True)
-    spaces = [os.open(f"/proc/{pid}/ns/{kind}", os.O_RDONLY) for kind in ("net", "uts", "mnt")]
-    for space in spaces:
+    for space in [os.open(path, os.O_RDONLY) for path in _spaces(pid).values()]:
         if libc.setns(space, 0):
             raise OSError(ctypes.get_errno(), "setns")
         os.close(space)
+    if child := os.fork():  # only children of this process are among the host's processes
+        os._exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) & 0xFF)
     os.chdir(folder)
     os.environ |= {"MASTER_ADDR": first, "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
     return function(*args)

@@ -26,6 +26,8 @@ DEFAULT_SECONDS = 120
 # its failure together.
 ANSWER = timedelta(seconds=2)
 VERDICT = "llama/verdict"  # the store's key of the message for ranks that were stopped
+# In gloo's errors. The second one is that of a connection on which a collective has timed out.
+OF_GLOO = ("gloo", "pair closure")
 POLL = 0.02  # seconds between two looks at the store
 
 
@@ -93,7 +95,8 @@ def naming_lost_ranks(group: dist.ProcessGroup | None = None) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        if not (isinstance(error, dist.DistError) or "gloo" in str(error)):
+        is_of_gloo = any(text in str(error) for text in OF_GLOO)
+        if not (isinstance(error, dist.DistError) or is_of_gloo):
             raise
         raise lost_ranks_error(group, str(error)) from error
 

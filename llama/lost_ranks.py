@@ -10,6 +10,7 @@ import contextlib
 import json
 import os
 import signal
+import socket
 import time
 from collections.abc import Iterator, Sequence
 from datetime import timedelta
@@ -55,19 +56,16 @@ def connect(rank: int, world_size: int, address: str, port: int) -> dist.Store:
 
     Raises ParallelError that names the ranks that have not connected within the timeout.
     """
-    # The store runs in torchrun, or else in rank 0.
-    in_torchrun = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     limit = timeout()
     try:
         store = dist.TCPStore(
-            address, port, world_size, is_master=rank == 0 and not in_torchrun, timeout=limit,
+            address, port, world_size, is_master=rank == 0 and not _in_torchrun(), timeout=limit,
             wait_for_workers=False, multi_tenant=True,
         )  # fmt: skip
     except dist.DistError as error:
-        place = "torchrun" if in_torchrun else "rank 0"
-        raise ParallelError(
-            f"{place} was not found at {address}:{port} within {_limit()}", rank
-        ) from error
+        text = f"{_place_of_store()} was not found at {address}:{port} within {_limit()}"
+        raise ParallelError(text, rank) from error
+    _limit_silence(port, limit)
     store.set(f"llama/started/{rank}", "")
     end = time.monotonic() + limit.total_seconds()
     missing = list(range(world_size))
@@ -108,13 +106,17 @@ def lost_ranks_error(group: dist.ProcessGroup | None, cause: str) -> ParallelErr
     """
     store = _get_default_store()
     store.set_timeout(ANSWER)  # the store may be lost, too
-    ranks = dist.get_process_group_ranks(group)
-    with contextlib.suppress(RuntimeError):
+    _limit_silence(int(os.environ.get("MASTER_PORT", 0)), ANSWER)
+    try:
         if store.check([VERDICT]):
             message, reporter = json.loads(store.get(VERDICT))
             return ParallelError(message, reporter)
         store.set(f"llama/failed/{dist.get_rank()}", "")
-    return _find_lost(store, ranks, cause)
+        return _find_lost(store, dist.get_process_group_ranks(group), cause)
+    except RuntimeError:
+        first_of_machine = dist.get_rank() - int(os.environ.get("LOCAL_RANK", 0))
+        text = f"{_place_of_store()} did not answer within {_limit()}"
+        return ParallelError(text, first_of_machine)
 
 
 def _find_lost(store: dist.Store, ranks: Sequence[int], cause: str) -> ParallelError:
@@ -224,12 +226,34 @@ def _processes(store: dist.Store, ranks: Sequence[int]) -> list[_Process]:
 # ---- the store -----------------------------------------------------------------------------------
 
 
+def _in_torchrun() -> bool:
+    """Whether the store is in the process of torchrun. Otherwise it is in rank 0."""
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+
+
+def _place_of_store() -> str:
+    return "torchrun" if _in_torchrun() else "rank 0"
+
+
+def _limit_silence(port: int, limit: timedelta) -> None:
+    """Make the system close this process's connections to the store, which has that port, if the
+    other machine does not confirm what was sent within the limit.
+
+    The store itself would wait for its answer for ever, because a network that is gone closes no
+    connection. Only Linux has this setting.
+    """
+    if not hasattr(socket, "TCP_USER_TIMEOUT"):
+        return
+    milliseconds = int(limit.total_seconds() * 1000)
+    for descriptor in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(OSError), socket.socket(fileno=os.dup(int(descriptor))) as own:
+            if own.getpeername()[1] == port:
+                own.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, milliseconds)
+
+
 def _absent(store: dist.Store, event: str, ranks: Sequence[int]) -> list[int]:
     """Those of the ranks that have not written to the store that they have met the event."""
-    try:
-        return [rank for rank in ranks if not store.check([f"llama/{event}/{rank}"])]
-    except RuntimeError:  # the store is lost
-        return list(ranks)
+    return [rank for rank in ranks if not store.check([f"llama/{event}/{rank}"])]
 
 
 def _names(ranks: Sequence[int]) -> str:

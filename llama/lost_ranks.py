@@ -58,7 +58,7 @@ def connect(rank: int, world_size: int, address: str, port: int) -> dist.Store:
     """
     limit = timeout()
     try:
-        store = dist.TCPStore(
+        server = dist.TCPStore(
             address, port, world_size, is_master=rank == 0 and not _in_torchrun(), timeout=limit,
             wait_for_workers=False, multi_tenant=True,
         )  # fmt: skip
@@ -66,8 +66,18 @@ def connect(rank: int, world_size: int, address: str, port: int) -> dist.Store:
         text = f"{_place_of_store()} was not found at {address}:{port} within {_limit()}"
         raise ParallelError(text, rank) from error
     _limit_silence(port, limit)
-    store.set(f"llama/started/{rank}", "")
-    end = time.monotonic() + limit.total_seconds()
+    # Ranks that torchrun has started again do not see what the first ones wrote.
+    store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), server)
+    try:
+        store.set(f"llama/started/{rank}", "")
+        _wait_for_all(store, world_size)
+    except RuntimeError as error:
+        raise _lost_store_error(rank) from error
+    return store
+
+
+def _wait_for_all(store: dist.Store, world_size: int) -> None:
+    end = time.monotonic() + timeout().total_seconds()
     missing = list(range(world_size))
     while missing := _absent(store, "started", missing):
         if time.monotonic() > end:
@@ -76,7 +86,6 @@ def connect(rank: int, world_size: int, address: str, port: int) -> dist.Store:
                 _reporter(range(world_size), missing),
             )
         time.sleep(POLL)
-    return store
 
 
 def introduce() -> None:
@@ -114,9 +123,7 @@ def lost_ranks_error(group: dist.ProcessGroup | None, cause: str) -> ParallelErr
         store.set(f"llama/failed/{dist.get_rank()}", "")
         return _find_lost(store, dist.get_process_group_ranks(group), cause)
     except RuntimeError:
-        first_of_machine = dist.get_rank() - int(os.environ.get("LOCAL_RANK", 0))
-        text = f"{_place_of_store()} did not answer within {_limit()}"
-        return ParallelError(text, first_of_machine)
+        return _lost_store_error(dist.get_rank())
 
 
 def _find_lost(store: dist.Store, ranks: Sequence[int], cause: str) -> ParallelError:
@@ -233,6 +240,12 @@ def _in_torchrun() -> bool:
 
 def _place_of_store() -> str:
     return "torchrun" if _in_torchrun() else "rank 0"
+
+
+def _lost_store_error(rank: int) -> ParallelError:
+    """The error of a rank that the store does not answer. The first rank of its machine reports."""
+    text = f"{_place_of_store()} did not answer within {_limit()}"
+    return ParallelError(text, rank - int(os.environ.get("LOCAL_RANK", 0)))
 
 
 def _limit_silence(port: int, limit: timedelta) -> None:

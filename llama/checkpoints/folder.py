@@ -3,7 +3,7 @@
 import logging
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import cast
 
@@ -25,7 +25,7 @@ from llama.fast.quantize import (
     Width,
     is_quantized,
 )
-from llama.files import MappedFiles, read_json, sample_digest, why_unreadable
+from llama.files import MappedFiles, read_json, why_unreadable
 from llama.gguf_file import is_gguf, parts_of, read_gguf
 from llama.tokenizer_files.from_gguf import has_vocabulary
 
@@ -162,9 +162,7 @@ def _open(folder: Path, rope_factor: float | None) -> Checkpoint:
             args.embedding_shard_dim = _embedding_shard_dim(shards[0], args)
         return Checkpoint(folder, args, shards, quantization=quantization)
     if has_params(folder):
-        files = find_shards(folder)
-        shards = [read_shard(path) for path in files]
-        _check_copies(files)
+        shards = [read_shard(path) for path in find_shards(folder)]
         if len(shards) > 1:  # one shard does not show the split: the default is kept
             args.embedding_shard_dim = _embedding_shard_dim(shards[0], args)
         args.tied = all(_is_tied(shard) for shard in shards) or _is_tied_in_effect(shards, args)
@@ -186,15 +184,6 @@ def _open(folder: Path, rope_factor: float | None) -> Checkpoint:
                 "in the files"
             )
     return Checkpoint(folder, args, [tensors], is_hugging_face=True)
-
-
-def _check_copies(shards: Sequence[Path]) -> None:
-    """Raise CheckpointError if a shard has the bytes of another one, instead of its own part."""
-    first: dict[str, Path] = {}
-    for shard in shards if len(shards) > 1 else ():
-        other = first.setdefault(sample_digest(shard), shard)
-        if other is not shard:
-            raise CheckpointError(f"{shard} is a copy of {other.name}: copy the shard again")
 
 
 def find_adapter(name: str | Path) -> Path:

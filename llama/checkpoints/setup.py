@@ -7,7 +7,7 @@ import torch
 from llama.checkpoints.inspect import bytes_of, cache_bytes, weights_of
 from llama.checkpoints.load import check_complete, default_dtype, parse_dtype
 from llama.checkpoints.shards import Checkpoint
-from llama.errors import ConfigError
+from llama.errors import CheckpointError, ConfigError
 from llama.fast.mode import CacheWidth, Mode, cache_dtype, check_mode
 from llama.fast.quantize import Width, is_quantized
 
@@ -53,6 +53,8 @@ class Setup:
             quantize = opened.quantization
         opened.set_vocab_size()
         check_complete(opened)
+        for problem in opened.copied_shards():
+            raise CheckpointError(problem)
         opened.args.set_limits(max_seq_len, max_batch_size)
         opened.args.check_split(mp_size)
         asked = None if dtype is None else parse_dtype(dtype)

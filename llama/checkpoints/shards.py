@@ -35,6 +35,8 @@ TIED = ("tok_embeddings.weight", "output.weight")
 # Bytes. A float tensor with a smaller alignment is copied from the mapped file. safetensors
 # guarantees only 8.
 ALIGNMENT = 64
+SPLIT_MATRIX = "layers.0.attention.wq.weight"  # each shard has a different part of it
+COMPARED_ROWS = 8  # of SPLIT_MATRIX
 IGNORED = "rope.freqs"  # RoPE's table in Llama 2's files, which is not needed
 
 
@@ -108,6 +110,19 @@ class Checkpoint:
     def tensor(self, shard: int, name: str) -> Tensor:
         """A tensor of a shard, as it is in the file."""
         return self.shards[shard][name]
+
+    def copied_shards(self) -> Iterator[str]:
+        """A line for each shard that is a copy of an earlier one. The first rows of one matrix are
+        compared, because no two parts of a trained matrix have equal rows."""
+        parts = [
+            next(part for name, part in shard.items() if name.startswith(SPLIT_MATRIX))
+            for shard in self.shards
+        ]
+        for i, part in enumerate(parts):
+            for j in range(i):
+                if torch.equal(part[:COMPARED_ROWS], parts[j][:COMPARED_ROWS]):
+                    yield f"{self.file_of(i)} is a copy of {self.file_of(j).name}"
+                    break
 
     def stored_as(self) -> str:
         """The quantization or the dtype of the matrices, for messages."""

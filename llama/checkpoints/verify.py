@@ -24,7 +24,6 @@ MANIFEST = "SHA256SUMS"  # what `sha256sum --check` reads too
 CHECKLIST = "checklist.chk"  # Meta's file, with MD5 checksums
 # The files that make up a checkpoint.
 SUFFIXES = (".pth", ".safetensors", ".bin", ".json", ".model")
-SPLIT_MATRIX = "layers.0.attention.wq.weight"  # each shard has a different part of it
 CHUNK = 1 << 24  # bytes or elements that are read at a time
 
 
@@ -44,7 +43,7 @@ def verify(folder: str | Path, write_manifest: bool = True) -> tuple[str, list[s
         problems.append(str(error))
     else:
         problems += _wrong_numbers(opened)
-        problems += _copied_shards(opened)
+        problems += opened.copied_shards()
     problems += _wrong_sums(opened.folder)
     is_folder = opened.folder.is_dir()  # a GGUF file is no folder
     if write_manifest and is_folder and not problems and not (opened.folder / MANIFEST).exists():
@@ -77,21 +76,6 @@ def _wrong_numbers(opened: Checkpoint) -> Iterator[str]:
                     yield f"{where} is {tensor.dtype}, but {reference} is {dtype}"
                 if is_copied and i > 0 and not torch.equal(tensor, first):
                     yield f"{where} should be equal in all shards, but differs from the first"
-
-
-def _copied_shards(opened: Checkpoint) -> Iterator[str]:
-    """Yield a line for each shard that is a copy of an earlier shard.
-
-    Only one matrix is compared, because no two parts of a trained matrix are equal."""
-    parts = [
-        next(tensor for name, tensor in shard.items() if name.startswith(SPLIT_MATRIX))
-        for shard in opened.shards
-    ]
-    for i, part in enumerate(parts):
-        for j in range(i):
-            if torch.equal(part, parts[j]):
-                yield f"{opened.file_of(i)} is a copy of {opened.file_of(j).name}"
-                break
 
 
 def _is_finite(tensor: Tensor) -> bool:

@@ -295,7 +295,7 @@ BAD_FOLDERS: dict[str, tuple[Callable[[Path], Any], type[LlamaError], str]] = {
     "two shards that are whole": (
         second_shard,
         CheckpointError,
-        "consolidated.01.pth is a copy of consolidated.00.pth",
+        r"consolidated.00.pth: tok_embeddings.weight \(640, 64\) instead of \(320, 64\)",
     ),
     "a gap in the shards": (
         lambda f: second_shard(f, "consolidated.02.pth"),

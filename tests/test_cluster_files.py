@@ -1,5 +1,5 @@
-"""The Slurm script and the Kubernetes manifest of docs/scale.md pass their linters, and the commands
-that they start exist."""
+"""The Slurm script and the Kubernetes manifest of docs/scale.md pass their linters, and what they
+start exists."""
 
 import os
 import re

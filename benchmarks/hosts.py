@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import fire
-from helpers.hosts import running
+from helpers.hosts import IS_POSSIBLE, running
 from helpers.jobs import run_command
 from helpers.network import Line
 from processor import processor
@@ -54,6 +54,8 @@ def main(
         rounds: how often everything is measured.
         out: a file, to which the figures are written as JSON.
     """
+    if not IS_POSSIBLE:
+        raise SystemExit("error: only root may make network namespaces, and needs iproute2")
     words = [folder, f"--prefill={prefill}", f"--decode={decode}", f"--rounds={rounds}"]
     figures: dict[str, Any] = {
         "processor": processor(), "date": date.today().isoformat(), "model": Path(folder).name,

@@ -7,6 +7,7 @@ import json
 import math
 from typing import Any, NamedTuple
 
+from make_checkpoint import SHAPES
 from tables import END, RESULTS, ROOT, rows
 
 from llama.config import PRESETS, ModelArgs
@@ -77,8 +78,11 @@ def on_paper() -> str:
                     *(f"{wait:,.1f}" for wait in waits),
                 ]
             )  # fmt: skip
-    head = ["", "ranks", "messages a layer", "kB a layer", "messages a token", "MB a token",
-            "ms in one node", "ms in two nodes"]  # fmt: skip
+    head = ["", "ranks", "messages a layer", "kB a layer", "messages a token", "MB a token"]
+    head += [
+        f"ms in {nodes} ({seconds * 1e6:g} µs a message)"
+        for nodes, seconds in (("one node", INSIDE), ("two nodes", BETWEEN))
+    ]
     return rows(head, body)
 
 
@@ -92,9 +96,11 @@ def measured(figures: dict[str, Any]) -> str:
         added = line["seconds"]["decode 1"] - first["decode 1"]
         body.append([name, *cells, f"{added / line['delay_s']:.0f}" if line["delay_s"] else ""])
     head = ["link", *(f"{name}, ms" for name in first), "delays in a decode 1"]
+    step = exchanges(ModelArgs(**SHAPES[figures["model"]]))
     about = (
-        f"{figures['processor']}, {figures['date']}. Model {figures['model']}, "
-        f"{figures['rounds']} rounds."
+        f"{figures['processor']}, {figures['date']}. Model {figures['model']} of "
+        f"`benchmarks/make_checkpoint.py`; rounds: {figures['rounds']}. On paper a step has "
+        f"{sum(messages(one, 2) for one in step)} messages, one after the other."
     )
     return f"{rows(head, body)}\n\n{about}"
 

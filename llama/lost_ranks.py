@@ -259,7 +259,10 @@ def _limit_silence(port: int, limit: timedelta) -> None:
         return
     milliseconds = int(limit.total_seconds() * 1000)
     for descriptor in os.listdir("/proc/self/fd"):
-        with contextlib.suppress(OSError), socket.socket(fileno=os.dup(int(descriptor))) as own:
+        with (
+            contextlib.suppress(OSError),  # it is no socket
+            socket.fromfd(int(descriptor), socket.AF_INET, socket.SOCK_STREAM) as own,
+        ):
             if own.getpeername()[1] == port:
                 own.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, milliseconds)
 

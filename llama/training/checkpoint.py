@@ -195,6 +195,8 @@ def load_newest(run: Run) -> bool:
     except Exception as error:  # a damaged file may raise anything
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise CheckpointError(f"cannot resume from {path}: {reason}") from error
+    if "split" not in state:
+        raise CheckpointError(f"cannot resume from {path}: an earlier version has written it")
     if state["split"] != _split(run):
         before, now = (
             f"splits the model over {model} rank(s) and the optimizer's state over {replicas} "

@@ -10,7 +10,7 @@ FAULTS := benchmarks/results/faults.json
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-slow test-gpu test-peers faults audit lint format clean
+.PHONY: help demo test test-slow test-lowest test-gpu test-peers faults audit lint format clean
 
 help: ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1|/p' $(MAKEFILE_LIST) | \
@@ -21,10 +21,18 @@ demo: $(VENV)/installed ## run both examples on the small model that comes with 
 	$(BIN)/python example_chat_completion.py
 
 test: $(VENV)/installed-test ## run the tests (ARGS="-k name" narrows them)
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n auto --dist loadfile $(ARGS)
 
 test-slow: $(VENV)/installed-test ## run the tests that take minutes
 	$(BIN)/python -m pytest -m slow $(ARGS)
+
+test-lowest: $(VENV)/installed-lowest ## run the tests with the lowest versions that pyproject.toml allows
+	$(PYTHON) -m venv --clear build/lowest
+	$(BIN)/uv pip compile --quiet --resolution lowest-direct --extra test pyproject.toml \
+	    --output-file build/lowest/requirements.txt
+	build/lowest/bin/python -m pip install --quiet --requirement build/lowest/requirements.txt
+	build/lowest/bin/python -m pip install --quiet --no-deps --editable .
+	build/lowest/bin/python -m pytest -n auto --dist loadfile $(ARGS)
 
 test-gpu: $(VENV)/installed-test ## run the tests that need a GPU, on this machine's
 	LLAMA_TEST_GPU=1 $(BIN)/python -m pytest -m gpu $(ARGS)

@@ -22,7 +22,8 @@ from llama.evaluation.perplexity import score
 from llama.training.documents import read_documents
 
 # Requests name two of these things. No request in the training data of the bundled model names one
-# of the third group: see `is_never_asked` in scripts/bundled_dialogs.py.
+# of the third group: see `is_never_asked` in scripts/bundled_dialogs.py. (The first bundled models
+# were trained with a lower limit there, and with requests that name a veil.)
 PAIRS: dict[str, list[str]] = {
     "common": [
         "fox king", "sailor island", "wolf forest", "queen mirror", "giant castle", "cat mouse",

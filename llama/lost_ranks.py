@@ -10,6 +10,7 @@ import contextlib
 import json
 import os
 import signal
+import socket
 import time
 from collections.abc import Iterator, Sequence
 from datetime import timedelta
@@ -26,6 +27,8 @@ DEFAULT_SECONDS = 120
 # its failure together.
 ANSWER = timedelta(seconds=2)
 VERDICT = "llama/verdict"  # the store's key of the message for ranks that were stopped
+# In gloo's errors. The second one is that of a connection on which a collective has timed out.
+OF_GLOO = ("gloo", "pair closure")
 POLL = 0.02  # seconds between two looks at the store
 
 
@@ -53,23 +56,28 @@ def connect(rank: int, world_size: int, address: str, port: int) -> dist.Store:
 
     Raises ParallelError that names the ranks that have not connected within the timeout.
     """
-    # The store runs in torchrun, or else in rank 0.
-    in_torchrun = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     limit = timeout()
     try:
         server = dist.TCPStore(
-            address, port, world_size, is_master=rank == 0 and not in_torchrun, timeout=limit,
+            address, port, world_size, is_master=rank == 0 and not _in_torchrun(), timeout=limit,
             wait_for_workers=False, multi_tenant=True,
         )  # fmt: skip
     except dist.DistError as error:
-        place = "torchrun" if in_torchrun else "rank 0"
-        raise ParallelError(
-            f"{place} was not found at {address}:{port} within {_limit()}", rank
-        ) from error
+        text = f"{_place_of_store()} was not found at {address}:{port} within {_limit()}"
+        raise ParallelError(text, rank) from error
+    _limit_silence(port, limit)
     # Ranks that torchrun has started again do not see what the first ones wrote.
     store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), server)
-    store.set(f"llama/started/{rank}", "")
-    end = time.monotonic() + limit.total_seconds()
+    try:
+        store.set(f"llama/started/{rank}", "")
+        _wait_for_all(store, world_size)
+    except RuntimeError as error:
+        raise _lost_store_error(rank) from error
+    return store
+
+
+def _wait_for_all(store: dist.Store, world_size: int) -> None:
+    end = time.monotonic() + timeout().total_seconds()
     missing = list(range(world_size))
     while missing := _absent(store, "started", missing):
         if time.monotonic() > end:
@@ -78,7 +86,6 @@ def connect(rank: int, world_size: int, address: str, port: int) -> dist.Store:
                 _reporter(range(world_size), missing),
             )
         time.sleep(POLL)
-    return store
 
 
 def introduce() -> None:
@@ -95,7 +102,8 @@ def naming_lost_ranks(group: dist.ProcessGroup | None = None) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        if not (isinstance(error, dist.DistError) or "gloo" in str(error)):
+        is_of_gloo = any(text in str(error) for text in OF_GLOO)
+        if not (isinstance(error, dist.DistError) or is_of_gloo):
             raise
         raise lost_ranks_error(group, str(error)) from error
 
@@ -107,13 +115,15 @@ def lost_ranks_error(group: dist.ProcessGroup | None, cause: str) -> ParallelErr
     """
     store = _get_default_store()
     store.set_timeout(ANSWER)  # the store may be lost, too
-    ranks = dist.get_process_group_ranks(group)
-    with contextlib.suppress(RuntimeError):
+    _limit_silence(int(os.environ.get("MASTER_PORT", 0)), ANSWER)
+    try:
         if store.check([VERDICT]):
             message, reporter = json.loads(store.get(VERDICT))
             return ParallelError(message, reporter)
         store.set(f"llama/failed/{dist.get_rank()}", "")
-    return _find_lost(store, ranks, cause)
+        return _find_lost(store, dist.get_process_group_ranks(group), cause)
+    except RuntimeError:
+        return _lost_store_error(dist.get_rank())
 
 
 def _find_lost(store: dist.Store, ranks: Sequence[int], cause: str) -> ParallelError:
@@ -223,12 +233,43 @@ def _processes(store: dist.Store, ranks: Sequence[int]) -> list[_Process]:
 # ---- the store -----------------------------------------------------------------------------------
 
 
+def _in_torchrun() -> bool:
+    """Whether the store is in the process of torchrun. Otherwise it is in rank 0."""
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+
+
+def _place_of_store() -> str:
+    return "torchrun" if _in_torchrun() else "rank 0"
+
+
+def _lost_store_error(rank: int) -> ParallelError:
+    """The error of a rank that the store does not answer. The first rank of its machine reports."""
+    text = f"{_place_of_store()} did not answer within {_limit()}"
+    return ParallelError(text, rank - int(os.environ.get("LOCAL_RANK", 0)))
+
+
+def _limit_silence(port: int, limit: timedelta) -> None:
+    """Make the system close this process's connections to the store, which has that port, if the
+    other machine does not confirm what was sent within the limit.
+
+    The store itself would wait for its answer for ever, because a network that is gone closes no
+    connection. Only Linux has this setting.
+    """
+    if not hasattr(socket, "TCP_USER_TIMEOUT"):
+        return
+    milliseconds = int(limit.total_seconds() * 1000)
+    for descriptor in os.listdir("/proc/self/fd"):
+        with (
+            contextlib.suppress(OSError),  # it is no socket
+            socket.fromfd(int(descriptor), socket.AF_INET, socket.SOCK_STREAM) as own,
+        ):
+            if own.getpeername()[1] == port:
+                own.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, milliseconds)
+
+
 def _absent(store: dist.Store, event: str, ranks: Sequence[int]) -> list[int]:
     """Those of the ranks that have not written to the store that they have met the event."""
-    try:
-        return [rank for rank in ranks if not store.check([f"llama/{event}/{rank}"])]
-    except RuntimeError:  # the store is lost
-        return list(ranks)
+    return [rank for rank in ranks if not store.check([f"llama/{event}/{rank}"])]
 
 
 def _names(ranks: Sequence[int]) -> str:

@@ -44,7 +44,7 @@ EXCHANGED = 0.7  # fraction of the subjects that another noun replaces
 RENAMED = 0.35  # fraction of the stories whose persons get other names
 REPEATED = 0.05  # fraction of the draws that only repeat words of the request
 NEVER_ASKED = 0.04  # fraction of the rarer nouns that no request names, for the benchmark
-RARE = 60  # tales that have a rarer noun, at most
+RARE = 100  # tales that have a rarer noun, at most
 
 
 class DialogSource:

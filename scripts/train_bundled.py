@@ -60,6 +60,7 @@ I would like to hear a long story about a giant""".splitlines()
 def train(
     corpus: str,
     run: str,
+    init: str | None = None,
     steps: int = 3000,
     decay_steps: int = 1000,
     step_tokens: int = 2 * BATCH,
@@ -76,6 +77,8 @@ def train(
     Args:
         corpus: folder of the two files of tales.
         run: folder for the tokenizer and the checkpoints.
+        init: checkpoint folder with this shape, whose weights and tokenizer begin the run; by
+            default new ones.
         steps: optimizer steps of the whole run.
         decay_steps: steps at the end, in which the learning rate falls linearly to 0.
         step_tokens: tokens of a step; a multiple of 4,096.
@@ -92,11 +95,15 @@ def train(
     parallel.initialize(1, target)
     if step_tokens % BATCH or step_tokens < BATCH:
         raise DataError(f"step_tokens is {step_tokens}: it must be a multiple of {BATCH}")
+    begun = None if init is None else _weights_of(init)
     tales = read_corpus(corpus).training
     tokenizer_path = Path(run, "tokenizer.model")
     if not tokenizer_path.exists():
         Path(run).mkdir(parents=True, exist_ok=True)
-        train_vocabulary((tale.text for tale in tales), ranks, tokenizer_path)
+        if init is None:
+            train_vocabulary((tale.text for tale in tales), ranks, tokenizer_path)
+        else:
+            shutil.copy(Path(init, "tokenizer.model"), tokenizer_path)
     options = TrainingOptions(
         steps=steps,
         warmup_steps=min(WARMUP_STEPS, steps - decay_steps),
@@ -109,6 +116,8 @@ def train(
     trainer, _ = _make_trainer(tales, run, options, target, muon, adam)
     if trainer.resume():
         print(f"Continuing after step {trainer.step} of {run}")
+    elif begun is not None:
+        trainer.model.load_state_dict(begun)
     if _or_default(compiled, target.type == "cuda"):
         for layer in trainer.model.layers:
             layer.compile()
@@ -196,6 +205,23 @@ def _new_model(tokenizer: Tokenizer, device: torch.device) -> Transformer:
             if name.endswith(("wo.weight", "w2.weight")):
                 weight.zero_()
     return model.to(device)
+
+
+def _weights_of(folder: str) -> dict[str, torch.Tensor]:
+    """The weights of a checkpoint folder. Raises DataError if it has another shape than SHAPE, or
+    no tokenizer.model."""
+    if not Path(folder, "tokenizer.model").is_file():
+        raise DataError(f"{folder} has no tokenizer.model")
+    begun = Llama.build(folder, dtype="float32", device="cpu")
+    shapes = begun.model.params.parameter_shapes()
+    wanted = ModelArgs(**SHAPE, vocab_size=begun.tokenizer.n_words).parameter_shapes()
+    for name in sorted(shapes.keys() | wanted.keys()):
+        if shapes.get(name) != wanted.get(name):
+            raise DataError(
+                f"{folder} is of another model: {name} is {shapes.get(name)}, not "
+                f"{wanted.get(name)}"
+            )
+    return begun.model.state_dict()
 
 
 def _has_bfloat16(device: torch.device) -> bool:

@@ -1,6 +1,7 @@
 """Every shell and Python block of README, CONTRIBUTING and docs runs as it is written.
 
-The blocks of a page run in order, in one folder. It holds small random checkpoints under the names
+The blocks of a page run in order, in one folder. A command with --nnodes runs on two hosts, where
+that is possible. The folder holds small random checkpoints under the names
 of Meta's folders, and texts under the names that the page uses. test_guide.py runs the blocks of
 docs/llama3_explain.md.
 """
@@ -23,6 +24,7 @@ from typing import Any, NamedTuple
 
 import pytest
 from guide import GUIDE
+from helpers.hosts import IS_POSSIBLE, running
 from helpers.stand_ins import write_stand_ins
 from helpers.tales import made_up_tale
 from pages import ROOT, blocks
@@ -153,6 +155,20 @@ def run_shell(command: str) -> None:
     assert done.returncode == 0, done.stderr
 
 
+def run_on_hosts(command: str, folder: Path) -> None:
+    """Run the command on two hosts."""
+    with running(2, folder) as hosts:
+        shells = [
+            subprocess.Popen(
+                hosts.on(i, "bash", "-c", command), stdin=subprocess.DEVNULL,
+                stderr=subprocess.PIPE, text=True,
+            )
+            for i in range(2)
+        ]  # fmt: skip
+        errors = [shell.communicate(timeout=300)[1] for shell in shells]
+    assert [shell.returncode for shell in shells] == [0, 0], "\n".join(errors)
+
+
 @contextlib.contextmanager
 def serving(command: str) -> Iterator[None]:
     """Run the server, and wait until it listens."""
@@ -185,6 +201,9 @@ def run_page(path: Path, is_slow: bool, monkeypatch: pytest.MonkeyPatch) -> None
                     run_python(item, names)
                 elif item.code.startswith("llama serve"):
                     servers.enter_context(serving(item.code))
+                elif "--nnodes" in item.code:
+                    if IS_POSSIBLE:
+                        run_on_hosts(item.code, Path())
                 elif item.is_slow and not item.code.startswith("llama "):
                     run_shell(item.code)
                 else:

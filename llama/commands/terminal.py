@@ -20,7 +20,7 @@ import torch
 from llama import parallel
 from llama.chat_format import Dialog
 from llama.engine.request import Event, Request
-from llama.errors import ConfigError, GenerationError
+from llama.errors import ConfigError, GenerationError, ParallelError
 from llama.generation import Llama
 from llama.lost_ranks import timeout
 from llama.sampling import SamplingParams
@@ -204,10 +204,15 @@ def on_first_rank(llama: Llama) -> Iterator[bool]:
                 llama.engine.follow()
         yield False
         return
+    is_connected = True
     try:
         yield True
+    except ParallelError:  # a rank is lost, so the others have this error too
+        is_connected = False
+        raise
     finally:
-        _send(llama, _Signal.DONE)
+        if is_connected:
+            _send(llama, _Signal.DONE)
 
 
 def stream(

@@ -171,7 +171,7 @@ def _write(run: Run, folder: Path, weights: dict[str, Tensor]) -> None:
     if parallel.dp_rank() == 0 or isinstance(run.model, FSDPModule):
         state = {
             "step": run.step,
-            "ranks": _ranks(),
+            "split": _split(run),
             "loader": run.loader.state_dict(),
             "optimizers": [_local_state(optimizer.state_dict()) for optimizer in run.optimizers],
         }
@@ -182,8 +182,8 @@ def _write(run: Run, folder: Path, weights: dict[str, Tensor]) -> None:
 def load_newest(run: Run) -> bool:
     """Load the newest checkpoint in `run.out_dir` into `run`. Returns False if there is none.
 
-    Raises TrainingError if the checkpoint has another number of ranks or other shapes, and
-    CheckpointError for a damaged file.
+    Raises TrainingError if the model or the optimizer's state was split differently, or has other
+    shapes, and CheckpointError for a damaged file.
     """
     found = run_checkpoints(run.out_dir)
     if not found:
@@ -195,11 +195,14 @@ def load_newest(run: Run) -> bool:
     except Exception as error:  # a damaged file may raise anything
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise CheckpointError(f"cannot resume from {path}: {reason}") from error
-    if state["ranks"] != _ranks():
-        raise TrainingError(
-            f"{folder} was written by {state['ranks'][0]} rank(s), {state['ranks'][1]} per model; "
-            f"this run has {_ranks()[0]} rank(s), {_ranks()[1]} per model"
-        )
+    if "split" not in state:
+        raise CheckpointError(f"cannot resume from {path}: an earlier version has written it")
+    if state["split"] != _split(run):
+        before, now = (
+            f"splits the model over {model} rank(s) and the optimizer's state over {replicas} "
+            "replica(s)" for model, replicas in (state["split"], _split(run))
+        )  # fmt: skip
+        raise TrainingError(f"{folder} {before}, but this run {now}")
     weights = run.stored.read(folder, run.model)
     with torch.no_grad():
         for name, weight in run.stored.weights(run.model).items():
@@ -233,9 +236,12 @@ def _state_name(run: Run) -> str:
     return f"training.{rank:02d}.pt"
 
 
-def _ranks() -> list[int]:
-    """The number of all ranks, and of the ranks that share a model."""
-    return [dist.get_world_size(), parallel.mp_size()]
+def _split(run: Run) -> list[int]:
+    """The number of ranks that share a model, and of the replicas that share an optimizer's state.
+
+    DDP's replicas each have all of it, so a run may go on with more or fewer of them.
+    """
+    return [parallel.mp_size(), parallel.dp_size() if isinstance(run.model, FSDPModule) else 1]
 
 
 def _wait_for_all() -> None:

@@ -235,8 +235,9 @@ class Trainer:
     def resume(self) -> bool:
         """Load the newest checkpoint in `out_dir`. Returns False if there is none.
 
-        Raises TrainingError if the checkpoint has another number of ranks or other shapes, and
-        CheckpointError for a damaged file.
+        Raises TrainingError if the model or the optimizer's state was split differently, or has
+        other shapes, and CheckpointError for a damaged file. The number of DDP's replicas may be
+        another one.
         """
         run = self._run()
         is_found = checkpoint.load_newest(run)

@@ -160,14 +160,18 @@ class DistributedShardedDataLoader:
         self.position = position  # of the step's first token; this rank may begin later
         self._tokens = read_token_file(self.files[shard])
 
+    def _leave_short_rest(self) -> None:
+        """Go to the next file if fewer tokens than those of a step are left in this one."""
+        if self.position + self._step_tokens + 1 > len(self._tokens):
+            self._seek((self.shard + 1) % len(self.files), 0)
+
     def next_batch(self) -> tuple[Tensor, Tensor]:
         """Inputs and targets (B, T), int64: each target is the token after its input."""
         start = self.position + self.process_rank * self.B * self.T
         # int64, because embeddings and losses need it
         block = torch.from_numpy(self._tokens[start : start + self.B * self.T + 1].astype(np.int64))
         self.position += self._step_tokens
-        if self.position + self._step_tokens + 1 > len(self._tokens):
-            self._seek((self.shard + 1) % len(self.files), 0)
+        self._leave_short_rest()
         return block[:-1].view(self.B, self.T), block[1:].view(self.B, self.T)
 
     def state_dict(self) -> dict[str, int]:
@@ -175,15 +179,17 @@ class DistributedShardedDataLoader:
         return {"shard": self.shard, "position": self.position}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Continue at a position of `state_dict`. Raises DataError if the files do not have it."""
+        """Continue at a position of `state_dict`, perhaps with another number of ranks. Raises
+        DataError if the files do not have the position."""
         shard, position = state["shard"], state["position"]
         if not 0 <= shard < len(self.files):
             raise DataError(
                 f"the run was in token file {shard}, but there are {len(self.files)} files"
             )
         self._seek(shard, position)
-        if position + self._step_tokens + 1 > len(self._tokens):
+        if position > len(self._tokens):
             raise DataError(
                 f"the run was at token {position} of {self.files[shard]}, which has "
                 f"{len(self._tokens)}: was the file changed?"
             )
+        self._leave_short_rest()

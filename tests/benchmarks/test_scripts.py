@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers.hosts import IS_POSSIBLE
 from make_checkpoint import SHAPES, demo_pieces, make_checkpoint, write_tokenizer
 
 pytestmark = pytest.mark.slow
@@ -29,6 +30,7 @@ SCRIPTS: dict[str, list[str]] = {
         "--compiled=False",
     ],
     "gguf_open": ["--work={work}/gguf", "--shape=demo", "--rounds=1"],
+    "hosts": ["--folder={model}", "--prefill=8", "--decode=1", "--rounds=1"],
     "kernel_speed": ["--shape=demo", "--rounds=1"],
     "load": ["--folder={work}/load", "--shape=demo", "--rounds=1"],
     "quality": ["--tales={work}/tales.jsonl"],
@@ -62,6 +64,7 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run(script: str, *flags: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, str(ROOT / "benchmarks" / f"{script}.py"), *flags]
     environment = {name: text for name, text in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = str(ROOT / "tests")
     return subprocess.run(
         command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=500
     )
@@ -82,6 +85,8 @@ def test_every_script_is_run() -> None:
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_a_script_at_its_smallest(script: str, work: Path) -> None:
+    if script == "hosts" and not IS_POSSIBLE:
+        pytest.skip("needs root, and iproute2")
     out = work / f"{script}.json"
     flags = [flag.format(work=work, model=work / "model") for flag in SCRIPTS[script]]
     done = run(script, *flags, f"--out={out}")

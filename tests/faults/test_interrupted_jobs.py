@@ -2,8 +2,8 @@
 gives what an undisturbed run gives."""
 
 import contextlib
+import functools
 import io
-import json
 import os
 import signal
 import subprocess
@@ -14,36 +14,21 @@ from pathlib import Path
 
 import pytest
 from helpers.fault_plan import Trials
+from helpers.jobs import Words, batch_words, train_words, write_inputs
 from helpers.ranks import context
-from make_checkpoint import demo_pieces, make_checkpoint, write_tokenizer
 
 from llama.__main__ import main
 from llama.checkpoints.folder import run_checkpoints
 from llama.checkpoints.verify import verify
-from llama.tokenizer import Tokenizer
-from llama.training.documents import write_token_files
 
 SECONDS = 120  # limit of a job
 N_POINTS = 20
-STEPS, EVERY = 12, 2
-N_LINES = 40
-Words = list[str]
 
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model, a token file and a file of prompts."""
     folder = tmp_path_factory.mktemp("inputs")
-    (folder / "model").mkdir()
-    pieces = demo_pieces()
-    params = dict(dim=64, n_layers=4, n_heads=4, vocab_size=len(pieces) + 256, multiple_of=32,
-                  norm_eps=1e-5)  # fmt: skip
-    make_checkpoint(folder / "model", params, spoken=range(len(pieces)))
-    write_tokenizer(folder / "model" / "tokenizer.model", pieces)
-    tokenizer = Tokenizer(folder / "model" / "tokenizer.model")
-    write_token_files(["the word they said " * 400], tokenizer, str(folder / "data.bin"), 10**7)
-    lines = [{"prompt": f"the word {i}", "max_gen_len": 24} for i in range(N_LINES)]
-    (folder / "in.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    write_inputs(folder)
     return folder
 
 
@@ -51,20 +36,9 @@ def convert_words(inputs: Path, out: Path) -> Words:
     return ["convert", str(inputs / "model"), str(out), "--to=hf", "--force"]
 
 
-def train_words(inputs: Path, out: Path) -> Words:
-    return ["train", f"--data={inputs}/data.bin", f"--tokenizer={inputs}/model/tokenizer.model",
-            f"--out_dir={out}", "--dim=64", "--n_layers=2", "--seq_len=32", "--batch=2",
-            f"--steps={STEPS}", f"--checkpoint_every={EVERY}", "--device=cpu"]  # fmt: skip
-
-
-def batch_words(inputs: Path, out: Path) -> Words:
-    return ["batch", str(inputs / "in.jsonl"), str(out), f"--ckpt_dir={inputs}/model",
-            "--max_seq_len=64", "--max_batch_size=2", "--device=cpu"]  # fmt: skip
-
-
 JOBS: dict[str, Callable[[Path, Path], Words]] = {
     "convert": convert_words,
-    "train": train_words,
+    "train": functools.partial(train_words, steps=12, checkpoint_every=2),
     "batch": batch_words,
 }
 

@@ -84,7 +84,7 @@ def digests(folder: Path) -> dict[str, str]:
 
 @pytest.mark.fault(18)
 def test_one_run_folder(trials: Trials, model: Path, tmp_path: Path) -> None:
-    """One run is refused. The other has the weights of a run alone."""
+    """One run is refused, or finds the other one finished. The weights are those of a run alone."""
     tokenizer = model / "tokenizer.model"
     rng = random.Random(1)
     texts = [" ".join(rng.choices(["the", "word", "they", "said"], k=400)) for _ in range(20)]
@@ -104,8 +104,9 @@ def test_one_run_folder(trials: Trials, model: Path, tmp_path: Path) -> None:
             folder = tmp_path / f"run{i}"
             both = [start(run(folder)) for _ in range(2)]
             said = [end(process) for process in both]
-            assert sorted(process.returncode for process in both) == [0, 2], said
-            assert sum(REFUSED in text for text in said) == 1
+            assert any(process.returncode == 0 for process in both), said
+            second = [REFUSED if process.returncode == 2 else "is finished" for process in both]
+            assert any(map(str.__contains__, said, second)), said
             assert digests(folder) == expected
             assert [path.name for path in folder.iterdir() if "step_" not in path.name] == []
             for checkpoint in run_checkpoints(folder):

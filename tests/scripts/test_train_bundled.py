@@ -10,9 +10,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from helpers.folders import make_model, write_meta
 from helpers.tales import write_corpus
 
 from llama import Llama
+from llama.checkpoints.folder import BUNDLED
 
 ROOT = Path(__file__).parent.parent.parent
 SCRIPT = ROOT / "scripts" / "train_bundled.py"
@@ -66,11 +69,34 @@ def test_train_stop_continue_export_open(tmp_path: Path) -> None:
     assert "{" not in card
 
 
+@pytest.mark.slow
+def test_a_run_begins_with_a_folders_weights(tmp_path: Path) -> None:
+    write_corpus(tmp_path)
+    run("train", str(tmp_path), str(tmp_path / "run"), f"--init={BUNDLED}", "--steps=1",
+        "--decay_steps=0", "--step_tokens=4096", "--muon=0", "--adam=0")  # fmt: skip
+    folder = tmp_path / "run" / "step_00000001"
+    assert (folder / "tokenizer.model").read_bytes() == (BUNDLED / "tokenizer.model").read_bytes()
+    begun, given = (Llama.build(path, device="cpu", dtype="float32") for path in (folder, BUNDLED))
+    for name, weight in given.model.named_parameters():
+        assert torch.equal(begun.model.get_parameter(name), weight)
+
+
 def test_a_wrong_option_is_one_line(tmp_path: Path) -> None:
     write_corpus(tmp_path)
     done = run("train", str(tmp_path), str(tmp_path / "run"), "--step_tokens=100", code=2)
     assert done.stderr.count("\n") == 1
     assert "4096" in done.stderr
+
+
+def test_a_folder_of_another_shape_is_one_line(tmp_path: Path) -> None:
+    write_corpus(tmp_path)
+    small, out = write_meta(tmp_path / "small", make_model(), 1), tmp_path / "run"
+    done = run("train", str(tmp_path), str(out), f"--init={small}", code=2)
+    assert "small is of another model: layers.0" in done.stderr
+    assert "Traceback" not in done.stderr
+    done = run("train", str(tmp_path), str(out), f"--init={tmp_path}", code=2)
+    assert "tokenizer.model" in done.stderr
+    assert not out.exists()
 
 
 def test_a_missing_corpus_is_one_line(tmp_path: Path) -> None:

@@ -76,6 +76,18 @@ def test_the_state_leads_back(tmp_path: Path) -> None:
         assert torch.equal(loader.next_batch()[0], other.next_batch()[0])
 
 
+def test_a_state_of_fewer_ranks(tmp_path: Path) -> None:
+    """A step of more ranks may not fit into the rest of the file."""
+    pattern = write(tmp_path, 14, 20)
+    one = DistributedShardedDataLoader(pattern, 2, 3)
+    one.next_batch()
+    state = one.state_dict()
+    two = DistributedShardedDataLoader(pattern, 2, 3, 1, 2)
+    assert state == {"shard": 0, "position": 6}
+    two.load_state_dict(state)
+    assert two.state_dict() == {"shard": 1, "position": 0}
+
+
 def test_a_state_of_other_files(tmp_path: Path) -> None:
     loader = DistributedShardedDataLoader(write(tmp_path, 14), 2, 3)
     with pytest.raises(DataError, match="token file 3, but there are 1"):

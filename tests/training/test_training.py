@@ -284,6 +284,28 @@ def on_two_ranks(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[d
     return folder, [a | b for a, b in zip(*found, strict=True)]
 
 
+def test_one_rank_goes_on_where_two_replicas_were(
+    tmp_path: Path, on_two_ranks: tuple[Path, list[dict[str, Any]]]
+) -> None:
+    folder, found = on_two_ranks
+    shutil.copytree(folder / "ddp", tmp_path / "ddp")
+    shutil.rmtree(run_checkpoints(tmp_path / "ddp")[-1])
+    alone = make_trainer(tmp_path / "ddp", accumulation=2)
+    assert alone.resume()
+    assert alone.step == 2
+    assert alone.run() == pytest.approx(found[0]["ddp"][2:], abs=1e-5)
+
+
+@pytest.mark.parametrize(("way", "split"), [("fsdp", (1, 2)), ("tp", (2, 1))])
+def test_one_rank_does_not_go_on_where_the_state_was_split(
+    way: str, split: tuple[int, int], on_two_ranks: tuple[Path, list[dict[str, Any]]]
+) -> None:
+    ranks, replicas = split
+    before = rf"the model over {ranks} rank\(s\) and the optimizer's state over {replicas} replica"
+    with pytest.raises(TrainingError, match=rf"{before}.* but this run .* 1 rank.* 1 replica"):
+        make_trainer(on_two_ranks[0] / way).resume()
+
+
 @pytest.mark.parametrize("way", ["ddp", "fsdp", "tp"])
 def test_two_ranks_equal_one(
     tmp_path: Path, on_two_ranks: tuple[Path, list[dict[str, Any]]], way: str

@@ -5,6 +5,7 @@ import os
 import re
 import shlex
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,8 @@ def check_torchrun(words: list[str]) -> Any:
 
 def test_slurm_script_passes_its_linters() -> None:
     subprocess.run(["bash", "-n", str(SCRIPT)], check=True)
-    subprocess.run(["shellcheck", "--severity=style", str(SCRIPT)], check=True)
+    shellcheck = Path(sys.executable).parent / "shellcheck"
+    subprocess.run([shellcheck, "--severity=style", str(SCRIPT)], check=True)
 
 
 def test_slurm_options_are_before_the_first_command() -> None:

@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 from helpers.damaged import WIDER, write_folder
-from helpers.fault_plan import Trials
+from helpers.fault_plan import RESULTS, Trials
 from helpers.ranks import free_port, run_ranks
 from make_checkpoint import make_checkpoint
 
@@ -37,6 +37,10 @@ class Ended:
     def __init__(self, text: str, seconds: float) -> None:
         self.text, self.seconds = text, seconds
         self.errors = re.findall(r"^.*error: (.*)$", text, re.MULTILINE)
+
+    def require_seconds(self, most: float) -> None:
+        """Only `make faults` has the machine for itself, so only there the time is checked."""
+        assert RESULTS is None or self.seconds < most, self.seconds
 
     def require_named(self, rank: int) -> None:
         """The rank is named by our error, or by torchrun as the first that failed."""
@@ -133,7 +137,7 @@ def test_a_killed_rank(trials: Trials) -> None:
         with trials.trial(f"{mode}, {ranks} ranks, rank {rank}, {point}"):
             ended = lose(mode, ranks, point, rank, "SIGKILL")
             ended.require_named(rank)
-            assert ended.seconds < 5
+            ended.require_seconds(5)
 
 
 @pytest.mark.fault(14)
@@ -148,7 +152,7 @@ def test_a_rank_that_does_not_answer(trials: Trials) -> None:
         with trials.trial(f"{mode}, {ranks} ranks, rank {rank}, {fault} at {point}"):
             ended = lose(mode, ranks, point, rank, fault)
             ended.require_named(rank)
-            assert ended.seconds < TIMEOUT + 5
+            ended.require_seconds(TIMEOUT + 5)
             if fault != "exception":
                 assert len(set(ended.errors)) == 1, ended.errors
 

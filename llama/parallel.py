@@ -145,7 +145,9 @@ def local_device(device: str | torch.device | None = None) -> torch.device:
     try:
         device = torch.device(device)
     except RuntimeError as error:
-        raise ParallelError(f"unknown device {device!r}") from error
+        raise ParallelError(f"unknown device {device!r}: it must be cuda, mps or cpu") from error
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise ParallelError("device is 'mps', but this machine has no such GPU")
     if device.type == "cuda":
         index = _environment("LOCAL_RANK", 0) if device.index is None else device.index
         count = torch.cuda.device_count()

@@ -4,10 +4,12 @@ The new folder or file is written under a temporary name beside its destination,
 all of it is on disk. So a kill or a full disk leaves nothing partial at the destination.
 """
 
+import contextlib
 import logging
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -25,7 +27,7 @@ from llama.checkpoints.shards import Checkpoint
 from llama.errors import CheckpointError, ConfigError
 from llama.fast.quantize import Width, is_quantized
 from llama.fast.quantizers import QUANTIZERS
-from llama.files import check_can_make_folder, sync_file, write_json
+from llama.files import check_can_make_folder, lock, sync_file, unlock, write_json
 from llama.gguf_file import is_gguf
 
 log = logging.getLogger("llama")
@@ -54,7 +56,7 @@ def convert(
     quantize: "int8" or "int4": quantize the matrices, for fast mode. Only with to="meta"; the
         shards are then `.safetensors`.
     adapter: folder or id of a LoRA adapter, which is merged into the weights.
-    Raises CheckpointError, ConfigError or TokenizerError; `dst` is then unchanged.
+    Raises a LlamaError; `dst` is then unchanged.
     """
     if to not in ("meta", "hf", "gguf"):
         raise ConfigError(f"to is {to!r}: it must be meta, hf or gguf")
@@ -107,34 +109,49 @@ def convert(
             source, tokenizer, src, kind or source.shards[0][last].dtype, destination.name
         )
     try:
-        destination.parent.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(prefix=f".{destination.name}.", dir=destination.parent))
-    except OSError as error:
-        raise CheckpointError(f"cannot write {dst}: {error.strerror}") from error
-    try:
-        if to == "gguf":
-            file = partial / destination.name
-            write_gguf.write_gguf(source, file, header, matrix_type)
-            sync_file(file)
-            source.files.check()
-            _rename(file, destination)
-            return destination
-        if to == "meta":
-            _write_meta(source, partial, mp, kind, quantize)
-            if "params.json" not in files:
-                write_params(partial / "params.json", args, quantize)
-        else:
-            _write_hugging_face(source, partial, kind)
-        _write_files(files, partial)
-        source.files.check()  # a source that was changed meanwhile gives a mixture
-        partial.chmod(0o755)  # mkdtemp makes it 0700
-        _rename(partial, destination)
+        with _partial_folder(destination) as partial:
+            if to == "gguf":
+                file = partial / destination.name
+                write_gguf.write_gguf(source, file, header, matrix_type)
+                sync_file(file)
+                source.files.check()
+                _rename(file, destination)
+                return destination
+            if to == "meta":
+                _write_meta(source, partial, mp, kind, quantize)
+                if "params.json" not in files:
+                    write_params(partial / "params.json", args, quantize)
+            else:
+                _write_hugging_face(source, partial, kind)
+            _write_files(files, partial)
+            source.files.check()  # a source that was changed meanwhile gives a mixture
+            partial.chmod(0o755)  # mkdtemp makes it 0700
+            _rename(partial, destination)
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
         raise CheckpointError(f"cannot write {dst}: {reason}") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     return destination
+
+
+@contextlib.contextmanager
+def _partial_folder(destination: Path) -> Iterator[Path]:
+    """A new hidden folder beside the destination. It is removed at the end of the block, and so is
+    at the start what killed processes have left. Raises DataError if another process writes to this
+    destination."""
+    destination.parent.mkdir(parents=True, exist_ok=True)
+    held = lock(destination)
+    partial, old = (f".{destination.name}.{kind}." for kind in ("partial", "old"))
+    try:
+        for path in destination.parent.iterdir():
+            if path.name.startswith((partial, old)):
+                shutil.rmtree(path, ignore_errors=True)
+        folder = Path(tempfile.mkdtemp(prefix=partial, dir=destination.parent))
+        try:
+            yield folder
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+    finally:
+        unlock(held)
 
 
 def _cast(weight: Tensor, dtype: torch.dtype) -> Tensor:

@@ -27,8 +27,9 @@ from llama.checkpoints.params import read_params
 from llama.checkpoints.shards import read_shard
 from llama.checkpoints.verify import verify
 from llama.config import PRESETS, ModelArgs
-from llama.errors import CheckpointError, ConfigError
+from llama.errors import CheckpointError, ConfigError, DataError
 from llama.fast.quantize import Int4Weight, Int8Weight
+from llama.files import lock, unlock
 
 
 def tensors_of(folder: Path) -> list[dict[str, torch.Tensor]]:
@@ -215,6 +216,15 @@ def test_a_kill_leaves_no_folder_and_the_next_try_succeeds(
     assert not (tmp_path / "out").exists()
     convert(sources["mha"], tmp_path / "out", "meta", mp=2)
     assert_same(tmp_path / "out", sources["mha"])
+    assert {path.name for path in tmp_path.iterdir()} == {"out"}
+
+
+def test_two_conversions_to_one_folder(sources: dict[str, Path], tmp_path: Path) -> None:
+    held = lock(tmp_path / "out")
+    with pytest.raises(DataError, match="another run is writing"):
+        convert(sources["mha"], tmp_path / "out", "meta")
+    unlock(held)
+    convert(sources["mha"], tmp_path / "out", "meta")
 
 
 # ---- quantized --------------------------------------------------------------------------------

@@ -124,6 +124,8 @@ def test_a_signal_at_any_moment(
             code, said = Job(JOBS[name](inputs, out), errors).end()
             assert code == 0, said
             assert content(name, out) == expected
+            hidden = [path.name for path in tmp_path.iterdir() if path.name.startswith(".out")]
+            assert name != "convert" or hidden == []
             if name == "train":  # nothing is left of the checkpoints that were being written
                 assert {path.name for path in out.iterdir()} == {
                     path.name for path in run_checkpoints(out)

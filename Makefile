@@ -40,7 +40,7 @@ test-gpu: $(VENV)/installed-test ## run the tests that need a GPU, on this machi
 test-peers: $(VENV)/installed-test $(VENV)/installed-bench ## compare with llama.cpp (needs a C++ compiler)
 	$(BIN)/python -m pytest -m llama_cpp $(ARGS)
 
-faults: $(VENV)/installed-test ## try every fault of docs/reliability.md (takes an hour), and count
+faults: $(VENV)/installed-test ## try every fault of docs/reliability.md (takes two hours), and count
 	rm -f $(FAULTS)
 	LLAMA_FAULTS=$(FAULTS) $(BIN)/python -m pytest tests/faults -o faulthandler_timeout=1800 \
 	    $(ARGS); status=$$?; \

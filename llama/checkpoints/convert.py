@@ -75,7 +75,7 @@ def convert(
         raise CheckpointError(f"{dst} exists: it is replaced only with --force")
     src = hub.local_folder(src)
     source = open_checkpoint(src)
-    if destination.exists() and destination.samefile(src):
+    if os.path.exists(destination) and destination.samefile(src):
         raise CheckpointError(f"cannot write {dst}: it is the source")
     if source.quantization is not None:
         raise CheckpointError(f"{src} is quantized to {source.quantization}: convert the original")

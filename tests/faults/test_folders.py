@@ -61,7 +61,7 @@ def test_links_to_files_are_followed(folders: Path, layout: str) -> None:
 def test_a_place_that_cannot_be_written(folders: Path) -> None:
     (folders / "file").write_text("")
     for place in (folders / "file" / "new", folders / ("long" * 100)):
-        with pytest.raises(CheckpointError, match="cannot write"):
+        with pytest.raises(LlamaError, match="cannot write"):
             convert(folders / "meta", place, "hf")
 
 

@@ -88,11 +88,21 @@ def _wait_for_all(store: dist.Store, world_size: int) -> None:
         time.sleep(POLL)
 
 
+# The process on this machine that holds the store. None: the store is in torchrun, or elsewhere.
+_store_host: "_Process | None" = None
+
+
 def introduce() -> None:
     """Write to the store which process this rank is. All ranks call it after the group is made."""
-    if dist.get_world_size() > 1:
-        process = f"{_machine()} {os.getpid()}"
-        _get_default_store().set(f"llama/process/{dist.get_rank()}", process)
+    global _store_host
+    if dist.get_world_size() == 1:
+        return
+    store, rank = _get_default_store(), dist.get_rank()
+    store.set(f"llama/process/{rank}", f"{_machine()} {os.getpid()}")
+    _store_host = None
+    if rank > 0 and not _in_torchrun():
+        store.wait(["llama/process/0"], timeout())
+        _store_host = next(iter(_processes(store, [0])), None)
 
 
 @contextlib.contextmanager
@@ -113,6 +123,9 @@ def lost_ranks_error(group: dist.ProcessGroup | None, cause: str) -> ParallelErr
 
     cause: what the collective said. It is in the message if no rank is lost.
     """
+    if _store_host is not None and _store_host.is_stopped:  # the store would not answer
+        ranks = range(dist.get_world_size())
+        return _error_of_processes([_store_host], ranks) or _no_answer([0], ranks)
     store = _get_default_store()
     store.set_timeout(ANSWER)  # the store may be lost, too
     _limit_silence(int(os.environ.get("MASTER_PORT", 0)), ANSWER)
@@ -167,8 +180,9 @@ def _error_of_processes(
     verb = "was" if len(lost) == 1 else "were"
     text = f"{_names(lost)} {verb} stopped, and did not answer within {_limit()}"
     error = ParallelError(text, _reporter(ranks, lost))
-    with contextlib.suppress(RuntimeError):
-        _get_default_store().set(VERDICT, json.dumps([text, error.reporter]))
+    if _store_host not in stopped:
+        with contextlib.suppress(RuntimeError):
+            _get_default_store().set(VERDICT, json.dumps([text, error.reporter]))
     for process in stopped:
         with contextlib.suppress(OSError):
             os.kill(process.pid, signal.SIGCONT)

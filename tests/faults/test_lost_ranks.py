@@ -26,6 +26,7 @@ from llama import Llama
 from llama.errors import LlamaError
 
 ROOT = Path(__file__).parent.parent.parent
+PROGRAM = ROOT / "tests/helpers/losing_rank.py"
 TIMEOUT = 3  # seconds, as LLAMA_TIMEOUT
 START = 60  # seconds in which the ranks start and meet the point where one of them is lost
 MARK = "LLAMA_TEST_RUN"  # in the environment of all processes of a trial
@@ -58,7 +59,7 @@ def lose(mode: str, ranks: int, point: str, rank: int, fault: str) -> Ended:
     }  # fmt: skip
     command = [
         sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(ranks),
-        "--master_port", str(port), ROOT / "tests/helpers/losing_rank.py",
+        "--master_port", str(port), PROGRAM,
         mode, point, str(rank), fault,
     ]  # fmt: skip
     process = subprocess.Popen(
@@ -155,6 +156,34 @@ def test_a_rank_that_does_not_answer(trials: Trials) -> None:
             ended.require_seconds(TIMEOUT + 5)
             if fault != "exception":
                 assert len(set(ended.errors)) == 1, ended.errors
+
+
+@pytest.mark.fault(14)
+def test_the_rank_with_the_store_is_stopped(trials: Trials) -> None:
+    """Without torchrun the store is in rank 0, and does not answer while that is stopped."""
+    port = free_port()
+    processes = []
+    for rank in range(2):
+        environment = os.environ | {
+            "WORLD_SIZE": "2", "RANK": str(rank), "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port), "LLAMA_TIMEOUT": str(TIMEOUT),
+            "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}",
+        }  # fmt: skip
+        command = [sys.executable, PROGRAM, "reference", "decode", "0", "SIGSTOP"]
+        processes.append(
+            subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+        )
+    with trials.trial("rank 0 of 2, SIGSTOP in decode"):
+        try:
+            _, said = processes[1].communicate(timeout=START)
+            assert "error: rank 0 was stopped" in said
+            assert processes[1].returncode == 2
+            processes[0].communicate(timeout=START)
+            assert processes[0].returncode == 2
+        finally:
+            for process in processes:
+                process.kill()
+                process.communicate()
 
 
 def damage(folder: Path, fault: str) -> Path:

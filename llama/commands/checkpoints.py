@@ -172,12 +172,19 @@ def verify(folder: str | None = None, manifest: bool = True) -> None:
         manifest: write SHA256SUMS if the folder has none and no problem is found; not for the
             bundled model, a GGUF file or an id.
     """
-    from llama.checkpoints.folder import BUNDLED
+    from llama.checkpoints.folder import BUNDLED, find_folder
+    from llama.checkpoints.verify import CHECKLIST, MANIFEST
     from llama.checkpoints.verify import verify as run
 
+    place = find_folder(folder or BUNDLED)
+    has_checksums = not place.is_dir() or any((place / n).exists() for n in (MANIFEST, CHECKLIST))
     is_own = folder is not None and os.path.isdir(str(folder))
     title, problems = run(str(folder or BUNDLED), manifest and is_own)
     say(title)
+    if not has_checksums:
+        say(f"no {MANIFEST} or {CHECKLIST}: whether a byte was changed earlier is not known")
+        if (place / MANIFEST).exists():
+            say(f"{MANIFEST} is written: later runs compare with it")
     for problem in problems:
         say(f"problem: {problem}")
     print(f"{len(problems)} problem(s)" if problems else "all is well")

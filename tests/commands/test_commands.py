@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.damaged import PARAMS, write_folder
 from make_checkpoint import demo_pieces, write_tokenizer
 
 from llama import Llama
@@ -255,3 +256,16 @@ def test_the_bundled_model_where_no_folder_is_named(run: Run) -> None:
     assert "feed-forward 704" in run("inspect")
     assert "all is well" in run("verify")
     assert "all is well" in run("doctor")
+
+
+def test_verify_says_whether_there_was_something_to_compare_with(run: Run, tmp_path: Path) -> None:
+    folder = write_folder(tmp_path / "model", PARAMS)
+    unknown = "whether a byte was changed earlier is not known"
+    first = run("verify", str(folder))
+    assert unknown in first
+    assert "SHA256SUMS is written: later runs compare with it" in first
+    assert run("verify", str(folder)).splitlines()[1:] == ["all is well"]
+    (folder / "SHA256SUMS").unlink()
+    again = run("verify", str(folder), "--nomanifest")
+    assert unknown in again
+    assert "is written" not in again

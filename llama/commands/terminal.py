@@ -6,6 +6,7 @@ Only the first rank reads and writes. The other ranks follow it.
 import contextlib
 import itertools
 import os
+import signal
 import sys
 import threading
 import time
@@ -199,8 +200,8 @@ def on_first_rank(llama: Llama) -> Iterator[bool]:
     block there ends, and only then yields False.
     """
     if parallel.mp_rank() > 0:
-        while (signal := _receive(llama)) is not _Signal.DONE:
-            if signal is _Signal.STREAM:
+        while (message := _receive(llama)) is not _Signal.DONE:
+            if message is _Signal.STREAM:
                 llama.engine.follow()
         yield False
         return
@@ -237,15 +238,25 @@ def read_line(llama: Llama, prompt: str) -> str:
         return input(prompt)
     is_read = threading.Event()
     interval = timeout().total_seconds() / 5  # the others wait for a message, up to the timeout
+    lost: list[ParallelError] = []
 
     def keep_waiting() -> None:
-        while not is_read.wait(interval):
-            _send(llama, _Signal.WAIT)
+        try:
+            while not is_read.wait(interval):
+                _send(llama, _Signal.WAIT)
+        except ParallelError as error:
+            lost.append(error)
+            signal.pthread_kill(reader, signal.SIGINT)  # ends `input`
 
+    reader = threading.get_ident()
     thread = threading.Thread(target=keep_waiting, daemon=True)
     thread.start()
     try:
         return input(prompt)
+    except KeyboardInterrupt:
+        if lost:
+            raise lost[0] from None
+        raise
     finally:
         is_read.set()
         thread.join()

@@ -164,7 +164,8 @@ def test_llama2_facts(llama2: Tokenizer):
 @settings(max_examples=100, deadline=None)
 @given(text=ANY_TEXT, ids=st.lists(st.integers(0, 260) | st.integers(0, 31999)))
 def test_llama2_gives_back_and_streams(llama2: Tokenizer, text: str, ids: list[int]):
-    assert llama2.decode(llama2.encode(text, bos=True, eos=True)) == repaired(text)
+    given_back = llama2.decode(llama2.encode(text, bos=True, eos=True))
+    assert given_back == repaired(text).replace("▁", " ")
     assert streamed(llama2, ids) == llama2.decode(ids)
 
 
@@ -182,7 +183,8 @@ def test_sentencepiece_encodes_as_the_library(trained: Tokenizer, text: str):
     library = sentencepiece.SentencePieceProcessor(model_proto=sentencepiece_model())
     ids = trained.encode(text, bos=True, eos=True)
     assert ids == [1, *library.encode(repaired(text)), 2]
-    assert trained.decode(ids) == repaired(text)
+    # SentencePiece writes a space as ▁, so it cannot tell the two apart.
+    assert trained.decode(ids) == repaired(text).replace("▁", " ")
 
 
 def test_sentencepiece_special_names_need_leave(trained: Tokenizer):

@@ -51,6 +51,16 @@ def llama2_tokenizer_path() -> Path:
     return Path(path)
 
 
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The model, token file and prompts that the jobs of `helpers.jobs` read."""
+    from helpers.jobs import write_inputs
+
+    folder = tmp_path_factory.mktemp("inputs")
+    write_inputs(folder)
+    return folder
+
+
 @pytest.fixture(scope="module")  # while it is open, no test can start an event loop
 def browser() -> Iterator[Any]:
     """Chromium, driven by playwright."""

@@ -17,20 +17,12 @@ from helpers.jobs import (
     run_command,
     train_words,
     trained_weights,
-    write_inputs,
 )
 from helpers.ranks import run_ranks
 
 from llama.checkpoints.folder import run_checkpoints
 
 pytestmark = needs_root
-
-
-@pytest.fixture(scope="module")
-def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("inputs")
-    write_inputs(folder)
-    return folder
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 from helpers.fault_plan import Trials
-from helpers.jobs import Words, batch_words, train_words, write_inputs
+from helpers.jobs import Words, batch_words, train_words
 from helpers.ranks import context
 
 from llama.__main__ import main
@@ -23,13 +23,6 @@ from llama.checkpoints.verify import verify
 
 SECONDS = 120  # limit of a job
 N_POINTS = 20
-
-
-@pytest.fixture(scope="module")
-def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("inputs")
-    write_inputs(folder)
-    return folder
 
 
 def convert_words(inputs: Path, out: Path) -> Words:

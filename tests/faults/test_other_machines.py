@@ -22,7 +22,6 @@ from helpers.jobs import (
     run_command,
     train_words,
     trained_weights,
-    write_inputs,
 )
 from helpers.network import Line
 from helpers.ranks import run_ranks
@@ -44,13 +43,6 @@ MOMENTS: dict[str, tuple[Any, str, int, int]] = {
 MODES = ("reference", "fast")
 JOBS_OF = {"decode": MODES, "prefill": MODES, "batch": ("batch",), "training": ("training",)}
 LATE = 10  # seconds after the timeout: the ranks ask each other, and the machine may be slow
-
-
-@pytest.fixture(scope="module")
-def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("inputs")
-    write_inputs(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")

@@ -38,7 +38,8 @@ def one_line() -> Iterator[None]:
     if isinstance(sys.stdout, io.TextIOWrapper) and not sys.stdout.isatty():
         sys.stdout.reconfigure(encoding="utf-8", errors="backslashreplace")
     try:
-        yield
+        with _interrupts():
+            yield
     except LlamaError as error:
         # If every rank fails, only one reports: torchrun ends the others when it leaves. A rank
         # that is still alive after the pause has failed alone, and reports too.
@@ -58,6 +59,22 @@ def one_line() -> Iterator[None]:
             raise
         print(f"error: {OutOfMemory(f'memory ran out: {error}')}", file=sys.stderr)
         sys.exit(2)
+
+
+@contextlib.contextmanager
+def _interrupts() -> Iterator[None]:
+    """Raise an error that Ctrl-C has led to as KeyboardInterrupt. Ctrl-C may interrupt another
+    library at a point where its cleanup then raises an error of its own."""
+    try:
+        yield
+    except Exception as error:
+        origin: BaseException | None = error
+        while origin is not None:
+            if isinstance(origin, KeyboardInterrupt):
+                raise KeyboardInterrupt from error
+            hidden = origin.__suppress_context__
+            origin = origin.__cause__ or (None if hidden else origin.__context__)
+        raise
 
 
 class ConfigError(LlamaError):
